@@ -1,0 +1,39 @@
+"""The typer application."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dtrain import __version__
+from dtrain.cli.train import train
+
+app = typer.Typer(
+    name="dtrain",
+    help="Your PyTorch training steps, unchanged, on one CPU or many ranks.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(train)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dtrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command line; the console script `dtrain`."""
+    app()

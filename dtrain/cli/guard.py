@@ -1,0 +1,51 @@
+"""Turns whatever ends a verb into one message and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import typer
+
+from dtrain.errors import EXIT_INTERRUPTED, AgreedFailure, DtrainError
+from dtrain.launch.reports import supervised, write_report
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Prints a failure once, where a person will see it, and exits with its code.
+
+    Under dtrain's own supervisor the text goes to it; it prints the first cause alone. Under another
+    launcher each rank prints for itself, but what all ranks agreed on is printed by rank 0.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        _tell("dtrain: stopped by Ctrl-C. What is written so far is kept.", EXIT_INTERRUPTED, agreed=False)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except Exception as error:  # noqa: BLE001 - described in full, then the process ends
+        text, code = _words(error)
+        _tell(text, code, agreed=isinstance(error, DtrainError) and error.agreed)
+        raise typer.Exit(code) from None
+
+
+def _words(error: Exception) -> tuple[str, int]:
+    if isinstance(error, AgreedFailure):
+        return str(error), error.exit_code
+    from dtrain.failures import describe
+
+    return describe(error)
+
+
+def _tell(text: str, code: int, *, agreed: bool) -> None:
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if supervised():
+        write_report(int(rank), code, text)
+    elif size == "1":
+        print(text, file=sys.stderr)  # noqa: T201
+    elif not agreed or rank == "0":
+        print(f"[rank {rank}] {text}", file=sys.stderr)  # noqa: T201

@@ -1,0 +1,106 @@
+"""The schema of a run's config. One place for every key, its type, its bounds and its default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+# The sections whose keys are the parameters of the recipe's own functions.
+BUILDER_SECTIONS = {
+    "model": "build_model",
+    "data": "build_dataloaders",
+    "optimizer": "build_optimizer",
+    "scheduler": "build_scheduler",
+}
+
+
+def _run_name(name: str) -> str:
+    """A run's name is one folder's name: no separators, no control characters."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        raise ValueError("should be a plain folder name, without '/', '\\' or control characters")
+    return name
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TrainConfig(_Section):
+    """How long and how training goes."""
+
+    epochs: int = Field(3, ge=1, description="passes over the training data")
+    log_step_freq: int = Field(10, ge=1, description="plain output: a line every so many steps")
+    seed: int = Field(42, ge=0, lt=2**32, description="one seed for weights, order and dropout")
+    batch: Literal["per_rank", "global"] = Field(
+        "per_rank", description="whose batch size the loader's is: each rank's, or the whole world's"
+    )
+
+
+class RunFolderConfig(_Section):
+    """Where the run's folder lies: DIR/NAME."""
+
+    dir: str = Field("runs", min_length=1, description="folder of all runs")
+    name: Annotated[str, AfterValidator(_run_name)] | None = Field(
+        None, description="the run's folder; by default the recipe's name and the time"
+    )
+
+
+class WandbConfig(_Section):
+    """Weights & Biases; used where a project is named."""
+
+    project: str = Field(min_length=1, description="the project that the run is filed under")
+    mode: Literal["online", "offline", "disabled"] = Field("online", description="offline: sync it later")
+    entity: str | None = Field(None, description="the team; by default that of your account")
+
+
+class TrackConfig(_Section):
+    """Experiment trackers."""
+
+    wandb: WandbConfig | None = Field(None, description="Weights & Biases")
+
+
+class RunConfig(_Section):
+    """A whole run. The builders' sections take whatever their functions take."""
+
+    recipe: str = Field("dtrain.recipes.digits", min_length=1, description="a .py file or a module")
+    model: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, Any] = Field(default_factory=dict)
+    optimizer: dict[str, Any] = Field(default_factory=dict)
+    scheduler: dict[str, Any] = Field(default_factory=dict)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    run: RunFolderConfig = Field(default_factory=RunFolderConfig)
+    track: TrackConfig = Field(default_factory=TrackConfig)
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """Returns the section class behind a field's annotation (`X` or `X | None`), if it is one."""
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def leaves(section: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Returns every key of the schema, dotted, with its annotation; builders' keys are not among them."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is not None:
+            found |= leaves(inner, f"{prefix}{name}.")
+        elif prefix or name not in BUILDER_SECTIONS:
+            found[prefix + name] = field.annotation
+    return found
+
+
+def keys_with_defaults(section: type[BaseModel]) -> str:
+    """Returns "epochs=3, seed=42, ..." for messages that list what is valid."""
+    parts = []
+    for name, field in section.model_fields.items():
+        if section_of(field.annotation) is not None or field.default_factory is not None:
+            parts.append(f"{name}.*" if name not in BUILDER_SECTIONS else f"{name}.* (of the recipe)")
+        elif field.is_required():
+            parts.append(f"{name} (needed)")
+        else:
+            parts.append(f"{name}={field.default}")
+    return ", ".join(parts)

@@ -1,0 +1,224 @@
+"""Puts the sources of a config together: default, file, environment, command line; the later one wins."""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dtrain import share
+from dtrain.config import schema
+from dtrain.config.schema import BUILDER_SECTIONS, RunConfig
+from dtrain.config.sources import Value, read_environment, read_override, read_yaml
+from dtrain.errors import ConfigError, nearest
+
+
+@dataclass
+class Settings:
+    """A resolved config that knows where each value came from.
+
+    Attributes:
+        config: the checked config.
+        places: dotted key -> where its value came from; a key that is not there has its default.
+        raw: dotted key -> the text that was typed for it, for parameters that want text.
+        unplaced: bare keys of the command line that are no key of the schema: parameters of a
+            builder, to be placed once the recipe's signatures are known (`place`).
+        bare: bare key -> the schema's key it was taken for, to find ambiguity with a builder's parameter.
+        base: folder that a relative recipe path starts from.
+    """
+
+    config: RunConfig
+    places: dict[str, str] = field(default_factory=dict)
+    raw: dict[str, str] = field(default_factory=dict)
+    unplaced: dict[str, Value] = field(default_factory=dict)
+    bare: dict[str, str] = field(default_factory=dict)
+    base: Path = field(default_factory=Path)
+
+    def place_of(self, key: str) -> str:
+        """Returns where a key's value came from, "default" where nothing set it."""
+        return self.places.get(key, "default")
+
+    def place(self, signatures: Mapping[str, Sequence[str]]) -> None:
+        """Gives each bare key of the command line to the one builder that has a parameter of that name.
+
+        Args:
+            signatures: section ("model", "data", ...) -> names of its builder's parameters.
+
+        Raises:
+            ConfigError: no builder has the parameter, or more than one key has that name.
+        """
+        for key, value in self.unplaced.items():
+            homes = [section for section, names in signatures.items() if key in names]
+            if not homes:
+                known = [leaf.rpartition(".")[2] for leaf in schema.leaves()]
+                known += [name for names in signatures.values() for name in names]
+                raise ConfigError(_unknown_bare(key, value, known, signatures))
+            _refuse_ambiguous(key, [f"{home}.{key}" for home in homes])
+            getattr(self.config, homes[0])[key] = value.value
+            self.places[f"{homes[0]}.{key}"] = value.place
+            self.raw[f"{homes[0]}.{key}"] = value.raw or ""
+        self.unplaced = {}
+        for key, taken_for in self.bare.items():
+            homes = [f"{section}.{key}" for section, names in signatures.items() if key in names]
+            _refuse_ambiguous(key, [taken_for, *homes])
+
+    def to_yaml(self) -> str:
+        """Returns the resolved config as YAML, readable by `load_settings`."""
+        return yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_settings(
+    target: str | None, overrides: Sequence[str], environ: Mapping[str, str] | None = None
+) -> Settings:
+    """Resolves a run's config.
+
+    Args:
+        target: a YAML config, a recipe (.py file or module), the name of a bundled config, or None.
+        overrides: `key=value` of the command line; keys dotted, or a leaf's bare name.
+        environ: environment variables, by default the process's.
+
+    Raises:
+        ConfigError: a file, key or value is wrong; the message has key, value, place and what is valid.
+    """
+    values, base = _read_target(target)
+    values |= {_full_key(k, v): v for k, v in read_environment(os.environ if environ is None else environ).items()}
+    settings = Settings(config=RunConfig(), base=base)
+    for text in overrides:
+        key, value = read_override(text)
+        full = _match(key, value)
+        if full is None:
+            settings.unplaced[key] = value
+            continue
+        if full != key and "." not in key:
+            settings.bare[key] = full
+        values[full] = value
+        if full == "recipe":
+            settings.base = Path()
+    settings.places = {key: value.place for key, value in values.items()}
+    settings.raw = {key: value.raw for key, value in values.items() if value.raw is not None}
+    settings.config = _check(values)
+    return settings
+
+
+def _read_target(target: str | None) -> tuple[dict[str, Value], Path]:
+    """Returns the values that the command's first word stands for, and the folder of relative paths."""
+    if target is None:
+        return {}, Path()
+    path = Path(target)
+    if path.suffix in (".yaml", ".yml"):
+        found = share.find(target)
+        return read_yaml(found), found.parent
+    if path.suffix != ".py" and not path.exists() and "/" not in target:
+        bundled = share.config_named(target)
+        if bundled is not None:
+            return read_yaml(bundled), bundled.parent
+    return {"recipe": Value(target, "command line", raw=target)}, Path()
+
+
+def _full_key(key: str, value: Value) -> str:
+    """Checks a full dotted key from the environment."""
+    full = _match(key, value)
+    if full is None:
+        raise ConfigError(f"{key} ({value.place}) is no key of the config. {_valid_sections()}")
+    return full
+
+
+def _match(key: str, value: Value) -> str | None:
+    """Finds the full key for a dotted or bare one; None for a bare name that the schema does not have."""
+    section, dot, rest = key.partition(".")
+    if dot and rest and section in BUILDER_SECTIONS:
+        return key
+    found = [leaf for leaf in schema.leaves() if leaf == key or leaf.endswith("." + key)]
+    _refuse_ambiguous(key, found)
+    if found:
+        return found[0]
+    if not dot and key not in RunConfig.model_fields:
+        return None
+    if section in RunConfig.model_fields:
+        return key  # the check of the whole section names what is wrong with it
+    raise ConfigError(
+        f"{key} = {value.raw} ({value.place}): there is no section {section!r}."
+        f"{nearest(section, RunConfig.model_fields)} {_valid_sections()}"
+    )
+
+
+def _refuse_ambiguous(key: str, homes: list[str]) -> None:
+    if len(homes) > 1:
+        raise ConfigError(f"{key} is ambiguous: write it in full as one of {', '.join(homes)}.")
+
+
+def _check(values: Mapping[str, Value]) -> RunConfig:
+    tree: dict[str, Any] = {}
+    for dotted, value in values.items():
+        *parents, leaf = dotted.split(".")
+        node = tree
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"{dotted} ({value.place}): {parent} is given as {child!r}, not as a section.")
+            node = child
+        node[leaf] = _as_wanted(dotted, value)
+    tree = {key: ({} if node is None and key != "recipe" else node) for key, node in tree.items()}
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(item, values) for item in error.errors())) from None
+
+
+def _as_wanted(dotted: str, value: Value) -> Any:
+    """A key that wants text gets it as typed: run.name=007 is "007", not 7."""
+    annotation = schema.leaves().get(dotted)
+    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    kinds = [get_args(o)[0] if hasattr(o, "__metadata__") else o for o in options]
+    wants_text = str in kinds and not isinstance(value.value, str) and value.value is not None
+    return value.raw if wants_text and value.raw is not None else value.value
+
+
+def _describe(item: Any, values: Mapping[str, Value]) -> str:
+    """One pydantic error as key, value, place, reason and what is valid."""
+    parts = [str(part) for part in item["loc"]]
+    key = ".".join(parts)
+    place = next((v.place for k, v in values.items() if k == key or k.startswith(key + ".")), "default")
+    section = _section_at(parts[:-1])
+    if item["type"] == "extra_forbidden":
+        known = [n for n in section.model_fields if n != parts[-1]]
+        return (
+            f"{key} = {item['input']!r} ({place}): there is no key {parts[-1]!r}."
+            f"{nearest(parts[-1], known)} Valid keys: {schema.keys_with_defaults(section)}."
+        )
+    if item["type"] == "missing":
+        return f"{key} is needed and is not given. Write {key}=..."
+    reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    default = section.model_fields[parts[-1]].get_default(call_default_factory=True)
+    shown = f" (default: {default})" if not isinstance(default, BaseModel) and default is not None else ""
+    return f"{key} = {item['input']!r} ({place}): {reason}{shown}."
+
+
+def _section_at(parts: Sequence[str]) -> type[BaseModel]:
+    section: type[BaseModel] = RunConfig
+    for part in parts:
+        field_ = section.model_fields.get(part)
+        inner = schema.section_of(field_.annotation) if field_ is not None else None
+        if inner is None:
+            break
+        section = inner
+    return section
+
+
+def _unknown_bare(key: str, value: Value, known: list[str], signatures: Mapping[str, Sequence[str]]) -> str:
+    takes = "; ".join(f"{section}: {', '.join(names)}" for section, names in signatures.items() if names)
+    return (
+        f"{key} = {value.raw} ({value.place}): neither the config nor the recipe has a key {key!r}."
+        f"{nearest(key, known)} The recipe takes {takes or 'no parameters'}. "
+        f"train takes {schema.keys_with_defaults(schema.TrainConfig)}."
+    )
+
+
+def _valid_sections() -> str:
+    return f"Valid are {', '.join(RunConfig.model_fields)}."

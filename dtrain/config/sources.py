@@ -1,0 +1,126 @@
+"""Reads config values from YAML files, the environment and the command line, with their places."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dtrain.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "DTRAIN_"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the scalars people mean: 1e-3 is a number; yes, no, on and off are words."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$", re.I), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:\d[\d_]*)?\.\d[\d_]*|\d[\d_]*\.?)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|nan)$", re.I),
+    list("-+0123456789."),
+)
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value with the place it came from.
+
+    Attributes:
+        value: the value as YAML reads it.
+        place: where from, in words: "train.yaml:7", "command line", "environment DTRAIN_RUN__DIR".
+        raw: the text as it was typed, for keys that want text; None for a file's values.
+    """
+
+    value: Any
+    place: str
+    raw: str | None = None
+
+
+def read_scalar(text: str, place: str) -> Value:
+    """Reads the right side of a `key=value`: a number, true, null, [lists] and {mappings}, or text."""
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text!r} ({place}) cannot be read as a value: {error}") from None
+    return Value(value, place, raw=text)
+
+
+def read_yaml(path: Path) -> dict[str, Value]:
+    """Reads a config file.
+
+    Returns:
+        dotted key -> value with its line, down to one key below the sections' own.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, or names a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the config is not UTF-8 text (byte {error.start}).") from None
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}:1: a config is a mapping of sections, such as 'train:', not {root.tag}.")
+    return _flatten(root, loader, path, "")
+
+
+def _flatten(node: yaml.MappingNode, loader: _Loader, path: Path, prefix: str) -> dict[str, Value]:
+    found: dict[str, Value] = {}
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        key = str(key_node.value)
+        if key in seen:
+            raise ConfigError(f"{path}:{line}: {prefix}{key} is given twice; first in line {seen[key]}.")
+        seen[key] = line
+        if isinstance(value_node, yaml.MappingNode) and value_node.value and _is_section(prefix + key):
+            found |= _flatten(value_node, loader, path, f"{prefix}{key}.")
+        else:
+            try:
+                value = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{path}:{line}: {prefix}{key}: {error}") from None
+            found[prefix + key] = Value(value, f"{path}:{line}")
+    return found
+
+
+def _is_section(dotted: str) -> bool:
+    """Whether a mapping under this key is a section of ours; deeper ones are a builder's own value."""
+    return "." not in dotted or dotted == "track.wandb"
+
+
+def read_environment(environ: Mapping[str, str]) -> dict[str, Value]:
+    """Reads DTRAIN_SECTION__KEY=value variables; other variables are not looked at."""
+    found: dict[str, Value] = {}
+    for name, text in environ.items():
+        if name.startswith(ENVIRONMENT_PREFIX) and "__" in name:
+            dotted = name[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
+            found[dotted] = read_scalar(text, f"environment {name}")
+    return found
+
+
+def read_override(text: str) -> tuple[str, Value]:
+    """Splits one `key=value` of the command line."""
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(f"{text!r} (command line) is no key=value. Write it as in train.epochs=5.")
+    return key, read_scalar(raw, "command line")

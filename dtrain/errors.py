@@ -1,0 +1,113 @@
+"""What can go wrong, as a tree; and the exit codes.
+
+::
+
+    DtrainError                  exit code 1
+    ├── UsageError               exit code 2: asked for something that cannot be
+    │   ├── ConfigError          a key or a value of the config
+    │   ├── RecipeError          the user's file: missing, unreadable, incomplete
+    │   └── WorldError           the ranks that came up are not the ones asked for
+    ├── DataError                a loader that yields nothing
+    ├── StepError                a step that breaks the step contract
+    └── AgreedFailure            a failure that every rank knows of; rank 0 speaks
+
+An exception of the user's own code is never wrapped: it keeps its type and its
+traceback and gets a note that says where it happened (`add_place`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+class DtrainError(Exception):
+    """Base of all errors that dtrain raises itself. Its message is for people.
+
+    Attributes:
+        exit_code: what a process that ends of it exits with.
+        agreed: whether every rank raises it together, so that rank 0 alone shall speak.
+    """
+
+    exit_code = EXIT_FAILED
+    agreed = False
+
+
+class UsageError(DtrainError):
+    """Something was asked for that cannot be done."""
+
+    exit_code = EXIT_USAGE
+
+
+class ConfigError(UsageError):
+    """A key or a value of the config is wrong."""
+
+
+class RecipeError(UsageError):
+    """The recipe file is missing, cannot be read, or lacks something."""
+
+
+class WorldError(UsageError):
+    """The ranks that came up are not the ones that were asked for."""
+
+
+class DataError(DtrainError):
+    """A loader yields nothing, or nothing that can be counted."""
+
+
+class StepError(DtrainError):
+    """A train or valid step breaks the step contract."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One rank's failure in words, in a form that travels between ranks."""
+
+    rank: int
+    text: str
+    exit_code: int
+    kind: str
+
+
+class AgreedFailure(DtrainError):
+    """At least one rank failed and every rank knows it. Rank 0 prints it once."""
+
+    def __init__(self, failures: list[Failure]) -> None:
+        self.failures = failures
+        self.agreed = True
+        self.exit_code = failures[0].exit_code
+        super().__init__(_merge(failures))
+
+
+def _merge(failures: list[Failure]) -> str:
+    """Joins failures, equal texts once; ranks are named only where they differ."""
+    by_text: dict[str, list[int]] = {}
+    for failure in failures:
+        by_text.setdefault(failure.text, []).append(failure.rank)
+    if len(by_text) == 1 and failures[0].rank == 0:
+        return failures[0].text
+    return "\n".join(f"on rank {', '.join(map(str, ranks))}: {text}" for text, ranks in by_text.items())
+
+
+def add_place(error: BaseException, place: str) -> None:
+    """Notes on an exception where it happened; Python 3.11 and later print the note.
+
+    Args:
+        error: the exception; it is changed in place.
+        place: words such as "rank 1, epoch 2, train step 7".
+    """
+    notes = getattr(error, "__notes__", [])
+    if not notes:
+        error.__notes__ = [place]  # type: ignore[attr-defined]  # add_note() needs Python 3.11
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """Returns " Did you mean 'X'?" for the name nearest to a word, or nothing."""
+    match = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
+    return f" Did you mean {match[0]!r}?" if match else ""

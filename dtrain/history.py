@@ -1,0 +1,109 @@
+"""The history of a run: a row an epoch, appended and synced to disk, whole after any kill."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtrain.errors import UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FILE_NAME = "history.csv"
+
+
+class History:
+    """The rows of a run so far, and, where a path is given, the file that holds them.
+
+    Args:
+        path: the CSV file to create; None keeps the rows in memory alone.
+
+    Raises:
+        UsageError: the file is there already; nothing is overwritten.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._path = path
+        if path is not None and path.exists():
+            raise UsageError(f"{path} is there already and is kept. Choose another run.name.")
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds one epoch's row; with a file, returns once the row is on the disk.
+
+        The line is written by one call, so that a kill leaves it whole or not there; `read_history` leaves
+        out a line without its end, which a full disk may cause.
+        """
+        if self._path is not None:
+            lines = [_line(row.values())]
+            if not self.rows:
+                lines.insert(0, _line(row.keys()))
+            _append_synced(self._path, "".join(lines))
+        self.rows.append(row)
+
+    def dataframe(self) -> pd.DataFrame:
+        """Returns the rows as the DataFrame `dfhistory`, a row an epoch."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows)
+
+    def best(self) -> dict[str, Any] | None:
+        """Returns the row with the lowest validation loss (training loss without validation)."""
+        return best_row(self.rows)
+
+
+def best_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Returns the first row with the lowest `val_loss`, or `loss` where there is none; None without rows."""
+    for column in ("val_loss", "loss"):
+        usable = [row for row in rows if row.get(column) is not None and row[column] == row[column]]
+        if usable:
+            return min(usable, key=lambda row: row[column])
+    return rows[-1] if rows else None
+
+
+def read_history(path: str | Path) -> pd.DataFrame:
+    """Reads a run's history.
+
+    Args:
+        path: a run's folder, or its history.csv.
+
+    Returns:
+        a row an epoch; the columns as in the file, numbers exactly as they were computed.
+
+    Raises:
+        UsageError: there is no such file, or it holds no whole row.
+    """
+    import pandas as pd
+
+    file = Path(path)
+    if file.is_dir():
+        file = file / FILE_NAME
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{file}: cannot read the history: {error.strerror}.") from None
+    whole = text[: text.rfind("\n") + 1]
+    if not whole:
+        raise UsageError(f"{file}: the history has no whole row yet.")
+    return pd.read_csv(io.StringIO(whole), float_precision="round_trip")
+
+
+def _line(cells: Any) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(cells)
+    return buffer.getvalue()
+
+
+def _append_synced(path: Path, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        data = text.encode()
+        if os.write(descriptor, data) != len(data):
+            raise OSError(f"{path}: the row was not written whole; is the disk full?")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Starts ranks and tells what they are: standard library only, so that ranks start at once."""

@@ -1,0 +1,144 @@
+"""Starts N ranks on this machine, watches them, and ends all when one fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from dtrain.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
+from dtrain.launch.lifeline import PARENT
+from dtrain.launch.reports import REPORT_DIR, read_reports
+from dtrain.launch.threads import usable_cores
+
+_GRACE_SECONDS = 5.0
+_POLL_SECONDS = 0.05
+_ENTRY = Path(__file__).resolve().parent.parent / "__main__.py"
+
+
+def start_local_ranks(arguments: Sequence[str], size: int) -> int:
+    """Runs `dtrain ARGUMENTS` as ranks 0 to size - 1 here and waits for them.
+
+    Args:
+        arguments: the command line after the word dtrain.
+        size: number of ranks, at least 1.
+
+    Returns:
+        0 where all ranks ended with 0, else the exit code of the rank that failed first;
+        130 after Ctrl-C, 128 + N after another signal.
+    """
+    with tempfile.TemporaryDirectory(prefix="dtrain-") as reports:
+        port = free_port()
+        ranks = [_start(arguments, rank, size, port, reports) for rank in range(size)]
+        with _signals_caught() as caught:
+            code = _watch(ranks, caught)
+            _end(ranks)
+        return _tell(code, ranks, Path(reports), caught)
+
+
+def free_port() -> int:
+    """Returns a TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank_environment(rank: int, size: int, port: int, reports: str) -> dict[str, str]:
+    """Returns the variables that make a process one of `size` local ranks; a user's own values are kept."""
+    ours = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        REPORT_DIR: reports,
+        PARENT: str(os.getpid()),
+    }
+    defaults = {"OMP_NUM_THREADS": str(max(1, usable_cores() // size))}
+    if sys.platform == "linux":
+        # gloo would look the host's own name up, which fails or leads astray on a laptop behind a VPN.
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    return defaults | dict(os.environ) | ours
+
+
+def _start(arguments: Sequence[str], rank: int, size: int, port: int, reports: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, str(_ENTRY), *arguments],
+        env=rank_environment(rank, size, port, reports),
+        stdin=None if rank == 0 else subprocess.DEVNULL,
+        # A terminal's Ctrl-C must come through the supervisor once, not to every rank besides.
+        start_new_session=True,
+    )
+
+
+@contextlib.contextmanager
+def _signals_caught() -> Iterator[list[int]]:
+    """Notes SIGINT, SIGTERM and SIGHUP instead of dying of them."""
+    caught: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        caught.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(ranks: list[subprocess.Popen[bytes]], caught: list[int]) -> int:
+    """Waits until all ranks ended well, one failed, or a signal came; returns the exit code so far."""
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if caught:
+            return EXIT_INTERRUPTED if caught[0] == signal.SIGINT else 128 + caught[0]
+        failed = [code for code in codes if code not in (None, EXIT_OK)]
+        if failed:
+            return failed[0] if failed[0] is not None and failed[0] > 0 else EXIT_FAILED
+        if all(code == EXIT_OK for code in codes):
+            return EXIT_OK
+        time.sleep(_POLL_SECONDS)
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Ends what still runs: SIGTERM, and SIGKILL to the whole process group after a grace."""
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.terminate()
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)  # its DataLoader workers included
+        rank.wait()
+
+
+def _tell(code: int, ranks: list[subprocess.Popen[bytes]], reports: Path, caught: list[int]) -> int:
+    """Prints why the job ended, once, and returns the exit code of the first cause."""
+    if code == EXIT_OK:
+        return code
+    if caught:
+        print(f"dtrain: stopped by {signal.Signals(caught[0]).name}; all ranks are ended.", file=sys.stderr)  # noqa: T201
+        return code
+    told = read_reports(reports)
+    if told:
+        print(told[0].text, file=sys.stderr)  # noqa: T201
+        return told[0].exit_code
+    for rank, process in enumerate(ranks):
+        ended = process.returncode
+        if ended not in (EXIT_OK, -signal.SIGTERM):
+            how = f"was killed by {signal.Signals(-ended).name}" if ended < 0 else f"ended with exit code {ended}"
+            print(f"dtrain: rank {rank} {how} and left no word of why.", file=sys.stderr)  # noqa: T201
+    return code

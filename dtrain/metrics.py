@@ -1,0 +1,190 @@
+"""Exact means: sums and counts are kept and added up over ranks; the one division comes last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Union
+
+import torch
+from torch import Tensor
+
+from dtrain.errors import DataError, StepError
+
+if TYPE_CHECKING:
+    from dtrain.world import World
+
+Scalar = Union[float, Tensor]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A value of a step that brings its own weight, where the batch size is not the right one.
+
+    Token-level losses, `ignore_index` and class weights are such: the epoch's value is the sum of the
+    totals over the sum of the counts, over all steps and ranks.
+
+    Attributes:
+        total: the sum over what was counted; a float or a 0-d tensor.
+        count: how many were counted (tokens, or the sum of weights); 0 adds nothing.
+    """
+
+    total: Scalar
+    count: Scalar
+
+    @property
+    def value(self) -> Scalar:
+        """The mean of this step alone."""
+        return self.total / self.count
+
+
+Value = Union[Scalar, Mean]
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass over a split came to, over all ranks.
+
+    Attributes:
+        means: name -> mean over all samples.
+        samples: number of samples of all ranks.
+        steps: number of steps of this rank.
+        seconds: duration, the mean over ranks.
+    """
+
+    means: dict[str, float]
+    samples: int
+    steps: int
+    seconds: float
+
+
+class MeanTable:
+    """Running (total, count) of each named value of one split on one rank.
+
+    Args:
+        split: "train" or "valid", for messages.
+        names: the values' names where the ranks have agreed on them in an earlier epoch.
+
+    Values on the CPU are added as Python floats, which are float64; values on another device are added
+    there, without waiting for it.
+    """
+
+    def __init__(self, split: str, names: tuple[str, ...] | None = None) -> None:
+        self.split = split
+        self.names = names
+        self._agreed = names is not None
+        self.samples = 0
+        self.steps = 0
+        self._totals: dict[str, Scalar] = {}
+        self._counts: dict[str, Scalar] = {}
+
+    def add(self, values: Mapping[str, Value], count: int) -> None:
+        """Adds one step's values.
+
+        Args:
+            values: name -> the mean over the step's samples, or a `Mean`. The names must be the same each step.
+            count: number of real samples of the step; 0 for a step that only keeps the ranks together.
+
+        Raises:
+            StepError: the names differ from those of the steps before.
+        """
+        self.steps += 1
+        if self.names is None:
+            self.names = tuple(values)
+        elif len(values) != len(self.names) or any(name not in values for name in self.names):
+            raise StepError(
+                f"the {self.split} step returned the values {', '.join(values)}; before, it returned "
+                f"{', '.join(self.names)}. Return the same names at every step."
+            )
+        if count == 0:
+            return
+        self.samples += count
+        for name, value in values.items():
+            if isinstance(value, Mean):
+                self._put(name, _plain(value.total), _plain(value.count))
+            elif isinstance(value, Tensor) and value.device.type != "cpu":
+                self._put(name, value.detach().to(_sum_dtype(value)) * count, count)
+            else:
+                self._put(name, float(value) * count, count)
+
+    def _put(self, name: str, total: Scalar, count: Scalar) -> None:
+        if name in self._totals:
+            self._totals[name] = self._totals[name] + total
+            self._counts[name] = self._counts[name] + count
+        else:
+            self._totals[name], self._counts[name] = total, count
+
+    def running(self) -> dict[str, float]:
+        """Returns this rank's means so far, for a person to watch; waits for the device."""
+        return {
+            name: float(total) / count
+            for name, total in self._totals.items()
+            if (count := float(self._counts[name])) != 0
+        }
+
+    def reduce(self, world: World, seconds: float, extras: tuple[float, ...] = ()) -> tuple[PassResult, list[float]]:
+        """Adds up over the ranks, in one collective (and one more, once a run, to agree on the names).
+
+        Args:
+            world: the ranks.
+            seconds: how long this rank's pass took.
+            extras: further numbers to be summed along.
+
+        Returns:
+            the pass's result, and the sums of `extras`; equal on all ranks.
+
+        Raises:
+            DataError: no rank had a sample, or a value's count is zero.
+            StepError: ranks return different names.
+        """
+        names = self.names = self._agree(world)
+        pairs = [float(table.get(name, 0.0)) for name in names for table in (self._totals, self._counts)]
+        sums = world.all_reduce([*pairs, float(self.samples), seconds, *extras])
+        samples, total_seconds, *extra_sums = sums[len(pairs) :]
+        if samples == 0:
+            raise DataError(nothing_yielded(self.split))
+        means = {}
+        for index, name in enumerate(names):
+            total, count = sums[2 * index : 2 * index + 2]
+            if count == 0:
+                raise DataError(
+                    f"the {self.split} step counted nothing for {name!r} in the whole epoch, so it has no mean: "
+                    "its Mean(total, count) had count 0 at every step."
+                )
+            means[name] = total / count
+        return PassResult(means, round(samples), self.steps, total_seconds / world.size), extra_sums
+
+    def _agree(self, world: World) -> tuple[str, ...]:
+        """Returns the names that all ranks use; a rank that had no sample learns them here."""
+        if self._agreed and self.names is not None:
+            return self.names
+        told = world.gather_json(None if self.names is None else list(self.names))
+        known = next((names for names in told if names is not None), None)
+        if known is None:
+            raise DataError(nothing_yielded(self.split))
+        for rank, names in enumerate(told):
+            if names is not None and set(names) != set(known):
+                raise StepError(
+                    f"the {self.split} step returns {', '.join(known)} on one rank and {', '.join(names)} on rank "
+                    f"{rank}. Return the same names on every rank."
+                )
+        return tuple(known)
+
+
+def nothing_yielded(split: str) -> str:
+    """The message for a loader without a batch."""
+    return (
+        f"the {split} loader yielded no batch. Is its dataset empty, or smaller than one batch with drop_last=True?"
+    )
+
+
+def _plain(number: Scalar) -> Scalar:
+    """A number that can be added up without holding a graph: a float, or a tensor on its device."""
+    if isinstance(number, Tensor):
+        number = number.detach()
+        return float(number) if number.device.type == "cpu" else number.to(_sum_dtype(number))
+    return float(number)
+
+
+def _sum_dtype(value: Tensor) -> torch.dtype:
+    return torch.float32 if value.device.type == "mps" else torch.float64

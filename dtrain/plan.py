@@ -1,0 +1,87 @@
+"""What a run would do, without doing it: `dtrain train --dry-run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dtrain.config import BUILDER_SECTIONS, Settings
+from dtrain.config.schema import leaves
+from dtrain.engine import Task
+from dtrain.recipe import Recipe
+from dtrain.sharding import Dealing, ShardedLoader
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a run.
+
+    Attributes:
+        ranks: number of ranks.
+        batch_per_rank: samples a rank takes per step, None where the loader cannot tell.
+        batch_in_all: samples of a global batch.
+        steps_per_epoch: steps of each rank per epoch, None where the loader cannot tell.
+        optimizer_steps: over all epochs.
+    """
+
+    ranks: int
+    batch_per_rank: int | None
+    batch_in_all: int | None
+    steps_per_epoch: int | None
+    optimizer_steps: int | None
+
+
+def make_plan(task: Task, settings: Settings, ranks: int) -> Plan:
+    """Works out a run's sizes from its loaders."""
+    train = settings.config.train
+    how = Dealing(rank=0, size=ranks, mode=train.batch, fill=True)
+    steps = ShardedLoader(task.dl_train, how, train.seed, "train").steps()
+    size = _batch_size(task.dl_train)
+    per_rank = in_all = None
+    if size is not None:
+        per_rank, in_all = (size, size * ranks) if train.batch == "per_rank" else (-(-size // ranks), size)
+    return Plan(ranks, per_rank, in_all, steps, None if steps is None else steps * train.epochs)
+
+
+def _batch_size(loader: Any) -> int | None:
+    size = getattr(loader, "batch_size", None)
+    if size is None:
+        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) else None
+
+
+def value_rows(settings: Settings, recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Returns every value of a run as (key, value, where it came from), defaults of the recipe included."""
+    rows = []
+    for key in leaves():
+        node: Any = settings.config
+        for part in key.split("."):
+            node = getattr(node, part, None)
+        if node is not None or key in settings.places:
+            rows.append((key, str(node), settings.place_of(key)))
+    for section in BUILDER_SECTIONS:
+        given = getattr(settings.config, section)
+        builder = recipe.builders.get(section)
+        defaults = builder.defaults() if builder is not None else {}
+        for name in [*defaults, *(n for n in given if n not in defaults)]:
+            place = settings.place_of(f"{section}.{name}")
+            if name not in given and builder is not None:
+                place = f"default of {builder.function.__name__}"
+            rows.append((f"{section}.{name}", str(given.get(name, defaults.get(name))), place))
+    return rows
+
+
+def plan_text(plan: Plan, rows: list[tuple[str, str, str]], epochs: int) -> str:
+    """Returns a plan and the values as a table for a person."""
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = [f"{key:<{widths[0]}}  {value:<{widths[1]}}  {place}" for key, value, place in rows]
+    sizes = [
+        ("ranks", plan.ranks),
+        ("batch per rank", plan.batch_per_rank),
+        ("batch in all", plan.batch_in_all),
+        ("steps per epoch", plan.steps_per_epoch),
+        ("epochs", epochs),
+        ("optimizer steps in total", plan.optimizer_steps),
+    ]
+    lines += ["", *(f"{name:<24}  {'unknown: the loader has no length' if n is None else n}" for name, n in sizes)]
+    return "\n".join([*lines, "", "Nothing was started (--dry-run)."])

@@ -1,0 +1,196 @@
+"""The user's file: found, imported, and bound to the config's parameters.
+
+A recipe defines `train_step` and `valid_step`, and either builders, which take their parameters from the
+config, or the objects themselves, as in a notebook. The signature of a builder is its schema.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from dtrain.config import BUILDER_SECTIONS, Settings
+from dtrain.engine import Interval, Task
+from dtrain.errors import RecipeError
+from dtrain.recipe_file import locate, syntax_problem
+from dtrain.signatures import Builder, check_parameters
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An imported recipe.
+
+    Attributes:
+        module: the user's module.
+        path: its file.
+        builders: section of the config -> the function that takes its parameters.
+    """
+
+    module: ModuleType
+    path: Path
+    builders: dict[str, Builder]
+
+    def parameters(self) -> dict[str, list[str]]:
+        """Returns section -> names of the parameters that its builder takes from the config."""
+        return {section: list(builder.parameters) for section, builder in self.builders.items()}
+
+
+def load_recipe(reference: str, base: Path) -> Recipe:
+    """Imports a recipe.
+
+    Raises:
+        RecipeError: the file or module is missing, or has a syntax error.
+        Exception: whatever the user's file raises when it is imported.
+    """
+    path = locate(reference, base)
+    module = _import_module(reference) if path is None else _import_file(path.resolve())
+    file = Path(module.__file__ or reference)
+    functions = {
+        section: function
+        for section, name in BUILDER_SECTIONS.items()
+        if callable(function := getattr(module, name, None))
+    }
+    builders = {
+        section: Builder.of(function, skip=1 if section in ("optimizer", "scheduler") else 0)
+        for section, function in functions.items()
+    }
+    return Recipe(module, file, builders)
+
+
+def _import_module(name: str) -> ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise RecipeError(f"recipe {name!r} is neither a .py file nor a module's name.")
+    try:
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        file = f"{name}.py"
+        hint = f" There is a file {file}: write recipe={file}." if Path(file).is_file() else ""
+        raise RecipeError(f"recipe {name}: there is no module of this name, and no bundled config.{hint}")
+    return _run_import(lambda: importlib.import_module(name), name)
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Imports a file as `python FILE` would find things: its own folder first on the path."""
+    folder = str(path.parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    stem = path.stem
+    taken = stem in sys.modules or stem in sys.stdlib_module_names or not stem.isidentifier()
+    name = f"dtrain_recipe_{stem}" if taken else stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"recipe {path}: cannot be imported as Python.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # DataLoader workers find a dataset's class by this name
+    loader = spec.loader
+    try:
+        _run_import(lambda: loader.exec_module(module), str(path))
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _run_import(run: Callable[[], T], name: str) -> T:
+    """Imports; a syntax error or a sys.exit() in the user's file becomes one message."""
+    try:
+        return run()
+    except SyntaxError as error:
+        raise syntax_problem(error) from None
+    except SystemExit as error:
+        raise RecipeError(
+            f"recipe {name} called sys.exit({error.code!r}) while it was imported. "
+            "Put what is to run as a script under `if __name__ == '__main__':`."
+        ) from None
+
+
+def bind(recipe: Recipe, settings: Settings) -> Task:
+    """Builds a recipe's objects with the config's parameters.
+
+    Raises:
+        ConfigError: a parameter is unknown or of the wrong type.
+        RecipeError: the recipe lacks something, or a builder returns the wrong thing.
+    """
+    settings.place(recipe.parameters())
+    check_parameters(recipe.builders, recipe.path, settings)
+    train_step = _function(recipe, "train_step")
+    module = _model(recipe, settings)
+    dl_train, dl_valid = _loaders(recipe, settings)
+    valid_step = _function(recipe, "valid_step") if dl_valid is not None else None
+    optimizer = _built(recipe, settings, "optimizer", module)
+    if optimizer is None:
+        optimizer = getattr(module, "optimizer", None) or getattr(recipe.module, "optimizer", None)
+    scheduler, interval = _scheduler(recipe, settings, optimizer)
+    return Task(module, train_step, dl_train, valid_step, dl_valid, optimizer, scheduler, interval)
+
+
+def _built(recipe: Recipe, settings: Settings, section: str, *first: Any) -> Any:
+    """Calls a section's builder with the config's parameters; None where the recipe has no such builder."""
+    builder = recipe.builders.get(section)
+    if builder is None:
+        return None
+    return builder.function(*first, **getattr(settings.config, section))
+
+
+def _function(recipe: Recipe, name: str) -> Callable[..., Any]:
+    found = getattr(recipe.module, name, None)
+    if not callable(found):
+        there = [n for n in ("train_step", "valid_step") if callable(getattr(recipe.module, n, None))]
+        hint = " Without validation, set dl_valid = None, or let build_dataloaders return (dl_train, None)."
+        raise RecipeError(
+            f"{recipe.path} defines no {name}(model, features, labels)"
+            f"{f'; it defines {there[0]}' if there else ''}.{hint if name == 'valid_step' else ''}"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _model(recipe: Recipe, settings: Settings) -> nn.Module:
+    model = _built(recipe, settings, "model")
+    if model is None and "model" not in recipe.builders:
+        model = getattr(recipe.module, "model", None) or getattr(recipe.module, "net", None)
+        if model is None:
+            raise RecipeError(f"{recipe.path} defines no net: neither build_model(...) nor an object `model` or `net`.")
+    if not isinstance(model, nn.Module):
+        raise RecipeError(f"{recipe.path}: the model is a {type(model).__name__}, not a torch.nn.Module.")
+    return model
+
+
+def _loaders(recipe: Recipe, settings: Settings) -> tuple[Any, Any]:
+    if "data" not in recipe.builders:
+        if not hasattr(recipe.module, "dl_train"):
+            raise RecipeError(f"{recipe.path} defines no data: neither build_dataloaders(...) nor `dl_train`.")
+        return recipe.module.dl_train, getattr(recipe.module, "dl_valid", getattr(recipe.module, "dl_val", None))
+    built = _built(recipe, settings, "data")
+    if not isinstance(built, (tuple, list)) or len(built) != 2:
+        raise RecipeError(
+            f"{recipe.builders['data'].where}: build_dataloaders returned {type(built).__name__}; "
+            "it should return (dl_train, dl_valid), the second one None without validation."
+        )
+    return built[0], built[1]
+
+
+def _scheduler(recipe: Recipe, settings: Settings, optimizer: Any) -> tuple[Any, Interval]:
+    """A scheduler counts epochs; with `(scheduler, "step")` it counts optimizer steps."""
+    if "scheduler" in recipe.builders and optimizer is None:
+        raise RecipeError(f"{recipe.path} has build_scheduler but no optimizer. Define build_optimizer(model).")
+    built = _built(recipe, settings, "scheduler", optimizer)
+    if isinstance(built, tuple):
+        if len(built) != 2 or built[1] not in ("epoch", "step"):
+            raise RecipeError(
+                f"{recipe.builders['scheduler'].where}: build_scheduler returned {built!r}; "
+                'it should return a scheduler, or (scheduler, "step") or (scheduler, "epoch").'
+            )
+        return built[0], built[1]
+    return built, "epoch"

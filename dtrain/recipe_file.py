@@ -1,0 +1,54 @@
+"""What can be said of a recipe's file without importing it, and so without torch."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from dtrain.errors import RecipeError, nearest
+
+
+def locate(reference: str, base: Path) -> Path | None:
+    """Finds the file of a recipe.
+
+    Args:
+        reference: a .py file (relative to `base`, else to the current folder) or a dotted module name.
+        base: folder of the config that names the recipe.
+
+    Returns:
+        the file, or None for a dotted name, which is left to the import system.
+
+    Raises:
+        RecipeError: a file is named that is not there.
+    """
+    if not reference.endswith(".py") and "/" not in reference:
+        return None
+    for folder in (base, Path()):
+        path = folder / reference
+        if path.is_file():
+            return path
+    folder = (base / reference).parent
+    there = sorted(p.name for p in folder.glob("*.py")) if folder.is_dir() else []
+    raise RecipeError(
+        f"recipe {reference}: no such file (looked in {folder.resolve()}).{nearest(Path(reference).name, there)}"
+    )
+
+
+def check_syntax(path: Path) -> None:
+    """Parses a recipe.
+
+    Raises:
+        RecipeError: it is no Python; the message has file, line and the text there.
+    """
+    try:
+        ast.parse(path.read_bytes(), filename=str(path))
+    except SyntaxError as error:
+        raise syntax_problem(error) from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"recipe {path}: cannot be read: {error}.") from None
+
+
+def syntax_problem(error: SyntaxError) -> RecipeError:
+    """Returns a syntax error as one message with file, line and the text there."""
+    text = (error.text or "").strip()
+    return RecipeError(f"{error.filename}:{error.lineno}: syntax error: {error.msg}" + (f"\n    {text}" if text else ""))

@@ -1,0 +1,1 @@
+"""Recipes that come with dtrain and run as they are."""

@@ -1,0 +1,129 @@
+"""One rank's run: config and recipe in, a run's folder out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dtrain.checkpoint import save_epoch
+from dtrain.config import Settings
+from dtrain.engine import Engine, Task
+from dtrain.errors import AgreedFailure, Failure, UsageError
+from dtrain.failures import describe
+from dtrain.history import FILE_NAME, History
+from dtrain.progress import choose_progress
+from dtrain.recipe import bind, load_recipe
+from dtrain.seeding import seed_everything
+from dtrain.trackers import make_trackers
+from dtrain.world import World
+
+T = TypeVar("T")
+
+
+def load_task(settings: Settings) -> Task:
+    """Seeds, imports the recipe and builds its objects, so that every rank builds the same net."""
+    seed_everything(settings.config.train.seed)
+    return bind(load_recipe(settings.config.recipe, settings.base), settings)
+
+
+def train_run(settings: Settings, world: World) -> Path:
+    """Trains a configured run on this rank.
+
+    Args:
+        settings: the resolved config.
+        world: the verified ranks.
+
+    Returns:
+        the run's folder; on ranks other than 0 too, although only rank 0 writes to it.
+
+    Raises:
+        AgreedFailure: some rank could not set up; every rank raises it.
+    """
+    task = agree(world, lambda: load_task(settings))
+    train = settings.config.train
+    engine = Engine(
+        task,
+        world,
+        epochs=train.epochs,
+        seed=train.seed,
+        batch=train.batch,
+        progress=choose_progress(is_main=world.is_main, epochs=train.epochs, log_step_freq=train.log_step_freq),
+    )
+    folder = Path(world.gather_json(agree(world, lambda: _open_folder(settings, world)))[0])
+    trackers = agree(world, lambda: make_trackers(settings.config, folder, folder.name) if world.is_main else [])
+    if world.is_main:
+        engine.history = History(folder / FILE_NAME)
+        engine.after_epoch.append(lambda row: _keep(folder, engine, row))
+        engine.after_epoch += [tracker.log_epoch for tracker in trackers]
+    failed = True
+    try:
+        engine.fit()
+        failed = False
+    finally:
+        for tracker in trackers:
+            tracker.finish(failed=failed)
+    if world.is_main:
+        _sum_up(engine.history, folder)
+    return folder
+
+
+def agree(world: World, attempt: Callable[[], T]) -> T:
+    """Runs a part of the set-up on every rank and lets all know how it went.
+
+    Raises:
+        AgreedFailure: it failed on some rank; all ranks raise, so that none waits for the others.
+    """
+    result: Any = None
+    failure: Failure | None = None
+    try:
+        result = attempt()
+    except Exception as error:  # noqa: BLE001 - it is told to all ranks and raised below
+        text, exit_code = describe(error)
+        failure = Failure(world.rank, text, exit_code, type(error).__name__)
+    told = world.gather_json(None if failure is None else asdict(failure))
+    failures = [Failure(**item) for item in told if item is not None]
+    if failures:
+        raise AgreedFailure(failures)
+    return result  # type: ignore[no-any-return]
+
+
+def _open_folder(settings: Settings, world: World) -> str:
+    """Makes the run's folder, rank 0 alone; a folder that is there already is never written to."""
+    run = settings.config.run
+    if not world.is_main:
+        return ""
+    recipe = settings.config.recipe
+    title = Path(recipe).stem if recipe.endswith(".py") else recipe.rpartition(".")[2]
+    stem = run.name or f"{title}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in range(1, 1000):
+        folder = Path(run.dir) / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if run.name is not None:
+                raise UsageError(
+                    f"run.name = {run.name!r}: {folder} is there already and is kept as it is. "
+                    "Choose another run.name, or leave it out."
+                ) from None
+            continue
+        except OSError as error:
+            raise UsageError(f"run.dir = {run.dir!r}: cannot make {folder}: {error.strerror}.") from None
+        (folder / "config.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+        return str(folder)
+    raise UsageError(f"run.dir = {run.dir!r}: a thousand runs named {stem} are there.")
+
+
+def _keep(folder: Path, engine: Engine, row: dict[str, Any]) -> None:
+    save_epoch(folder / "checkpoints", engine.task.module, row)
+
+
+def _sum_up(history: History, folder: Path) -> None:
+    best = history.best()
+    if best is None:
+        return
+    monitor = "val_loss" if "val_loss" in best else "loss"
+    print(f"best epoch: {best['epoch']} ({monitor} = {best[monitor]:.4f})")  # noqa: T201
+    print(f"run: {folder}")  # noqa: T201

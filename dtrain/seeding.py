@@ -1,0 +1,74 @@
+"""Random numbers: one seed, and streams derived from it that are the same, or differ, by purpose."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def derive(seed: int, *purpose: object) -> int:
+    """Returns a 63-bit seed for a purpose, such as ("order", "train", epoch) or ("rank", 3)."""
+    text = "/".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, NumPy's and torch's global generators, all devices included."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - users' own code draws from the global generator
+    torch.manual_seed(seed)
+
+
+class CommonRandomness:
+    """A random state beside the global one, entered for as long as something random must be equal on all ranks.
+
+    While inside, the global generators (Python, NumPy, torch on the CPU) run on this state; outside, they go
+    on as if nothing had been drawn.
+    """
+
+    def __init__(self, seed: int) -> None:
+        with self._kept():
+            seed_everything_on_cpu(seed)
+            self._state = _state()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Switches to this state for the block."""
+        with self._kept():
+            _restore(self._state)
+            try:
+                yield
+            finally:
+                self._state = _state()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _kept() -> Iterator[None]:
+        outside = _state()
+        try:
+            yield
+        finally:
+            _restore(outside)
+
+
+def seed_everything_on_cpu(seed: int) -> None:
+    """Seeds the generators that `CommonRandomness` switches."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+
+
+def _state() -> tuple[Any, Any, torch.Tensor]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+
+def _restore(state: tuple[Any, Any, torch.Tensor]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])  # noqa: NPY002
+    torch.set_rng_state(state[2])

@@ -1,0 +1,140 @@
+"""The signature is the schema: a builder's parameters, checked before it is called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+
+from dtrain.config import BUILDER_SECTIONS, Settings
+from dtrain.errors import ConfigError, nearest
+
+_SCALARS = (bool, int, float, str)
+
+
+@dataclass(frozen=True)
+class Builder:
+    """A recipe's function that takes its parameters from a section of the config.
+
+    Attributes:
+        function: the user's function.
+        parameters: name -> parameter; without those that dtrain passes itself (the model, the optimizer).
+        takes_any: whether it has **kwargs.
+        where: "file:line" of its definition.
+    """
+
+    function: Callable[..., Any]
+    parameters: dict[str, inspect.Parameter]
+    takes_any: bool
+    where: str
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], skip: int) -> Builder:
+        """Reads a function's signature.
+
+        Args:
+            function: the builder.
+            skip: number of first parameters that dtrain passes itself.
+        """
+        try:
+            signature = inspect.signature(function, eval_str=True)
+        except Exception:  # noqa: BLE001 - evaluating a user's annotations can raise anything
+            signature = inspect.signature(function)
+        named = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        return cls(function, {p.name: p for p in named[skip:]}, takes_any, _where(function))
+
+    def described(self) -> str:
+        """Returns "build_model(hidden: int = 64), recipe.py:12" for messages."""
+        inner = ", ".join(str(p) for p in self.parameters.values())
+        return f"{self.function.__name__}({inner}), {self.where}"
+
+    def defaults(self) -> dict[str, Any]:
+        """Returns name -> default of the parameters that have one."""
+        return {name: p.default for name, p in self.parameters.items() if p.default is not p.empty}
+
+
+def _where(function: Callable[..., Any]) -> str:
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function)) or "?"
+        return f"{file}:{inspect.getsourcelines(inspect.unwrap(function))[1]}"
+    except (OSError, TypeError):
+        return "?"
+
+
+def check_parameters(builders: dict[str, Builder], path: Path, settings: Settings) -> None:
+    """Checks the builders' sections of a config against the recipe's signatures.
+
+    Values are replaced by what the annotations make of them (a list for a tuple, text for a Path).
+
+    Raises:
+        ConfigError: keys that no builder takes, values of the wrong type, missing parameters; all at once.
+    """
+    problems: list[str] = []
+    for section, name in BUILDER_SECTIONS.items():
+        given: dict[str, Any] = getattr(settings.config, section)
+        builder = builders.get(section)
+        if builder is None:
+            problems += [
+                f"{section}.{key} = {value!r} ({settings.place_of(f'{section}.{key}')}): {path} has no {name}(...) "
+                "that could take it."
+                for key, value in given.items()
+            ]
+            continue
+        problems += _check_section(section, builder, given, settings)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _check_section(section: str, builder: Builder, given: dict[str, Any], settings: Settings) -> list[str]:
+    problems = []
+    for key, value in list(given.items()):
+        at = f"{section}.{key} = {value!r} ({settings.place_of(f'{section}.{key}')})"
+        parameter = builder.parameters.get(key)
+        if parameter is None:
+            if not builder.takes_any:
+                problems.append(
+                    f"{at}: there is no such parameter.{nearest(key, builder.parameters)}\n  {builder.described()}"
+                )
+            continue
+        try:
+            given[key] = _converted(parameter, value, settings.raw.get(f"{section}.{key}"))
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].replace("Input should be", "should be")
+            problems.append(f"{at}: {reason}.\n  {builder.described()}")
+    missing = [n for n, p in builder.parameters.items() if p.default is p.empty and n not in given]
+    problems += [f"{section}.{n} is needed and is not given. Write {section}.{n}=...\n  {builder.described()}" for n in missing]
+    return problems
+
+
+def _converted(parameter: inspect.Parameter, value: Any, raw: str | None) -> Any:
+    """Checks a value against a parameter's annotation, or, without one, against the type of its default.
+
+    A parameter that wants text gets it as it was typed: 007 stays 007.
+    """
+    annotation = parameter.annotation
+    if annotation is str and raw is not None:
+        return raw
+    if annotation is parameter.empty:
+        kind = type(parameter.default)
+        if kind not in _SCALARS:
+            return value
+        annotation = int | float if kind is int else kind
+        if value is None:
+            return value
+    if isinstance(annotation, str):
+        return value  # an annotation that could not be evaluated
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:
+        adapter = TypeAdapter(annotation)
+    except PydanticSchemaGenerationError:
+        return value
+    if isinstance(value, bool) and annotation in (int, float, str):
+        return TypeAdapter(annotation).validate_python(value, strict=True)
+    return adapter.validate_python(value)

@@ -1,0 +1,115 @@
+"""The function style: `train_model`, with the tutorial's five arguments."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dtrain.engine import Engine, Interval, Task
+from dtrain.errors import UsageError
+from dtrain.progress import Silent, choose_progress
+from dtrain.sharding import BatchMode
+from dtrain.steps import Step
+from dtrain.world import World, bring_up
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def tutorial_train_step(model: Any, features: Any, labels: Any) -> tuple[Any, Any]:
+    """The tutorial's train step, for a net that carries loss_func, metric_func and optimizer."""
+    model.train()
+    model.optimizer.zero_grad()
+    predictions = model(features)
+    loss = model.loss_func(predictions, labels)
+    metric = model.metric_func(predictions, labels)
+    loss.backward()
+    model.optimizer.step()
+    return loss.detach(), metric
+
+
+def tutorial_valid_step(model: Any, features: Any, labels: Any) -> tuple[Any, Any]:
+    """The tutorial's valid step, for a net that carries loss_func and metric_func."""
+    predictions = model(features)
+    return model.loss_func(predictions, labels), model.metric_func(predictions, labels)
+
+
+def train_model(
+    model: nn.Module,
+    epochs: int,
+    dl_train: Any,
+    dl_valid: Any = None,
+    log_step_freq: int = 10,
+    *,
+    train_step: Step | None = None,
+    valid_step: Step | None = None,
+    optimizer: Optimizer | None = None,
+    scheduler: Any = None,
+    scheduler_interval: Interval = "epoch",
+    batch: BatchMode = "per_rank",
+    seed: int = 42,
+    verbose: bool = True,
+    cpu: bool = False,
+    world: World | None = None,
+) -> pd.DataFrame:
+    """Trains a net with its steps, on as many ranks as the process was started as.
+
+    Args:
+        model: the net; it is changed in place. Without `train_step` it must carry the tutorial's attributes
+            `loss_func`, `metric_func` and `optimizer`; `metric_name` names the metric.
+        epochs: passes over the training data, at least 1.
+        dl_train: loader of training batches: a DataLoader or any iterable of batches.
+        dl_valid: loader of validation batches, or None.
+        log_step_freq: train steps between two lines of plain output.
+        train_step: `train_step(model, *batch) -> (loss, metric)` or a mapping; see `dtrain.steps`.
+        valid_step: the same for validation, without learning.
+        optimizer: by default `model.optimizer`.
+        scheduler: a torch learning-rate scheduler.
+        scheduler_interval: whether the scheduler counts epochs or optimizer steps.
+        batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
+        seed: the order of the samples and each rank's random stream are derived from it.
+        verbose: whether rank 0 shows progress.
+        cpu: compute on the CPU also where there is an accelerator.
+        world: ranks that were brought up before, by default brought up here.
+
+    Returns:
+        `dfhistory` on every rank, a row an epoch: epoch, loss, METRIC, val_loss, val_METRIC, lr, seconds,
+        samples_per_second. The means are over all samples of all ranks.
+
+    Raises:
+        UsageError: an argument is wrong, or the ranks did not come up as launched.
+        StepError: a step breaks the step contract.
+        DataError: a loader yields nothing.
+    """
+    for name, number in (("epochs", epochs), ("log_step_freq", log_step_freq)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise UsageError(f"{name} = {number!r}: should be a whole number of at least 1.")
+    task = Task(
+        module=model,
+        train_step=train_step or _tutorials(tutorial_train_step, model),
+        dl_train=dl_train,
+        valid_step=valid_step or (_tutorials(tutorial_valid_step, model) if dl_valid is not None else None),
+        dl_valid=dl_valid,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        interval=scheduler_interval,
+    )
+    world = world if world is not None else bring_up(cpu=cpu)
+    shown = choose_progress(is_main=world.is_main, epochs=epochs, log_step_freq=log_step_freq) if verbose else Silent()
+    engine = Engine(task, world, epochs=epochs, seed=seed, batch=batch, progress=shown)
+    return engine.fit().dataframe()
+
+
+def _tutorials(step: Step, model: nn.Module) -> Step:
+    """Returns a default step where the net carries what it needs."""
+    needed = ("loss_func", "metric_func") + (("optimizer",) if step is tutorial_train_step else ())
+    missing = [name for name in needed if getattr(model, name, None) is None]
+    if missing:
+        split = "train" if step is tutorial_train_step else "valid"
+        raise UsageError(
+            f"no {split}_step was given, and for the tutorial's own the net lacks model.{', model.'.join(missing)}. "
+            f"Pass {split}_step=..., or set them on the net."
+        )
+    return step

@@ -1,0 +1,179 @@
+"""The world: this rank's facts, verified, and the few collectives that dtrain needs.
+
+Everything works unlaunched too: a world of one rank does no communication.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dtrain.errors import WorldError
+from dtrain.launch.facts import RankFacts, read_rank_facts
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks that train together, as seen from one of them.
+
+    Attributes:
+        rank: 0 to size - 1.
+        size: number of ranks.
+        local_rank: 0 to local_size - 1 on this machine.
+        local_size: number of ranks on this machine.
+        device: where this rank computes.
+        accelerator: Accelerate's view of the same world.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    accelerator: Accelerator
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is global rank 0, the one that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """float64, or float32 on a device that has no float64 (MPS)."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    def all_reduce(self, numbers: list[float]) -> list[float]:
+        """Sums a list of numbers, of equal length on all ranks, over the ranks; one collective."""
+        if self.size == 1:
+            return numbers
+        packed = torch.tensor(numbers, dtype=self.sum_dtype, device=self.device)
+        dist.all_reduce(packed)
+        return [float(number) for number in packed.tolist()]
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Returns every rank's value on every rank, in rank order.
+
+        Args:
+            value: what JSON can hold; lists and dicts come back as such. No pickle is involved.
+        """
+        if self.size == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([data.numel()], device=self.device))
+        longest = max(int(length) for length in lengths)
+        room = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
+        dist.all_gather(room, torch.nn.functional.pad(data, (0, longest - data.numel())))
+        return [
+            json.loads(bytes(part[: int(length)].tolist())) for part, length in zip(room, lengths, strict=True)
+        ]
+
+    def broadcast_(self, tensors: list[Tensor]) -> None:
+        """Overwrites tensors, in place, with rank 0's."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def close(self) -> None:
+        """Leaves the process group, so that no rank hangs or complains at exit."""
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def bring_up(*, cpu: bool = False, asked: int | None = None, facts: RankFacts | None = None) -> World:
+    """Brings up the world that the launcher announced and checks that it came up as asked.
+
+    Args:
+        cpu: compute on the CPU also where there is an accelerator.
+        asked: the number of ranks that the user asked for, where known.
+        facts: this rank's facts, by default read from the environment.
+
+    Raises:
+        WorldError: the ranks are not the ones asked for; both numbers and the remedy are named.
+    """
+    facts = read_rank_facts() if facts is None else facts
+    if asked is not None and asked != facts.size:
+        raise WorldError(
+            f"-n {asked} asks for {asked} ranks, but the launcher started {facts.size} (WORLD_SIZE={facts.size}). "
+            f"Give the launcher the number, or start `dtrain train -n {asked}` without a launcher."
+        )
+    cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or _no_accelerator()
+    if not cpu:
+        _refuse_shared_gpus(facts)
+    world = _join(facts, cpu)
+    _verify(world, facts)
+    return world
+
+
+def _no_accelerator() -> bool:
+    return not torch.accelerator.is_available()
+
+
+def _refuse_shared_gpus(facts: RankFacts) -> None:
+    count = torch.accelerator.device_count()
+    if facts.local_size > count:
+        raise WorldError(
+            f"{facts.local_size} ranks were started on this machine, which has {count} "
+            f"{torch.accelerator.current_accelerator()} devices: use -n {count}, or add --cpu."
+        )
+
+
+def _join(facts: RankFacts, cpu: bool) -> World:
+    """Lets Accelerate bring the process group up.
+
+    On a CPU machine `cpu=True` must be said: a plain `Accelerator()` there makes every process its own
+    world of size 1, all of them rank 0, in silence.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
+        accelerator = Accelerator(cpu=cpu, step_scheduler_with_optimizer=False)
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise WorldError(
+            f"mixed precision {accelerator.mixed_precision!r} (from Accelerate's settings) is not supported yet: "
+            "use bf16 or no."
+        )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise WorldError(
+            f"{accelerator.distributed_type.value} (from Accelerate's settings) is not supported yet: "
+            "use a profile for plain data parallelism, such as launch/multi_gpu.yaml."
+        )
+    return World(
+        rank=accelerator.process_index,
+        size=accelerator.num_processes,
+        local_rank=facts.local_rank,
+        local_size=facts.local_size,
+        device=accelerator.device,
+        accelerator=accelerator,
+    )
+
+
+def _verify(world: World, facts: RankFacts) -> None:
+    """Compares, on every rank, the announced world with the one that came up."""
+    joined = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if (world.rank, world.size, joined) != (facts.rank, facts.size, facts.size):
+        raise WorldError(
+            f"the launcher announced rank {facts.rank} of {facts.size}, but rank {world.rank} of {world.size} came "
+            f"up, in a process group of {joined}. Start it with `dtrain train -n {facts.size}`."
+        )
+    seen = world.gather_json([world.rank, world.device.type])
+    if [rank for rank, _ in seen] != list(range(world.size)):
+        raise WorldError(f"the ranks that came up are {[r for r, _ in seen]}, not 0 to {world.size - 1}.")
+    kinds = sorted({kind for _, kind in seen})
+    if len(kinds) > 1:
+        raise WorldError(
+            f"the ranks compute on different devices ({', '.join(f'{r}: {k}' for r, k in seen)}): "
+            "give all the same, or add --cpu on every node."
+        )
