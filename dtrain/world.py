@@ -85,8 +85,9 @@ class World:
                 dist.broadcast(tensor, src=0)
 
     def close(self) -> None:
-        """Leaves the process group, so that no rank hangs or complains at exit."""
-        if dist.is_available() and dist.is_initialized():
+        """Leaves the process group together with all other ranks; call it where all of them do."""
+        if self.size > 1:
+            dist.barrier()  # a rank that left earlier would cut the others' last collective off
             dist.destroy_process_group()
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import atexit
+import contextlib
+import logging
+import os
+import sys
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -36,4 +41,29 @@ def _root(
 
 def main() -> None:
     """Runs the command line; the console script `dtrain`."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if read_size() > 1 and "torch.distributed" in sys.modules:
+            _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+
+
+def read_size() -> int:
+    """Returns the number of ranks that this process is one of."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if text.isdigit() else 1
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends a rank without tearing the interpreter down.
+
+    gloo's threads may still hold tensors then, ask for the interpreter's lock, and abort the process
+    ("terminate called without an active exception"), after a run that went well.
+    """
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

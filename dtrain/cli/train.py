@@ -61,12 +61,10 @@ def _train(words: list[str], ranks: int | None, cpu: bool, dry_run: bool) -> int
     from dtrain.world import bring_up
 
     world = bring_up(cpu=cpu, asked=ranks, facts=facts)
-    try:
-        train_run(settings, world)
-        if world.is_main:
-            typer.echo(_next_command(words, world.size))
-    finally:
-        world.close()
+    train_run(settings, world)
+    if world.is_main:
+        typer.echo(_next_command(words, world.size))
+    world.close()
     return 0
 
 

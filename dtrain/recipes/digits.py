@@ -44,14 +44,14 @@ def build_model(dropout: float = 0.1) -> nn.Module:
 
 
 def build_dataloaders(
-    batch_size: int = 32, valid_samples: int = 359, num_workers: int = 0
+    batch_size: int = 16, valid_samples: int = 359, num_workers: int = 0
 ) -> tuple[DataLoader, DataLoader]:
     """A fixed stratified split: 1,438 scans to train on, and the first `valid_samples` of the other 359."""
     if not 1 <= valid_samples <= 359:
         raise ValueError(f"valid_samples = {valid_samples}: should be 1 to 359")
     scans = load_digits()
-    images = torch.tensor(scans.images, dtype=torch.float32).unsqueeze(1) / 16
-    images = nn.functional.interpolate(images, size=(28, 28), mode="bilinear", align_corners=False)
+    images = torch.tensor(scans.images, dtype=torch.float32).unsqueeze(1) / 8 - 1  # grey levels -1 to 1
+    images = nn.functional.interpolate(images, size=(28, 28), mode="nearest")
     labels = torch.tensor(scans.target)
     train, valid = train_test_split(range(len(labels)), test_size=359, stratify=scans.target, random_state=0)
     valid = valid[:valid_samples]
@@ -64,6 +64,13 @@ def build_dataloaders(
 def build_optimizer(model: nn.Module, lr: float = 0.01) -> torch.optim.Optimizer:
     """Adam over all weights."""
     return torch.optim.Adam(model.parameters(), lr=lr)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, gamma: float = 0.4
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Multiplies the learning rate by `gamma` after each epoch."""
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
