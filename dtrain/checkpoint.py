@@ -66,8 +66,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 def saved_epochs(folder: Path) -> dict[Path, dict[str, Any]]:
     """Returns the epochs that are saved whole, in order, with their rows of the history."""
     found = {
-        path.parent: json.loads(path.read_text(encoding="utf-8"))["row"]
-        for path in folder.glob(f"epoch-*/{MANIFEST}")
+        path.parent: json.loads(path.read_text(encoding="utf-8"))["row"] for path in folder.glob(f"epoch-*/{MANIFEST}")
     }
     return dict(sorted(found.items(), key=lambda item: int(item[1]["epoch"])))
 

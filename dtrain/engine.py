@@ -34,7 +34,7 @@ from dtrain.history import History
 from dtrain.metrics import Mean, MeanTable, PassResult, Value
 from dtrain.progress import Progress, Silent
 from dtrain.seeding import derive, seed_everything
-from dtrain.sharding import BatchMode, Dealing, Share, ShardedLoader
+from dtrain.sharding import BatchMode, Dealing, ShardedLoader, Share
 from dtrain.steps import (
     HOW_TO_LEARN,
     Kind,
@@ -242,7 +242,7 @@ class Engine:
                 "the train step returned a loss without a graph, after returning one with a graph before. "
                 "Return the loss itself at every step, without .item() or .detach()."
             )
-        self._weighted(loss, share).backward()  # type: ignore[arg-type]
+        torch.autograd.backward(self._weighted(loss, share))  # type: ignore[arg-type]
         optimizer.step()
         optimizer.zero_grad()
 
@@ -263,7 +263,7 @@ class Engine:
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             if row is None:
                 raise UsageError("ReduceLROnPlateau counts epochs: return it from build_scheduler without 'step'.")
-            scheduler.step(row.get("val_loss", row.get("loss")))
+            scheduler.step(float(row["val_loss"] if "val_loss" in row else row["loss"]))
         else:
             scheduler.step()
 
@@ -329,7 +329,9 @@ class Engine:
         """One number that differs where the weights do."""
         if self.world.size == 1:
             return 0.0
-        norms = [torch.linalg.vector_norm(p.detach(), dtype=self.world.sum_dtype) for p in self.task.module.parameters()]
+        norms = [
+            torch.linalg.vector_norm(p.detach(), dtype=self.world.sum_dtype) for p in self.task.module.parameters()
+        ]
         return float(torch.stack(norms).sum()) if norms else 0.0
 
     def _check_alike(self, mine: float, total: float) -> None:

@@ -9,7 +9,7 @@
     │   └── WorldError           the ranks that came up are not the ones asked for
     ├── DataError                a loader that yields nothing
     ├── StepError                a step that breaks the step contract
-    └── AgreedFailure            a failure that every rank knows of; rank 0 speaks
+    └── AgreedError            a failure that every rank knows of; rank 0 speaks
 
 An exception of the user's own code is never wrapped: it keeps its type and its
 traceback and gets a note that says where it happened (`add_place`).
@@ -75,7 +75,7 @@ class Failure:
     kind: str
 
 
-class AgreedFailure(DtrainError):
+class AgreedError(DtrainError):
     """At least one rank failed and every rank knows it. Rank 0 prints it once."""
 
     def __init__(self, failures: list[Failure]) -> None:

@@ -49,7 +49,8 @@ class History:
         """Returns the rows as the DataFrame `dfhistory`, a row an epoch."""
         import pandas as pd
 
-        return pd.DataFrame(self.rows)
+        frame: pd.DataFrame = pd.DataFrame(self.rows)
+        return frame
 
     def best(self) -> dict[str, Any] | None:
         """Returns the row with the lowest validation loss (training loss without validation)."""
@@ -89,7 +90,16 @@ def read_history(path: str | Path) -> pd.DataFrame:
     whole = text[: text.rfind("\n") + 1]
     if not whole:
         raise UsageError(f"{file}: the history has no whole row yet.")
-    return pd.read_csv(io.StringIO(whole), float_precision="round_trip")
+    # pandas' own reader rounds the last digit of some numbers.
+    rows = [{name: _number(cell) for name, cell in row.items()} for row in csv.DictReader(io.StringIO(whole))]
+    frame: pd.DataFrame = pd.DataFrame(rows)
+    return frame
+
+
+def _number(cell: str) -> int | float | None:
+    if not cell:
+        return None
+    return int(cell) if cell.isdigit() else float(cell)
 
 
 def _line(cells: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from dtrain.errors import DataError, StepError
 if TYPE_CHECKING:
     from dtrain.world import World
 
-Scalar = Union[float, Tensor]
+Scalar: TypeAlias = "float | Tensor"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Mean:
         return self.total / self.count
 
 
-Value = Union[Scalar, Mean]
+Value: TypeAlias = "Scalar | Mean"
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,8 @@ class MeanTable:
         for name, value in values.items():
             if isinstance(value, Mean):
                 self._put(name, _plain(value.total), _plain(value.count))
-            elif isinstance(value, Tensor) and value.device.type != "cpu":
-                self._put(name, value.detach().to(_sum_dtype(value)) * count, count)
             else:
-                self._put(name, float(value) * count, count)
+                self._put(name, _plain(value) * count, count)
 
     def _put(self, name: str, total: Scalar, count: Scalar) -> None:
         if name in self._totals:
@@ -173,9 +171,7 @@ class MeanTable:
 
 def nothing_yielded(split: str) -> str:
     """The message for a loader without a batch."""
-    return (
-        f"the {split} loader yielded no batch. Is its dataset empty, or smaller than one batch with drop_last=True?"
-    )
+    return f"the {split} loader yielded no batch. Is its dataset empty, or smaller than one batch with drop_last=True?"
 
 
 def _plain(number: Scalar) -> Scalar:

@@ -87,7 +87,7 @@ class PlainLines:
         """Nothing is held open."""
 
     def _print(self, line: str) -> None:
-        print(line, file=self._out or sys.stdout, flush=True)  # noqa: T201
+        print(line, file=self._out or sys.stdout, flush=True)
 
 
 class LiveBar:

@@ -51,4 +51,6 @@ def check_syntax(path: Path) -> None:
 def syntax_problem(error: SyntaxError) -> RecipeError:
     """Returns a syntax error as one message with file, line and the text there."""
     text = (error.text or "").strip()
-    return RecipeError(f"{error.filename}:{error.lineno}: syntax error: {error.msg}" + (f"\n    {text}" if text else ""))
+    return RecipeError(
+        f"{error.filename}:{error.lineno}: syntax error: {error.msg}" + (f"\n    {text}" if text else "")
+    )

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from dtrain.checkpoint import save_epoch
 from dtrain.config import Settings
 from dtrain.engine import Engine, Task
-from dtrain.errors import AgreedFailure, Failure, UsageError
+from dtrain.errors import AgreedError, Failure, UsageError
 from dtrain.failures import describe
 from dtrain.history import FILE_NAME, History
 from dtrain.progress import choose_progress
@@ -40,7 +40,7 @@ def train_run(settings: Settings, world: World) -> Path:
         the run's folder; on ranks other than 0 too, although only rank 0 writes to it.
 
     Raises:
-        AgreedFailure: some rank could not set up; every rank raises it.
+        AgreedError: some rank could not set up; every rank raises it.
     """
     task = agree(world, lambda: load_task(settings))
     train = settings.config.train
@@ -74,7 +74,7 @@ def agree(world: World, attempt: Callable[[], T]) -> T:
     """Runs a part of the set-up on every rank and lets all know how it went.
 
     Raises:
-        AgreedFailure: it failed on some rank; all ranks raise, so that none waits for the others.
+        AgreedError: it failed on some rank; all ranks raise, so that none waits for the others.
     """
     result: Any = None
     failure: Failure | None = None
@@ -86,7 +86,7 @@ def agree(world: World, attempt: Callable[[], T]) -> T:
     told = world.gather_json(None if failure is None else asdict(failure))
     failures = [Failure(**item) for item in told if item is not None]
     if failures:
-        raise AgreedFailure(failures)
+        raise AgreedError(failures)
     return result  # type: ignore[no-any-return]
 
 

@@ -21,7 +21,7 @@ def derive(seed: int, *purpose: object) -> int:
 def seed_everything(seed: int) -> None:
     """Seeds Python's, NumPy's and torch's global generators, all devices included."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - users' own code draws from the global generator
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
@@ -60,15 +60,15 @@ class CommonRandomness:
 def seed_everything_on_cpu(seed: int) -> None:
     """Seeds the generators that `CommonRandomness` switches."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
+    np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
 
 
 def _state() -> tuple[Any, Any, torch.Tensor]:
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
 
 
 def _restore(state: tuple[Any, Any, torch.Tensor]) -> None:
     random.setstate(state[0])
-    np.random.set_state(state[1])  # noqa: NPY002
+    np.random.set_state(state[1])
     torch.set_rng_state(state[2])

@@ -264,7 +264,8 @@ def _without_distributed(loader: DataLoader[Any]) -> Iterable[list[Any]]:
             f"the loader's {type(batches).__name__} deals to ranks by a DistributedSampler, as dtrain does itself. "
             "Give it a RandomSampler or SequentialSampler."
         )
-    plain = RandomSampler(sampler.dataset) if sampler.shuffle else SequentialSampler(sampler.dataset)
+    data: Any = sampler.dataset
+    plain = RandomSampler(data) if sampler.shuffle else SequentialSampler(data)
     return BatchSampler(plain, batches.batch_size, batches.drop_last)
 
 

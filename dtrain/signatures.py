@@ -103,38 +103,44 @@ def _check_section(section: str, builder: Builder, given: dict[str, Any], settin
                 )
             continue
         try:
-            given[key] = _converted(parameter, value, settings.raw.get(f"{section}.{key}"))
+            given[key] = _converted(parameter, value, settings.texts.get(f"{section}.{key}", value))
         except ValidationError as error:
             reason = error.errors()[0]["msg"].replace("Input should be", "should be")
             problems.append(f"{at}: {reason}.\n  {builder.described()}")
     missing = [n for n, p in builder.parameters.items() if p.default is p.empty and n not in given]
-    problems += [f"{section}.{n} is needed and is not given. Write {section}.{n}=...\n  {builder.described()}" for n in missing]
+    problems += [
+        f"{section}.{n} is needed and is not given. Write {section}.{n}=...\n  {builder.described()}" for n in missing
+    ]
     return problems
 
 
-def _converted(parameter: inspect.Parameter, value: Any, raw: str | None) -> Any:
+def _converted(parameter: inspect.Parameter, value: Any, text: Any) -> Any:
     """Checks a value against a parameter's annotation, or, without one, against the type of its default.
 
     A parameter that wants text gets it as it was typed: 007 stays 007.
     """
     annotation = parameter.annotation
-    if annotation is str and raw is not None:
-        return raw
     if annotation is parameter.empty:
-        kind = type(parameter.default)
-        if kind not in _SCALARS:
-            return value
-        annotation = int | float if kind is int else kind
+        annotation = _kind_of_default(parameter.default)
         if value is None:
             return value
+    if annotation is str and isinstance(text, str):
+        return text
     if isinstance(annotation, str):
         return value  # an annotation that could not be evaluated
+    strict = isinstance(value, bool) and annotation in (int, float)  # true is no number
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:
+    except PydanticUserError:  # a type with a config of its own
         adapter = TypeAdapter(annotation)
     except PydanticSchemaGenerationError:
         return value
-    if isinstance(value, bool) and annotation in (int, float, str):
-        return TypeAdapter(annotation).validate_python(value, strict=True)
-    return adapter.validate_python(value)
+    return adapter.validate_python(value, strict=strict or None)
+
+
+def _kind_of_default(default: Any) -> Any:
+    """What a parameter without an annotation takes: numbers where its default is one, else anything."""
+    kind = type(default)
+    if kind is int:
+        return int | float
+    return kind if kind in _SCALARS else Any

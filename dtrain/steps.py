@@ -136,7 +136,7 @@ def watch_backward(module: nn.Module) -> Iterator[list[bool]]:
     def arrived(_: Tensor) -> None:
         seen[:] = [True]
 
-    handles = [p.register_post_accumulate_grad_hook(arrived) for p in module.parameters() if p.requires_grad]
+    handles = [_hooks(p).register_post_accumulate_grad_hook(arrived) for p in module.parameters() if p.requires_grad]
     try:
         yield seen
     finally:
@@ -181,7 +181,7 @@ def scaled_gradients(module: nn.Module, scale: float) -> Iterator[None]:
     if scale == 1.0:
         yield
         return
-    handles = [p.register_hook(lambda grad: grad * scale) for p in module.parameters() if p.requires_grad]
+    handles = [_hooks(p).register_hook(lambda grad: grad * scale) for p in module.parameters() if p.requires_grad]
     try:
         yield
     finally:
@@ -193,3 +193,8 @@ def no_grad_step(step: Step, module: nn.Module, batch: Any) -> Any:
     """Calls a valid step without recording gradients, whether or not it says so itself."""
     with torch.no_grad():
         return call_step(step, module, batch)
+
+
+def _hooks(parameter: Any) -> Any:
+    """A parameter whose methods torch has not typed."""
+    return parameter

@@ -74,9 +74,7 @@ class World:
         longest = max(int(length) for length in lengths)
         room = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
         dist.all_gather(room, torch.nn.functional.pad(data, (0, longest - data.numel())))
-        return [
-            json.loads(bytes(part[: int(length)].tolist())) for part, length in zip(room, lengths, strict=True)
-        ]
+        return [json.loads(bytes(part[: int(length)].tolist())) for part, length in zip(room, lengths, strict=True)]
 
     def broadcast_(self, tensors: list[Tensor]) -> None:
         """Overwrites tensors, in place, with rank 0's."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import typer
 
-from dtrain.errors import EXIT_INTERRUPTED, AgreedFailure, DtrainError
+from dtrain.errors import EXIT_INTERRUPTED, AgreedError, DtrainError
 from dtrain.launch.reports import supervised, write_report
 
 
@@ -34,7 +34,7 @@ def reported() -> Iterator[None]:
 
 
 def _words(error: Exception) -> tuple[str, int]:
-    if isinstance(error, AgreedFailure):
+    if isinstance(error, AgreedError):
         return str(error), error.exit_code
     from dtrain.failures import describe
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -13,7 +13,7 @@ from dtrain.cli.guard import reported
 
 def train(
     words: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Argument(
             metavar="[CONFIG | RECIPE.py] [KEY=VALUE ...]",
             help="A YAML config, a recipe, or nothing for the bundled digits; then values, such as epochs=5.",
@@ -21,7 +21,7 @@ def train(
         ),
     ] = None,
     ranks: Annotated[
-        Optional[int], typer.Option("-n", "--ranks", min=1, help="Start this many ranks on this machine.")
+        int | None, typer.Option("-n", "--ranks", min=1, help="Start this many ranks on this machine.")
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU, also where there is a GPU.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and start nothing.")] = False,

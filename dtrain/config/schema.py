@@ -68,9 +68,9 @@ class RunConfig(_Section):
     data: dict[str, Any] = Field(default_factory=dict)
     optimizer: dict[str, Any] = Field(default_factory=dict)
     scheduler: dict[str, Any] = Field(default_factory=dict)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    run: RunFolderConfig = Field(default_factory=RunFolderConfig)
-    track: TrackConfig = Field(default_factory=TrackConfig)
+    train: TrainConfig = TrainConfig()
+    run: RunFolderConfig = RunFolderConfig()
+    track: TrackConfig = TrackConfig()
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

@@ -26,7 +26,7 @@ class Settings:
     Attributes:
         config: the checked config.
         places: dotted key -> where its value came from; a key that is not there has its default.
-        raw: dotted key -> the text that was typed for it, for parameters that want text.
+        texts: dotted key -> the value for a parameter that wants text, as it was typed.
         unplaced: bare keys of the command line that are no key of the schema: parameters of a
             builder, to be placed once the recipe's signatures are known (`place`).
         bare: bare key -> the schema's key it was taken for, to find ambiguity with a builder's parameter.
@@ -35,7 +35,7 @@ class Settings:
 
     config: RunConfig
     places: dict[str, str] = field(default_factory=dict)
-    raw: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, Any] = field(default_factory=dict)
     unplaced: dict[str, Value] = field(default_factory=dict)
     bare: dict[str, str] = field(default_factory=dict)
     base: Path = field(default_factory=Path)
@@ -62,7 +62,7 @@ class Settings:
             _refuse_ambiguous(key, [f"{home}.{key}" for home in homes])
             getattr(self.config, homes[0])[key] = value.value
             self.places[f"{homes[0]}.{key}"] = value.place
-            self.raw[f"{homes[0]}.{key}"] = value.raw or ""
+            self.texts[f"{homes[0]}.{key}"] = value.text()
         self.unplaced = {}
         for key, taken_for in self.bare.items():
             homes = [f"{section}.{key}" for section, names in signatures.items() if key in names]
@@ -73,9 +73,7 @@ class Settings:
         return yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def load_settings(
-    target: str | None, overrides: Sequence[str], environ: Mapping[str, str] | None = None
-) -> Settings:
+def load_settings(target: str | None, overrides: Sequence[str], environ: Mapping[str, str] | None = None) -> Settings:
     """Resolves a run's config.
 
     Args:
@@ -101,7 +99,7 @@ def load_settings(
         if full == "recipe":
             settings.base = Path()
     settings.places = {key: value.place for key, value in values.items()}
-    settings.raw = {key: value.raw for key, value in values.items() if value.raw is not None}
+    settings.texts = {key: value.text() for key, value in values.items()}
     settings.config = _check(values)
     return settings
 
@@ -176,8 +174,7 @@ def _as_wanted(dotted: str, value: Value) -> Any:
     annotation = schema.leaves().get(dotted)
     options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     kinds = [get_args(o)[0] if hasattr(o, "__metadata__") else o for o in options]
-    wants_text = str in kinds and not isinstance(value.value, str) and value.value is not None
-    return value.raw if wants_text and value.raw is not None else value.value
+    return value.text() if str in kinds else value.value
 
 
 def _describe(item: Any, values: Mapping[str, Value]) -> str:

@@ -45,6 +45,12 @@ class Value:
     place: str
     raw: str | None = None
 
+    def text(self) -> Any:
+        """Returns the value for a key that wants text: as it was typed, 007 stays 007; quotes still quote."""
+        if self.raw is None or self.value is None or self.raw.lstrip().startswith(("'", '"')):
+            return self.value
+        return self.raw
+
 
 def read_scalar(text: str, place: str) -> Value:
     """Reads the right side of a `key=value`: a number, true, null, [lists] and {mappings}, or text."""
@@ -95,7 +101,7 @@ def _flatten(node: yaml.MappingNode, loader: _Loader, path: Path, prefix: str) -
             found |= _flatten(value_node, loader, path, f"{prefix}{key}.")
         else:
             try:
-                value = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+                value = loader.construct_object(value_node, deep=True)
             except yaml.YAMLError as error:
                 raise ConfigError(f"{path}:{line}: {prefix}{key}: {error}") from None
             found[prefix + key] = Value(value, f"{path}:{line}")

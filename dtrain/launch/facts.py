@@ -46,7 +46,7 @@ def read_rank_facts(environ: Mapping[str, str] | None = None) -> RankFacts:
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
         raise WorldError(
             f"RANK={rank} WORLD_SIZE={size} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_size} do not fit "
-            "together: a rank is counted from 0 and is less than the size. Correct them, or unset all four to run alone."
+            "together: ranks count from 0 and are less than the size. Correct them, or unset all four to run alone."
         )
     return RankFacts(rank, size, local_rank, local_size, launched=True)
 

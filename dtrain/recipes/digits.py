@@ -4,6 +4,8 @@ The scans are scikit-learn's (the test set of the UCI "Optical Recognition of Ha
 of 17 grey levels, enlarged here to 28x28. They come with scikit-learn: nothing is downloaded.
 """
 
+from typing import Any
+
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -35,7 +37,8 @@ class DigitsNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (batch, 1, 28, 28) to logits (batch, 10)."""
-        return self.layers(images)
+        logits: Tensor = self.layers(images)
+        return logits
 
 
 def build_model(dropout: float = 0.1) -> nn.Module:
@@ -45,7 +48,7 @@ def build_model(dropout: float = 0.1) -> nn.Module:
 
 def build_dataloaders(
     batch_size: int = 16, valid_samples: int = 359, num_workers: int = 0
-) -> tuple[DataLoader, DataLoader]:
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """A fixed stratified split: 1,438 scans to train on, and the first `valid_samples` of the other 359."""
     if not 1 <= valid_samples <= 359:
         raise ValueError(f"valid_samples = {valid_samples}: should be 1 to 359")
@@ -66,9 +69,7 @@ def build_optimizer(model: nn.Module, lr: float = 0.01) -> torch.optim.Optimizer
     return torch.optim.Adam(model.parameters(), lr=lr)
 
 
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, gamma: float = 0.4
-) -> torch.optim.lr_scheduler.LRScheduler:
+def build_scheduler(optimizer: torch.optim.Optimizer, gamma: float = 0.4) -> torch.optim.lr_scheduler.LRScheduler:
     """Multiplies the learning rate by `gamma` after each epoch."""
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
 
@@ -78,7 +79,7 @@ def accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
     return (predictions.argmax(dim=1) == labels).float().mean()
 
 
-def train_step(model: nn.Module, features: Tensor, labels: Tensor) -> tuple[float, float]:
+def train_step(model: Any, features: Tensor, labels: Tensor) -> tuple[float, float]:
     """One step of the tutorial's training loop."""
     model.train()
     model.optimizer.zero_grad()
@@ -91,7 +92,7 @@ def train_step(model: nn.Module, features: Tensor, labels: Tensor) -> tuple[floa
 
 
 @torch.no_grad()
-def valid_step(model: nn.Module, features: Tensor, labels: Tensor) -> tuple[float, float]:
+def valid_step(model: Any, features: Tensor, labels: Tensor) -> tuple[float, float]:
     """One step of the tutorial's validation loop."""
     model.eval()
     predictions = model(features)

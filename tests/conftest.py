@@ -1,0 +1,37 @@
+"""Fixtures that every test may use, and guards against what tests must not leave behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.commands import Dtrain, children_of_tests
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Each test leaves the environment as it was, and no process that dtrain started."""
+    before = dict(os.environ)
+    yield
+    # torch sets the second one by itself.
+    after = {k: v for k, v in os.environ.items() if k not in ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")}
+    before.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    before.pop("PYTEST_CURRENT_TEST", None)
+    assert after == before, "a test changed the environment"
+    assert children_of_tests() == [], "a test left processes behind"
+
+
+@pytest.fixture
+def dtrain(tmp_path: Path) -> Dtrain:
+    """Runs the installed `dtrain` command in an empty folder."""
+    return Dtrain(tmp_path)
+
+
+@pytest.fixture
+def recipes() -> Path:
+    """The folder of the tests' recipes."""
+    return RECIPES

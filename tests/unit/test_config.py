@@ -1,0 +1,116 @@
+"""Config: sources, precedence, provenance, and what is said of bad values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtrain.config import load_settings
+from dtrain.errors import ConfigError
+
+
+def test_later_sources_win_and_each_value_knows_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train:\n  epochs: 5\n  seed: 1\n  log_step_freq: 7\n")
+    settings = load_settings(str(file), ["seed=3"], {"DTRAIN_TRAIN__SEED": "2", "DTRAIN_TRAIN__LOG_STEP_FREQ": "8"})
+    train = settings.config.train
+    assert (train.epochs, train.seed, train.log_step_freq, train.batch) == (5, 3, 8, "per_rank")
+    assert settings.place_of("train.epochs") == f"{file}:2"
+    assert settings.place_of("train.seed") == "command line"
+    assert settings.place_of("train.log_step_freq") == "environment DTRAIN_TRAIN__LOG_STEP_FREQ"
+    assert settings.place_of("train.batch") == "default"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("epochs=0", ["train.epochs = 0", "command line", "greater than or equal to 1", "default: 3"]),
+        ("epochs=true", ["train.epochs = True", "integer"]),
+        ("epochs=2.5", ["train.epochs = 2.5", "integer"]),
+        ("train.epoch=3", ["train.epoch = 3", "'epochs'", "seed=42", "batch=per_rank"]),
+        ("trian.epochs=3", ["trian.epochs", "'train'", "recipe, model"]),
+        ("epochs", ["'epochs'", "key=value"]),
+        ("train=3", ["train = 3"]),
+        ("batch=local", ["train.batch = 'local'", "per_rank", "global"]),
+        ("run.name=a/b", ["run.name = 'a/b'", "folder name"]),
+        ("run.name=a\nb", ["run.name", "control characters"]),
+        ("track.wandb.mode=offline", ["track.wandb.project is needed"]),
+        ("train.seed=[1", ["'[1'", "command line"]),
+    ],
+)
+def test_a_bad_value_is_named_with_place_and_remedy(override: str, expected: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(None, [override], {})
+    for part in expected:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train:\n  epochs: 1\n  epochs: 2\n", [":3: train.epochs is given twice", "line 2"]),
+        ("- a\n- b\n", [":1:", "mapping"]),
+        ("train:\n\tepochs: 1\n", ["YAML"]),
+        ("train:\n  epochs: x\n", ["train.epochs = 'x'", ":2)"]),
+        ("no_such: 1\n", ["no_such = 1", "recipe=dtrain.recipes.digits"]),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, expected: list[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(str(file), [], {})
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_a_config_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(b"train:\n  epochs: \xff\n")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load_settings(str(file), [], {})
+
+
+def test_scalars_are_what_people_mean() -> None:
+    settings = load_settings(
+        None,
+        ["model.lr=1e-3", "model.on=on", "model.n=1_000", "model.t=2026-01-02", "model.l=[1, 2]", "run.name=007"],
+        {},
+    )
+    expected = {"lr": 0.001, "on": "on", "n": 1000, "t": "2026-01-02", "l": [1, 2]}
+    assert settings.config.model == expected
+    assert settings.config.run.name == "007"
+
+
+def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
+    settings = load_settings(None, ["epochs=9", "model.width=3", "track.wandb.project=p", "run.name=a b"], {})
+    file = tmp_path / "config.yaml"
+    file.write_text(settings.to_yaml())
+    assert load_settings(str(file), [], {}).config == settings.config
+
+
+def test_a_bundled_config_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    by_name, by_path = load_settings("digits", [], {}), load_settings("configs/digits.yaml", [], {})
+    assert by_name.config == by_path.config
+    assert by_name.config.recipe == "dtrain.recipes.digits"
+
+
+def test_a_bare_key_goes_to_the_one_builder_that_has_it() -> None:
+    settings = load_settings(None, ["width=4"], {})
+    settings.place({"model": ["width"], "data": ["rows"]})
+    assert settings.config.model == {"width": 4}
+    assert settings.place_of("model.width") == "command line"
+
+
+def test_a_bare_key_that_two_have_is_ambiguous() -> None:
+    with pytest.raises(ConfigError, match=r"model\.width, data\.width"):
+        load_settings(None, ["width=4"], {}).place({"model": ["width"], "data": ["width"]})
+    with pytest.raises(ConfigError, match=r"train\.seed, data\.seed"):
+        load_settings(None, ["seed=4"], {}).place({"data": ["seed"]})
+
+
+def test_a_bare_key_that_nobody_has_lists_what_is_there() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)'widht'.*Did you mean 'width'.*model: width"):
+        load_settings(None, ["widht=4"], {}).place({"model": ["width"]})
