@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import typer
 
-from dtrain.errors import EXIT_INTERRUPTED, AgreedError, DtrainError
+from dtrain.errors import EXIT_INTERRUPTED, EXIT_OK, AgreedError, DtrainError
 from dtrain.launch.reports import supervised, write_report
 
 
@@ -22,6 +22,8 @@ def reported() -> Iterator[None]:
     """
     try:
         yield
+        if supervised():
+            write_report(int(os.environ["RANK"]), EXIT_OK, "")
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt:

@@ -31,7 +31,8 @@ def train(
     Examples: dtrain train epochs=5 lr=0.003; dtrain train my_recipe.py -n 2 --cpu
     """
     with reported():
-        raise typer.Exit(_train(words or [], ranks, cpu, dry_run))
+        code = _train(words or [], ranks, cpu, dry_run)
+    raise typer.Exit(code)
 
 
 def _train(words: list[str], ranks: int | None, cpu: bool, dry_run: bool) -> int:

@@ -52,12 +52,16 @@ class Value:
         return self.raw
 
 
-def read_scalar(text: str, place: str) -> Value:
+def read_scalar(key: str, text: str, place: str) -> Value:
     """Reads the right side of a `key=value`: a number, true, null, [lists] and {mappings}, or text."""
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
     except yaml.YAMLError as error:
-        raise ConfigError(f"{text!r} ({place}) cannot be read as a value: {error}") from None
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(
+            f"{key} = {text} ({place}): cannot be read as a value: {problem}. Quote text that has quotes or "
+            "brackets in it, as YAML does."
+        ) from None
     return Value(value, place, raw=text)
 
 
@@ -119,7 +123,7 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, Value]:
     for name, text in environ.items():
         if name.startswith(ENVIRONMENT_PREFIX) and "__" in name:
             dotted = name[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
-            found[dotted] = read_scalar(text, f"environment {name}")
+            found[dotted] = read_scalar(dotted, text, f"environment {name}")
     return found
 
 
@@ -129,4 +133,4 @@ def read_override(text: str) -> tuple[str, Value]:
     key = key.strip()
     if not equals or not key:
         raise ConfigError(f"{text!r} (command line) is no key=value. Write it as in train.epochs=5.")
-    return key, read_scalar(raw, "command line")
+    return key, read_scalar(key, raw, "command line")

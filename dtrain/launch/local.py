@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from dtrain.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
+from dtrain.errors import EXIT_FAILED, EXIT_OK
 from dtrain.launch.lifeline import PARENT
 from dtrain.launch.reports import REPORT_DIR, read_reports
 from dtrain.launch.threads import usable_cores
@@ -39,9 +39,9 @@ def start_local_ranks(arguments: Sequence[str], size: int) -> int:
         port = free_port()
         ranks = [_start(arguments, rank, size, port, reports) for rank in range(size)]
         with _signals_caught() as caught:
-            code = _watch(ranks, caught)
+            silent = _watch(ranks, caught, Path(reports))
             _end(ranks)
-        return _tell(code, ranks, Path(reports), caught)
+        return _tell(silent, ranks, Path(reports), caught)
 
 
 def free_port() -> int:
@@ -97,18 +97,20 @@ def _signals_caught() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]], caught: list[int]) -> int:
-    """Waits until all ranks ended well, one failed, or a signal came; returns the exit code so far."""
-    while True:
-        codes = [rank.poll() for rank in ranks]
-        if caught:
-            return EXIT_INTERRUPTED if caught[0] == signal.SIGINT else 128 + caught[0]
-        failed = [code for code in codes if code not in (None, EXIT_OK)]
-        if failed:
-            return failed[0] if failed[0] is not None and failed[0] > 0 else EXIT_FAILED
-        if all(code == EXIT_OK for code in codes):
-            return EXIT_OK
+def _watch(ranks: list[subprocess.Popen[bytes]], caught: list[int], reports: Path) -> list[int]:
+    """Waits until all ranks ended well, one failed, or a signal came.
+
+    Returns:
+        the ranks that ended without a word by then, although each rank leaves one, well or not.
+    """
+    while not caught:
+        ended = {rank: code for rank, process in enumerate(ranks) if (code := process.poll()) is not None}
+        told = {report.rank for report in read_reports(reports)}
+        silent = [rank for rank in ended if rank not in told]
+        if silent or any(ended.values()) or len(ended) == len(ranks):
+            return silent
         time.sleep(_POLL_SECONDS)
+    return []
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -125,20 +127,26 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
         rank.wait()
 
 
-def _tell(code: int, ranks: list[subprocess.Popen[bytes]], reports: Path, caught: list[int]) -> int:
-    """Prints why the job ended, once, and returns the exit code of the first cause."""
-    if code == EXIT_OK:
-        return code
+def _tell(silent: list[int], ranks: list[subprocess.Popen[bytes]], reports: Path, caught: list[int]) -> int:
+    """Prints why the job ended, once, and returns the exit code of the first cause.
+
+    A rank that ended without a word is the cause before any that reported: its end is what tears the
+    others' connections, and they report just that.
+    """
     if caught:
-        print(f"dtrain: stopped by {signal.Signals(caught[0]).name}; all ranks are ended.", file=sys.stderr)  # noqa: T201
-        return code
-    told = read_reports(reports)
-    if told:
-        print(told[0].text, file=sys.stderr)  # noqa: T201
-        return told[0].exit_code
-    for rank, process in enumerate(ranks):
-        ended = process.returncode
-        if ended not in (EXIT_OK, -signal.SIGTERM):
-            how = f"was killed by {signal.Signals(-ended).name}" if ended < 0 else f"ended with exit code {ended}"
-            print(f"dtrain: rank {rank} {how} and left no word of why.", file=sys.stderr)  # noqa: T201
-    return code
+        _say(f"dtrain: stopped by {signal.Signals(caught[0]).name}; all ranks are ended.")
+        return 128 + caught[0]
+    if silent:
+        code = ranks[silent[0]].returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+        _say(f"dtrain: error: rank {silent[0]} {how} and left no word of why; the other ranks were ended.")
+        return code if code > 0 else EXIT_FAILED
+    failed = [report for report in read_reports(reports) if report.exit_code != EXIT_OK]
+    if failed:
+        _say(failed[0].text)
+        return failed[0].exit_code
+    return EXIT_OK
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)  # noqa: T201

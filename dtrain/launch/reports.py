@@ -1,4 +1,4 @@
-"""How a rank tells its supervisor why it failed: one small JSON file a rank."""
+"""How a rank tells its supervisor how it ended: one small JSON file a rank, also when all went well."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ REPORT_DIR = "DTRAIN_REPORT_DIR"
 
 @dataclass(frozen=True)
 class Report:
-    """Why one rank ended, in words.
+    """How one rank ended, in words.
 
     Attributes:
         rank: who.
         exit_code: what the job shall end with.
-        text: what a person shall read.
+        text: what a person shall read; empty where all went well.
         when: seconds since the epoch; the earliest report is the cause, later ones are its echo.
     """
 

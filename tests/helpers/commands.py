@@ -61,6 +61,7 @@ class Dtrain:
     def run(self, *argv: object, timeout: float = 120, **env: str) -> Done:
         done = subprocess.run(
             [str(word) for word in argv],
+            check=False,
             cwd=self.folder,
             env=clean_environment(**env),
             capture_output=True,

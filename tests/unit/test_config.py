@@ -36,7 +36,7 @@ def test_later_sources_win_and_each_value_knows_its_place(tmp_path: Path) -> Non
         ("run.name=a/b", ["run.name = 'a/b'", "folder name"]),
         ("run.name=a\nb", ["run.name", "control characters"]),
         ("track.wandb.mode=offline", ["track.wandb.project is needed"]),
-        ("train.seed=[1", ["'[1'", "command line"]),
+        ("train.seed=[1", ["train.seed = [1", "command line"]),
     ],
 )
 def test_a_bad_value_is_named_with_place_and_remedy(override: str, expected: list[str]) -> None:

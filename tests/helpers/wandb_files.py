@@ -1,0 +1,41 @@
+"""Reads an offline W&B run: a log of protobuf records in LevelDB's block format."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+_BLOCK = 32768
+_HEADER = 7  # of the file, and of each chunk: crc (4 bytes), length (2), kind (1)
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    position, parts = _HEADER, []
+    while position + _HEADER <= len(data):
+        left = _BLOCK - position % _BLOCK
+        if left < _HEADER:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + _HEADER])
+        parts.append(data[position + _HEADER : position + _HEADER + length])
+        position += _HEADER + length
+        if kind in (_FULL, _LAST):
+            yield b"".join(parts)
+            parts = []
+
+
+def wandb_rows(file: Path) -> list[dict[str, float]]:
+    """The run's history rows, without W&B's own columns."""
+    from wandb.proto import wandb_internal_pb2
+
+    rows = []
+    for data in _records(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = {(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+            rows.append({name: value for name, value in items.items() if not name.startswith("_")})
+    return rows

@@ -1,0 +1,226 @@
+"""`dtrain train` as a user starts it: alone, on ranks, and under other launchers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers.commands import BIN, MARK, Dtrain, clean_environment
+from helpers.wandb_files import wandb_rows
+
+import dtrain as package
+from dtrain import read_history
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def test_the_first_command_trains_real_data_and_leaves_a_true_history(dtrain: Dtrain) -> None:
+    done = dtrain("train")
+    assert done.code == 0, done.text
+    run = dtrain.run_folder()
+    frame = read_history(run)
+    assert list(frame.columns) == [
+        "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "lr", "seconds", "samples_per_second",
+    ]  # fmt: skip
+    assert len(frame) == 3
+    assert frame["val_accuracy"].iloc[-1] >= 0.95
+    for epoch, row in enumerate(frame.to_dict("records"), start=1):
+        line = f"EPOCH = {epoch}, loss = {row['loss']:.3f}, accuracy = {row['accuracy']:.3f}, val_loss = {row['val_loss']:.3f}"
+        assert line in done.out
+    assert "[step = 10] loss: " in done.out
+    best = frame.loc[frame["val_loss"].idxmin()]
+    assert f"best epoch: {best['epoch']:.0f} (val_loss = {best['val_loss']:.4f})" in done.out
+    assert f"run: runs/{run.name}" in done.out
+    assert "next: dtrain train" in done.out
+    assert (run / "config.yaml").is_file()
+    assert done.err == ""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_tutorials_cells_run_unchanged(dtrain: Dtrain, recipes: Path, ranks: int) -> None:
+    done = dtrain("train", recipes / "tutorial_cells.py", "epochs=2", "-n", ranks, "--cpu")
+    assert done.code == 0, done.text
+    frame = read_history(dtrain.run_folder())
+    assert list(frame.columns[:5]) == ["epoch", "loss", "accuracy", "val_loss", "val_accuracy"]
+    assert frame["loss"].iloc[1] < frame["loss"].iloc[0]
+    assert frame["lr"].tolist() == [0.01, 0.01]
+    assert done.out.count("EPOCH = 1,") == 1, "rank 0 alone speaks"
+
+
+WORLD = """
+import os, torch, torch.distributed as dist
+from pathlib import Path
+from torch import nn
+size = dist.get_world_size() if dist.is_initialized() else 1
+Path("world-" + os.environ.get("RANK", "0")).write_text(f"{size} {torch.get_num_threads()}")
+model = nn.Linear(1, 1)
+model.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+dl_train = [(torch.ones(2, 1), torch.ones(2, 1))] * 5
+dl_valid = None
+def train_step(model, x, y):
+    loss = ((model(x) - y) ** 2).mean()
+    return loss, loss.detach()
+"""
+LAUNCHERS = {
+    "dtrain": ([BIN / "dtrain"], 1),
+    "python -m": ([sys.executable, "-m", "dtrain"], 1),
+    "dtrain -n 2": ([BIN / "dtrain"], 2),
+    "dtrain -n 3": ([BIN / "dtrain"], 3),
+    "accelerate -m": ([BIN / "accelerate", "launch", "-m", "dtrain"], 1),
+    "accelerate -m 2": ([BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "-m", "dtrain"], 2),
+    "torchrun": ([BIN / "torchrun", "--nproc-per-node", "2", "-m", "dtrain"], 2),
+    "profile multi_cpu": (
+        [BIN / "accelerate", "launch", "--config_file", CHECKOUT / "launch/multi_cpu.yaml", "-m", "dtrain"], 2),
+    "profile cpu": ([BIN / "accelerate", "launch", "--config_file", CHECKOUT / "launch/cpu.yaml", "-m", "dtrain"], 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_each_launcher_brings_up_one_world(dtrain: Dtrain, launcher: str) -> None:
+    argv, size = LAUNCHERS[launcher]
+    (dtrain.folder / "mine.py").write_text(WORLD)
+    more = ["-n", launcher[-1]] if "-n" in launcher else []
+    env = {"MASTER_PORT": "0"} if launcher == "torchrun" else {}
+    done = dtrain.run(*argv, "train", "mine.py", "epochs=1", *more, **env)
+    assert done.code == 0, done.text
+    worlds = {path.name: path.read_text().split()[0] for path in dtrain.folder.glob("world-*")}
+    assert worlds == {f"world-{rank}": str(size) for rank in range(size)}
+    assert done.out.count("EPOCH = 1,") == 1
+
+
+def test_accelerate_launch_runs_the_folder_of_a_checkout(dtrain: Dtrain) -> None:
+    copy = dtrain.folder / "dtrain"
+    copy.symlink_to(CHECKOUT / "dtrain")
+    # A module of the user's own that is named like one of dtrain's is not shadowed by it.
+    (dtrain.folder / "history.py").write_text("OWN = True")
+    (dtrain.folder / "mine.py").write_text("import history\nassert history.OWN\n" + WORLD)
+    done = dtrain.run(BIN / "accelerate", "launch", "dtrain", "train", "mine.py", "epochs=1")
+    assert done.code == 0, done.text
+    assert (dtrain.folder / "world-0").read_text().startswith("1 ")
+
+
+def test_accelerates_silent_single_process_is_refused(dtrain: Dtrain) -> None:
+    (dtrain.folder / "mine.py").write_text(WORLD)
+    done = dtrain.run(BIN / "accelerate", "launch", "--cpu", "--num_processes", 2, "-m", "dtrain", "train", "mine.py")
+    assert "accelerate was asked for 2 processes but has started 1" in done.err
+    assert "dtrain train -n 2 --cpu" in done.err
+    assert "exit status 2" in done.err
+    assert not list(dtrain.folder.glob("world-*"))
+
+
+def test_asked_and_launched_numbers_must_agree(dtrain: Dtrain) -> None:
+    (dtrain.folder / "mine.py").write_text(WORLD)
+    done = dtrain.run(
+        BIN / "torchrun", "--nproc-per-node", 2, "-m", "dtrain", "train", "mine.py", "-n", 4, MASTER_PORT="0"
+    )
+    assert done.code != 0
+    assert "-n 4 asks for 4 ranks, but the launcher started 2" in done.err
+
+
+def test_threads_are_shared_among_ranks(dtrain: Dtrain) -> None:
+    (dtrain.folder / "mine.py").write_text(WORLD)
+    assert dtrain("train", "mine.py", "epochs=1", "-n", 2, "--cpu").code == 0
+    assert dtrain("train", "mine.py", "epochs=1", OMP_NUM_THREADS="1").code == 0
+    from dtrain.launch.threads import usable_cores
+
+    assert (dtrain.folder / "world-1").read_text() == f"2 {max(1, usable_cores() // 2)}"
+    assert (dtrain.folder / "world-0").read_text() == "1 1"
+
+
+def test_dry_run_shows_values_places_and_sizes_and_starts_nothing(dtrain: Dtrain) -> None:
+    done = dtrain("train", "configs/digits.yaml", "--dry-run", "-n", 4, "lr=1e-3", DTRAIN_RUN__DIR="elsewhere")
+    assert done.code == 0, done.text
+    table = {
+        line.split()[0]: line.split(maxsplit=2)[1:] for line in done.out.splitlines() if line and "." in line.split()[0]
+    }
+    assert table["optimizer.lr"] == ["0.001", "command line"]
+    assert table["run.dir"] == ["elsewhere", "environment DTRAIN_RUN__DIR"]
+    assert table["data.valid_samples"] == ["359", "default of build_dataloaders"]
+    assert table["train.epochs"][1].endswith("digits.yaml:19")
+    for line in (
+        "ranks 4",
+        "batch per rank 16",
+        "batch in all 64",
+        "steps per epoch 23",
+        "optimizer steps in total 69",
+    ):
+        assert line in " ".join(done.out.split())
+    assert list(dtrain.folder.iterdir()) == []
+
+
+def started(dtrain: Dtrain, recipe: Path, *words: str) -> subprocess.Popen[str]:
+    """A supervisor whose two ranks are both in a step that never ends."""
+    process = subprocess.Popen(
+        [BIN / "dtrain", "train", recipe, "model.fault=hang", "-n", "2", "--cpu", *words],
+        cwd=dtrain.folder,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            return process
+    raise AssertionError("the run did not start")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_no_rank_outlives_its_supervisor(dtrain: Dtrain, recipes: Path, number: signal.Signals) -> None:
+    process = started(dtrain, recipes / "small.py")
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    assert len(ranks) == 2
+    process.send_signal(number)
+    _, alive = psutil.wait_procs(ranks, timeout=15)
+    for rank in alive:
+        rank.kill()
+    process.wait(15)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert alive == []
+    expected = {signal.SIGKILL: -9, signal.SIGINT: 130}.get(number, 128 + number)
+    assert process.returncode == expected
+
+
+def test_wandb_gets_one_run_with_metrics_and_config_and_no_environment(dtrain: Dtrain, recipes: Path) -> None:
+    done = dtrain(
+        "train", recipes / "small.py", "epochs=2", "track.wandb.project=mine", "track.wandb.mode=offline", "-n", 2, "--cpu",
+        CANARY_SECRET="the-canary-in-the-environment",
+    )  # fmt: skip
+    assert done.code == 0, done.text
+    run = dtrain.run_folder()
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    data = file.read_bytes()
+    for text in (b"val_loss", b"samples_per_second", b"small.py", b"log_step_freq"):
+        assert text in data
+    for path in run.rglob("*"):
+        if path.is_file():
+            assert b"the-canary-in-the-environment" not in path.read_bytes()
+    rows = read_history(run).to_dict("records")
+    assert wandb_rows(file) == [
+        {name: pytest.approx(value, nan_ok=True) for name, value in row.items()} for row in rows
+    ]
+
+
+def test_without_wandb_it_is_not_loaded(dtrain: Dtrain, recipes: Path) -> None:
+    (dtrain.folder / "mine.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(recipes)!r})\nfrom small import *\n"
+        "def valid_step(model, x, y):\n    assert 'wandb' not in sys.modules\n    return ((model(x) - y) ** 2).mean()\n"
+    )
+    done = dtrain("train", "mine.py", "epochs=1")
+    assert done.code == 0, done.text
+
+
+def test_the_mark_finds_left_over_processes() -> None:
+    from helpers.commands import children_of_tests
+
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env=clean_environment()) as process:
+        while not any(line.startswith(f"{process.pid} ") for line in children_of_tests()):
+            assert process.poll() is None
+    assert MARK not in os.environ
+    assert package.__version__
