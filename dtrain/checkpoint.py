@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.history import best_row
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
@@ -54,7 +57,8 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
-            continue  # an extra state of a module's own; safetensors holds tensors alone
+            logger.warning("%s is not saved: it is the extra state of a module, and no tensor", name)
+            continue
         tensor = value.detach().to("cpu", memory_format=torch.contiguous_format)
         address = tensor.untyped_storage().data_ptr()
         shared = address in seen or tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes()

@@ -1,44 +1,90 @@
-"""DistributedDataParallel through which the user's own net can be seen."""
+"""DistributedDataParallel behind the user's own net: the step gets the net itself, on any number of ranks.
+
+DDP must see each forward pass, since that is where it makes ready to average the gradients. A wrapper in place
+of the net would hide it: attributes, methods, `isinstance`, the names in `state_dict()`. So DDP wraps a small inner
+module instead, and while a train step runs, a call of the net is led through DDP::
+
+    net(x) -> net.forward, redirected -> DDP -> _Inner -> the net's own forward
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from dtrain.world import World
 
 
-class TransparentDDP(DistributedDataParallel):
-    """DDP that hands on what it does not have itself to the net it wraps, for reading and for writing.
+class _Inner(nn.Module):
+    """What DDP wraps: the net's parameters and its own forward, without the net's hooks, which run outside."""
 
-    So `model.optimizer`, `model.loss_func` or a counter that a step keeps on its model work as on one rank.
-    """
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.own_forward = net.forward
 
-    def __getattr__(self, name: str) -> Any:
-        """Looks an attribute up here, then on the wrapped net."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the net's own forward."""
+        return self.own_forward(*args, **kwargs)
+
+
+class _Redirection:
+    """Stands in for `net.forward` while a train step runs."""
+
+    def __init__(self, net: nn.Module, ddp: nn.Module) -> None:
+        self._net = net
+        self._ddp = ddp
+        self._own = net.forward
+        self._inside = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._inside:  # a net that calls itself
+            return self._own(*args, **kwargs)
+        self._inside = True
         try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
+            return self._ddp(*args, **kwargs)
+        finally:
+            self._inside = False
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Sets DDP's own attributes here and all others on the wrapped net."""
-        if name in self.__dict__ or hasattr(type(self), name) or name in self._modules:
-            super().__setattr__(name, value)
-        else:
-            setattr(self.module, name, value)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the net that is made within a step (a weight average, say) runs its own forward."""
+        copied = memo.get(id(self._net), self._net)
+        return MethodType(type(self._net).forward, copied)
 
 
-def wrap(module: nn.Module, world: World) -> nn.Module:
-    """Places a net on the rank's device and, in a world of several, under DDP, as Accelerate does both.
+class Replica:
+    """One rank's copy of the net, with gradients that are averaged over the ranks.
 
-    Returns:
-        what the train step gets: the net itself on one rank, a `TransparentDDP` around it on more.
+    Args:
+        net: the user's net; it is moved to the rank's device in place.
+        world: the ranks.
     """
-    wrapped = world.accelerator.prepare_model(module)
-    if type(wrapped) is DistributedDataParallel:
-        wrapped.__class__ = TransparentDDP
-    return wrapped  # type: ignore[no-any-return]
+
+    def __init__(self, net: nn.Module, world: World) -> None:
+        self.net = net
+        self._redirection: _Redirection | None = None
+        trained = any(parameter.requires_grad for parameter in net.parameters())
+        if world.size == 1 or not trained:
+            world.accelerator.prepare_model(net)
+        else:
+            self._redirection = _Redirection(net, world.accelerator.prepare_model(_Inner(net)))
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[nn.Module]:
+        """While inside, calls of the net go through DDP; outside, the net is as the user made it."""
+        if self._redirection is None:
+            yield self.net
+            return
+        before = self.net.__dict__.get("forward")
+        self.net.__dict__["forward"] = self._redirection
+        try:
+            yield self.net
+        finally:
+            del self.net.__dict__["forward"]
+            if before is not None:
+                self.net.__dict__["forward"] = before

@@ -28,7 +28,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.ddp import wrap
+from dtrain.checks import (
+    check_alike,
+    check_all_used,
+    check_optimizers,
+    check_order,
+    check_same_task,
+    check_takes,
+    weights_checksum,
+)
+from dtrain.ddp import Replica
 from dtrain.errors import StepError, UsageError, add_place
 from dtrain.history import History
 from dtrain.metrics import Mean, MeanTable, PassResult, Value
@@ -84,9 +93,10 @@ class Task:
         """Takes the optimizer from the net and puts it there, so that steps find it."""
         if self.dl_valid is not None and self.valid_step is None:
             raise UsageError("there is a validation loader but no valid_step. Define one, or leave the loader out.")
-        if self.optimizer is None:
-            self.optimizer = getattr(self.module, "optimizer", None)
-        elif getattr(self.module, "optimizer", None) is None:
+        found = getattr(self.module, "optimizer", None)
+        if self.optimizer is None and hasattr(found, "param_groups"):
+            self.optimizer = found
+        elif self.optimizer is not None and found is None:
             self.module.optimizer = self.optimizer  # type: ignore[assignment]
 
 
@@ -132,14 +142,16 @@ class Engine:
     kind: Kind | None = None
 
     def __post_init__(self) -> None:
-        """Wraps the net and deals the loaders out."""
+        """Compares the ranks' tasks, deals the loaders out and readies the net."""
         self.place = Place(self.world.rank)
-        self.model = wrap(self.task.module, self.world)
         self._names: dict[str, tuple[str, ...]] = {}
         self._witness: OptimizerWitness | None = None
         self._train_loader = self._sharded(self.task.dl_train, "train", fill=True)
         valid = self.task.dl_valid
         self._valid_loader = None if valid is None else self._sharded(valid, "valid", fill=False)
+        loaders = {"train": self.task.dl_train} | ({} if valid is None else {"valid": valid})
+        check_same_task(self.world, self.task.module, loaders)
+        self._replica = Replica(self.task.module, self.world)
 
     def fit(self) -> History:
         """Runs all epochs.
@@ -156,7 +168,7 @@ class Engine:
         try:
             for epoch in range(1, self.epochs + 1):
                 self._run_epoch(epoch)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             add_place(error, str(self.place))
             raise
         finally:
@@ -189,7 +201,8 @@ class Engine:
     # --- training -------------------------------------------------------------------------------------
 
     def _train(self, epoch: int) -> PassResult:
-        self.model.train()
+        module = self.task.module
+        module.train()
         table = self._begin("train", epoch, self._train_loader)
         started = time.perf_counter()
         for share in self._steps(self._train_loader, epoch):
@@ -197,11 +210,14 @@ class Engine:
             self._step_scheduler("step")
             self.progress.step(table)
         seconds = time.perf_counter() - started
-        checksum = self._checksum()
-        result, (total,) = table.reduce(self.world, seconds, (checksum,))
+        several = self.world.size > 1
+        weights = weights_checksum(module, self.world.sum_dtype) if several else 0.0
+        order = self._train_loader.fingerprint
+        result, sums = table.reduce(self.world, seconds, (weights, order))
         self._names["train"] = tuple(result.means)
         self._check_learnt()
-        self._check_alike(checksum, total)
+        check_order(order, sums[1] / self.world.size, "train")
+        check_alike(weights, sums[0] / self.world.size, epoch)
         return result
 
     def _learn(self, share: Share) -> dict[str, Value]:
@@ -210,22 +226,31 @@ class Engine:
             return self._learn_first(share)
         if self.kind == "imperative":
             with scaled_gradients(self.task.module, share.scale):
-                returned = call_step(self.task.train_step, self.model, share.batch)
-            return named_values(returned, self.task.module, "train")
-        values = named_values(call_step(self.task.train_step, self.model, share.batch), self.task.module, "train")
+                return self._call_train_step(share)
+        values = self._call_train_step(share)
         self._descend(values, share)
         return values
 
+    def _call_train_step(self, share: Share) -> dict[str, Value]:
+        try:
+            with self._replica.training() as model:
+                returned = call_step(self.task.train_step, model, share.batch)
+        except RuntimeError as error:
+            check_all_used(error, self.task.module)
+            raise
+        return named_values(returned, self.task.module, "train")
+
     def _learn_first(self, share: Share) -> dict[str, Value]:
         module = self.task.module
+        check_takes(self.task.train_step, share.batch, "train")
         self._witness = OptimizerWitness()
         with watch_backward(module) as backward, scaled_gradients(module, share.scale):
-            returned = call_step(self.task.train_step, self.model, share.batch)
-        values = named_values(returned, module, "train")
+            values = self._call_train_step(share)
         self.kind = kind_of(bool(self._witness.optimizers), bool(backward), values.get("loss"))
         logger.info("the train step is %s", self.kind)
         if self.kind == "declarative":
             self._descend(values, share)
+        check_optimizers(self._witness.optimizers, module, self.world.size)
         return values
 
     def _descend(self, values: dict[str, Value], share: Share) -> None:
@@ -261,9 +286,13 @@ class Engine:
         if scheduler is None or self.task.interval != interval:
             return
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            if row is None:
-                raise UsageError("ReduceLROnPlateau counts epochs: return it from build_scheduler without 'step'.")
-            scheduler.step(float(row["val_loss"] if "val_loss" in row else row["loss"]))
+            monitored = None if row is None else row.get("val_loss", row.get("loss"))
+            if monitored is None:
+                raise UsageError(
+                    "ReduceLROnPlateau counts epochs and watches a value named loss: return it from build_scheduler "
+                    "without 'step', and return a loss from the steps."
+                )
+            scheduler.step(float(monitored))
         else:
             scheduler.step()
 
@@ -279,6 +308,8 @@ class Engine:
         table = self._begin("valid", epoch, self._valid_loader)
         started = time.perf_counter()
         for share in self._steps(self._valid_loader, epoch):
+            if table.steps == 0:
+                check_takes(self.task.valid_step, share.batch, "valid")
             returned = no_grad_step(self.task.valid_step, self.task.module, share.batch)
             table.add(named_values(returned, self.task.module, "valid"), share.count)
             self.progress.step(table)
@@ -298,10 +329,14 @@ class Engine:
 
     def _steps(self, loader: ShardedLoader, epoch: int) -> Iterator[Share]:
         """The rank's shares, on its device; keeps the place up to date."""
-        self.place.step = 1  # also while the first batch is fetched
-        for share in loader.shares(epoch):
+        shares = loader.shares(epoch)
+        while True:
+            self.place.step += 1  # also while its batch is fetched
+            share = next(shares, None)
+            if share is None:
+                self.place.step -= 1
+                return
             yield self._moved(share)
-            self.place.step += 1
 
     def _moved(self, share: Share) -> Share:
         if self.world.device.type == "cpu":
@@ -322,24 +357,6 @@ class Engine:
                 "the train step calls backward(), but no optimizer's step() ran in the whole epoch: "
                 f"nothing is learnt. {HOW_TO_LEARN}"
             )
+        check_optimizers(stepped, self.task.module, self.world.size)
         if self.task.optimizer is None:
             self.task.optimizer = stepped[0]
-
-    def _checksum(self) -> float:
-        """One number that differs where the weights do."""
-        if self.world.size == 1:
-            return 0.0
-        norms = [
-            torch.linalg.vector_norm(p.detach(), dtype=self.world.sum_dtype) for p in self.task.module.parameters()
-        ]
-        return float(torch.stack(norms).sum()) if norms else 0.0
-
-    def _check_alike(self, mine: float, total: float) -> None:
-        """All ranks' weights must be equal after an epoch; they drift where a step goes past DDP."""
-        mean = total / self.world.size
-        if abs(mine - mean) > 1e-9 * (abs(mine) + abs(mean)):
-            raise StepError(
-                f"the ranks' weights differ after epoch {self.place.epoch}: the norms' sum is {mine!r} here and "
-                f"{mean!r} on average. Their gradients were not averaged: does the train step call a method or a part "
-                "of the model, such as model.encoder(x), instead of model(x)? DDP only sees model(x)."
-            )

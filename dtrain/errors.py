@@ -96,15 +96,24 @@ def _merge(failures: list[Failure]) -> str:
 
 
 def add_place(error: BaseException, place: str) -> None:
-    """Notes on an exception where it happened; Python 3.11 and later print the note.
+    """Notes on an exception where it happened, once; Python 3.11 and later print the note.
 
     Args:
         error: the exception; it is changed in place.
         place: words such as "rank 1, epoch 2, train step 7".
     """
-    notes = getattr(error, "__notes__", [])
-    if not notes:
-        error.__notes__ = [place]  # type: ignore[attr-defined]  # add_note() needs Python 3.11
+    if place_of(error) is not None:
+        return
+    notes = [*getattr(error, "__notes__", []), f"dtrain: at {place}"]
+    # An exception class may refuse new attributes (a frozen dataclass does); add_note() needs Python 3.11.
+    object.__setattr__(error, "__notes__", notes)
+
+
+def place_of(error: BaseException) -> str | None:
+    """Returns the place that `add_place` noted on an exception."""
+    prefix = "dtrain: at "
+    found = [note for note in getattr(error, "__notes__", []) if str(note).startswith(prefix)]
+    return found[0].removeprefix(prefix) if found else None
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

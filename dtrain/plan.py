@@ -66,7 +66,7 @@ def value_rows(settings: Settings, recipe: Recipe) -> list[tuple[str, str, str]]
         for name in [*defaults, *(n for n in given if n not in defaults)]:
             place = settings.place_of(f"{section}.{name}")
             if name not in given and builder is not None:
-                place = f"default of {builder.function.__name__}"
+                place = f"default of {builder.name}"
             rows.append((f"{section}.{name}", str(given.get(name, defaults.get(name))), place))
     return rows
 

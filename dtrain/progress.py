@@ -101,7 +101,7 @@ class LiveBar:
         from rich.console import Console
 
         self._epochs = epochs
-        self._console = Console(highlight=False)
+        self._console = Console(highlight=False, markup=False)
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
         self._begun = self._drawn = 0.0
@@ -144,11 +144,11 @@ class LiveBar:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[means]}"),
-                TextColumn("{task.fields[rate]}"),
+                TextColumn("{task.fields[means]}", markup=False),
+                TextColumn("{task.fields[rate]}", markup=False),
                 TimeRemainingColumn(compact=True),
                 console=self._console,
                 transient=True,

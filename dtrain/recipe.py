@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.engine import Interval, Task
@@ -68,11 +70,14 @@ def load_recipe(reference: str, base: Path) -> Recipe:
 
 
 def _import_module(name: str) -> ModuleType:
-    if not all(part.isidentifier() for part in name.split(".")):
+    if not all(part.isidentifier() for part in name.split(".")) or name == "__main__":
         raise RecipeError(f"recipe {name!r} is neither a .py file nor a module's name.")
+    _put_on_path(Path.cwd())
     try:
         found = importlib.util.find_spec(name)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name + ".").startswith(error.name + "."):
+            raise  # a package above it is there, but needs something that is not
         found = None
     if found is None:
         file = f"{name}.py"
@@ -83,9 +88,7 @@ def _import_module(name: str) -> ModuleType:
 
 def _import_file(path: Path) -> ModuleType:
     """Imports a file as `python FILE` would find things: its own folder first on the path."""
-    folder = str(path.parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    _put_on_path(path.parent)
     stem = path.stem
     taken = stem in sys.modules or stem in sys.stdlib_module_names or not stem.isidentifier()
     name = f"dtrain_recipe_{stem}" if taken else stem
@@ -101,6 +104,11 @@ def _import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _put_on_path(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 
 def _run_import(run: Callable[[], T], name: str) -> T:
@@ -133,6 +141,13 @@ def bind(recipe: Recipe, settings: Settings) -> Task:
     if optimizer is None:
         optimizer = getattr(module, "optimizer", None) or getattr(recipe.module, "optimizer", None)
     scheduler, interval = _scheduler(recipe, settings, optimizer)
+    if scheduler is not None and not hasattr(scheduler, "step"):
+        raise RecipeError(f"{recipe.path}: build_scheduler returned {scheduler!r}, which has no step().")
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        if not isinstance(optimizer, (list, tuple, dict)):
+            raise RecipeError(f"{recipe.path}: the optimizer is {optimizer!r}, not a torch.optim.Optimizer.")
+        setattr(module, "optimizer", optimizer)  # noqa: B010 - several, for the step to choose from; the step itself steps them
+        optimizer = None
     return Task(module, train_step, dl_train, valid_step, dl_valid, optimizer, scheduler, interval)
 
 
@@ -141,7 +156,18 @@ def _built(recipe: Recipe, settings: Settings, section: str, *first: Any) -> Any
     builder = recipe.builders.get(section)
     if builder is None:
         return None
-    return builder.function(*first, **getattr(settings.config, section))
+    parameters = getattr(settings.config, section)
+    try:
+        inspect.signature(builder.function).bind(*first, **parameters)
+    except ValueError:
+        pass  # a builtin without a signature
+    except TypeError as error:
+        first_is = {"optimizer": "the model first, then ", "scheduler": "the optimizer first, then "}.get(section, "")
+        raise RecipeError(
+            f"{builder.where}: {builder.name}{inspect.signature(builder.function)} cannot be called: {error}. dtrain "
+            f"passes {first_is}the config's {section}.* by name."
+        ) from None
+    return builder.function(*first, **parameters)
 
 
 def _function(recipe: Recipe, name: str) -> Callable[..., Any]:
@@ -164,6 +190,11 @@ def _model(recipe: Recipe, settings: Settings) -> nn.Module:
             raise RecipeError(f"{recipe.path} defines no net: neither build_model(...) nor an object `model` or `net`.")
     if not isinstance(model, nn.Module):
         raise RecipeError(f"{recipe.path}: the model is a {type(model).__name__}, not a torch.nn.Module.")
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise RecipeError(
+            f"{recipe.path}: {lazy[0]} has no shape yet (a lazy module). Run one batch through the net in build_model."
+        )
     return model
 
 

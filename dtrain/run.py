@@ -80,7 +80,7 @@ def agree(world: World, attempt: Callable[[], T]) -> T:
     failure: Failure | None = None
     try:
         result = attempt()
-    except Exception as error:  # noqa: BLE001 - it is told to all ranks and raised below
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - it is told to all ranks and raised below
         text, exit_code = describe(error)
         failure = Failure(world.rank, text, exit_code, type(error).__name__)
     told = world.gather_json(None if failure is None else asdict(failure))
@@ -99,7 +99,7 @@ def _open_folder(settings: Settings, world: World) -> str:
     title = Path(recipe).stem if recipe.endswith(".py") else recipe.rpartition(".")[2]
     stem = run.name or f"{title}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1, 1000):
-        folder = Path(run.dir) / (stem if number == 1 else f"{stem}-{number}")
+        folder = Path(run.dir).expanduser() / (stem if number == 1 else f"{stem}-{number}")
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
@@ -110,7 +110,9 @@ def _open_folder(settings: Settings, world: World) -> str:
                 ) from None
             continue
         except OSError as error:
-            raise UsageError(f"run.dir = {run.dir!r}: cannot make {folder}: {error.strerror}.") from None
+            raise UsageError(
+                f"run.dir = {run.dir!r}, run.name = {run.name!r}: cannot make {folder}: {error.strerror}."
+            ) from None
         (folder / "config.yaml").write_text(settings.to_yaml(), encoding="utf-8")
         return str(folder)
     raise UsageError(f"run.dir = {run.dir!r}: a thousand runs named {stem} are there.")
@@ -122,8 +124,8 @@ def _keep(folder: Path, engine: Engine, row: dict[str, Any]) -> None:
 
 def _sum_up(history: History, folder: Path) -> None:
     best = history.best()
-    if best is None:
-        return
-    monitor = "val_loss" if "val_loss" in best else "loss"
-    print(f"best epoch: {best['epoch']} ({monitor} = {best[monitor]:.4f})")  # noqa: T201
+    if best is not None:
+        monitor = next((name for name in ("val_loss", "loss") if name in best), None)
+        why = f" ({monitor} = {best[monitor]:.4f})" if monitor else " (the last one: no step returns a loss)"
+        print(f"best epoch: {best['epoch']}{why}")  # noqa: T201
     print(f"run: {folder}")  # noqa: T201

@@ -14,6 +14,7 @@ A validation pass has no fillers; there, ranks may take different numbers of ste
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -165,6 +167,16 @@ class ShardedLoader:
         self._how = how
         self._seed = seed
         self._split = split
+        if isinstance(loader, Dataset):
+            raise UsageError(
+                f"the {split} loader is a dataset ({type(loader).__name__}), which yields single samples. "
+                "Wrap it: DataLoader(dataset, batch_size=32)."
+            )
+        if not hasattr(loader, "__iter__"):
+            raise UsageError(
+                f"the {split} loader is a {type(loader).__name__}, which cannot be iterated over. Give a DataLoader, "
+                "or any iterable of batches."
+            )
         self._indexed = _IndexedBatches(loader, how, split) if _has_indices(loader) else None
 
     def steps(self) -> int | None:
@@ -175,13 +187,24 @@ class ShardedLoader:
             return None
         return batches if self._how.mode == "global" else -(-batches // self._how.size)
 
+    @property
+    def fingerprint(self) -> float:
+        """A number that stands for the order of this epoch's first samples; 0 where it is not known."""
+        return 0.0 if self._indexed is None else self._indexed.fingerprint
+
     def shares(self, epoch: int) -> Iterator[Share]:
         """Iterates over the rank's shares of one epoch; epochs count from 1."""
+        if epoch > 1 and isinstance(self.loader, Iterator):
+            raise UsageError(
+                f"the {self._split} loader is a {type(self.loader).__name__} that is used up after one epoch. "
+                "Give a DataLoader, or an object whose __iter__ starts anew."
+            )
         seed = derive(self._seed, "order", self._split, epoch)
         if self._indexed is not None:
             return self._indexed.shares(seed, epoch)
         common = CommonRandomness(seed)
         _set_epoch(self.loader, epoch)
+        _set_epoch(getattr(self.loader, "dataset", None), epoch)
         return deal(_under(common, self.loader), self._how, count_samples, cut_batch)
 
 
@@ -193,6 +216,7 @@ class _IndexedBatches:
         self._batches = _without_distributed(loader)
         self._dealt: deque[Share] = deque()
         self._seed = 0
+        self.fingerprint = 0.0
         self._loader = _rebuilt(loader, self)
 
     def __iter__(self) -> Iterator[list[Any]]:
@@ -201,9 +225,16 @@ class _IndexedBatches:
         source = self._batches
         if not _reseed(source, self._seed):
             source = _under(CommonRandomness(self._seed), source)
-        for share in deal(source, self._how, len, _cut_list):
+        for share in deal(self._noted(source), self._how, len, _cut_list):
             self._dealt.append(share)
             yield share.batch
+
+    def _noted(self, batches: Iterable[list[Any]]) -> Iterator[list[Any]]:
+        """Takes a fingerprint of the first batch on its way."""
+        for number, batch in enumerate(batches):
+            if number == 0:
+                self.fingerprint = float(zlib.crc32(repr(batch).encode()))
+            yield batch
 
     def __len__(self) -> int:
         return len(self._batches)  # type: ignore[arg-type]
@@ -212,6 +243,7 @@ class _IndexedBatches:
         self._seed = seed
         _set_epoch(self._batches, epoch)
         _set_epoch(getattr(self._batches, "sampler", None), epoch)
+        _set_epoch(self._loader.dataset, epoch)
         for batch in self._loader:
             dealt = self._dealt.popleft()
             yield Share(batch, dealt.count, dealt.total, dealt.scale)

@@ -45,14 +45,19 @@ class Builder:
             signature = inspect.signature(function, eval_str=True)
         except Exception:  # noqa: BLE001 - evaluating a user's annotations can raise anything
             signature = inspect.signature(function)
-        named = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        return cls(function, {p.name: p for p in named[skip:]}, takes_any, _where(function))
+        others = list(signature.parameters.values())[skip:]
+        named = {p.name: p for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        return cls(function, named, any(p.kind is p.VAR_KEYWORD for p in others), _where(function))
+
+    @property
+    def name(self) -> str:
+        """The function's name; a partial or a callable object has its type's."""
+        return str(getattr(self.function, "__name__", type(self.function).__name__))
 
     def described(self) -> str:
         """Returns "build_model(hidden: int = 64), recipe.py:12" for messages."""
         inner = ", ".join(str(p) for p in self.parameters.values())
-        return f"{self.function.__name__}({inner}), {self.where}"
+        return f"{self.name}({inner}), {self.where}"
 
     def defaults(self) -> dict[str, Any]:
         """Returns name -> default of the parameters that have one."""

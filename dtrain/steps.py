@@ -26,6 +26,9 @@ from dtrain.metrics import Mean, Value
 Step = Callable[..., Any]
 Kind = Literal["imperative", "declarative"]
 
+# Columns of the history that are dtrain's.
+RESERVED = ("epoch", "lr", "seconds", "samples_per_second")
+
 HOW_TO_LEARN = (
     "Either call model.optimizer.zero_grad(), loss.backward() and model.optimizer.step() in the step, "
     "or return the loss with its graph (without .item() or .detach()) and dtrain does these three."
@@ -53,9 +56,9 @@ def named_values(returned: Any, model: Any, split: str) -> dict[str, Value]:
     """
     if isinstance(returned, Mapping):
         values = dict(returned)
-    elif isinstance(returned, tuple) and len(returned) == 2:
+    elif isinstance(returned, (tuple, list)) and len(returned) == 2:
         values = {"loss": returned[0], metric_name(model): returned[1]}
-    elif isinstance(returned, (float, int, Tensor, Mean)):
+    elif isinstance(returned, (float, int, Tensor, Mean)) or getattr(returned, "shape", None) == ():
         values = {"loss": returned}
     else:
         raise StepError(_no_values(returned, split))
@@ -66,12 +69,20 @@ def named_values(returned: Any, model: Any, split: str) -> dict[str, Value]:
 
 def metric_name(model: Any) -> str:
     """Returns the name of a pair's second value: the model's `metric_name`, else "metric"."""
-    return str(getattr(model, "metric_name", None) or "metric")
+    name = str(getattr(model, "metric_name", None) or "metric")
+    if name == "loss":
+        raise StepError('model.metric_name is "loss", which is the name of the other value. Choose another.')
+    return name
 
 
 def _name(name: Any, split: str) -> str:
     if not isinstance(name, str) or not name:
         raise StepError(f"the {split} step returned a mapping with the key {name!r}. Name its values by text.")
+    if name in RESERVED or name.startswith("val_"):
+        raise StepError(
+            f"the {split} step returned a value named {name!r}, which is the name of a column of dtrain's own "
+            f"({', '.join(RESERVED)}, val_...). Choose another."
+        )
     return name
 
 

@@ -29,13 +29,13 @@ def reported() -> Iterator[None]:
     except KeyboardInterrupt:
         _tell("dtrain: stopped by Ctrl-C. What is written so far is kept.", EXIT_INTERRUPTED, agreed=False)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    except Exception as error:  # noqa: BLE001 - described in full, then the process ends
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - described in full, then the process ends
         text, code = _words(error)
         _tell(text, code, agreed=isinstance(error, DtrainError) and error.agreed)
         raise typer.Exit(code) from None
 
 
-def _words(error: Exception) -> tuple[str, int]:
+def _words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, AgreedError):
         return str(error), error.exit_code
     from dtrain.failures import describe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from typing import Annotated
@@ -71,7 +72,7 @@ def _train(words: list[str], ranks: int | None, cpu: bool, dry_run: bool) -> int
 
 def split_words(words: list[str]) -> tuple[str | None, list[str]]:
     """Splits the words of the command line into the config or recipe, if one is named, and the overrides."""
-    if words and ("=" not in words[0] or words[0].endswith((".yaml", ".yml", ".py"))):
+    if words and not re.match(r"[A-Za-z_][\w.]*=", words[0]):
         return words[0], words[1:]
     return None, words
 

@@ -6,6 +6,7 @@ import os
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -42,7 +43,10 @@ class Settings:
 
     def place_of(self, key: str) -> str:
         """Returns where a key's value came from, "default" where nothing set it."""
-        return self.places.get(key, "default")
+        parts = key.split(".")
+        parents = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+        children = [name for name in self.places if name.startswith(key + ".")]
+        return next((self.places[name] for name in (*parents, *children) if name in self.places), "default")
 
     def place(self, signatures: Mapping[str, Sequence[str]]) -> None:
         """Gives each bare key of the command line to the one builder that has a parameter of that name.
@@ -70,7 +74,7 @@ class Settings:
 
     def to_yaml(self) -> str:
         """Returns the resolved config as YAML, readable by `load_settings`."""
-        return yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(_plain(self.config.model_dump()), sort_keys=False, allow_unicode=True)
 
 
 def load_settings(target: str | None, overrides: Sequence[str], environ: Mapping[str, str] | None = None) -> Settings:
@@ -102,6 +106,17 @@ def load_settings(target: str | None, overrides: Sequence[str], environ: Mapping
     settings.texts = {key: value.text() for key, value in values.items()}
     settings.config = _check(values)
     return settings
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML's own kinds: a parameter may have become a tuple, a path or an enum member."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _read_target(target: str | None) -> tuple[dict[str, Value], Path]:
@@ -192,7 +207,8 @@ def _describe(item: Any, values: Mapping[str, Value]) -> str:
     if item["type"] == "missing":
         return f"{key} is needed and is not given. Write {key}=..."
     reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    default = section.model_fields[parts[-1]].get_default(call_default_factory=True)
+    field_ = section.model_fields.get(parts[-1])
+    default = field_.get_default(call_default_factory=True) if field_ is not None else None
     shown = f" (default: {default})" if not isinstance(default, BaseModel) and default is not None else ""
     return f"{key} = {item['input']!r} ({place}): {reason}{shown}."
 

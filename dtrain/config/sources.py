@@ -20,13 +20,22 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if not tag.endswith((":bool", ":int", ":float", ":timestamp", ":merge"))
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$", re.I), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d[\d_]*)?\.\d[\d_]*|\d[\d_]*\.?)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|nan)$", re.I),
+    re.compile(
+        r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:e[-+]?\d+)?|\.\d[\d_]*(?:e[-+]?\d+)?|\d[\d_]*e[-+]?\d+|\.inf|\.nan)$", re.I
+    ),
     list("-+0123456789."),
 )
 
@@ -97,17 +106,25 @@ def _flatten(node: yaml.MappingNode, loader: _Loader, path: Path, prefix: str) -
     seen: dict[str, int] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"{path}:{line}: a key of the config is a word, not a list or a mapping.")
         key = str(key_node.value)
         if key in seen:
             raise ConfigError(f"{path}:{line}: {prefix}{key} is given twice; first in line {seen[key]}.")
         seen[key] = line
         if isinstance(value_node, yaml.MappingNode) and value_node.value and _is_section(prefix + key):
-            found |= _flatten(value_node, loader, path, f"{prefix}{key}.")
+            deeper = _flatten(value_node, loader, path, f"{prefix}{key}.")
+            twice = next((name for name in deeper if name in found), None)
+            if twice is not None:
+                raise ConfigError(f"{deeper[twice].place}: {twice} is given twice; first at {found[twice].place}.")
+            found |= deeper
         else:
             try:
                 value = loader.construct_object(value_node, deep=True)
             except yaml.YAMLError as error:
                 raise ConfigError(f"{path}:{line}: {prefix}{key}: {error}") from None
+            if prefix + key in found:
+                raise ConfigError(f"{path}:{line}: {prefix}{key} is given twice; first at {found[prefix + key].place}.")
             found[prefix + key] = Value(value, f"{path}:{line}")
     return found
 

@@ -36,6 +36,7 @@ def test_later_sources_win_and_each_value_knows_its_place(tmp_path: Path) -> Non
         ("run.name=a/b", ["run.name = 'a/b'", "folder name"]),
         ("run.name=a\nb", ["run.name", "control characters"]),
         ("track.wandb.mode=offline", ["track.wandb.project is needed"]),
+        ("epochs=010", ["train.epochs = '010'"]),
         ("train.seed=[1", ["train.seed = [1", "command line"]),
     ],
 )
@@ -50,6 +51,8 @@ def test_a_bad_value_is_named_with_place_and_remedy(override: str, expected: lis
     ("text", "expected"),
     [
         ("train:\n  epochs: 1\n  epochs: 2\n", [":3: train.epochs is given twice", "line 2"]),
+        ("train.epochs: 1\ntrain:\n  epochs: 2\n", [":3: train.epochs is given twice"]),
+        ("? [a]\n: 1\n", ["not a list or a mapping"]),
         ("- a\n- b\n", [":1:", "mapping"]),
         ("train:\n\tepochs: 1\n", ["YAML"]),
         ("train:\n  epochs: x\n", ["train.epochs = 'x'", ":2)"]),
@@ -84,7 +87,11 @@ def test_scalars_are_what_people_mean() -> None:
 
 
 def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
-    settings = load_settings(None, ["epochs=9", "model.width=3", "track.wandb.project=p", "run.name=a b"], {})
+    settings = load_settings(
+        None,
+        ["epochs=9", "model.width=3", "model.limit=.inf", "model.t=12:30", "track.wandb.project=p", "run.name=a b"],
+        {},
+    )
     file = tmp_path / "config.yaml"
     file.write_text(settings.to_yaml())
     assert load_settings(str(file), [], {}).config == settings.config

@@ -21,7 +21,7 @@ LAYERS = [
     ["dtrain", "dtrain.errors"],
     ["dtrain.share", "dtrain.config", "dtrain.launch", "dtrain.recipe_file", "dtrain.failures", "dtrain.seeding"],
     ["dtrain.world"],
-    ["dtrain.metrics", "dtrain.history", "dtrain.sharding", "dtrain.ddp"],
+    ["dtrain.metrics", "dtrain.history", "dtrain.sharding", "dtrain.ddp", "dtrain.checks"],
     ["dtrain.steps", "dtrain.checkpoint", "dtrain.trackers", "dtrain.progress", "dtrain.signatures"],
     ["dtrain.engine"],
     ["dtrain.training", "dtrain.recipe"],

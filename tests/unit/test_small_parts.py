@@ -111,6 +111,10 @@ class TestSteps:
         assert named_values({"loss": np.float32(0.5)}, net, "train") == {"loss": 0.5}
         assert named_values((1.0, 2.0), nn.Linear(1, 1), "train") == {"loss": 1.0, "metric": 2.0}
         assert named_values(Mean(1.0, 2), net, "train") == {"loss": Mean(1.0, 2)}
+        assert named_values(np.float32(0.5), net, "train") == {"loss": 0.5}
+        net.metric_name = "loss"
+        with pytest.raises(StepError, match="metric_name"):
+            named_values((1.0, 2.0), net, "train")
 
     @pytest.mark.parametrize(
         ("returned", "told"),
@@ -123,6 +127,8 @@ class TestSteps:
             ({}, "dict"),
             ({3: 1.0}, "the key 3"),
             ((1.0, torch.tensor(1j)), "complex64"),
+            ({"loss": 1.0, "epoch": 3.0}, "'epoch', which is the name of a column"),
+            ({"loss": 1.0, "val_loss": 3.0}, "'val_loss', which is the name of a column"),
         ],
     )
     def test_anything_else_is_refused_by_name(self, returned: object, told: str) -> None:

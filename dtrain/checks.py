@@ -1,0 +1,140 @@
+"""Checks that all ranks train the same thing, and that what is stepped is what is trained."""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dtrain.errors import StepError, UsageError
+from dtrain.world import World
+
+
+def check_same_task(world: World, net: nn.Module, loaders: dict[str, Any]) -> None:
+    """Compares, before the first step, the net's shape and the loaders' lengths of all ranks.
+
+    Raises:
+        UsageError: they differ; both sides are named.
+    """
+    shapes = repr([(name, tuple(p.shape), p.requires_grad) for name, p in net.named_parameters()])
+    mine = {"the fingerprint of the net's parameters": zlib.crc32(shapes.encode())}
+    for split, loader in loaders.items():
+        mine[f"the number of {split} samples"] = _length(getattr(loader, "dataset", None))
+        mine[f"the number of {split} batches"] = _length(loader)
+    told = world.gather_json(mine)
+    for name in mine:
+        by_rank = [rank[name] for rank in told]
+        if len(set(by_rank)) > 1:
+            error = UsageError(
+                f"{name} is not the same on all ranks: {', '.join(f'{n} on rank {r}' for r, n in enumerate(by_rank))}. "
+                "Build the same net and the same loaders on every rank; dtrain deals the samples out itself."
+            )
+            error.agreed = True
+            raise error
+
+
+def _length(sized: Any) -> int:
+    """A length, or -1 for what has none."""
+    try:
+        return len(sized)
+    except TypeError:
+        return -1
+
+
+def check_optimizers(optimizers: Iterable[Optimizer], net: nn.Module, size: int) -> None:
+    """Checks that the optimizers that step hold the net's parameters, and on several ranks only those.
+
+    Raises:
+        StepError: none of the net's parameters is stepped; or, on several ranks, a parameter outside the
+            net is, whose gradient nobody averages.
+    """
+    own = {id(parameter) for parameter in net.parameters()}
+    stepped = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    foreign = [p for p in stepped if id(p) not in own and p.requires_grad]
+    if stepped and len(foreign) == len(stepped):
+        raise StepError(
+            "the optimizer that steps holds none of the net's parameters: the net learns nothing. "
+            "Make it from model.parameters()."
+        )
+    if foreign and size > 1:
+        shapes = ", ".join(str(tuple(p.shape)) for p in foreign[:3])
+        raise StepError(
+            f"the optimizer steps {len(foreign)} parameters that are not the net's (the first ones' shapes: {shapes}). "
+            "On several ranks their gradients are not averaged, so they would drift apart. Make them part of the "
+            "net, as in model.loss_func = LearnableLoss(), before the optimizer is built."
+        )
+
+
+def weights_checksum(net: nn.Module, dtype: torch.dtype) -> float:
+    """Returns one number that differs where the weights do."""
+    norms = [torch.linalg.vector_norm(p.detach(), dtype=dtype) for p in net.parameters()]
+    return float(torch.stack(norms).sum()) if norms else 0.0
+
+
+def check_alike(mine: float, mean: float, epoch: int) -> None:
+    """Compares this rank's checksum of the weights with the mean over ranks.
+
+    Raises:
+        StepError: they differ, on every rank.
+    """
+    if abs(mine - mean) > 1e-9 * (abs(mine) + abs(mean)):
+        raise StepError(
+            f"the ranks' weights differ after epoch {epoch} (sum of norms: {mine!r} here, {mean!r} on average): their "
+            "gradients were not averaged. Does the train step use a part of the model, such as model.encoder(x), "
+            "instead of model(x)? Gradients are averaged for calls of the model itself."
+        )
+
+
+def check_order(mine: float, mean: float, split: str) -> None:
+    """Compares this rank's fingerprint of the sample order with the mean over ranks.
+
+    Raises:
+        StepError: the ranks draw different orders, so that samples are repeated and left out.
+    """
+    if mine != mean:
+        raise StepError(
+            f"the ranks draw the {split} samples in different orders, so that some are seen twice and some never. "
+            "Seed the loader's generator or sampler alike on every rank, or leave the generator out: dtrain seeds it."
+        )
+
+
+def check_takes(step: Callable[..., Any], batch: Any, split: str) -> None:
+    """Checks that a step can be called with a batch.
+
+    Raises:
+        StepError: its parameters do not fit the batch's parts.
+    """
+    parts = batch if isinstance(batch, (tuple, list)) else (batch,)
+    try:
+        signature = inspect.signature(step)
+    except (TypeError, ValueError):
+        return  # a builtin or the like
+    try:
+        signature.bind(None, *parts)
+    except TypeError as error:
+        name = getattr(step, "__name__", f"{split}_step")
+        raise StepError(
+            f"{name}{signature} cannot be called with the model and a batch of {len(parts)} "
+            f"part{'s' * (len(parts) != 1)}: {error}. A tuple or list is unpacked; any other batch is one argument."
+        ) from None
+
+
+def check_all_used(error: RuntimeError, net: nn.Module) -> None:
+    """Words DDP's complaint about parameters without a gradient in terms of the net.
+
+    Raises:
+        StepError: if the error is that complaint.
+    """
+    if "finished reduction in the prior iteration" not in str(error):
+        return
+    unused = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    raise StepError(
+        "on several ranks every trainable parameter must get a gradient in every step, but "
+        f"{', '.join(unused[:5]) or 'some'}{', ...' * (len(unused) > 5)} got none. Use them in forward, take them out, "
+        "or freeze them with parameter.requires_grad_(False)."
+    ) from None
