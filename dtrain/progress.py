@@ -131,7 +131,7 @@ class LiveBar:
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Prints the epoch's line above the bar."""
-        self._console.print(epoch_line(row))
+        self._console.print(epoch_line(row), soft_wrap=True)
 
     def close(self) -> None:
         """Takes the bar off the screen."""
