@@ -38,7 +38,7 @@ class _Redirection:
 
     def __init__(self, net: nn.Module, ddp: nn.Module) -> None:
         self._net = net
-        self._ddp = ddp
+        self.ddp: Any = ddp
         self._own = net.forward
         self._inside = False
 
@@ -47,7 +47,7 @@ class _Redirection:
             return self._own(*args, **kwargs)
         self._inside = True
         try:
-            return self._ddp(*args, **kwargs)
+            return self.ddp(*args, **kwargs)
         finally:
             self._inside = False
 
@@ -73,6 +73,15 @@ class Replica:
             world.accelerator.prepare_model(net)
         else:
             self._redirection = _Redirection(net, world.accelerator.prepare_model(_Inner(net)))
+
+    @contextlib.contextmanager
+    def averaging(self, wanted: bool) -> Iterator[None]:
+        """While inside, backward averages the gradients over the ranks, or, if not wanted, adds them up here."""
+        if wanted or self._redirection is None:
+            yield
+            return
+        with self._redirection.ddp.no_sync():
+            yield
 
     @contextlib.contextmanager
     def training(self) -> Iterator[nn.Module]:

@@ -5,9 +5,7 @@
     for epoch in 1 .. epochs:
         model.train()
         for share in train loader:            # this rank's part of the global batch
-            imperative:   train_step(model, *batch)           # does backward and step itself
-            declarative:  loss = train_step(model, *batch)
-                          (loss * weight).backward(); optimizer.step(); optimizer.zero_grad()
+            values = learner.learn(share)     # train_step, and what it leaves to do; see `dtrain.learning`
             add the returned values, with the weight of the real samples
         sum over ranks, once; compare the ranks' weights
         net.eval()                            # the bare net, not DDP
@@ -18,86 +16,25 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
-from dtrain.checks import (
-    check_alike,
-    check_all_used,
-    check_optimizers,
-    check_order,
-    check_same_task,
-    check_takes,
-    weights_checksum,
-)
-from dtrain.ddp import Replica
-from dtrain.errors import StepError, UsageError, add_place
+from dtrain.checks import check_alike, check_order, check_same_task, check_takes, weights_checksum
+from dtrain.errors import UsageError, add_place
 from dtrain.history import History
-from dtrain.metrics import Mean, MeanTable, PassResult, Value
+from dtrain.learning import Interval, Learner, Task
+from dtrain.metrics import MeanTable, PassResult
 from dtrain.progress import Progress, Silent
 from dtrain.seeding import derive, seed_everything
 from dtrain.sharding import BatchMode, Dealing, ShardedLoader, Share
-from dtrain.steps import (
-    HOW_TO_LEARN,
-    Kind,
-    OptimizerWitness,
-    Step,
-    call_step,
-    has_graph,
-    kind_of,
-    named_values,
-    no_grad_step,
-    scaled_gradients,
-    watch_backward,
-)
+from dtrain.steps import named_values, no_grad_step
 from dtrain.world import World
 
-logger = logging.getLogger(__name__)
-
-Interval = Literal["epoch", "step"]
 Row = dict[str, Any]
-
-
-@dataclass
-class Task:
-    """What is to be trained: the user's objects.
-
-    Attributes:
-        module: the net.
-        train_step: see `dtrain.steps`.
-        dl_train: loader of training batches.
-        valid_step: like train_step, without learning; needed where there is a `dl_valid`.
-        dl_valid: loader of validation batches, or None.
-        optimizer: by default `module.optimizer`; an imperative step may bring its own.
-        scheduler: a torch learning-rate scheduler, or None.
-        interval: whether the scheduler counts epochs or optimizer steps.
-    """
-
-    module: nn.Module
-    train_step: Step
-    dl_train: Any
-    valid_step: Step | None = None
-    dl_valid: Any = None
-    optimizer: Optimizer | None = None
-    scheduler: Any = None
-    interval: Interval = "epoch"
-
-    def __post_init__(self) -> None:
-        """Takes the optimizer from the net and puts it there, so that steps find it."""
-        if self.dl_valid is not None and self.valid_step is None:
-            raise UsageError("there is a validation loader but no valid_step. Define one, or leave the loader out.")
-        found = getattr(self.module, "optimizer", None)
-        if self.optimizer is None and hasattr(found, "param_groups"):
-            self.optimizer = found
-        elif self.optimizer is not None and found is None:
-            self.module.optimizer = self.optimizer  # type: ignore[assignment]
 
 
 @dataclass
@@ -124,11 +61,11 @@ class Engine:
         epochs: passes over the training data.
         seed: order of samples, and this rank's random stream, are derived from it.
         batch: whose batch size the loaders' is.
+        accumulation: micro-batches that make one optimizer step.
         history: gets a row an epoch, on every rank.
         progress: what a person sees.
         after_epoch: called on every rank with each new row.
         place: where the engine is.
-        kind: the kind of the train step, known after the first batch.
     """
 
     task: Task
@@ -136,22 +73,21 @@ class Engine:
     epochs: int
     seed: int = 42
     batch: BatchMode = "per_rank"
+    accumulation: int = 1
     history: History = field(default_factory=History)
     progress: Progress = field(default_factory=Silent)
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
-    kind: Kind | None = None
 
     def __post_init__(self) -> None:
         """Compares the ranks' tasks, deals the loaders out and readies the net."""
         self.place = Place(self.world.rank)
         self._names: dict[str, tuple[str, ...]] = {}
-        self._witness: OptimizerWitness | None = None
         self._train_loader = self._sharded(self.task.dl_train, "train", fill=True)
         valid = self.task.dl_valid
         self._valid_loader = None if valid is None else self._sharded(valid, "valid", fill=False)
         loaders = {"train": self.task.dl_train} | ({} if valid is None else {"valid": valid})
         check_same_task(self.world, self.task.module, loaders)
-        self._replica = Replica(self.task.module, self.world)
+        self._learner = Learner(self.task, self.world, accumulates=self.accumulation > 1)
 
     def fit(self) -> History:
         """Runs all epochs.
@@ -173,8 +109,7 @@ class Engine:
             raise
         finally:
             self.progress.close()
-            if self._witness is not None:
-                self._witness.close()
+            self._learner.close()
         return self.history
 
     def _run_epoch(self, epoch: int) -> None:
@@ -206,8 +141,9 @@ class Engine:
         table = self._begin("train", epoch, self._train_loader)
         started = time.perf_counter()
         for share in self._steps(self._train_loader, epoch):
-            table.add(self._learn(share), share.count)
-            self._step_scheduler("step")
+            table.add(self._learner.learn(share), share.count)
+            if share.last:
+                self._step_scheduler("step")
             self.progress.step(table)
         seconds = time.perf_counter() - started
         several = self.world.size > 1
@@ -215,71 +151,10 @@ class Engine:
         order = self._train_loader.fingerprint
         result, sums = table.reduce(self.world, seconds, (weights, order))
         self._names["train"] = tuple(result.means)
-        self._check_learnt()
+        self._learner.check_learnt()
         check_order(order, sums[1] / self.world.size, "train")
         check_alike(weights, sums[0] / self.world.size, epoch)
         return result
-
-    def _learn(self, share: Share) -> dict[str, Value]:
-        """Takes one train step; the first one shows which kind it is."""
-        if self.kind is None:
-            return self._learn_first(share)
-        if self.kind == "imperative":
-            with scaled_gradients(self.task.module, share.scale):
-                return self._call_train_step(share)
-        values = self._call_train_step(share)
-        self._descend(values, share)
-        return values
-
-    def _call_train_step(self, share: Share) -> dict[str, Value]:
-        try:
-            with self._replica.training() as model:
-                returned = call_step(self.task.train_step, model, share.batch)
-        except RuntimeError as error:
-            check_all_used(error, self.task.module)
-            raise
-        return named_values(returned, self.task.module, "train")
-
-    def _learn_first(self, share: Share) -> dict[str, Value]:
-        module = self.task.module
-        check_takes(self.task.train_step, share.batch, "train")
-        self._witness = OptimizerWitness()
-        with watch_backward(module) as backward, scaled_gradients(module, share.scale):
-            values = self._call_train_step(share)
-        self.kind = kind_of(bool(self._witness.optimizers), bool(backward), values.get("loss"))
-        logger.info("the train step is %s", self.kind)
-        if self.kind == "declarative":
-            self._descend(values, share)
-        check_optimizers(self._witness.optimizers, module, self.world.size)
-        return values
-
-    def _descend(self, values: dict[str, Value], share: Share) -> None:
-        """Backward and optimizer step for a declarative step."""
-        optimizer = self.task.optimizer
-        if optimizer is None:
-            raise StepError(
-                "the train step returns a loss with its graph, for dtrain to step on, but there is no optimizer. "
-                "Define build_optimizer(model), or set model.optimizer."
-            )
-        loss = values.get("loss")
-        if not has_graph(loss):
-            raise StepError(
-                "the train step returned a loss without a graph, after returning one with a graph before. "
-                "Return the loss itself at every step, without .item() or .detach()."
-            )
-        torch.autograd.backward(self._weighted(loss, share))  # type: ignore[arg-type]
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def _weighted(self, loss: torch.Tensor | Mean, share: Share) -> torch.Tensor:
-        """The loss of which the average over ranks is the mean over all samples (or all that was counted)."""
-        if not isinstance(loss, Mean):
-            return loss if share.scale == 1.0 else loss * share.scale
-        counted = float(loss.count) if share.count else 0.0
-        (everywhere,) = self.world.all_reduce([counted])
-        if everywhere == 0:
-            return loss.total * 0.0  # type: ignore[return-value]
-        return loss.total * ((counted > 0) * self.world.size / everywhere)  # type: ignore[return-value]
 
     def _step_scheduler(self, interval: Interval, row: Row | None = None) -> None:
         scheduler = self.task.scheduler
@@ -320,7 +195,8 @@ class Engine:
     # --- both -----------------------------------------------------------------------------------------
 
     def _sharded(self, loader: Any, split: str, *, fill: bool) -> ShardedLoader:
-        return ShardedLoader(loader, Dealing(self.world.rank, self.world.size, self.batch, fill), self.seed, split)
+        how = Dealing(self.world.rank, self.world.size, self.batch, fill, self.accumulation if fill else 1)
+        return ShardedLoader(loader, how, self.seed, split)
 
     def _begin(self, split: str, epoch: int, loader: ShardedLoader) -> MeanTable:
         self.place.split, self.place.step = split, 0
@@ -344,19 +220,4 @@ class Engine:
         from accelerate.utils import send_to_device
 
         batch = send_to_device(share.batch, self.world.device, non_blocking=True)
-        return Share(batch, share.count, share.total, share.scale)
-
-    def _check_learnt(self) -> None:
-        """After the first epoch: some optimizer must have stepped by then, whoever made it."""
-        if self._witness is None:
-            return
-        self._witness.close()
-        stepped, self._witness = self._witness.optimizers, None
-        if not stepped:
-            raise StepError(
-                "the train step calls backward(), but no optimizer's step() ran in the whole epoch: "
-                f"nothing is learnt. {HOW_TO_LEARN}"
-            )
-        check_optimizers(stepped, self.task.module, self.world.size)
-        if self.task.optimizer is None:
-            self.task.optimizer = stepped[0]
+        return replace(share, batch=batch)

@@ -7,7 +7,7 @@ from typing import Any
 
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.config.schema import leaves
-from dtrain.engine import Task
+from dtrain.learning import Task
 from dtrain.recipe import Recipe
 from dtrain.sharding import Dealing, ShardedLoader
 
@@ -19,8 +19,8 @@ class Plan:
     Attributes:
         ranks: number of ranks.
         batch_per_rank: samples a rank takes per step, None where the loader cannot tell.
-        batch_in_all: samples of a global batch.
-        steps_per_epoch: steps of each rank per epoch, None where the loader cannot tell.
+        batch_in_all: samples of an optimizer step.
+        steps_per_epoch: train steps (micro-batches) of each rank per epoch, None where the loader cannot tell.
         optimizer_steps: over all epochs.
     """
 
@@ -40,7 +40,9 @@ def make_plan(task: Task, settings: Settings, ranks: int) -> Plan:
     per_rank = in_all = None
     if size is not None:
         per_rank, in_all = (size, size * ranks) if train.batch == "per_rank" else (-(-size // ranks), size)
-    return Plan(ranks, per_rank, in_all, steps, None if steps is None else steps * train.epochs)
+    in_all = None if in_all is None else in_all * train.accumulation
+    optimizer_steps = None if steps is None else -(-steps // train.accumulation) * train.epochs
+    return Plan(ranks, per_rank, in_all, steps, optimizer_steps)
 
 
 def _batch_size(loader: Any) -> int | None:

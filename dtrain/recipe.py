@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from dtrain.config import BUILDER_SECTIONS, Settings
-from dtrain.engine import Interval, Task
 from dtrain.errors import RecipeError
+from dtrain.learning import Interval, Task
 from dtrain.recipe_file import locate, syntax_problem
 from dtrain.signatures import Builder, check_parameters
 

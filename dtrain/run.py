@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 from dtrain.checkpoint import save_epoch
 from dtrain.config import Settings
-from dtrain.engine import Engine, Task
+from dtrain.engine import Engine
 from dtrain.errors import AgreedError, Failure, UsageError
 from dtrain.failures import describe
 from dtrain.history import FILE_NAME, History
+from dtrain.learning import Task
 from dtrain.progress import choose_progress
 from dtrain.recipe import bind, load_recipe
 from dtrain.seeding import seed_everything
@@ -50,6 +51,7 @@ def train_run(settings: Settings, world: World) -> Path:
         epochs=train.epochs,
         seed=train.seed,
         batch=train.batch,
+        accumulation=train.accumulation,
         progress=choose_progress(is_main=world.is_main, epochs=train.epochs, log_step_freq=train.log_step_freq),
     )
     folder = Path(world.gather_json(agree(world, lambda: _open_folder(settings, world)))[0])

@@ -17,7 +17,8 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -53,12 +54,14 @@ class Dealing:
         size: number of ranks.
         mode: whose batch size the loader's is.
         fill: whether a rank without a sample gets a filler (training), or no step (validation).
+        group: how many of the rank's batches make one optimizer step; the epoch's last group may have fewer.
     """
 
     rank: int
     size: int
     mode: BatchMode
     fill: bool
+    group: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,18 @@ class Share:
         count: its real samples; 0 for a filler.
         total: real samples of all ranks in this global batch.
         scale: what the gradient of this rank's mean loss is multiplied by, so that the average over the ranks
-            is the gradient of the mean over all samples: count * size / total.
+            is the gradient of the mean over all samples: count * size / total; with the total of the whole group
+            where several batches make one optimizer step.
+        first: whether it is the first one of its optimizer step.
+        last: whether the optimizer steps after it.
     """
 
     batch: Any
     count: int
     total: int
     scale: float
+    first: bool = True
+    last: bool = True
 
 
 def deal(
@@ -94,10 +102,21 @@ def deal(
         the rank's share of each global batch, in order.
     """
     if how.size == 1:
-        return (Share(batch, n, n, 1.0) for batch in batches if (n := size_of(batch)))
-    if how.mode == "global":
-        return _cut_each(batches, how, size_of, cut)
-    return _take_turns(batches, how, size_of)
+        dealt: Iterator[Share] = (Share(batch, n, n, 1.0) for batch in batches if (n := size_of(batch)))
+    elif how.mode == "global":
+        dealt = _cut_each(batches, how, size_of, cut)
+    else:
+        dealt = _take_turns(batches, how, size_of)
+    return dealt if how.group == 1 else _in_groups(dealt, how)
+
+
+def _in_groups(shares: Iterator[Share], how: Dealing) -> Iterator[Share]:
+    """Puts shares into groups, one optimizer step each, and weights them by the samples of their group."""
+    while group := list(islice(shares, how.group)):
+        total = sum(share.total for share in group)
+        for number, share in enumerate(group):
+            scale = share.count * how.size / total
+            yield replace(share, scale=scale, first=number == 0, last=number == len(group) - 1)
 
 
 def _take_turns(batches: Iterable[T], how: Dealing, size_of: Callable[[T], int]) -> Iterator[Share]:
@@ -245,8 +264,7 @@ class _IndexedBatches:
         _set_epoch(getattr(self._batches, "sampler", None), epoch)
         _set_epoch(self._loader.dataset, epoch)
         for batch in self._loader:
-            dealt = self._dealt.popleft()
-            yield Share(batch, dealt.count, dealt.total, dealt.scale)
+            yield replace(self._dealt.popleft(), batch=batch)
 
 
 def _cut_list(indices: list[Any], start: int, stop: int) -> list[Any]:

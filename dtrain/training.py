@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.engine import Engine, Interval, Task
+from dtrain.engine import Engine
 from dtrain.errors import UsageError
+from dtrain.learning import Interval, Task
 from dtrain.progress import Silent, choose_progress
 from dtrain.sharding import BatchMode
 from dtrain.steps import Step
@@ -49,6 +50,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     scheduler: Any = None,
     scheduler_interval: Interval = "epoch",
     batch: BatchMode = "per_rank",
+    accumulation: int = 1,
     seed: int = 42,
     verbose: bool = True,
     cpu: bool = False,
@@ -69,6 +71,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         scheduler: a torch learning-rate scheduler.
         scheduler_interval: whether the scheduler counts epochs or optimizer steps.
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
+        accumulation: micro-batches that make one optimizer step.
         seed: the order of the samples and each rank's random stream are derived from it.
         verbose: whether rank 0 shows progress.
         cpu: compute on the CPU also where there is an accelerator.
@@ -83,7 +86,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         StepError: a step breaks the step contract.
         DataError: a loader yields nothing.
     """
-    for name, number in (("epochs", epochs), ("log_step_freq", log_step_freq)):
+    for name, number in (("epochs", epochs), ("log_step_freq", log_step_freq), ("accumulation", accumulation)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise UsageError(f"{name} = {number!r}: should be a whole number of at least 1.")
     task = Task(
@@ -98,7 +101,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     )
     world = world if world is not None else bring_up(cpu=cpu)
     shown = choose_progress(is_main=world.is_main, epochs=epochs, log_step_freq=log_step_freq) if verbose else Silent()
-    engine = Engine(task, world, epochs=epochs, seed=seed, batch=batch, progress=shown)
+    engine = Engine(task, world, epochs=epochs, seed=seed, batch=batch, accumulation=accumulation, progress=shown)
     return engine.fit().dataframe()
 
 

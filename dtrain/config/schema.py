@@ -35,6 +35,7 @@ class TrainConfig(_Section):
     batch: Literal["per_rank", "global"] = Field(
         "per_rank", description="whose batch size the loader's is: each rank's, or the whole world's"
     )
+    accumulation: int = Field(1, ge=1, description="micro-batches that make one optimizer step")
 
 
 class RunFolderConfig(_Section):

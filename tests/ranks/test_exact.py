@@ -99,6 +99,7 @@ def train_cases(world, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             train_step=step,
             valid_step=declarative,
             batch=case["mode"],
+            accumulation=case.get("accumulation", 1),
             verbose=False,
             world=world,
         )
@@ -113,7 +114,7 @@ def by_hand(case: dict[str, Any], ranks: int) -> dict[str, Any]:
     net = fresh_net()
     x, y = regression_data(case["n"])
     xv, yv = regression_data(case["n_valid"])
-    size = case["batch"] * (ranks if case["mode"] == "per_rank" else 1)
+    size = case["batch"] * (ranks if case["mode"] == "per_rank" else 1) * case.get("accumulation", 1)
     history: dict[str, list[float]] = {"loss": [], "val_loss": []}
     for _ in range(2):
         total = count = 0.0
@@ -138,6 +139,11 @@ CASES = [
     for kind in STEPS
     for mode in ("per_rank", "global")
     for n, batch, n_valid in ((1, 1, 1), (2, 3, 5), (13, 4, 2), (16, 4, 7), (21, 5, 11))
+] + [
+    {"kind": kind, "mode": mode, "n": n, "batch": batch, "n_valid": 3, "accumulation": accumulation}
+    for kind in STEPS
+    for mode in ("per_rank", "global")
+    for n, batch, accumulation in ((16, 2, 2), (23, 3, 2), (19, 2, 3), (5, 4, 4))
 ]
 
 

@@ -23,6 +23,7 @@ LAYERS = [
     ["dtrain.world"],
     ["dtrain.metrics", "dtrain.history", "dtrain.sharding", "dtrain.ddp", "dtrain.checks"],
     ["dtrain.steps", "dtrain.checkpoint", "dtrain.trackers", "dtrain.progress", "dtrain.signatures"],
+    ["dtrain.accumulation", "dtrain.learning"],
     ["dtrain.engine"],
     ["dtrain.training", "dtrain.recipe"],
     ["dtrain.run", "dtrain.plan"],

@@ -1,0 +1,220 @@
+"""One train step, of either kind, on one rank.
+
+::
+
+    imperative:   train_step(model, *batch)                  # does backward, step and zero_grad itself
+    declarative:  loss = train_step(model, *batch)
+                  (loss * weight).backward()
+                  after the last micro-batch of a group: optimizer.step(); optimizer.zero_grad()
+
+The weight makes the average over ranks and the sum over a group's micro-batches the gradient of the mean over all
+samples. In an imperative step it is applied to the gradients on their way into `param.grad`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain.accumulation import HeldBack
+from dtrain.checks import check_all_used, check_optimizers, check_takes
+from dtrain.ddp import Replica
+from dtrain.errors import StepError, UsageError
+from dtrain.metrics import Mean, Value
+from dtrain.sharding import Share
+from dtrain.steps import (
+    HOW_TO_LEARN,
+    Kind,
+    OptimizerWitness,
+    Step,
+    call_step,
+    has_graph,
+    kind_of,
+    named_values,
+    scaled_gradients,
+    watch_backward,
+)
+from dtrain.world import World
+
+logger = logging.getLogger(__name__)
+
+Interval = Literal["epoch", "step"]
+
+
+@dataclass
+class Task:
+    """What is to be trained: the user's objects.
+
+    Attributes:
+        module: the net.
+        train_step: see `dtrain.steps`.
+        dl_train: loader of training batches.
+        valid_step: like train_step, without learning; needed where there is a `dl_valid`.
+        dl_valid: loader of validation batches, or None.
+        optimizer: by default `module.optimizer`; an imperative step may bring its own.
+        scheduler: a torch learning-rate scheduler, or None.
+        interval: whether the scheduler counts epochs or optimizer steps.
+    """
+
+    module: nn.Module
+    train_step: Step
+    dl_train: Any
+    valid_step: Step | None = None
+    dl_valid: Any = None
+    optimizer: Optimizer | None = None
+    scheduler: Any = None
+    interval: Interval = "epoch"
+
+    def __post_init__(self) -> None:
+        """Takes the optimizer from the net and puts it there, so that steps find it."""
+        if self.dl_valid is not None and self.valid_step is None:
+            raise UsageError("there is a validation loader but no valid_step. Define one, or leave the loader out.")
+        found = getattr(self.module, "optimizer", None)
+        if self.optimizer is None and hasattr(found, "param_groups"):
+            self.optimizer = found
+        elif self.optimizer is not None and found is None:
+            self.module.optimizer = self.optimizer  # type: ignore[assignment]
+
+
+class Learner:
+    """Takes a task's train steps.
+
+    Args:
+        task: the user's objects; an optimizer that only the step knows is put there once it was seen.
+        world: the ranks.
+        accumulates: whether several micro-batches make one optimizer step.
+
+    Attributes:
+        kind: the kind of the train step, known after the first one.
+    """
+
+    def __init__(self, task: Task, world: World, *, accumulates: bool) -> None:
+        self.kind: Kind | None = None
+        self._task = task
+        self._world = world
+        self._accumulates = accumulates
+        self._replica = Replica(task.module, world)
+        self._witness: OptimizerWitness | None = None
+        self._held: HeldBack | None = None
+        self._counted: float | None = None
+
+    def learn(self, share: Share) -> dict[str, Value]:
+        """Takes one train step and returns its values by name; the first one shows which kind it is.
+
+        Raises:
+            StepError: the step breaks the step contract.
+        """
+        with self._replica.averaging(share.last):
+            if self.kind is None:
+                return self._learn_first(share)
+            if self.kind == "imperative":
+                return self._imperative(share)
+            values = self._call(share)
+            self._descend(values.get("loss"), share)
+            return values
+
+    def check_learnt(self) -> None:
+        """After the first epoch: some optimizer must have stepped by then, whoever made it.
+
+        Raises:
+            StepError: none has.
+        """
+        if self._witness is None:
+            return
+        self._witness.close()
+        stepped, self._witness = self._witness.optimizers, None
+        if not stepped:
+            raise StepError(
+                "the train step calls backward(), but no optimizer's step() ran in the whole epoch: "
+                f"nothing is learnt. {HOW_TO_LEARN}"
+            )
+        check_optimizers(stepped, self._task.module, self._world.size)
+        if self._task.optimizer is None:
+            self._task.optimizer = stepped[0]
+
+    def close(self) -> None:
+        """Lets go of what watches the optimizers."""
+        if self._witness is not None:
+            self._witness.close()
+
+    def _learn_first(self, share: Share) -> dict[str, Value]:
+        task = self._task
+        check_takes(task.train_step, share.batch, "train")
+        self._witness = OptimizerWitness()
+        if self._accumulates:
+            self._held = HeldBack(task.optimizer, task.module)
+        with watch_backward(task.module) as backward:
+            values = self._imperative(share)
+        stepped = bool(self._witness.optimizers) or (self._held is not None and self._held.asked)
+        self.kind = kind_of(stepped, bool(backward), values.get("loss"))
+        logger.info("the train step is %s", self.kind)
+        if self.kind == "declarative":
+            self._descend(values.get("loss"), share)
+        check_optimizers(self._witness.optimizers, task.module, self._world.size)
+        if self._accumulates and not share.last and self._witness.optimizers:
+            raise StepError(
+                "train.accumulation cannot hold back the optimizer that the train step steps, since it is not "
+                "model.optimizer. Use model.optimizer in the step, or return the loss."
+            )
+        return values
+
+    def _imperative(self, share: Share) -> dict[str, Value]:
+        held = self._held(share) if self._held is not None else contextlib.nullcontext()
+        with held, scaled_gradients(self._task.module, share.scale):
+            return self._call(share)
+
+    def _call(self, share: Share) -> dict[str, Value]:
+        try:
+            with self._replica.training() as model:
+                returned = call_step(self._task.train_step, model, share.batch)
+        except RuntimeError as error:
+            check_all_used(error, self._task.module)
+            raise
+        return named_values(returned, self._task.module, "train")
+
+    # --- declarative ----------------------------------------------------------------------------------
+
+    def _descend(self, loss: Value | None, share: Share) -> None:
+        """Backward, and after the last micro-batch of a group the optimizer's step."""
+        optimizer = self._task.optimizer
+        if optimizer is None:
+            raise StepError(
+                "the train step returns a loss with its graph, for dtrain to step on, but there is no optimizer. "
+                "Define build_optimizer(model), or set model.optimizer."
+            )
+        if not has_graph(loss):
+            raise StepError(
+                "the train step returned a loss without a graph, after returning one with a graph before. "
+                "Return the loss itself at every step, without .item() or .detach()."
+            )
+        torch.autograd.backward(self._weighted(loss, share))  # type: ignore[arg-type]
+        if share.last:
+            self._divide_by_count(optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def _weighted(self, loss: Tensor | Mean, share: Share) -> Tensor:
+        """The loss of which the average over ranks adds up to the gradient of the group's mean.
+
+        What a `Mean` counted in the whole group is known at its end alone: its total goes in as it is, and
+        `_divide_by_count` does the rest.
+        """
+        if isinstance(loss, Mean):
+            self._counted = (self._counted or 0.0) + (float(loss.count) if share.count else 0.0)
+            return loss.total * (self._world.size if share.count else 0.0)  # type: ignore[return-value]
+        return loss if share.scale == 1.0 else loss * share.scale
+
+    def _divide_by_count(self, optimizer: Optimizer) -> None:
+        if self._counted is None:
+            return
+        (everywhere,) = self._world.all_reduce([self._counted])
+        self._counted = None
+        if everywhere:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_div_(gradients, everywhere)
