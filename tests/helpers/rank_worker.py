@@ -20,8 +20,12 @@ def main() -> None:
     spec = importlib.util.spec_from_file_location("test_under_ranks", job["file"])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    result = getattr(module, job["function"])(world, **job["arguments"])
-    (Path(job["out"]) / f"{world.rank}.json").write_text(json.dumps(result))
+    function = getattr(module, job["function"])
+    if job.get("pool"):
+        for line in sys.stdin:
+            print(json.dumps(function(world, **json.loads(line))), flush=True)
+    else:
+        (Path(job["out"]) / f"{world.rank}.json").write_text(json.dumps(function(world, **job["arguments"])))
     world.close()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -34,7 +34,9 @@ def run_ranks(function: Callable[..., Any], size: int, timeout: float = 240, **a
         file = Path(sys.modules[function.__module__].__file__ or "")
         job = json.dumps({"file": str(file), "function": function.__name__, "arguments": arguments, "out": folder})
         ranks = [
-            subprocess.Popen([sys.executable, str(_WORKER), job], env=_environment(rank, size, port, folder))
+            subprocess.Popen(
+                [sys.executable, str(_WORKER), job], env=rank_process_environment(rank, size, port, folder)
+            )
             for rank in range(size)
         ]
         try:
@@ -47,7 +49,8 @@ def run_ranks(function: Callable[..., Any], size: int, timeout: float = 240, **a
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
 
 
-def _environment(rank: int, size: int, port: int, folder: str) -> dict[str, str]:
+def rank_process_environment(rank: int, size: int, port: int, folder: str) -> dict[str, str]:
+    """The environment of one rank that a test starts."""
     variables = rank_environment(rank, size, port, folder)
     launch = {name: variables[name] for name in _LAUNCH if name in variables}
     return clean_environment(**launch, OMP_NUM_THREADS="1")
