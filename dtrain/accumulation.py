@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dtrain.dealing import Share
 from dtrain.errors import StepError
-from dtrain.sharding import Share
 
 
 class HeldBack:

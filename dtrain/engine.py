@@ -24,13 +24,14 @@ from typing import Any
 import torch
 
 from dtrain.checks import check_alike, check_order, check_same_task, check_takes, weights_checksum
+from dtrain.dealing import BatchMode, Dealing, Share
 from dtrain.errors import UsageError, add_place
 from dtrain.history import History
 from dtrain.learning import Interval, Learner, Task
 from dtrain.metrics import MeanTable, PassResult
 from dtrain.progress import Progress, Silent
 from dtrain.seeding import derive, seed_everything
-from dtrain.sharding import BatchMode, Dealing, ShardedLoader, Share
+from dtrain.sharding import ShardedLoader
 from dtrain.steps import named_values, no_grad_step
 from dtrain.world import World
 
@@ -51,6 +52,21 @@ class Place:
         return f"rank {self.rank}, epoch {self.epoch}, {self.split} step {self.step}"
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How much of the data a short run takes.
+
+    Attributes:
+        train: number of the training loader's batches, None for all.
+        valid: number of the validation loader's batches, None for all.
+        merge: how many of a loader's batches are joined to one before they are dealt out.
+    """
+
+    train: int | None = None
+    valid: int | None = None
+    merge: int = 1
+
+
 @dataclass
 class Engine:
     """Trains a task on the ranks of a world.
@@ -62,6 +78,7 @@ class Engine:
         seed: order of samples, and this rank's random stream, are derived from it.
         batch: whose batch size the loaders' is.
         accumulation: micro-batches that make one optimizer step.
+        limits: how much of the data is taken.
         history: gets a row an epoch, on every rank.
         progress: what a person sees.
         after_epoch: called on every rank with each new row.
@@ -74,6 +91,7 @@ class Engine:
     seed: int = 42
     batch: BatchMode = "per_rank"
     accumulation: int = 1
+    limits: Limits = field(default_factory=Limits)
     history: History = field(default_factory=History)
     progress: Progress = field(default_factory=Silent)
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
@@ -87,7 +105,7 @@ class Engine:
         self._valid_loader = None if valid is None else self._sharded(valid, "valid", fill=False)
         loaders = {"train": self.task.dl_train} | ({} if valid is None else {"valid": valid})
         check_same_task(self.world, self.task.module, loaders)
-        self._learner = Learner(self.task, self.world, accumulates=self.accumulation > 1)
+        self.learner = Learner(self.task, self.world, accumulates=self.accumulation > 1)
 
     def fit(self) -> History:
         """Runs all epochs.
@@ -109,7 +127,7 @@ class Engine:
             raise
         finally:
             self.progress.close()
-            self._learner.close()
+            self.learner.close()
         return self.history
 
     def _run_epoch(self, epoch: int) -> None:
@@ -141,7 +159,7 @@ class Engine:
         table = self._begin("train", epoch, self._train_loader)
         started = time.perf_counter()
         for share in self._steps(self._train_loader, epoch):
-            table.add(self._learner.learn(share), share.count)
+            table.add(self.learner.learn(share), share.count)
             if share.last:
                 self._step_scheduler("step")
             self.progress.step(table)
@@ -151,7 +169,7 @@ class Engine:
         order = self._train_loader.fingerprint
         result, sums = table.reduce(self.world, seconds, (weights, order))
         self._names["train"] = tuple(result.means)
-        self._learner.check_learnt()
+        self.learner.check_learnt()
         check_order(order, sums[1] / self.world.size, "train")
         check_alike(weights, sums[0] / self.world.size, epoch)
         return result
@@ -195,7 +213,15 @@ class Engine:
     # --- both -----------------------------------------------------------------------------------------
 
     def _sharded(self, loader: Any, split: str, *, fill: bool) -> ShardedLoader:
-        how = Dealing(self.world.rank, self.world.size, self.batch, fill, self.accumulation if fill else 1)
+        how = Dealing(
+            self.world.rank,
+            self.world.size,
+            self.batch,
+            fill,
+            group=self.accumulation if fill else 1,
+            limit=self.limits.train if split == "train" else self.limits.valid,
+            merge=self.limits.merge,
+        )
         return ShardedLoader(loader, how, self.seed, split)
 
     def _begin(self, split: str, epoch: int, loader: ShardedLoader) -> MeanTable:

@@ -25,9 +25,9 @@ from torch.optim import Optimizer
 from dtrain.accumulation import HeldBack
 from dtrain.checks import check_all_used, check_optimizers, check_takes
 from dtrain.ddp import Replica
+from dtrain.dealing import Share
 from dtrain.errors import StepError, UsageError
 from dtrain.metrics import Mean, Value
-from dtrain.sharding import Share
 from dtrain.steps import (
     HOW_TO_LEARN,
     Kind,

@@ -7,9 +7,10 @@ from typing import Any
 
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.config.schema import leaves
+from dtrain.dealing import Dealing
 from dtrain.learning import Task
 from dtrain.recipe import Recipe
-from dtrain.sharding import Dealing, ShardedLoader
+from dtrain.sharding import ShardedLoader
 
 
 @dataclass(frozen=True)

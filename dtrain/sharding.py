@@ -1,28 +1,18 @@
-"""Deals one loader's batches out to the ranks: each sample once, none padded, none dropped.
+"""One rank's view of a loader: its own part of each batch, in an order that is the same on any number of ranks.
 
-Two ways to read the loader's batch size:
-
-- `per_rank`: it is each rank's. The ranks take the loader's batches in turn; N consecutive ones make a global batch.
-- `global`: it is the whole world's. Each of the loader's batches is cut into N parts, as equal as can be.
-
-The batches come in the same order on any number of ranks: the order depends on the seed and the epoch alone.
-
-In a training pass every rank must take part in every step, since the gradients are averaged over all. A rank that
-the last, ragged global batch leaves without a sample gets a *filler*: a batch of another rank, with weight 0.
-A validation pass has no fillers; there, ranks may take different numbers of steps.
+How batches are dealt out is in `dtrain.dealing`; here is what they are dealt from: a map-style DataLoader, of which
+the indices are dealt, so that a rank fetches its own samples alone, or any other iterable of batches.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -35,132 +25,15 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from dtrain.errors import DataError, UsageError
+from dtrain.batches import count_samples, cut_batch, join_batches
+from dtrain.dealing import Dealing, Form, Share, deal
+from dtrain.errors import UsageError
 from dtrain.seeding import CommonRandomness, derive
 
-BatchMode = Literal["per_rank", "global"]
 T = TypeVar("T")
 
 _SEEDABLE = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _PLAIN = (BatchSampler, SequentialSampler)
-
-
-@dataclass(frozen=True)
-class Dealing:
-    """How batches are dealt to one rank.
-
-    Attributes:
-        rank: whose part.
-        size: number of ranks.
-        mode: whose batch size the loader's is.
-        fill: whether a rank without a sample gets a filler (training), or no step (validation).
-        group: how many of the rank's batches make one optimizer step; the epoch's last group may have fewer.
-    """
-
-    rank: int
-    size: int
-    mode: BatchMode
-    fill: bool
-    group: int = 1
-
-
-@dataclass(frozen=True)
-class Share:
-    """One rank's part of one global batch.
-
-    Attributes:
-        batch: what the step gets (or, inside this module, the indices of its samples).
-        count: its real samples; 0 for a filler.
-        total: real samples of all ranks in this global batch.
-        scale: what the gradient of this rank's mean loss is multiplied by, so that the average over the ranks
-            is the gradient of the mean over all samples: count * size / total; with the total of the whole group
-            where several batches make one optimizer step.
-        first: whether it is the first one of its optimizer step.
-        last: whether the optimizer steps after it.
-    """
-
-    batch: Any
-    count: int
-    total: int
-    scale: float
-    first: bool = True
-    last: bool = True
-
-
-def deal(
-    batches: Iterable[T], how: Dealing, size_of: Callable[[T], int], cut: Callable[[T, int, int], T]
-) -> Iterator[Share]:
-    """Deals batches to one rank.
-
-    Args:
-        batches: the loader's batches, the same on every rank.
-        how: rank, size and mode.
-        size_of: number of samples of a batch.
-        cut: (batch, start, stop) -> the part of a batch.
-
-    Yields:
-        the rank's share of each global batch, in order.
-    """
-    if how.size == 1:
-        dealt: Iterator[Share] = (Share(batch, n, n, 1.0) for batch in batches if (n := size_of(batch)))
-    elif how.mode == "global":
-        dealt = _cut_each(batches, how, size_of, cut)
-    else:
-        dealt = _take_turns(batches, how, size_of)
-    return dealt if how.group == 1 else _in_groups(dealt, how)
-
-
-def _in_groups(shares: Iterator[Share], how: Dealing) -> Iterator[Share]:
-    """Puts shares into groups, one optimizer step each, and weights them by the samples of their group."""
-    while group := list(islice(shares, how.group)):
-        total = sum(share.total for share in group)
-        for number, share in enumerate(group):
-            scale = share.count * how.size / total
-            yield replace(share, scale=scale, first=number == 0, last=number == len(group) - 1)
-
-
-def _take_turns(batches: Iterable[T], how: Dealing, size_of: Callable[[T], int]) -> Iterator[Share]:
-    first: T | None = None
-    mine: T | None = None
-    counts: list[int] = []
-    for batch in batches:
-        turn = len(counts)
-        counts.append(size_of(batch))
-        first = batch if turn == 0 else first
-        mine = batch if turn == how.rank else mine
-        if len(counts) == how.size:
-            yield from _share(mine, counts[how.rank], first, sum(counts), how)
-            first, mine, counts = None, None, []
-    if counts:
-        count = counts[how.rank] if how.rank < len(counts) else 0
-        yield from _share(mine, count, first, sum(counts), how)
-
-
-def _cut_each(
-    batches: Iterable[T], how: Dealing, size_of: Callable[[T], int], cut: Callable[[T, int, int], T]
-) -> Iterator[Share]:
-    for batch in batches:
-        total = size_of(batch)
-        start, stop = part_of(total, how.rank, how.size)
-        mine = cut(batch, start, stop) if stop > start else None
-        filler = cut(batch, *part_of(total, 0, how.size)) if mine is None else None
-        yield from _share(mine, stop - start, filler, total, how)
-
-
-def _share(mine: T | None, count: int, filler: T | None, total: int, how: Dealing) -> Iterator[Share]:
-    if total == 0:
-        return
-    if count > 0:
-        yield Share(mine, count, total, count * how.size / total)
-    elif how.fill:
-        yield Share(filler, 0, total, 0.0)
-
-
-def part_of(total: int, rank: int, size: int) -> tuple[int, int]:
-    """Returns start and stop of a rank's part of `total` samples; the first ranks get one more."""
-    base, more = divmod(total, size)
-    start = rank * base + min(rank, more)
-    return start, start + base + (rank < more)
 
 
 class ShardedLoader:
@@ -224,7 +97,7 @@ class ShardedLoader:
         common = CommonRandomness(seed)
         _set_epoch(self.loader, epoch)
         _set_epoch(getattr(self.loader, "dataset", None), epoch)
-        return deal(_under(common, self.loader), self._how, count_samples, cut_batch)
+        return deal(_under(common, self.loader), self._how, _NESTED)
 
 
 class _IndexedBatches:
@@ -244,7 +117,7 @@ class _IndexedBatches:
         source = self._batches
         if not _reseed(source, self._seed):
             source = _under(CommonRandomness(self._seed), source)
-        for share in deal(self._noted(source), self._how, len, _cut_list):
+        for share in deal(self._noted(source), self._how, _INDICES):
             self._dealt.append(share)
             yield share.batch
 
@@ -269,6 +142,14 @@ class _IndexedBatches:
 
 def _cut_list(indices: list[Any], start: int, stop: int) -> list[Any]:
     return indices[start:stop]
+
+
+def _join_lists(lists: list[list[Any]]) -> list[Any]:
+    return [index for indices in lists for index in indices]
+
+
+_INDICES: Form[list[Any]] = Form(len, _cut_list, _join_lists)
+_NESTED: Form[Any] = Form(count_samples, cut_batch, join_batches)
 
 
 def _has_indices(loader: Any) -> bool:
@@ -359,48 +240,3 @@ def _under(common: CommonRandomness, source: Iterable[T]) -> Iterator[T]:
         if item is end:
             return
         yield item
-
-
-def count_samples(batch: Any) -> int:
-    """Returns the number of samples of a batch: the first dimension of its first tensor or array.
-
-    Raises:
-        DataError: there is nothing in the batch that could be counted.
-    """
-    found = _first_length(batch)
-    if found is None:
-        raise DataError(
-            f"cannot count the samples of a batch of type {type(batch).__name__}: it holds no tensor or array. "
-            "Use a DataLoader with a batch size over a map-style dataset, or put a tensor into the batch."
-        )
-    return found
-
-
-def _first_length(batch: Any) -> int | None:
-    shape = getattr(batch, "shape", None)
-    if shape is not None and len(shape) > 0:
-        return int(shape[0])
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, (tuple, list)):
-        return next((n for part in batch if (n := _first_length(part)) is not None), None)
-    return None
-
-
-def cut_batch(batch: Any, start: int, stop: int) -> Any:
-    """Cuts samples start to stop out of a nested batch; what has no such length is kept whole."""
-    return _cut(batch, start, stop, count_samples(batch))
-
-
-def _cut(part: Any, start: int, stop: int, total: int) -> Any:
-    shape = getattr(part, "shape", None)
-    if isinstance(part, Tensor) or shape is not None:
-        return part[start:stop] if shape is not None and len(shape) > 0 and shape[0] == total else part
-    if isinstance(part, Mapping):
-        return {key: _cut(value, start, stop, total) for key, value in part.items()}
-    if isinstance(part, tuple) and hasattr(part, "_fields"):
-        return type(part)(*(_cut(value, start, stop, total) for value in part))
-    if isinstance(part, (tuple, list)):
-        holds_samples = len(part) == total and _first_length(part) is None
-        return part[start:stop] if holds_samples else type(part)(_cut(v, start, stop, total) for v in part)
-    return part

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dtrain.dealing import BatchMode
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
 from dtrain.learning import Interval, Task
 from dtrain.progress import Silent, choose_progress
-from dtrain.sharding import BatchMode
 from dtrain.steps import Step
 from dtrain.world import World, bring_up
 

@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dtrain import __version__
+from dtrain.cli import check
 from dtrain.cli.train import train
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(train)
+app.add_typer(check.app, name="check")
 
 
 def _print_version(wanted: bool) -> None:

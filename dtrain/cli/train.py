@@ -5,18 +5,23 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dtrain.cli.guard import reported
+
+if TYPE_CHECKING:
+    from dtrain.config import Settings
+
+METAVAR = "[CONFIG | RECIPE.py] [KEY=VALUE ...]"
 
 
 def train(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CONFIG | RECIPE.py] [KEY=VALUE ...]",
+            metavar=METAVAR,
             help="A YAML config, a recipe, or nothing for the bundled digits; then values, such as epochs=5.",
             show_default=False,
         ),
@@ -37,17 +42,11 @@ def train(
 
 
 def _train(words: list[str], ranks: int | None, cpu: bool, dry_run: bool) -> int:
-    from dtrain.config import load_settings
     from dtrain.launch.facts import read_rank_facts
     from dtrain.launch.threads import set_threads
-    from dtrain.recipe_file import check_syntax, locate
 
     facts = read_rank_facts()
-    target, overrides = split_words(words)
-    settings = load_settings(target, overrides)
-    path = locate(settings.config.recipe, settings.base)
-    if path is not None:
-        check_syntax(path)
+    settings = read_target(words)
     if dry_run:
         _show_plan(settings, ranks or facts.size)
         return 0
@@ -70,6 +69,19 @@ def _train(words: list[str], ranks: int | None, cpu: bool, dry_run: bool) -> int
     return 0
 
 
+def read_target(words: list[str]) -> Settings:
+    """Resolves the words of the command line, and checks the recipe's file as far as can be without torch."""
+    from dtrain.config import load_settings
+    from dtrain.recipe_file import check_syntax, locate
+
+    target, overrides = split_words(words)
+    settings = load_settings(target, overrides)
+    path = locate(settings.config.recipe, settings.base)
+    if path is not None:
+        check_syntax(path)
+    return settings
+
+
 def split_words(words: list[str]) -> tuple[str | None, list[str]]:
     """Splits the words of the command line into the config or recipe, if one is named, and the overrides."""
     if words and not re.match(r"[A-Za-z_][\w.]*=", words[0]):
@@ -77,13 +89,11 @@ def split_words(words: list[str]) -> tuple[str | None, list[str]]:
     return None, words
 
 
-def _show_plan(settings: object, ranks: int) -> None:
-    from dtrain.config import Settings
+def _show_plan(settings: Settings, ranks: int) -> None:
     from dtrain.plan import make_plan, plan_text, value_rows
     from dtrain.recipe import bind, load_recipe
     from dtrain.seeding import seed_everything
 
-    assert isinstance(settings, Settings)  # noqa: S101
     seed_everything(settings.config.train.seed)
     recipe = load_recipe(settings.config.recipe, settings.base)
     task = bind(recipe, settings)

@@ -19,8 +19,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from dtrain.batches import count_samples, cut_batch, join_batches
+from dtrain.dealing import Dealing, Share, part_of
 from dtrain.errors import DataError
-from dtrain.sharding import Dealing, ShardedLoader, Share, count_samples, cut_batch, part_of
+from dtrain.sharding import ShardedLoader
 
 
 class Stream(IterableDataset):
@@ -176,6 +178,10 @@ def test_nested_batches_are_counted_and_cut() -> None:
     assert part[0]["text"] == ["b", "c"]
     assert part[1][0].tolist() == [1, 2]
     assert part[1][1] == 7
+    joined = join_batches([cut_batch(batch, 0, 1), cut_batch(batch, 1, 4)])
+    assert joined[0]["ids"].tolist() == batch[0]["ids"].tolist()
+    assert joined[0]["text"] == list("abcd")
+    assert joined[1][0].tolist() == [0, 1, 2, 3]
 
 
 def test_a_batch_without_anything_to_count_is_refused() -> None:

@@ -1,0 +1,129 @@
+"""Records what a few train steps do on each rank, for a comparison with other ranks or another number of them."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from dtrain.batches import first_rows
+from dtrain.config import Settings
+from dtrain.dealing import Share
+from dtrain.engine import Engine, Limits
+from dtrain.metrics import Mean, Value
+from dtrain.run import agree, load_task
+from dtrain.world import World
+
+
+class Trace:
+    """One rank's record.
+
+    Args:
+        folder: where it is written: `rank-R.json`, and on rank 0 the gradients and weights of each optimizer
+            step as `step-S.safetensors`.
+        world: the ranks.
+        net: the net that is trained.
+    """
+
+    def __init__(self, folder: Path, world: World, net: nn.Module) -> None:
+        self._folder = folder
+        self._rank = world.rank
+        self._net = net
+        self._steps: list[dict[str, Any]] = []
+        self._optimizer_steps = 0
+        self._gradients: dict[str, Tensor] = {}
+        self._initial = zlib.crc32(b"".join(_bytes(p) for p in net.parameters()))
+        self._kinds = sorted({type(module).__name__ for module in net.modules()})
+        self._dropout = any(getattr(module, "p", 0) for module in net.modules() if "Dropout" in type(module).__name__)
+
+    def watch(self, engine: Engine) -> Any:
+        """Follows an engine's train steps; returns handles to remove at the end."""
+        learn = engine.learner.learn
+
+        def followed(share: Share) -> dict[str, Value]:
+            values = learn(share)
+            self._note(share, values)
+            return values
+
+        engine.learner.learn = followed  # type: ignore[method-assign]
+        return [
+            register_optimizer_step_pre_hook(lambda *_: self._keep_gradients()),
+            register_optimizer_step_post_hook(lambda *_: self._keep_weights()),
+        ]
+
+    def write(self, history: list[dict[str, Any]]) -> None:
+        """Writes the record."""
+        record = {
+            "initial": self._initial,
+            "steps": self._steps,
+            "history": history,
+            "kinds": self._kinds,
+            "dropout": self._dropout,
+        }
+        (self._folder / f"rank-{self._rank}.json").write_text(json.dumps(record), encoding="utf-8")
+
+    def _note(self, share: Share, values: dict[str, Value]) -> None:
+        numbers = {}
+        for name, value in values.items():
+            total, count = (value.total, value.count) if isinstance(value, Mean) else (value * share.count, share.count)
+            numbers[name] = [float(total), float(count)] if share.count else [0.0, 0.0]
+        rows = [zlib.crc32(_bytes(row)) for row in first_rows(share.batch)] if share.count else []
+        self._steps.append({"rows": rows, "values": numbers})
+
+    def _keep_gradients(self) -> None:
+        self._gradients = {
+            f"gradient/{name}": p.grad.detach().cpu().clone()
+            for name, p in self._net.named_parameters()
+            if p.grad is not None
+        }
+
+    def _keep_weights(self) -> None:
+        self._optimizer_steps += 1
+        if self._rank != 0:
+            return
+        from safetensors.torch import save_file
+
+        weights = {f"weight/{name}": p.detach().cpu().clone() for name, p in self._net.named_parameters()}
+        save_file(self._gradients | weights, self._folder / f"step-{self._optimizer_steps}.safetensors")
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def trace_run(settings: Settings, world: World, folder: Path, *, steps: int, merge: int) -> None:
+    """Trains a recipe for a few steps and one validation, and records it.
+
+    Args:
+        settings: the recipe and its parameters.
+        world: the ranks.
+        folder: where the record goes.
+        steps: optimizer steps.
+        merge: how many of the loader's batches make one; the reference on one rank joins those that N ranks take.
+    """
+    task = agree(world, lambda: load_task(settings))
+    train = settings.config.train
+    share = world.size if train.batch == "per_rank" else 1
+    batches = steps * train.accumulation * share * merge
+    trace = Trace(folder, world, task.module)
+    engine = Engine(
+        task,
+        world,
+        epochs=1,
+        seed=train.seed,
+        batch=train.batch,
+        accumulation=train.accumulation,
+        limits=Limits(train=batches, valid=batches, merge=merge),
+    )
+    handles = trace.watch(engine)
+    try:
+        history = engine.fit()
+    finally:
+        for handle in handles:
+            handle.remove()
+    trace.write(history.rows)

@@ -1,0 +1,164 @@
+"""Deals one loader's batches out to the ranks: each sample once, none padded, none dropped.
+
+Two ways to read the loader's batch size:
+
+- `per_rank`: it is each rank's. The ranks take the loader's batches in turn; N consecutive ones make a global batch.
+- `global`: it is the whole world's. Each of the loader's batches is cut into N parts, as equal as can be.
+
+The batches come in the same order on any number of ranks: the order depends on the seed and the epoch alone.
+
+In a training pass every rank must take part in every step, since the gradients are averaged over all. A rank that
+the last, ragged global batch leaves without a sample gets a *filler*: a batch of another rank, with weight 0.
+A validation pass has no fillers; there, ranks may take different numbers of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Generic, Literal, TypeVar
+
+BatchMode = Literal["per_rank", "global"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """How batches are dealt to one rank.
+
+    Attributes:
+        rank: whose part.
+        size: number of ranks.
+        mode: whose batch size the loader's is.
+        fill: whether a rank without a sample gets a filler (training), or no step (validation).
+        group: how many of the rank's batches make one optimizer step; the epoch's last group may have fewer.
+        limit: only this many of the loader's batches are dealt, None for all.
+        merge: how many of the loader's batches are joined to one before they are dealt.
+    """
+
+    rank: int
+    size: int
+    mode: BatchMode
+    fill: bool
+    group: int = 1
+    limit: int | None = None
+    merge: int = 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of one global batch.
+
+    Attributes:
+        batch: what the step gets (or, inside this module, the indices of its samples).
+        count: its real samples; 0 for a filler.
+        total: real samples of all ranks in this global batch.
+        scale: what the gradient of this rank's mean loss is multiplied by, so that the average over the ranks
+            is the gradient of the mean over all samples: count * size / total; with the total of the whole group
+            where several batches make one optimizer step.
+        first: whether it is the first one of its optimizer step.
+        last: whether the optimizer steps after it.
+    """
+
+    batch: Any
+    count: int
+    total: int
+    scale: float
+    first: bool = True
+    last: bool = True
+
+
+@dataclass(frozen=True)
+class Form(Generic[T]):
+    """What can be done with a kind of batch: a list of indices, or a nested batch of tensors.
+
+    Attributes:
+        size_of: number of samples of a batch.
+        cut: (batch, start, stop) -> the part of a batch.
+        join: batches -> one batch.
+    """
+
+    size_of: Callable[[T], int]
+    cut: Callable[[T, int, int], T]
+    join: Callable[[list[T]], T]
+
+
+def deal(batches: Iterable[T], how: Dealing, form: Form[T]) -> Iterator[Share]:
+    """Deals batches to one rank.
+
+    Args:
+        batches: the loader's batches, the same on every rank.
+        how: rank, size and mode.
+        form: what kind of batches they are.
+
+    Yields:
+        the rank's share of each global batch, in order.
+    """
+    if how.limit is not None:
+        batches = islice(batches, how.limit)
+    if how.merge > 1:
+        batches = _merged(iter(batches), how.merge, form)
+    if how.size == 1:
+        dealt: Iterator[Share] = (Share(batch, n, n, 1.0) for batch in batches if (n := form.size_of(batch)))
+    elif how.mode == "global":
+        dealt = _cut_each(batches, how, form)
+    else:
+        dealt = _take_turns(batches, how, form)
+    return dealt if how.group == 1 else _in_groups(dealt, how)
+
+
+def _merged(batches: Iterator[T], length: int, form: Form[T]) -> Iterator[T]:
+    while some := list(islice(batches, length)):
+        yield form.join(some)
+
+
+def _in_groups(shares: Iterator[Share], how: Dealing) -> Iterator[Share]:
+    """Puts shares into groups, one optimizer step each, and weights them by the samples of their group."""
+    while group := list(islice(shares, how.group)):
+        total = sum(share.total for share in group)
+        for number, share in enumerate(group):
+            scale = share.count * how.size / total
+            yield replace(share, scale=scale, first=number == 0, last=number == len(group) - 1)
+
+
+def _take_turns(batches: Iterable[T], how: Dealing, form: Form[T]) -> Iterator[Share]:
+    first: T | None = None
+    mine: T | None = None
+    counts: list[int] = []
+    for batch in batches:
+        turn = len(counts)
+        counts.append(form.size_of(batch))
+        first = batch if turn == 0 else first
+        mine = batch if turn == how.rank else mine
+        if len(counts) == how.size:
+            yield from _share(mine, counts[how.rank], first, sum(counts), how)
+            first, mine, counts = None, None, []
+    if counts:
+        count = counts[how.rank] if how.rank < len(counts) else 0
+        yield from _share(mine, count, first, sum(counts), how)
+
+
+def _cut_each(batches: Iterable[T], how: Dealing, form: Form[T]) -> Iterator[Share]:
+    for batch in batches:
+        total = form.size_of(batch)
+        start, stop = part_of(total, how.rank, how.size)
+        mine = form.cut(batch, start, stop) if stop > start else None
+        filler = form.cut(batch, *part_of(total, 0, how.size)) if mine is None else None
+        yield from _share(mine, stop - start, filler, total, how)
+
+
+def _share(mine: T | None, count: int, filler: T | None, total: int, how: Dealing) -> Iterator[Share]:
+    if total == 0:
+        return
+    if count > 0:
+        yield Share(mine, count, total, count * how.size / total)
+    elif how.fill:
+        yield Share(filler, 0, total, 0.0)
+
+
+def part_of(total: int, rank: int, size: int) -> tuple[int, int]:
+    """Returns start and stop of a rank's part of `total` samples; the first ranks get one more."""
+    base, more = divmod(total, size)
+    start = rank * base + min(rank, more)
+    return start, start + base + (rank < more)

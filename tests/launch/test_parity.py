@@ -1,0 +1,44 @@
+"""`dtrain check parity`: equal where it should be; elsewhere the first difference and its cause."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.commands import Dtrain
+
+
+@pytest.mark.parametrize("more", [[], ["batch=global"], ["accumulation=2"]])
+def test_digits_without_dropout_are_equal(dtrain: Dtrain, more: list[str]) -> None:
+    done = dtrain("check", "parity", "digits", "model.dropout=0", "-n", 3, "--steps", 3, *more)
+    assert done.code == 0, done.text
+    assert "equal: 3 ranks and 1 took the same samples in 3 optimizer steps" in done.out
+    assert list(dtrain.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "cause"),
+    [
+        (["fault=seed"], "before step 1", "rank-dependent seed"),
+        (["fault=batch-norm"], "step 1: loss", "BatchNorm"),
+        (["fault=dropout"], "step 1: loss", "dropout"),
+        (["fault=summed"], "step 1: loss", "summed loss"),
+        (["fault=metric"], "step 1: metric", "no mean over samples"),
+        (["fault=gradient"], "optimizer step 1: the gradient of 0.bias", "how the batch is split"),
+        (["noisy=true"], "step 1: the samples", "random augmentation"),
+    ],
+)
+def test_what_depends_on_the_split_is_found_and_named(
+    dtrain: Dtrain, recipes: Path, words: list[str], where: str, cause: str
+) -> None:
+    done = dtrain("check", "parity", recipes / "split.py", *words)
+    assert done.code == 1, done.text
+    assert f"different: 2 ranks part from 1 at {where}" in done.out
+    assert cause in done.out
+
+
+def test_a_recipe_that_fails_is_no_comparison(dtrain: Dtrain, recipes: Path) -> None:
+    done = dtrain("check", "parity", recipes / "small.py", "fault=raise")
+    assert done.code == 1
+    assert "a fault of the user's own" in done.err
+    assert "no comparison: the run on 1 rank failed" in done.out
