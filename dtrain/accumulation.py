@@ -39,12 +39,15 @@ class HeldBack:
     @contextlib.contextmanager
     def __call__(self, share: Share) -> Iterator[None]:
         """Holds back for one micro-batch what its place in the group does not allow."""
+        if share.first:
+            # Once for the whole group, since a step may clear before backward or after its own step.
+            self._optimizer.zero_grad()
+            self._net.zero_grad()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_replaced(self._optimizer, "zero_grad", _nothing))
+            stack.enter_context(_replaced(self._net, "zero_grad", _nothing))
             if not share.last:
                 stack.enter_context(_replaced(self._optimizer, "step", self._note))
-            if not share.first:
-                stack.enter_context(_replaced(self._optimizer, "zero_grad", _nothing))
-                stack.enter_context(_replaced(self._net, "zero_grad", _nothing))
             yield
 
     def _note(self, *_: Any, **__: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import re
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -72,35 +74,59 @@ def check_optimizers(optimizers: Iterable[Optimizer], net: nn.Module, size: int)
 
 def weights_checksum(net: nn.Module, dtype: torch.dtype) -> float:
     """Returns one number that differs where the weights do."""
-    norms = [torch.linalg.vector_norm(p.detach(), dtype=dtype) for p in net.parameters()]
+    norms = [torch.linalg.vector_norm(p.detach(), dtype=dtype) for p in net.parameters() if p.is_floating_point()]
     return float(torch.stack(norms).sum()) if norms else 0.0
 
 
-def check_alike(mine: float, mean: float, epoch: int) -> None:
-    """Compares this rank's checksum of the weights with the mean over ranks.
+def check_alike(total: float, squares: float, size: int, epoch: int) -> None:
+    """Compares the ranks' checksums of the weights by their sum and their sum of squares.
 
     Raises:
-        StepError: they differ, on every rank.
+        StepError: they differ; every rank raises it.
     """
-    if abs(mine - mean) > 1e-9 * (abs(mine) + abs(mean)):
-        raise StepError(
-            f"the ranks' weights differ after epoch {epoch} (sum of norms: {mine!r} here, {mean!r} on average): their "
-            "gradients were not averaged. Does the train step use a part of the model, such as model.encoder(x), "
-            "instead of model(x)? Gradients are averaged for calls of the model itself."
+    if _spread(total, squares, size) > 1e-6:
+        raise _agreed(
+            f"the ranks' weights differ after epoch {epoch}: their gradients were not averaged. Does the train step "
+            "use a part of the model, such as model.encoder(x), instead of model(x)? Gradients are averaged for calls "
+            "of the model itself."
         )
 
 
-def check_order(mine: float, mean: float, split: str) -> None:
-    """Compares this rank's fingerprint of the sample order with the mean over ranks.
+def check_order(total: float, squares: float, size: int, split: str) -> None:
+    """Compares the ranks' fingerprints of the sample order by their sum and their sum of squares.
 
     Raises:
-        StepError: the ranks draw different orders, so that samples are repeated and left out.
+        StepError: the ranks draw different samples, so that some are repeated and some left out.
     """
-    if mine != mean:
-        raise StepError(
-            f"the ranks draw the {split} samples in different orders, so that some are seen twice and some never. "
-            "Seed the loader's generator or sampler alike on every rank, or leave the generator out: dtrain seeds it."
+    if _spread(total, squares, size) > 1e-7:
+        raise _agreed(
+            f"the ranks draw the {split} samples differently, so that some are seen twice and some never. Seed the "
+            "loader's generator or sampler alike on every rank, or leave the generator out: dtrain seeds it. A dataset "
+            "that deals to ranks itself must give that up: dtrain deals."
         )
+
+
+def check_first_batch(world: World, fingerprint: float, split: str) -> None:
+    """Compares the ranks' first batches before the first step, where a difference could still hang the ranks.
+
+    Raises:
+        StepError: they differ; every rank raises it.
+    """
+    told = world.gather_json(fingerprint)
+    check_order(sum(told), sum(number**2 for number in told), world.size, split)
+
+
+def _spread(total: float, squares: float, size: int) -> float:
+    """The standard deviation of the ranks' numbers, relative to their mean; every rank computes the same."""
+    mean = total / size
+    variance = max(0.0, squares / size - mean**2)
+    return math.sqrt(variance) / abs(mean) if mean and math.isfinite(variance) else 0.0
+
+
+def _agreed(text: str) -> StepError:
+    error = StepError(text)
+    error.agreed = True
+    return error
 
 
 def check_takes(step: Callable[..., Any], batch: Any, split: str) -> None:
@@ -132,7 +158,9 @@ def check_all_used(error: RuntimeError, net: nn.Module) -> None:
     """
     if "finished reduction in the prior iteration" not in str(error):
         return
-    unused = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    trained = [name for name, p in net.named_parameters() if p.requires_grad]
+    listed = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+    unused = [trained[int(index)] for index in listed.group(1).split()] if listed else []
     raise StepError(
         "on several ranks every trainable parameter must get a gradient in every step, but "
         f"{', '.join(unused[:5]) or 'some'}{', ...' * (len(unused) > 5)} got none. Use them in forward, take them out, "

@@ -67,12 +67,20 @@ class Replica:
 
     def __init__(self, net: nn.Module, world: World) -> None:
         self.net = net
+        self._before = net.__dict__.get("forward")
         self._redirection: _Redirection | None = None
-        trained = any(parameter.requires_grad for parameter in net.parameters())
-        if world.size == 1 or not trained:
-            world.accelerator.prepare_model(net)
-        else:
+        # Moves the net and, with mixed precision, puts its forward under autocast, for training and validation alike.
+        world.accelerator.prepare_model(net, evaluation_mode=True)
+        if world.size > 1 and any(parameter.requires_grad for parameter in net.parameters()):
             self._redirection = _Redirection(net, world.accelerator.prepare_model(_Inner(net)))
+        world.accelerator._models.clear()  # nobody else's to keep alive
+
+    def close(self) -> None:
+        """Gives the net back its own forward."""
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            self.net.__dict__.pop(name, None)
+        if self._before is not None:
+            self.net.__dict__["forward"] = self._before
 
     @contextlib.contextmanager
     def averaging(self, wanted: bool) -> Iterator[None]:

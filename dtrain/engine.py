@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from dtrain.checks import check_alike, check_order, check_same_task, check_takes, weights_checksum
+from dtrain.checks import check_alike, check_first_batch, check_order, check_same_task, check_takes, weights_checksum
 from dtrain.dealing import BatchMode, Dealing, Share
 from dtrain.errors import UsageError, add_place
 from dtrain.history import History
@@ -49,7 +49,8 @@ class Place:
 
     def __str__(self) -> str:
         """Words such as "rank 1, epoch 2, train step 7"."""
-        return f"rank {self.rank}, epoch {self.epoch}, {self.split} step {self.step}"
+        where = f"{self.split} step {self.step}" if self.step else self.split
+        return f"rank {self.rank}, epoch {self.epoch}, {where}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ class Engine:
         self._train_loader = self._sharded(self.task.dl_train, "train", fill=True)
         valid = self.task.dl_valid
         self._valid_loader = None if valid is None else self._sharded(valid, "valid", fill=False)
+        if self.epochs > 1 and any(isinstance(loader, Iterator) for loader in (self.task.dl_train, valid)):
+            raise UsageError(
+                f"a loader is used up after one epoch, and there are {self.epochs}: it is an iterator or a generator. "
+                "Give a DataLoader, or an object whose __iter__ starts anew."
+            )
         loaders = {"train": self.task.dl_train} | ({} if valid is None else {"valid": valid})
         check_same_task(self.world, self.task.module, loaders)
         self.learner = Learner(self.task, self.world, accumulates=self.accumulation > 1)
@@ -136,6 +142,7 @@ class Engine:
         valid = self._valid(epoch)
         row = self._row(epoch, train, valid)
         self._step_scheduler("epoch", row)
+        self.place.split, self.place.step = "checkpoint", 0
         self.history.append(row)
         self.progress.end_epoch(row)
         for tell in self.after_epoch:
@@ -163,15 +170,16 @@ class Engine:
             if share.last:
                 self._step_scheduler("step")
             self.progress.step(table)
-        seconds = time.perf_counter() - started
-        several = self.world.size > 1
-        weights = weights_checksum(module, self.world.sum_dtype) if several else 0.0
+        seconds = self._since(started)
+        weights = weights_checksum(module, self.world.sum_dtype) if self.world.size > 1 else 0.0
         order = self._train_loader.fingerprint
-        result, sums = table.reduce(self.world, seconds, (weights, order))
+        result, sums = table.reduce(self.world, seconds, (weights, weights**2, order, order**2))
         self._names["train"] = tuple(result.means)
+        check_order(sums[2], sums[3], self.world.size, "train")
+        check_alike(sums[0], sums[1], self.world.size, epoch)
         self.learner.check_learnt()
-        check_order(order, sums[1] / self.world.size, "train")
-        check_alike(weights, sums[0] / self.world.size, epoch)
+        # DDP keeps rank 0's buffers (BatchNorm's statistics) for all while it trains; so does what comes after.
+        self.world.broadcast_(list(module.buffers()))
         return result
 
     def _step_scheduler(self, interval: Interval, row: Row | None = None) -> None:
@@ -195,8 +203,6 @@ class Engine:
         """Validates the bare net: DDP's forward would broadcast buffers, which hangs on unequal step counts."""
         if self._valid_loader is None or self.task.valid_step is None:
             return None
-        # During training each rank kept its own buffers (BatchNorm's statistics); rank 0's are the ones saved.
-        self.world.broadcast_(list(self.task.module.buffers()))
         self.task.module.eval()
         table = self._begin("valid", epoch, self._valid_loader)
         started = time.perf_counter()
@@ -206,8 +212,10 @@ class Engine:
             returned = no_grad_step(self.task.valid_step, self.task.module, share.batch)
             table.add(named_values(returned, self.task.module, "valid"), share.count)
             self.progress.step(table)
-        result, _ = table.reduce(self.world, time.perf_counter() - started)
+        order = self._valid_loader.fingerprint
+        result, sums = table.reduce(self.world, self._since(started), (order, order**2))
         self._names["valid"] = tuple(result.means)
+        check_order(sums[0], sums[1], self.world.size, "valid")
         return result
 
     # --- both -----------------------------------------------------------------------------------------
@@ -232,13 +240,23 @@ class Engine:
     def _steps(self, loader: ShardedLoader, epoch: int) -> Iterator[Share]:
         """The rank's shares, on its device; keeps the place up to date."""
         shares = loader.shares(epoch)
+        compare = loader is self._train_loader and epoch == 1
         while True:
             self.place.step += 1  # also while its batch is fetched
             share = next(shares, None)
+            if compare:
+                compare = False
+                check_first_batch(self.world, loader.fingerprint, "train")
             if share is None:
                 self.place.step -= 1
                 return
             yield self._moved(share)
+
+    def _since(self, started: float) -> float:
+        """Seconds since a time, of work that is done, not only sent to the device."""
+        if self.world.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - started
 
     def _moved(self, share: Share) -> Share:
         if self.world.device.type == "cpu":

@@ -4,8 +4,9 @@
 
     imperative:   train_step(model, *batch)                  # does backward, step and zero_grad itself
     declarative:  loss = train_step(model, *batch)
+                  before the first micro-batch of a group: optimizer.zero_grad()
                   (loss * weight).backward()
-                  after the last micro-batch of a group: optimizer.step(); optimizer.zero_grad()
+                  after the last micro-batch of a group: optimizer.step()
 
 The weight makes the average over ranks and the sum over a group's micro-batches the gradient of the mean over all
 samples. In an imperative step it is applied to the gradients on their way into `param.grad`.
@@ -78,7 +79,7 @@ class Task:
         found = getattr(self.module, "optimizer", None)
         if self.optimizer is None and hasattr(found, "param_groups"):
             self.optimizer = found
-        elif self.optimizer is not None and found is None:
+        elif self.optimizer is not None and found is not self.optimizer:
             self.module.optimizer = self.optimizer  # type: ignore[assignment]
 
 
@@ -100,9 +101,11 @@ class Learner:
         self._world = world
         self._accumulates = accumulates
         self._replica = Replica(task.module, world)
+        if task.optimizer is not None:
+            _move_state(task.optimizer)
         self._witness: OptimizerWitness | None = None
         self._held: HeldBack | None = None
-        self._counted: float | None = None
+        self._counted: Tensor | None = None
 
     def learn(self, share: Share) -> dict[str, Value]:
         """Takes one train step and returns its values by name; the first one shows which kind it is.
@@ -139,7 +142,8 @@ class Learner:
             self._task.optimizer = stepped[0]
 
     def close(self) -> None:
-        """Lets go of what watches the optimizers."""
+        """Lets go of the net and of what watches the optimizers."""
+        self._replica.close()
         if self._witness is not None:
             self._witness.close()
 
@@ -149,7 +153,7 @@ class Learner:
         self._witness = OptimizerWitness()
         if self._accumulates:
             self._held = HeldBack(task.optimizer, task.module)
-        with watch_backward(task.module) as backward:
+        with watch_backward(task.module) as (backward, touched):
             values = self._imperative(share)
         stepped = bool(self._witness.optimizers) or (self._held is not None and self._held.asked)
         self.kind = kind_of(stepped, bool(backward), values.get("loss"))
@@ -157,12 +161,28 @@ class Learner:
         if self.kind == "declarative":
             self._descend(values.get("loss"), share)
         check_optimizers(self._witness.optimizers, task.module, self._world.size)
+        if self.kind == "imperative":
+            self._refuse_what_it_cannot_weight(share, values.get("loss"), touched())
         if self._accumulates and not share.last and self._witness.optimizers:
             raise StepError(
                 "train.accumulation cannot hold back the optimizer that the train step steps, since it is not "
                 "model.optimizer. Use model.optimizer in the step, or return the loss."
             )
         return values
+
+    def _refuse_what_it_cannot_weight(self, share: Share, loss: Value | None, touched: bool) -> None:
+        several = self._accumulates or self._world.size > 1
+        if several and isinstance(loss, Mean):
+            raise StepError(
+                "the train step calls backward() itself and returns its loss as dtrain.Mean: on several ranks or with "
+                "accumulation its gradient cannot be given that weight. Return the Mean with its graph and leave "
+                "backward, step and zero_grad to dtrain."
+            )
+        if self._accumulates and not share.last and touched:
+            raise StepError(
+                "the train step changes the gradients after backward() (clips them?), which with train.accumulation "
+                "are only a part of the batch's. Return the loss and leave the rest to dtrain, or set accumulation=1."
+            )
 
     def _imperative(self, share: Share) -> dict[str, Value]:
         held = self._held(share) if self._held is not None else contextlib.nullcontext()
@@ -193,11 +213,12 @@ class Learner:
                 "the train step returned a loss without a graph, after returning one with a graph before. "
                 "Return the loss itself at every step, without .item() or .detach()."
             )
+        if share.first:
+            optimizer.zero_grad()
         torch.autograd.backward(self._weighted(loss, share))  # type: ignore[arg-type]
         if share.last:
             self._divide_by_count(optimizer)
             optimizer.step()
-            optimizer.zero_grad()
 
     def _weighted(self, loss: Tensor | Mean, share: Share) -> Tensor:
         """The loss of which the average over ranks adds up to the gradient of the group's mean.
@@ -206,15 +227,27 @@ class Learner:
         `_divide_by_count` does the rest.
         """
         if isinstance(loss, Mean):
-            self._counted = (self._counted or 0.0) + (float(loss.count) if share.count else 0.0)
+            device, dtype = self._world.device, self._world.sum_dtype
+            count = torch.as_tensor(loss.count, dtype=dtype, device=device).detach() * (share.count > 0)
+            self._counted = count if self._counted is None else self._counted + count
             return loss.total * (self._world.size if share.count else 0.0)  # type: ignore[return-value]
         return loss if share.scale == 1.0 else loss * share.scale
 
     def _divide_by_count(self, optimizer: Optimizer) -> None:
         if self._counted is None:
             return
-        (everywhere,) = self._world.all_reduce([self._counted])
+        everywhere = self._world.sum_(self._counted)
         self._counted = None
-        if everywhere:
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_div_(gradients, everywhere)
+        divisor = torch.where(everywhere == 0, 1, everywhere)  # nothing counted: the gradients are zero as they are
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.div_(divisor)
+
+
+def _move_state(optimizer: Optimizer) -> None:
+    """Moves what an optimizer made before the net was moved (Adagrad's sums, say) to where its parameters are."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = value.to(parameter.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,8 +20,10 @@ from dtrain.learning import Task
 from dtrain.progress import choose_progress
 from dtrain.recipe import bind, load_recipe
 from dtrain.seeding import seed_everything
-from dtrain.trackers import make_trackers
+from dtrain.trackers import Tracker, make_trackers
 from dtrain.world import World
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -55,7 +59,7 @@ def train_run(settings: Settings, world: World) -> Path:
         progress=choose_progress(is_main=world.is_main, epochs=train.epochs, log_step_freq=train.log_step_freq),
     )
     folder = Path(world.gather_json(agree(world, lambda: _open_folder(settings, world)))[0])
-    trackers = agree(world, lambda: make_trackers(settings.config, folder, folder.name) if world.is_main else [])
+    trackers = agree(world, lambda: _start_trackers(settings, folder) if world.is_main else [])
     if world.is_main:
         engine.history = History(folder / FILE_NAME)
         engine.after_epoch.append(lambda row: _keep(folder, engine, row))
@@ -65,11 +69,30 @@ def train_run(settings: Settings, world: World) -> Path:
         engine.fit()
         failed = False
     finally:
-        for tracker in trackers:
-            tracker.finish(failed=failed)
+        _finish(trackers, failed=failed)
     if world.is_main:
         _sum_up(engine.history, folder)
     return folder
+
+
+def _start_trackers(settings: Settings, folder: Path) -> list[Tracker]:
+    """Starts the trackers; where that fails, no empty run is left behind."""
+    try:
+        return make_trackers(settings.config, folder, folder.name)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+
+
+def _finish(trackers: list[Tracker], *, failed: bool) -> None:
+    """Ends the trackers; what they raise never takes the place of what ended the run."""
+    for tracker in trackers:
+        try:
+            tracker.finish(failed=failed)
+        except Exception:
+            if not failed:
+                raise
+            logger.warning("a tracker could not end its run", exc_info=True)
 
 
 def agree(world: World, attempt: Callable[[], T]) -> T:

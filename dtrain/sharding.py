@@ -25,7 +25,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from dtrain.batches import count_samples, cut_batch, join_batches
+from dtrain.batches import count_samples, cut_batch, first_rows, join_batches
 from dtrain.dealing import Dealing, Form, Share, deal
 from dtrain.errors import UsageError
 from dtrain.seeding import CommonRandomness, derive
@@ -33,7 +33,7 @@ from dtrain.seeding import CommonRandomness, derive
 T = TypeVar("T")
 
 _SEEDABLE = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-_PLAIN = (BatchSampler, SequentialSampler)
+_PLAIN = (SequentialSampler,)
 
 
 class ShardedLoader:
@@ -69,6 +69,7 @@ class ShardedLoader:
                 f"the {split} loader is a {type(loader).__name__}, which cannot be iterated over. Give a DataLoader, "
                 "or any iterable of batches."
             )
+        self._fingerprint = 0.0
         self._indexed = _IndexedBatches(loader, how, split) if _has_indices(loader) else None
 
     def steps(self) -> int | None:
@@ -82,22 +83,26 @@ class ShardedLoader:
     @property
     def fingerprint(self) -> float:
         """A number that stands for the order of this epoch's first samples; 0 where it is not known."""
-        return 0.0 if self._indexed is None else self._indexed.fingerprint
+        return self._fingerprint if self._indexed is None else self._indexed.fingerprint
 
     def shares(self, epoch: int) -> Iterator[Share]:
         """Iterates over the rank's shares of one epoch; epochs count from 1."""
-        if epoch > 1 and isinstance(self.loader, Iterator):
-            raise UsageError(
-                f"the {self._split} loader is a {type(self.loader).__name__} that is used up after one epoch. "
-                "Give a DataLoader, or an object whose __iter__ starts anew."
-            )
         seed = derive(self._seed, "order", self._split, epoch)
         if self._indexed is not None:
             return self._indexed.shares(seed, epoch)
-        common = CommonRandomness(seed)
         _set_epoch(self.loader, epoch)
         _set_epoch(getattr(self.loader, "dataset", None), epoch)
-        return deal(_under(common, self.loader), self._how, _NESTED)
+        # A list of batches draws nothing at random.
+        source = self.loader if isinstance(self.loader, (list, tuple)) else _under(CommonRandomness(seed), self.loader)
+        return deal(self._noted(source), self._how, _NESTED)
+
+    def _noted(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Takes a fingerprint of the first batch on its way; rows that are no tensors leave none."""
+        self._fingerprint = 0.0
+        for number, batch in enumerate(batches):
+            if number == 0 and self._how.size > 1:
+                self._fingerprint = 1.0 + zlib.crc32(repr([row.tolist() for row in first_rows(batch)]).encode())
+            yield batch
 
 
 class _IndexedBatches:
@@ -117,6 +122,7 @@ class _IndexedBatches:
         source = self._batches
         if not _reseed(source, self._seed):
             source = _under(CommonRandomness(self._seed), source)
+        self.fingerprint = 0.0
         for share in deal(self._noted(source), self._how, _INDICES):
             self._dealt.append(share)
             yield share.batch
@@ -125,7 +131,7 @@ class _IndexedBatches:
         """Takes a fingerprint of the first batch on its way."""
         for number, batch in enumerate(batches):
             if number == 0:
-                self.fingerprint = float(zlib.crc32(repr(batch).encode()))
+                self.fingerprint = 1.0 + zlib.crc32(repr(batch).encode())
             yield batch
 
     def __len__(self) -> int:

@@ -140,16 +140,26 @@ class OptimizerWitness:
 
 
 @contextlib.contextmanager
-def watch_backward(module: nn.Module) -> Iterator[list[bool]]:
-    """Watches whether a gradient reaches a parameter; the list is empty until one does."""
-    seen: list[bool] = []
+def watch_backward(module: nn.Module) -> Iterator[tuple[list[Tensor], Callable[[], bool]]]:
+    """Watches whether a gradient reaches a parameter.
 
-    def arrived(_: Tensor) -> None:
-        seen[:] = [True]
+    Yields:
+        the parameters that one reached, empty until then; and a function that tells whether a gradient was
+        changed in place after it had arrived.
+    """
+    seen: list[Tensor] = []
+    versions: dict[int, int] = {}
+
+    def arrived(parameter: Tensor) -> None:
+        seen.append(parameter)
+        versions[id(parameter)] = -1 if parameter.grad is None else parameter.grad._version
+
+    def touched() -> bool:
+        return any(p.grad is not None and p.grad._version != versions[id(p)] for p in seen)
 
     handles = [_hooks(p).register_post_accumulate_grad_hook(arrived) for p in module.parameters() if p.requires_grad]
     try:
-        yield seen
+        yield seen, touched
     finally:
         for handle in handles:
             handle.remove()

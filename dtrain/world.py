@@ -5,6 +5,7 @@ Everything works unlaunched too: a world of one rank does no communication.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import warnings
@@ -59,6 +60,12 @@ class World:
         packed = torch.tensor(numbers, dtype=self.sum_dtype, device=self.device)
         dist.all_reduce(packed)
         return [float(number) for number in packed.tolist()]
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sums a tensor over the ranks in place, without waiting for the device, and returns it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def gather_json(self, value: Any) -> list[Any]:
         """Returns every rank's value on every rank, in rank order.
@@ -134,7 +141,7 @@ def _join(facts: RankFacts, cpu: bool) -> World:
     world of size 1, all of them rank 0, in silence.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedType
+    from accelerate.utils import DistributedType, DynamoBackend
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
@@ -149,6 +156,10 @@ def _join(facts: RankFacts, cpu: bool) -> World:
             f"{accelerator.distributed_type.value} (from Accelerate's settings) is not supported yet: "
             "use a profile for plain data parallelism, such as launch/multi_gpu.yaml."
         )
+    if accelerator.state.dynamo_plugin.backend not in (DynamoBackend.NO, None):
+        raise WorldError("torch.compile by Accelerate's settings (dynamo_backend) is not supported yet: set it to no.")
+    if facts.size > 1:
+        atexit.register(_leave_group)
     return World(
         rank=accelerator.process_index,
         size=accelerator.num_processes,
@@ -157,6 +168,12 @@ def _join(facts: RankFacts, cpu: bool) -> World:
         device=accelerator.device,
         accelerator=accelerator,
     )
+
+
+def _leave_group() -> None:
+    """Before the interpreter is torn down: gloo's threads may else ask for its lock then, and abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _verify(world: World, facts: RankFacts) -> None:

@@ -102,5 +102,9 @@ def _show_plan(settings: Settings, ranks: int) -> None:
 
 def _next_command(words: list[str], size: int) -> str:
     """The command that shows what dtrain is for: the same run on more ranks."""
-    again = shlex.join(["dtrain", "train", *words, "-n", str(size + 1), "--cpu"])
-    return f"next: {again}   # the same steps on {size + 1} ranks, the same truth in the numbers"
+    kept = [word for word in words if not word.startswith(("run.name=", "name="))]
+    if size == 1:
+        again = shlex.join(["dtrain", "train", *kept, "-n", "2", "--cpu"])
+        return f"next: {again}   # the same steps on 2 ranks, the same truth in the numbers"
+    proof = shlex.join(["dtrain", "check", "parity", *kept, "-n", str(size)])
+    return f"next: {proof}   # proves that {size} ranks computed what one process would have"

@@ -10,13 +10,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from dtrain import share
 from dtrain.config import schema
 from dtrain.config.schema import BUILDER_SECTIONS, RunConfig
-from dtrain.config.sources import Value, read_environment, read_override, read_yaml
+from dtrain.config.sources import Value, read_environment, read_override, read_yaml, write_yaml
 from dtrain.errors import ConfigError, nearest
 
 
@@ -74,7 +73,7 @@ class Settings:
 
     def to_yaml(self) -> str:
         """Returns the resolved config as YAML, readable by `load_settings`."""
-        return yaml.safe_dump(_plain(self.config.model_dump()), sort_keys=False, allow_unicode=True)
+        return write_yaml(_plain(self.config.model_dump()))
 
 
 def load_settings(target: str | None, overrides: Sequence[str], environ: Mapping[str, str] | None = None) -> Settings:

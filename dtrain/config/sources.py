@@ -40,6 +40,18 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back as the same: text that it would take for a number is quoted."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def write_yaml(tree: dict[str, Any]) -> str:
+    """Returns a tree of plain values as YAML."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 @dataclass(frozen=True)
 class Value:
     """One value with the place it came from.

@@ -39,6 +39,7 @@ def read_rank_facts(environ: Mapping[str, str] | None = None) -> RankFacts:
     env = os.environ if environ is None else environ
     if "RANK" not in env and "WORLD_SIZE" not in env:
         _refuse_silent_single(env)
+        _refuse_unknown_launcher(env)
         return RankFacts()
     rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
     local_rank = _number(env, "LOCAL_RANK", default=rank)
@@ -83,6 +84,21 @@ def _refuse_silent_single(env: Mapping[str, str]) -> None:
         f"starts more. To train on {count} CPU ranks: dtrain train -n {count} --cpu ...\n"
         f"or: accelerate launch --multi_gpu --num_processes {count} -m dtrain train --cpu ..."
     )
+
+
+_OTHER_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+
+
+def _refuse_unknown_launcher(env: Mapping[str, str]) -> None:
+    """Under srun or mpirun with several tasks, each would train alone, all of them rank 0."""
+    for name, launcher in _OTHER_LAUNCHERS.items():
+        tasks = env.get(name, "1")
+        if tasks.isdigit() and int(tasks) > 1:
+            raise WorldError(
+                f"{launcher} started {tasks} tasks ({name}={tasks}), but neither RANK nor WORLD_SIZE is set, so that "
+                "each would train alone. Start one launcher a node, as slurm/train.sbatch does with torchrun, or "
+                f"unset {name} to train in one process."
+            )
 
 
 def _parent_argv() -> list[str]:

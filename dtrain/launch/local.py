@@ -37,10 +37,13 @@ def start_local_ranks(arguments: Sequence[str], size: int) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="dtrain-") as reports:
         port = free_port()
-        ranks = [_start(arguments, rank, size, port, reports) for rank in range(size)]
+        ranks: list[subprocess.Popen[bytes]] = []
         with _signals_caught() as caught:
-            silent = _watch(ranks, caught, Path(reports))
-            _end(ranks)
+            try:
+                ranks += (_start(arguments, rank, size, port, reports) for rank in range(size))
+                silent = _watch(ranks, caught, Path(reports))
+            finally:
+                _end(ranks)
         return _tell(silent, ranks, Path(reports), caught)
 
 
@@ -136,12 +139,15 @@ def _tell(silent: list[int], ranks: list[subprocess.Popen[bytes]], reports: Path
     if caught:
         _say(f"dtrain: stopped by {signal.Signals(caught[0]).name}; all ranks are ended.")
         return 128 + caught[0]
-    if silent:
+    failed = [report for report in read_reports(reports) if report.exit_code != EXIT_OK]
+    # An abort is how gloo ends a rank whose peer has gone; where that one told why, its word is the cause.
+    aborted = silent and ranks[silent[0]].returncode == -signal.SIGABRT
+    if silent and not (aborted and failed):
         code = ranks[silent[0]].returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
-        _say(f"dtrain: error: rank {silent[0]} {how} and left no word of why; the other ranks were ended.")
+        hint = " The kernel does so when memory runs out (see dmesg)." if code == -signal.SIGKILL else ""
+        _say(f"dtrain: error: rank {silent[0]} {how} and left no word of why; the other ranks were ended.{hint}")
         return code if code > 0 else EXIT_FAILED
-    failed = [report for report in read_reports(reports) if report.exit_code != EXIT_OK]
     if failed:
         _say(failed[0].text)
         return failed[0].exit_code

@@ -17,13 +17,16 @@ _WORKER = Path(__file__).with_name("rank_worker.py")
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
 
 
-def run_ranks(function: Callable[..., Any], size: int, timeout: float = 240, **arguments: Any) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], size: int, timeout: float = 240, env: dict[str, str] | None = None, **arguments: Any
+) -> list[Any]:
     """Calls `function(world, **arguments)` on `size` CPU ranks.
 
     Args:
         function: a function at the top of a test module; its result must be JSON.
         size: number of ranks.
         timeout: seconds for all of them.
+        env: more environment variables.
         arguments: JSON values.
 
     Returns:
@@ -35,7 +38,8 @@ def run_ranks(function: Callable[..., Any], size: int, timeout: float = 240, **a
         job = json.dumps({"file": str(file), "function": function.__name__, "arguments": arguments, "out": folder})
         ranks = [
             subprocess.Popen(
-                [sys.executable, str(_WORKER), job], env=rank_process_environment(rank, size, port, folder)
+                [sys.executable, str(_WORKER), job],
+                env=rank_process_environment(rank, size, port, folder) | (env or {}),
             )
             for rank in range(size)
         ]

@@ -68,6 +68,14 @@ def imperative(model, x, y):
     return loss.item(), loss.item() ** 0.5
 
 
+def cleared_last(model, x, y):
+    loss = ((model(x) - y) ** 2).mean()
+    loss.backward()
+    model.optimizer.step()
+    model.zero_grad()
+    return loss.item(), loss.item() ** 0.5
+
+
 def weighted_tokens(model, x, y):
     """A loss whose weight is not the batch size: samples with a positive target count once, others thrice."""
     import dtrain
@@ -77,7 +85,12 @@ def weighted_tokens(model, x, y):
     return {"loss": dtrain.Mean(total, weights.sum())}
 
 
-STEPS = {"declarative": declarative, "imperative": imperative, "weighted": weighted_tokens}
+STEPS = {
+    "declarative": declarative,
+    "imperative": imperative,
+    "cleared last": cleared_last,
+    "weighted": weighted_tokens,
+}
 
 
 def train_cases(world, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -311,12 +324,14 @@ def test_the_step_gets_the_users_own_net_on_any_number_of_ranks() -> None:
             assert seen["hooks"] == 2 * steps, "the net's hooks run once a call: of the net, and of its copy"
 
 
-def break_the_task(world, how: str) -> str:
+def break_the_task(world, how: str) -> str:  # noqa: C901
     """Each way in which ranks can come to train different things."""
+    import dtrain
     from dtrain.errors import DtrainError
     from dtrain.training import train_model
 
     torch.manual_seed(0)
+    valid = None
     net = nn.Linear(4, 1).double()
     data = TensorDataset(*regression_data(16))
     outside = nn.Linear(1, 1).double()
@@ -329,15 +344,39 @@ def break_the_task(world, how: str) -> str:
         net = nn.Linear(4, 1 + world.rank).double()
     if how == "order":
         loader = DataLoader(data, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(world.rank))
+    if how == "valid-order":
+        generator = torch.Generator().manual_seed(world.rank)
+        valid = DataLoader(data, batch_size=4, shuffle=True, generator=generator)
+    if how == "own-sharding":
+        x, y = regression_data(16)
+        loader = [(x[i : i + 4], y[i : i + 4]) for i in range(4 * world.rank, 16, 8)]
     if how == "unused":
         net.register_parameter("idle", nn.Parameter(torch.ones(3).double()))
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 
     def train_step(model, x, y):
-        return {"loss": ((outside(model(x)) - y) ** 2).mean()}
+        loss = ((outside(model(x)) - y) ** 2).mean()
+        if how == "imperative-mean":
+            loss.backward()
+            model.optimizer.step()
+            return dtrain.Mean(loss.detach() * len(x), len(x))
+        return {"loss": loss}
+
+    def valid_step(model, x, y):
+        return {"loss": 1.0}
 
     try:
-        train_model(net, 1, loader, train_step=train_step, optimizer=optimizer, verbose=False, world=world)
+        train_model(
+            net,
+            2,
+            loader,
+            valid,
+            train_step=train_step,
+            valid_step=valid_step,
+            optimizer=optimizer,
+            verbose=False,
+            world=world,
+        )
     except DtrainError as error:
         return str(error)
     return "trained"
@@ -350,10 +389,47 @@ def break_the_task(world, how: str) -> str:
         ("other", "none of the net's parameters"),
         ("unequal", "number of train samples is not the same on all ranks: 16 on rank 0, 20 on rank 1"),
         ("shapes", "net's parameters is not the same"),
-        ("order", "in different orders"),
-        ("unused", "idle got none"),
+        ("order", "draw the train samples differently"),
+        ("valid-order", "draw the valid samples differently"),
+        ("own-sharding", "draw the train samples differently"),
+        ("imperative-mean", "returns its loss as dtrain.Mean"),
+        ("unused", "but idle got none"),
     ],
 )
 def test_ranks_that_train_different_things_are_found(how: str, told: str) -> None:
     for answer in run_ranks(break_the_task, 2, how=how):
         assert told in answer
+
+
+class SeesDtype(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 1)
+        self.seen: dict[bool, str] = {}
+
+    def forward(self, x):
+        out = self.linear(x)
+        self.seen[self.training] = str(out.dtype)
+        return out
+
+
+def precision_of_passes(world) -> dict[str, Any]:
+    from dtrain.training import train_model
+
+    net = SeesDtype()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def step(model, x, y):
+        return ((model(x.float()) - y.float()) ** 2).mean()
+
+    loader = DataLoader(TensorDataset(*regression_data(4)), batch_size=2)
+    train_model(
+        net, 1, loader, loader, train_step=step, valid_step=step, optimizer=optimizer, world=world, verbose=False
+    )
+    return {"train": net.seen[True], "valid": net.seen[False], "left": "forward" in vars(net)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_accelerates_bf16_holds_for_training_and_validation_alike(ranks: int) -> None:
+    expected = {"train": "torch.bfloat16", "valid": "torch.bfloat16", "left": False}
+    assert run_ranks(precision_of_passes, ranks, env={"ACCELERATE_MIXED_PRECISION": "bf16"}) == [expected] * ranks

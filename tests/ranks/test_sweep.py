@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-EXAMPLES = 1000 if os.environ.get("DTRAIN_TEST_SWEEP") == "full" else 40
+FULL = os.environ.get("DTRAIN_TEST_SWEEP") == "full"
+EXAMPLES = 1000 if FULL else 40
 LEARNING_RATE, MOMENTUM, EPOCHS = 0.05, 0.5, 2
 
 
@@ -33,7 +34,8 @@ class Stream(IterableDataset):
 
 def data(n: int) -> tuple[np.ndarray, np.ndarray]:
     x = np.random.default_rng(n).normal(size=(n, 3))
-    return x, (x @ [[1.0], [-2.0], [0.5]]) + 0.3
+    # No line fits these, so that no loss vanishes and relative differences mean something.
+    return x, (x @ [[1.0], [-2.0], [0.5]]) + np.sin(5 * x[:, :1])
 
 
 def train_example(world, case: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +136,13 @@ CASES = st.fixed_dictionaries(
 def test_every_number_equals_numpys(ranks: int) -> None:
     with RankPool(train_example, ranks) as pool:
 
-        @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            database=None,
+            derandomize=not FULL,
+        )
         @given(case=CASES)
         def sweep(case: dict[str, Any]) -> None:
             results, answer = pool(case=case), expected(case, ranks)
@@ -142,8 +150,8 @@ def test_every_number_equals_numpys(ranks: int) -> None:
                 assert results == [answer] * ranks
                 return
             for result in results:
-                np.testing.assert_allclose(result["weights"], answer["weights"], rtol=1e-9, atol=1e-12)
-                np.testing.assert_allclose(result["rows"], answer["rows"], rtol=1e-9)
+                np.testing.assert_allclose(result["weights"], answer["weights"], rtol=1e-8, atol=1e-12)
+                np.testing.assert_allclose(result["rows"], answer["rows"], rtol=1e-8)
             assert sorted(v for result in results for v in result["visited"]) == answer["visited"]
 
         sweep()

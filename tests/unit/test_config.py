@@ -89,7 +89,15 @@ def test_scalars_are_what_people_mean() -> None:
 def test_the_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
     settings = load_settings(
         None,
-        ["epochs=9", "model.width=3", "model.limit=.inf", "model.t=12:30", "track.wandb.project=p", "run.name=a b"],
+        [
+            "epochs=9",
+            "model.width=3",
+            "model.limit=.inf",
+            "model.t=12:30",
+            "model.text='1e3'",
+            "track.wandb.project=p",
+            "run.name=1e3",
+        ],
         {},
     )
     file = tmp_path / "config.yaml"

@@ -157,6 +157,12 @@ class TestRankFacts:
         facts = read_rank_facts(env)
         assert (facts.rank, facts.size, facts.local_rank, facts.local_size) == (5, 8, 1, 4)
 
+    @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+    def test_tasks_without_ranks_are_refused(self, name: str) -> None:
+        with pytest.raises(WorldError, match="started 4 tasks"):
+            read_rank_facts({name: "4"})
+        assert read_rank_facts({name: "1"}).size == 1
+
     @pytest.mark.parametrize(
         "env", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}]
     )
