@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,9 +41,10 @@ from dtrain.ddp import Replica
 from dtrain.errors import StepError, UsageError, add_place
 from dtrain.history import History
 from dtrain.metrics import Mean, MeanTable, PassResult, Value
+from dtrain.passes import Place, ValidPass, sharded, shares_on_device
 from dtrain.progress import Progress, Silent
 from dtrain.seeding import derive, seed_everything
-from dtrain.sharding import BatchMode, Dealing, ShardedLoader, Share
+from dtrain.sharding import BatchMode, Share
 from dtrain.steps import (
     HOW_TO_LEARN,
     Kind,
@@ -53,10 +54,10 @@ from dtrain.steps import (
     has_graph,
     kind_of,
     named_values,
-    no_grad_step,
     scaled_gradients,
     watch_backward,
 )
+from dtrain.synced import ready
 from dtrain.world import World
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Task:
         optimizer: by default `module.optimizer`; an imperative step may bring its own.
         scheduler: a torch learning-rate scheduler, or None.
         interval: whether the scheduler counts epochs or optimizer steps.
+        metrics: name -> torchmetrics object, for the values that a step returns as `dtrain.metrics.Observed`.
     """
 
     module: nn.Module
@@ -88,6 +90,7 @@ class Task:
     optimizer: Optimizer | None = None
     scheduler: Any = None
     interval: Interval = "epoch"
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Takes the optimizer from the net and puts it there, so that steps find it."""
@@ -100,18 +103,12 @@ class Task:
             self.module.optimizer = self.optimizer  # type: ignore[assignment]
 
 
-@dataclass
-class Place:
-    """Where the engine is: what an error message and a watchdog want to know."""
-
-    rank: int
-    epoch: int = 0
-    split: str = ""
-    step: int = 0
-
-    def __str__(self) -> str:
-        """Words such as "rank 1, epoch 2, train step 7"."""
-        return f"rank {self.rank}, epoch {self.epoch}, {self.split} step {self.step}"
+def valid_pass(task: Task, world: World, *, batch: BatchMode, seed: int) -> ValidPass | None:
+    """Returns a task's validation, None where it has no validation loader; usable without its train loader."""
+    if task.dl_valid is None or task.valid_step is None:
+        return None
+    loader = sharded(task.dl_valid, world, batch=batch, seed=seed, split="valid", fill=False)
+    return ValidPass(task.module, task.valid_step, loader, world, task.metrics)
 
 
 @dataclass
@@ -129,6 +126,7 @@ class Engine:
         after_epoch: called on every rank with each new row.
         place: where the engine is.
         kind: the kind of the train step, known after the first batch.
+        stopping: set by an `after_epoch` function, on every rank alike, to end after that epoch.
     """
 
     task: Task
@@ -140,17 +138,22 @@ class Engine:
     progress: Progress = field(default_factory=Silent)
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
     kind: Kind | None = None
+    stopping: bool = False
 
     def __post_init__(self) -> None:
         """Compares the ranks' tasks, deals the loaders out and readies the net."""
         self.place = Place(self.world.rank)
-        self._names: dict[str, tuple[str, ...]] = {}
+        self._names: tuple[str, ...] | None = None
         self._witness: OptimizerWitness | None = None
-        self._train_loader = self._sharded(self.task.dl_train, "train", fill=True)
-        valid = self.task.dl_valid
-        self._valid_loader = None if valid is None else self._sharded(valid, "valid", fill=False)
-        loaders = {"train": self.task.dl_train} | ({} if valid is None else {"valid": valid})
+        self._train_loader = sharded(
+            self.task.dl_train, self.world, batch=self.batch, seed=self.seed, split="train", fill=True
+        )
+        self._valid = valid_pass(self.task, self.world, batch=self.batch, seed=self.seed)
+        loaders = {"train": self.task.dl_train}
+        if self._valid is not None:
+            loaders["valid"] = self.task.dl_valid
         check_same_task(self.world, self.task.module, loaders)
+        ready(self.task.metrics, self.world)
         self._replica = Replica(self.task.module, self.world)
 
     def fit(self) -> History:
@@ -168,6 +171,8 @@ class Engine:
         try:
             for epoch in range(1, self.epochs + 1):
                 self._run_epoch(epoch)
+                if self.stopping:
+                    break
         except (Exception, SystemExit) as error:
             add_place(error, str(self.place))
             raise
@@ -178,9 +183,8 @@ class Engine:
         return self.history
 
     def _run_epoch(self, epoch: int) -> None:
-        self.place.epoch = epoch
         train = self._train(epoch)
-        valid = self._valid(epoch)
+        valid = None if self._valid is None else self._valid.run(epoch, self.place, self.progress)
         row = self._row(epoch, train, valid)
         self._step_scheduler("epoch", row)
         self.history.append(row)
@@ -203,9 +207,11 @@ class Engine:
     def _train(self, epoch: int) -> PassResult:
         module = self.task.module
         module.train()
-        table = self._begin("train", epoch, self._train_loader)
+        self.place.enter("train", epoch)
+        self.progress.begin("train", epoch, self._train_loader.steps())
+        table = MeanTable("train", self._names, self.task.metrics)
         started = time.perf_counter()
-        for share in self._steps(self._train_loader, epoch):
+        for share in shares_on_device(self._train_loader, self.world, self.place):
             table.add(self._learn(share), share.count)
             self._step_scheduler("step")
             self.progress.step(table)
@@ -214,7 +220,7 @@ class Engine:
         weights = weights_checksum(module, self.world.sum_dtype) if several else 0.0
         order = self._train_loader.fingerprint
         result, sums = table.reduce(self.world, seconds, (weights, order))
-        self._names["train"] = tuple(result.means)
+        self._names = tuple(result.means)
         self._check_learnt()
         check_order(order, sums[1] / self.world.size, "train")
         check_alike(weights, sums[0] / self.world.size, epoch)
@@ -295,56 +301,6 @@ class Engine:
             scheduler.step(float(monitored))
         else:
             scheduler.step()
-
-    # --- validation -----------------------------------------------------------------------------------
-
-    def _valid(self, epoch: int) -> PassResult | None:
-        """Validates the bare net: DDP's forward would broadcast buffers, which hangs on unequal step counts."""
-        if self._valid_loader is None or self.task.valid_step is None:
-            return None
-        # During training each rank kept its own buffers (BatchNorm's statistics); rank 0's are the ones saved.
-        self.world.broadcast_(list(self.task.module.buffers()))
-        self.task.module.eval()
-        table = self._begin("valid", epoch, self._valid_loader)
-        started = time.perf_counter()
-        for share in self._steps(self._valid_loader, epoch):
-            if table.steps == 0:
-                check_takes(self.task.valid_step, share.batch, "valid")
-            returned = no_grad_step(self.task.valid_step, self.task.module, share.batch)
-            table.add(named_values(returned, self.task.module, "valid"), share.count)
-            self.progress.step(table)
-        result, _ = table.reduce(self.world, time.perf_counter() - started)
-        self._names["valid"] = tuple(result.means)
-        return result
-
-    # --- both -----------------------------------------------------------------------------------------
-
-    def _sharded(self, loader: Any, split: str, *, fill: bool) -> ShardedLoader:
-        return ShardedLoader(loader, Dealing(self.world.rank, self.world.size, self.batch, fill), self.seed, split)
-
-    def _begin(self, split: str, epoch: int, loader: ShardedLoader) -> MeanTable:
-        self.place.split, self.place.step = split, 0
-        self.progress.begin(split, epoch, loader.steps())
-        return MeanTable(split, self._names.get(split))
-
-    def _steps(self, loader: ShardedLoader, epoch: int) -> Iterator[Share]:
-        """The rank's shares, on its device; keeps the place up to date."""
-        shares = loader.shares(epoch)
-        while True:
-            self.place.step += 1  # also while its batch is fetched
-            share = next(shares, None)
-            if share is None:
-                self.place.step -= 1
-                return
-            yield self._moved(share)
-
-    def _moved(self, share: Share) -> Share:
-        if self.world.device.type == "cpu":
-            return share
-        from accelerate.utils import send_to_device
-
-        batch = send_to_device(share.batch, self.world.device, non_blocking=True)
-        return Share(batch, share.count, share.total, share.scale)
 
     def _check_learnt(self) -> None:
         """After the first epoch: some optimizer must have stepped by then, whoever made it."""

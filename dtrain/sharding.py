@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -34,7 +33,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from dtrain.errors import DataError, UsageError
+from dtrain.batches import count_samples, cut_batch
+from dtrain.errors import UsageError
 from dtrain.seeding import CommonRandomness, derive
 
 BatchMode = Literal["per_rank", "global"]
@@ -71,12 +71,14 @@ class Share:
         total: real samples of all ranks in this global batch.
         scale: what the gradient of this rank's mean loss is multiplied by, so that the average over the ranks
             is the gradient of the mean over all samples: count * size / total.
+        start: where its first sample is in the loader's order.
     """
 
     batch: Any
     count: int
     total: int
     scale: float
+    start: int = 0
 
 
 def deal(
@@ -94,47 +96,61 @@ def deal(
         the rank's share of each global batch, in order.
     """
     if how.size == 1:
-        return (Share(batch, n, n, 1.0) for batch in batches if (n := size_of(batch)))
+        return _take_all(batches, size_of)
     if how.mode == "global":
         return _cut_each(batches, how, size_of, cut)
     return _take_turns(batches, how, size_of)
+
+
+def _take_all(batches: Iterable[T], size_of: Callable[[T], int]) -> Iterator[Share]:
+    seen = 0
+    for batch in batches:
+        if count := size_of(batch):
+            yield Share(batch, count, count, 1.0, seen)
+        seen += count
 
 
 def _take_turns(batches: Iterable[T], how: Dealing, size_of: Callable[[T], int]) -> Iterator[Share]:
     first: T | None = None
     mine: T | None = None
     counts: list[int] = []
+    seen = 0
     for batch in batches:
         turn = len(counts)
         counts.append(size_of(batch))
         first = batch if turn == 0 else first
         mine = batch if turn == how.rank else mine
         if len(counts) == how.size:
-            yield from _share(mine, counts[how.rank], first, sum(counts), how)
+            yield from _share(mine, counts[how.rank], first, sum(counts), seen + sum(counts[: how.rank]), how)
+            seen += sum(counts)
             first, mine, counts = None, None, []
     if counts:
         count = counts[how.rank] if how.rank < len(counts) else 0
-        yield from _share(mine, count, first, sum(counts), how)
+        yield from _share(mine, count, first, sum(counts), seen + sum(counts[: how.rank]), how)
 
 
 def _cut_each(
     batches: Iterable[T], how: Dealing, size_of: Callable[[T], int], cut: Callable[[T, int, int], T]
 ) -> Iterator[Share]:
+    seen = 0
     for batch in batches:
         total = size_of(batch)
         start, stop = part_of(total, how.rank, how.size)
         mine = cut(batch, start, stop) if stop > start else None
         filler = cut(batch, *part_of(total, 0, how.size)) if mine is None else None
-        yield from _share(mine, stop - start, filler, total, how)
+        yield from _share(mine, stop - start, filler, total, seen + start, how)
+        seen += total
 
 
-def _share(mine: T | None, count: int, filler: T | None, total: int, how: Dealing) -> Iterator[Share]:
+def _share(  # noqa: PLR0913, PLR0917 - the parts of a Share
+    mine: T | None, count: int, filler: T | None, total: int, start: int, how: Dealing
+) -> Iterator[Share]:
     if total == 0:
         return
     if count > 0:
-        yield Share(mine, count, total, count * how.size / total)
+        yield Share(mine, count, total, count * how.size / total, start)
     elif how.fill:
-        yield Share(filler, 0, total, 0.0)
+        yield Share(filler, 0, total, 0.0, start)
 
 
 def part_of(total: int, rank: int, size: int) -> tuple[int, int]:
@@ -245,8 +261,7 @@ class _IndexedBatches:
         _set_epoch(getattr(self._batches, "sampler", None), epoch)
         _set_epoch(self._loader.dataset, epoch)
         for batch in self._loader:
-            dealt = self._dealt.popleft()
-            yield Share(batch, dealt.count, dealt.total, dealt.scale)
+            yield replace(self._dealt.popleft(), batch=batch)
 
 
 def _cut_list(indices: list[Any], start: int, stop: int) -> list[Any]:
@@ -261,6 +276,21 @@ def _has_indices(loader: Any) -> bool:
         and not isinstance(loader.dataset, IterableDataset)
         and loader.batch_sampler is not None
     )
+
+
+def in_data_order(loader: Any) -> Any:
+    """Returns a shuffled DataLoader with each sample of its dataset once, in the dataset's order.
+
+    What has an order of its own (a sampler of the user's, an iterable) is returned as it is.
+    """
+    if not _has_indices(loader) or type(loader.batch_sampler) is not BatchSampler:
+        return loader
+    sampler = loader.batch_sampler.sampler
+    whole = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(loader.dataset)
+    if not whole and type(sampler) not in (SequentialSampler, DistributedSampler):
+        return loader
+    plain: Any = SequentialSampler(loader.dataset)
+    return _rebuilt(loader, BatchSampler(plain, loader.batch_sampler.batch_size, drop_last=False))
 
 
 def _rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
@@ -341,48 +371,3 @@ def _under(common: CommonRandomness, source: Iterable[T]) -> Iterator[T]:
         if item is end:
             return
         yield item
-
-
-def count_samples(batch: Any) -> int:
-    """Returns the number of samples of a batch: the first dimension of its first tensor or array.
-
-    Raises:
-        DataError: there is nothing in the batch that could be counted.
-    """
-    found = _first_length(batch)
-    if found is None:
-        raise DataError(
-            f"cannot count the samples of a batch of type {type(batch).__name__}: it holds no tensor or array. "
-            "Use a DataLoader with a batch size over a map-style dataset, or put a tensor into the batch."
-        )
-    return found
-
-
-def _first_length(batch: Any) -> int | None:
-    shape = getattr(batch, "shape", None)
-    if shape is not None and len(shape) > 0:
-        return int(shape[0])
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, (tuple, list)):
-        return next((n for part in batch if (n := _first_length(part)) is not None), None)
-    return None
-
-
-def cut_batch(batch: Any, start: int, stop: int) -> Any:
-    """Cuts samples start to stop out of a nested batch; what has no such length is kept whole."""
-    return _cut(batch, start, stop, count_samples(batch))
-
-
-def _cut(part: Any, start: int, stop: int, total: int) -> Any:
-    shape = getattr(part, "shape", None)
-    if isinstance(part, Tensor) or shape is not None:
-        return part[start:stop] if shape is not None and len(shape) > 0 and shape[0] == total else part
-    if isinstance(part, Mapping):
-        return {key: _cut(value, start, stop, total) for key, value in part.items()}
-    if isinstance(part, tuple) and hasattr(part, "_fields"):
-        return type(part)(*(_cut(value, start, stop, total) for value in part))
-    if isinstance(part, (tuple, list)):
-        holds_samples = len(part) == total and _first_length(part) is None
-        return part[start:stop] if holds_samples else type(part)(_cut(v, start, stop, total) for v in part)
-    return part

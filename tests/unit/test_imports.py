@@ -19,13 +19,23 @@ HEAVY = ("torch", "pandas", "wandb", "accelerate", "sklearn", "numpy")
 # Lower layers never import higher ones. A module belongs to the longest prefix that names it.
 LAYERS = [
     ["dtrain", "dtrain.errors"],
-    ["dtrain.share", "dtrain.config", "dtrain.launch", "dtrain.recipe_file", "dtrain.failures", "dtrain.seeding"],
+    [
+        "dtrain.share",
+        "dtrain.config",
+        "dtrain.launch",
+        "dtrain.recipe_file",
+        "dtrain.failures",
+        "dtrain.seeding",
+        "dtrain.batches",
+    ],
     ["dtrain.world"],
-    ["dtrain.metrics", "dtrain.history", "dtrain.sharding", "dtrain.ddp", "dtrain.checks"],
+    ["dtrain.synced", "dtrain.metrics", "dtrain.history", "dtrain.sharding", "dtrain.ddp", "dtrain.checks"],
     ["dtrain.steps", "dtrain.checkpoint", "dtrain.trackers", "dtrain.progress", "dtrain.signatures"],
+    ["dtrain.passes"],
     ["dtrain.engine"],
-    ["dtrain.training", "dtrain.recipe"],
-    ["dtrain.run", "dtrain.plan"],
+    ["dtrain.inference", "dtrain.training", "dtrain.recipe", "dtrain.export"],
+    ["dtrain.keras", "dtrain.run", "dtrain.plan"],
+    ["dtrain.runs"],
     ["dtrain.cli"],
     ["dtrain.__main__"],
 ]

@@ -19,8 +19,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from dtrain.batches import count_samples, cut_batch
 from dtrain.errors import DataError
-from dtrain.sharding import Dealing, ShardedLoader, Share, count_samples, cut_batch, part_of
+from dtrain.sharding import Dealing, ShardedLoader, Share, part_of
 
 
 class Stream(IterableDataset):
