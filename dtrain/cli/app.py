@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dtrain import __version__
+from dtrain.cli.evaluate import evaluate, predict, summary
 from dtrain.cli.train import train
 
 app = typer.Typer(
@@ -21,7 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(train)
+for _verb in (train, evaluate, predict, summary):
+    app.command()(_verb)
 
 
 def _print_version(wanted: bool) -> None:

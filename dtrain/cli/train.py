@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dtrain.cli.guard import reported
+from dtrain.cli.ranks import on_ranks
+
+if TYPE_CHECKING:
+    from dtrain.world import World
 
 
 def train(
@@ -39,35 +42,25 @@ def train(
 def _train(words: list[str], ranks: int | None, cpu: bool, dry_run: bool) -> int:
     from dtrain.config import load_settings
     from dtrain.launch.facts import read_rank_facts
-    from dtrain.launch.threads import set_threads
     from dtrain.recipe_file import check_syntax, locate
 
-    facts = read_rank_facts()
     target, overrides = split_words(words)
     settings = load_settings(target, overrides)
     path = locate(settings.config.recipe, settings.base)
     if path is not None:
         check_syntax(path)
     if dry_run:
-        _show_plan(settings, ranks or facts.size)
+        _show_plan(settings, ranks or read_rank_facts().size)
         return 0
-    if ranks is not None and ranks > 1 and not facts.launched:
-        from dtrain.launch.local import start_local_ranks
 
-        return start_local_ranks(sys.argv[1:], ranks)
-    set_threads(facts.local_size)
-    from dtrain.launch.lifeline import hold_on
+    def work(world: World) -> None:
+        from dtrain.run import train_run
 
-    hold_on()
-    from dtrain.run import train_run
-    from dtrain.world import bring_up
+        folder = train_run(settings, world)
+        if world.is_main:
+            typer.echo(f"next: {shlex.join(['dtrain', 'evaluate', str(folder)])}")
 
-    world = bring_up(cpu=cpu, asked=ranks, facts=facts)
-    train_run(settings, world)
-    if world.is_main:
-        typer.echo(_next_command(words, world.size))
-    world.close()
-    return 0
+    return on_ranks(ranks, cpu, work)
 
 
 def split_words(words: list[str]) -> tuple[str | None, list[str]]:
@@ -88,9 +81,3 @@ def _show_plan(settings: object, ranks: int) -> None:
     recipe = load_recipe(settings.config.recipe, settings.base)
     task = bind(recipe, settings)
     typer.echo(plan_text(make_plan(task, settings, ranks), value_rows(settings, recipe), settings.config.train.epochs))
-
-
-def _next_command(words: list[str], size: int) -> str:
-    """The command that shows what dtrain is for: the same run on more ranks."""
-    again = shlex.join(["dtrain", "train", *words, "-n", str(size + 1), "--cpu"])
-    return f"next: {again}   # the same steps on {size + 1} ranks, the same truth in the numbers"

@@ -18,6 +18,7 @@ from dtrain.config import schema
 from dtrain.config.schema import BUILDER_SECTIONS, RunConfig
 from dtrain.config.sources import Value, read_environment, read_override, read_yaml
 from dtrain.errors import ConfigError, nearest
+from dtrain.recipe_file import locate
 
 
 @dataclass
@@ -73,8 +74,16 @@ class Settings:
             _refuse_ambiguous(key, [taken_for, *homes])
 
     def to_yaml(self) -> str:
-        """Returns the resolved config as YAML, readable by `load_settings`."""
-        return yaml.safe_dump(_plain(self.config.model_dump()), sort_keys=False, allow_unicode=True)
+        """Returns the resolved config as YAML, readable by `load_settings` from any folder.
+
+        A recipe's file is named in full: it may have been given relative to the folder of a config, or to the
+        one in which the run was started.
+        """
+        path = locate(self.config.recipe, self.base)
+        recipe = self.config.recipe if path is None else str(path.resolve())
+        return yaml.safe_dump(
+            _plain(self.config.model_dump() | {"recipe": recipe}), sort_keys=False, allow_unicode=True
+        )
 
 
 def load_settings(target: str | None, overrides: Sequence[str], environ: Mapping[str, str] | None = None) -> Settings:

@@ -33,9 +33,9 @@ LAYERS = [
     ["dtrain.steps", "dtrain.checkpoint", "dtrain.trackers", "dtrain.progress", "dtrain.signatures"],
     ["dtrain.passes"],
     ["dtrain.engine"],
-    ["dtrain.inference", "dtrain.training", "dtrain.recipe", "dtrain.export"],
+    ["dtrain.inference", "dtrain.training", "dtrain.recipe", "dtrain.export", "dtrain.summary"],
     ["dtrain.keras", "dtrain.run", "dtrain.plan"],
-    ["dtrain.runs"],
+    ["dtrain.evaluation"],
     ["dtrain.cli"],
     ["dtrain.__main__"],
 ]
