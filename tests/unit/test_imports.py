@@ -33,7 +33,7 @@ LAYERS = [
     ["dtrain.steps", "dtrain.checkpoint", "dtrain.trackers", "dtrain.progress", "dtrain.signatures"],
     ["dtrain.passes"],
     ["dtrain.engine"],
-    ["dtrain.inference", "dtrain.training", "dtrain.recipe", "dtrain.export", "dtrain.summary"],
+    ["dtrain.inference", "dtrain.training", "dtrain.recipe", "dtrain.export", "dtrain.summary", "dtrain.best"],
     ["dtrain.keras", "dtrain.run", "dtrain.plan"],
     ["dtrain.evaluation"],
     ["dtrain.cli"],
