@@ -82,8 +82,13 @@ def test_fit_equals_train_model_to_the_last_digit(ranks: int) -> None:
         assert found["close"]
 
 
-def scripted(world, folder: str, values: list[float], form: dict[str, Any]) -> dict[str, Any]:
-    """One rank: a net that counts its epochs, and a validation loss that follows a script by that count."""
+def scripted(world, folder: str, scripts: list[Any]) -> list[dict[str, Any]]:
+    """One rank: plays each script."""
+    return [play(world, Path(folder) / str(number), *script[:2]) for number, script in enumerate(scripts)]
+
+
+def play(world, folder: Path, values: list[float], form: dict[str, Any]) -> dict[str, Any]:
+    """A net that counts its epochs, and a validation loss that follows a script by that count."""
     import dtrain
 
     net = nn.Linear(1, 1, bias=False).double()
@@ -99,7 +104,7 @@ def scripted(world, folder: str, values: list[float], form: dict[str, Any]) -> d
     model = dtrain.KerasModel(net, loss, optimizer=torch.optim.SGD(net.parameters(), lr=1.0))
     one = TensorDataset(torch.ones(4, 1).double(), torch.ones(4, 1).double())
     train, valid = DataLoader(one, batch_size=4), DataLoader(one, batch_size=4)
-    form = {"ckpt_path": f"{folder}/best.pt", **form}
+    form = {**form, "ckpt_path": str(folder / form.get("ckpt_path", "best.pt"))}
     frame = model.fit(train, valid, epochs=len(values), verbose=False, batch="global", world=world, **form)
     again = dtrain.KerasModel(nn.Linear(1, 1, bias=False).double())
     if world.is_main:
@@ -118,21 +123,22 @@ SCRIPTS = [
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("values", "form", "epochs", "best"), SCRIPTS)
-def test_patience_ends_training_and_the_best_weights_are_restored_and_saved(
-    tmp_path: Path, ranks: int, values: list[float], form: dict[str, Any], epochs: int, best: int
-) -> None:
-    if "ckpt_path" in form:
-        form = {**form, "ckpt_path": str(tmp_path / form["ckpt_path"])}
-    answers = run_ranks(scripted, ranks, folder=str(tmp_path), values=values, form=form)
-    assert answers[0]["saved"] == best
-    for answer in answers:
-        assert (answer["epochs"], answer["weight"]) == (epochs, best)
-    assert len(list(tmp_path.iterdir())) == 1
+def test_patience_ends_training_and_the_best_weights_are_restored_and_saved(tmp_path: Path, ranks: int) -> None:
+    answers = run_ranks(scripted, ranks, folder=str(tmp_path), scripts=SCRIPTS)
+    for number, (_, form, epochs, best) in enumerate(SCRIPTS):
+        assert answers[0][number]["saved"] == best
+        for answer in answers:
+            assert (answer[number]["epochs"], answer[number]["weight"]) == (epochs, best)
+        assert [path.name for path in (tmp_path / str(number)).iterdir()] == [form.get("ckpt_path", "best.pt")]
 
 
-def with_torchmetrics(world, n_valid: int) -> dict[str, Any]:
-    """One rank: metrics that are no means, over a ragged train set and a small validation set."""
+def with_torchmetrics(world, sizes: list[int]) -> list[dict[str, Any]]:
+    """One rank: for each size of the validation set."""
+    return [fit_with_torchmetrics(world, n_valid) for n_valid in sizes]
+
+
+def fit_with_torchmetrics(world, n_valid: int) -> dict[str, Any]:
+    """Metrics that are no means, over a ragged train set and a small validation set."""
     import torchmetrics
 
     import dtrain
@@ -151,26 +157,36 @@ def with_torchmetrics(world, n_valid: int) -> dict[str, Any]:
     return {"history": frame.to_dict("list"), "columns": list(frame), "evaluated": model.evaluate(valid, world=world)}
 
 
-@pytest.mark.parametrize(("ranks", "n_valid"), [(1, 11), (2, 11), (3, 11), (3, 2), (3, 4)])
-def test_metrics_that_are_no_means_are_exact(ranks: int, n_valid: int) -> None:
-    for found in run_ranks(with_torchmetrics, ranks, n_valid=n_valid):
-        names = ["loss", "auc", "acc", "f1"]
-        assert found["columns"][:9] == ["epoch", *names, *(f"val_{name}" for name in names)]
-        for prefix, samples in (("", data(29)), ("val_", data(n_valid, seed=1))):
-            x, labels = samples.tensors
-            with torch.no_grad():
-                scores = fresh_net()(x).numpy()[:, 0]
-            truth = labels.numpy()[:, 0]
-            expected = {"f1": f1_score(truth, scores > 0, zero_division=0)}
-            if len(set(truth)) == 2:
-                expected["auc"] = roc_auc_score(truth, scores)
-            for name, value in expected.items():
-                np.testing.assert_allclose(found["history"][prefix + name], [value, value], atol=1e-6, err_msg=name)
-        for name, value in found["evaluated"].items():
-            assert value == pytest.approx(found["history"][name][-1], abs=1e-12)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_metrics_that_are_no_means_are_exact(ranks: int) -> None:
+    sizes = [11, 4, 2]  # in batches of 2: with 2 samples some ranks have none
+    for answers in run_ranks(with_torchmetrics, ranks, sizes=sizes):
+        for n_valid, found in zip(sizes, answers, strict=True):
+            names = ["loss", "auc", "acc", "f1"]
+            assert found["columns"][:9] == ["epoch", *names, *(f"val_{name}" for name in names)]
+            for prefix, samples in (("", data(29)), ("val_", data(n_valid, seed=1))):
+                for name, value in known_metrics(samples).items():
+                    column = found["history"][prefix + name]
+                    np.testing.assert_allclose(column, [value, value], atol=1e-6, err_msg=f"{name} {n_valid}")
+            for name, value in found["evaluated"].items():
+                assert value == pytest.approx(found["history"][name][-1], abs=1e-12)
 
 
-def refused(world, how: str) -> str:
+def known_metrics(samples: TensorDataset) -> dict[str, float]:
+    """scikit-learn's over all samples, for the net that never learns."""
+    x, labels = samples.tensors
+    with torch.no_grad():
+        scores = fresh_net()(x).numpy()[:, 0]
+    truth = labels.numpy()[:, 0]
+    found = {"f1": f1_score(truth, scores > 0, zero_division=0)}
+    return found | ({"auc": roc_auc_score(truth, scores)} if len(set(truth)) == 2 else {})
+
+
+def refused(world, hows: list[str]) -> list[str]:
+    return [refuse(world, how) for how in hows]
+
+
+def refuse(world, how: str) -> str:
     import dtrain
 
     class Counter(nn.Module):
@@ -189,18 +205,18 @@ def refused(world, how: str) -> str:
     return "trained"
 
 
-@pytest.mark.parametrize(
-    ("how", "told"),
-    [
-        ("loss", "there is no loss"),
-        ("metric", "metrics_dict['acc'] is a Counter"),
-        ("monitor", "no such column. Did you mean 'val_loss'?"),
-        ("mode", "mode = 'best'"),
-        ("epochs", "epochs = 0"),
-    ],
-)
-def test_what_cannot_be_is_told(how: str, told: str) -> None:
-    assert told in run_ranks(refused, 1, how=how)[0]
+REFUSALS = {
+    "loss": "there is no loss",
+    "metric": "metrics_dict['acc'] is a Counter",
+    "monitor": "no such column. Did you mean 'val_loss'?",
+    "mode": "mode = 'best'",
+    "epochs": "epochs = 0",
+}
+
+
+def test_what_cannot_be_is_told() -> None:
+    for told, message in zip(REFUSALS.values(), run_ranks(refused, 1, hows=list(REFUSALS))[0], strict=True):
+        assert told in message
 
 
 def test_summary_prints_the_net(capsys: pytest.CaptureFixture[str]) -> None:
