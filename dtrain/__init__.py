@@ -15,6 +15,7 @@ _HOME_OF = {
     "ConfigError": "dtrain.errors",
     "DataError": "dtrain.errors",
     "DtrainError": "dtrain.errors",
+    "KerasModel": "dtrain.keras",
     "Mean": "dtrain.metrics",
     "RecipeError": "dtrain.errors",
     "StepError": "dtrain.errors",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         WorldError,
     )
     from dtrain.history import read_history
+    from dtrain.keras import KerasModel
     from dtrain.metrics import Mean
     from dtrain.training import train_model
 
@@ -42,6 +44,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DtrainError",
+    "KerasModel",
     "Mean",
     "RecipeError",
     "StepError",

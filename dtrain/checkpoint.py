@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtrain.errors import UsageError
 from dtrain.history import best_row
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,36 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
         seen.add(address)
         state[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
     return state
+
+
+def load_weights(module: nn.Module, folder: Path) -> None:
+    """Loads the weights of a saved epoch into a net.
+
+    Args:
+        module: the net itself; it is left as it is where the weights do not fit.
+        folder: what `save_epoch` returned.
+
+    Raises:
+        UsageError: the weights are another net's; the first parameter that differs is named.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / WEIGHTS
+    try:
+        saved = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{file}: cannot read the weights: {error}.") from None
+    own = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    for name in [*own, *(name for name in saved if name not in own)]:
+        here = f"shape {tuple(own[name].shape)}" if name in own else "no such parameter"
+        there = f"shape {tuple(saved[name].shape)}" if name in saved else "no such parameter"
+        if here != there:
+            raise UsageError(
+                f"{file} does not fit the net: {name} has {there} in the file, and {here} in the recipe's net. "
+                "Was the recipe changed, or a model.* value given that the run was not trained with?"
+            )
+    module.load_state_dict(saved, strict=False)  # strict would miss the extra state that is no tensor
 
 
 def saved_epochs(folder: Path) -> dict[Path, dict[str, Any]]:

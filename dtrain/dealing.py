@@ -59,6 +59,7 @@ class Share:
             where several batches make one optimizer step.
         first: whether it is the first one of its optimizer step.
         last: whether the optimizer steps after it.
+        start: where its first sample is in the loader's order.
     """
 
     batch: Any
@@ -67,6 +68,7 @@ class Share:
     scale: float
     first: bool = True
     last: bool = True
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def deal(batches: Iterable[T], how: Dealing, form: Form[T]) -> Iterator[Share]:
     if how.merge > 1:
         batches = _merged(iter(batches), how.merge, form)
     if how.size == 1:
-        dealt: Iterator[Share] = (Share(batch, n, n, 1.0) for batch in batches if (n := form.size_of(batch)))
+        dealt = _take_all(batches, form)
     elif how.mode == "global":
         dealt = _cut_each(batches, how, form)
     else:
@@ -122,39 +124,53 @@ def _in_groups(shares: Iterator[Share], how: Dealing) -> Iterator[Share]:
             yield replace(share, scale=scale, first=number == 0, last=number == len(group) - 1)
 
 
+def _take_all(batches: Iterable[T], form: Form[T]) -> Iterator[Share]:
+    seen = 0
+    for batch in batches:
+        if count := form.size_of(batch):
+            yield Share(batch, count, count, 1.0, start=seen)
+        seen += count
+
+
 def _take_turns(batches: Iterable[T], how: Dealing, form: Form[T]) -> Iterator[Share]:
     first: T | None = None
     mine: T | None = None
     counts: list[int] = []
+    seen = 0
     for batch in batches:
         turn = len(counts)
         counts.append(form.size_of(batch))
         first = batch if turn == 0 else first
         mine = batch if turn == how.rank else mine
         if len(counts) == how.size:
-            yield from _share(mine, counts[how.rank], first, sum(counts), how)
+            yield from _share(mine, counts[how.rank], first, sum(counts), seen + sum(counts[: how.rank]), how)
+            seen += sum(counts)
             first, mine, counts = None, None, []
     if counts:
         count = counts[how.rank] if how.rank < len(counts) else 0
-        yield from _share(mine, count, first, sum(counts), how)
+        yield from _share(mine, count, first, sum(counts), seen + sum(counts[: how.rank]), how)
 
 
 def _cut_each(batches: Iterable[T], how: Dealing, form: Form[T]) -> Iterator[Share]:
+    seen = 0
     for batch in batches:
         total = form.size_of(batch)
         start, stop = part_of(total, how.rank, how.size)
         mine = form.cut(batch, start, stop) if stop > start else None
         filler = form.cut(batch, *part_of(total, 0, how.size)) if mine is None else None
-        yield from _share(mine, stop - start, filler, total, how)
+        yield from _share(mine, stop - start, filler, total, seen + start, how)
+        seen += total
 
 
-def _share(mine: T | None, count: int, filler: T | None, total: int, how: Dealing) -> Iterator[Share]:
+def _share(  # noqa: PLR0913, PLR0917 - the parts of a Share
+    mine: T | None, count: int, filler: T | None, total: int, start: int, how: Dealing
+) -> Iterator[Share]:
     if total == 0:
         return
     if count > 0:
-        yield Share(mine, count, total, count * how.size / total)
+        yield Share(mine, count, total, count * how.size / total, start=start)
     elif how.fill:
-        yield Share(filler, 0, total, 0.0)
+        yield Share(filler, 0, total, 0.0, start=start)
 
 
 def part_of(total: int, rank: int, size: int) -> tuple[int, int]:

@@ -18,39 +18,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from dtrain.checks import check_alike, check_first_batch, check_order, check_same_task, check_takes, weights_checksum
-from dtrain.dealing import BatchMode, Dealing, Share
+from dtrain.checks import check_alike, check_order, check_same_task, weights_checksum
+from dtrain.dealing import BatchMode, Dealing
 from dtrain.errors import UsageError, add_place
 from dtrain.history import History
 from dtrain.learning import Interval, Learner, Task
 from dtrain.metrics import MeanTable, PassResult
+from dtrain.passes import Place, ValidPass, seconds_since, shares_on_device
 from dtrain.progress import Progress, Silent
 from dtrain.seeding import derive, seed_everything
 from dtrain.sharding import ShardedLoader
-from dtrain.steps import named_values, no_grad_step
+from dtrain.synced import ready
 from dtrain.world import World
 
 Row = dict[str, Any]
-
-
-@dataclass
-class Place:
-    """Where the engine is: what an error message and a watchdog want to know."""
-
-    rank: int
-    epoch: int = 0
-    split: str = ""
-    step: int = 0
-
-    def __str__(self) -> str:
-        """Words such as "rank 1, epoch 2, train step 7"."""
-        where = f"{self.split} step {self.step}" if self.step else self.split
-        return f"rank {self.rank}, epoch {self.epoch}, {where}"
 
 
 @dataclass(frozen=True)
@@ -66,6 +52,18 @@ class Limits:
     train: int | None = None
     valid: int | None = None
     merge: int = 1
+
+
+def valid_pass(
+    task: Task, world: World, *, batch: BatchMode, seed: int, limits: Limits | None = None
+) -> ValidPass | None:
+    """Returns a task's validation, None where it has no validation loader; usable without its train loader."""
+    if task.dl_valid is None or task.valid_step is None:
+        return None
+    limits = limits or Limits()
+    how = Dealing(world.rank, world.size, batch, fill=False, limit=limits.valid, merge=limits.merge)
+    loader = ShardedLoader(task.dl_valid, how, seed, "valid")
+    return ValidPass(task.module, task.valid_step, loader, world, task.metrics)
 
 
 @dataclass
@@ -84,6 +82,7 @@ class Engine:
         progress: what a person sees.
         after_epoch: called on every rank with each new row.
         place: where the engine is.
+        stopping: set by an `after_epoch` function, on every rank alike, to end after that epoch.
     """
 
     task: Task
@@ -96,14 +95,15 @@ class Engine:
     history: History = field(default_factory=History)
     progress: Progress = field(default_factory=Silent)
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
+    stopping: bool = False
 
     def __post_init__(self) -> None:
         """Compares the ranks' tasks, deals the loaders out and readies the net."""
         self.place = Place(self.world.rank)
-        self._names: dict[str, tuple[str, ...]] = {}
-        self._train_loader = self._sharded(self.task.dl_train, "train", fill=True)
+        self._names: tuple[str, ...] | None = None
+        self._train_loader = self._sharded(self.task.dl_train)
+        self._valid = valid_pass(self.task, self.world, batch=self.batch, seed=self.seed, limits=self.limits)
         valid = self.task.dl_valid
-        self._valid_loader = None if valid is None else self._sharded(valid, "valid", fill=False)
         if self.epochs > 1 and any(isinstance(loader, Iterator) for loader in (self.task.dl_train, valid)):
             raise UsageError(
                 f"a loader is used up after one epoch, and there are {self.epochs}: it is an iterator or a generator. "
@@ -111,6 +111,7 @@ class Engine:
             )
         loaders = {"train": self.task.dl_train} | ({} if valid is None else {"valid": valid})
         check_same_task(self.world, self.task.module, loaders)
+        ready(self.task.metrics, self.world)
         self.learner = Learner(self.task, self.world, accumulates=self.accumulation > 1)
 
     def fit(self) -> History:
@@ -128,6 +129,8 @@ class Engine:
         try:
             for epoch in range(1, self.epochs + 1):
                 self._run_epoch(epoch)
+                if self.stopping:
+                    break
         except (Exception, SystemExit) as error:
             add_place(error, str(self.place))
             raise
@@ -137,9 +140,8 @@ class Engine:
         return self.history
 
     def _run_epoch(self, epoch: int) -> None:
-        self.place.epoch = epoch
         train = self._train(epoch)
-        valid = self._valid(epoch)
+        valid = None if self._valid is None else self._valid.run(epoch, self.place, self.progress)
         row = self._row(epoch, train, valid)
         self._step_scheduler("epoch", row)
         self.place.split, self.place.step = "checkpoint", 0
@@ -163,18 +165,20 @@ class Engine:
     def _train(self, epoch: int) -> PassResult:
         module = self.task.module
         module.train()
-        table = self._begin("train", epoch, self._train_loader)
+        self.place.enter("train", epoch)
+        self.progress.begin("train", epoch, self._train_loader.steps())
+        table = MeanTable("train", self._names, self.task.metrics)
         started = time.perf_counter()
-        for share in self._steps(self._train_loader, epoch):
+        for share in shares_on_device(self._train_loader, self.world, self.place):
             table.add(self.learner.learn(share), share.count)
             if share.last:
                 self._step_scheduler("step")
             self.progress.step(table)
-        seconds = self._since(started)
+        seconds = seconds_since(started, self.world)
         weights = weights_checksum(module, self.world.sum_dtype) if self.world.size > 1 else 0.0
         order = self._train_loader.fingerprint
         result, sums = table.reduce(self.world, seconds, (weights, weights**2, order, order**2))
-        self._names["train"] = tuple(result.means)
+        self._names = tuple(result.means)
         check_order(sums[2], sums[3], self.world.size, "train")
         check_alike(sums[0], sums[1], self.world.size, epoch)
         self.learner.check_learnt()
@@ -197,71 +201,14 @@ class Engine:
         else:
             scheduler.step()
 
-    # --- validation -----------------------------------------------------------------------------------
-
-    def _valid(self, epoch: int) -> PassResult | None:
-        """Validates the bare net: DDP's forward would broadcast buffers, which hangs on unequal step counts."""
-        if self._valid_loader is None or self.task.valid_step is None:
-            return None
-        self.task.module.eval()
-        table = self._begin("valid", epoch, self._valid_loader)
-        started = time.perf_counter()
-        for share in self._steps(self._valid_loader, epoch):
-            if table.steps == 0:
-                check_takes(self.task.valid_step, share.batch, "valid")
-            returned = no_grad_step(self.task.valid_step, self.task.module, share.batch)
-            table.add(named_values(returned, self.task.module, "valid"), share.count)
-            self.progress.step(table)
-        order = self._valid_loader.fingerprint
-        result, sums = table.reduce(self.world, self._since(started), (order, order**2))
-        self._names["valid"] = tuple(result.means)
-        check_order(sums[0], sums[1], self.world.size, "valid")
-        return result
-
-    # --- both -----------------------------------------------------------------------------------------
-
-    def _sharded(self, loader: Any, split: str, *, fill: bool) -> ShardedLoader:
+    def _sharded(self, loader: Any) -> ShardedLoader:
         how = Dealing(
             self.world.rank,
             self.world.size,
             self.batch,
-            fill,
-            group=self.accumulation if fill else 1,
-            limit=self.limits.train if split == "train" else self.limits.valid,
+            fill=True,
+            group=self.accumulation,
+            limit=self.limits.train,
             merge=self.limits.merge,
         )
-        return ShardedLoader(loader, how, self.seed, split)
-
-    def _begin(self, split: str, epoch: int, loader: ShardedLoader) -> MeanTable:
-        self.place.split, self.place.step = split, 0
-        self.progress.begin(split, epoch, loader.steps())
-        return MeanTable(split, self._names.get(split))
-
-    def _steps(self, loader: ShardedLoader, epoch: int) -> Iterator[Share]:
-        """The rank's shares, on its device; keeps the place up to date."""
-        shares = loader.shares(epoch)
-        compare = loader is self._train_loader and epoch == 1
-        while True:
-            self.place.step += 1  # also while its batch is fetched
-            share = next(shares, None)
-            if compare:
-                compare = False
-                check_first_batch(self.world, loader.fingerprint, "train")
-            if share is None:
-                self.place.step -= 1
-                return
-            yield self._moved(share)
-
-    def _since(self, started: float) -> float:
-        """Seconds since a time, of work that is done, not only sent to the device."""
-        if self.world.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter() - started
-
-    def _moved(self, share: Share) -> Share:
-        if self.world.device.type == "cpu":
-            return share
-        from accelerate.utils import send_to_device
-
-        batch = send_to_device(share.batch, self.world.device, non_blocking=True)
-        return replace(share, batch=batch)
+        return ShardedLoader(loader, how, self.seed, "train")

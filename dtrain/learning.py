@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -61,6 +62,7 @@ class Task:
         optimizer: by default `module.optimizer`; an imperative step may bring its own.
         scheduler: a torch learning-rate scheduler, or None.
         interval: whether the scheduler counts epochs or optimizer steps.
+        metrics: name -> torchmetrics object, for the values that a step returns as `dtrain.metrics.Observed`.
     """
 
     module: nn.Module
@@ -71,6 +73,7 @@ class Task:
     optimizer: Optimizer | None = None
     scheduler: Any = None
     interval: Interval = "epoch"
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Takes the optimizer from the net and puts it there, so that steps find it."""

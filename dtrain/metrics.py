@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from dtrain.errors import DataError, StepError
+from dtrain.synced import compute_all
 
 if TYPE_CHECKING:
     from dtrain.world import World
@@ -38,7 +39,18 @@ class Mean:
         return self.total / self.count
 
 
-Value: TypeAlias = "Scalar | Mean"
+@dataclass(frozen=True)
+class Observed:
+    """A value of a step that has no mean: what a torchmetrics object of this name is to be updated with.
+
+    Attributes:
+        arguments: those of the object's `update`, for the samples of the step: (predictions, labels).
+    """
+
+    arguments: tuple[Any, ...]
+
+
+Value: TypeAlias = "Scalar | Mean | Observed"
 
 
 @dataclass(frozen=True)
@@ -64,13 +76,19 @@ class MeanTable:
     Args:
         split: "train" or "valid", for messages.
         names: the values' names where the ranks have agreed on them in an earlier epoch.
+        metrics: name -> torchmetrics object, for the values that are `Observed`; they start anew.
 
     Values on the CPU are added as Python floats, which are float64; values on another device are added
     there, without waiting for it.
     """
 
-    def __init__(self, split: str, names: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self, split: str, names: tuple[str, ...] | None = None, metrics: Mapping[str, Any] | None = None
+    ) -> None:
         self.split = split
+        self._metrics = {} if metrics is None else metrics
+        for metric in self._metrics.values():
+            metric.reset()
         self.names = names
         self._agreed = names is not None
         self.samples = 0
@@ -100,7 +118,9 @@ class MeanTable:
             return
         self.samples += count
         for name, value in values.items():
-            if isinstance(value, Mean):
+            if isinstance(value, Observed):
+                self._metrics[name].update(*value.arguments)
+            elif isinstance(value, Mean):
                 self._put(name, _plain(value.total), _plain(value.count))
             else:
                 self._put(name, _plain(value) * count, count)
@@ -136,13 +156,14 @@ class MeanTable:
             StepError: ranks return different names.
         """
         names = self.names = self._agree(world)
-        pairs = [float(table.get(name, 0.0)) for name in names for table in (self._totals, self._counts)]
+        averaged = [name for name in names if name not in self._metrics]
+        pairs = [float(table.get(name, 0.0)) for name in averaged for table in (self._totals, self._counts)]
         sums = world.all_reduce([*pairs, float(self.samples), seconds, *extras])
         samples, total_seconds, *extra_sums = sums[len(pairs) :]
         if samples == 0:
             raise DataError(nothing_yielded(self.split))
         means = {}
-        for index, name in enumerate(names):
+        for index, name in enumerate(averaged):
             total, count = sums[2 * index : 2 * index + 2]
             if count == 0:
                 raise DataError(
@@ -150,6 +171,8 @@ class MeanTable:
                     "its Mean(total, count) had count 0 at every step."
                 )
             means[name] = total / count
+        means |= compute_all({name: self._metrics[name] for name in names if name in self._metrics}, world)
+        means = {name: means[name] for name in names}
         return PassResult(means, round(samples), self.steps, total_seconds / world.size), extra_sums
 
     def _agree(self, world: World) -> tuple[str, ...]:

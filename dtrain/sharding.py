@@ -168,6 +168,21 @@ def _has_indices(loader: Any) -> bool:
     )
 
 
+def in_data_order(loader: Any) -> Any:
+    """Returns a shuffled DataLoader with each sample of its dataset once, in the dataset's order.
+
+    What has an order of its own (a sampler of the user's, an iterable) is returned as it is.
+    """
+    if not _has_indices(loader) or type(loader.batch_sampler) is not BatchSampler:
+        return loader
+    sampler = loader.batch_sampler.sampler
+    whole = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(loader.dataset)
+    if not whole and type(sampler) not in (SequentialSampler, DistributedSampler):
+        return loader
+    plain: Any = SequentialSampler(loader.dataset)
+    return _rebuilt(loader, BatchSampler(plain, loader.batch_sampler.batch_size, drop_last=False))
+
+
 def _rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
     """The same DataLoader with another batch sampler."""
     workers: dict[str, Any] = {}

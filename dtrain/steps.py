@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dtrain.errors import StepError
-from dtrain.metrics import Mean, Value
+from dtrain.metrics import Mean, Observed, Value
 
 Step = Callable[..., Any]
 Kind = Literal["imperative", "declarative"]
@@ -87,7 +87,7 @@ def _name(name: Any, split: str) -> str:
 
 
 def _checked(name: str, value: Any, split: str) -> Value:
-    if type(value) is float or isinstance(value, (Mean, int, float)):
+    if type(value) is float or isinstance(value, (Mean, Observed, int, float)):
         return value
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -83,6 +84,29 @@ class World:
         dist.all_gather(room, torch.nn.functional.pad(data, (0, longest - data.numel())))
         return [json.loads(bytes(part[: int(length)].tolist())) for part, length in zip(room, lengths, strict=True)]
 
+    def gather_tensors(self, tensor: Tensor | None) -> list[Tensor | None]:
+        """Returns every rank's tensor on every rank, in rank order; shapes and types may differ.
+
+        Args:
+            tensor: this rank's, or None where it has none. The others' come back on this rank's device.
+        """
+        if self.size == 1:
+            return [tensor]
+        mine = None if tensor is None else tensor.detach().to(self.device).contiguous()
+        told = self.gather_json(None if mine is None else [str(mine.dtype).removeprefix("torch."), list(mine.shape)])
+        # As bytes: not every backend moves every type, and a rank without a tensor need not know the type.
+        data = torch.zeros(0, dtype=torch.uint8, device=self.device)
+        if mine is not None and mine.numel():
+            data = mine.flatten().view(torch.uint8)
+        sizes = [0 if one is None else math.prod(one[1]) * _dtype(one[0]).itemsize for one in told]
+        room = [torch.zeros(max(sizes), dtype=torch.uint8, device=self.device) for _ in told]
+        if max(sizes):
+            dist.all_gather(room, torch.nn.functional.pad(data, (0, max(sizes) - data.numel())))
+        return [
+            None if one is None else part[:size].view(_dtype(one[0])).reshape(one[1])
+            for part, size, one in zip(room, sizes, told, strict=True)
+        ]
+
     def broadcast_(self, tensors: list[Tensor]) -> None:
         """Overwrites tensors, in place, with rank 0's."""
         if self.size > 1:
@@ -94,6 +118,11 @@ class World:
         if self.size > 1:
             dist.barrier()  # a rank that left earlier would cut the others' last collective off
             dist.destroy_process_group()
+
+
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def bring_up(*, cpu: bool = False, asked: int | None = None, facts: RankFacts | None = None) -> World:

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 from helpers.commands import Dtrain, children_of_tests
+from hypothesis import settings
+
+# Examples are not timed: a busy machine is no failure.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -15,7 +15,7 @@ from dtrain.batches import first_rows
 from dtrain.config import Settings
 from dtrain.dealing import Share
 from dtrain.engine import Engine, Limits
-from dtrain.metrics import Mean, Value
+from dtrain.metrics import Mean, Observed, Value
 from dtrain.run import agree, load_task
 from dtrain.world import World
 
@@ -70,6 +70,8 @@ class Trace:
     def _note(self, share: Share, values: dict[str, Value]) -> None:
         numbers = {}
         for name, value in values.items():
+            if isinstance(value, Observed):
+                continue  # compared as the epoch's value, in the history
             total, count = (value.total, value.count) if isinstance(value, Mean) else (value * share.count, share.count)
             numbers[name] = [float(total), float(count)] if share.count else [0.0, 0.0]
         rows = [zlib.crc32(_bytes(row)) for row in first_rows(share.batch)] if share.count else []

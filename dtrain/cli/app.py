@@ -13,6 +13,7 @@ import typer
 
 from dtrain import __version__
 from dtrain.cli import check
+from dtrain.cli.evaluate import evaluate, predict, summary
 from dtrain.cli.train import train
 
 app = typer.Typer(
@@ -22,7 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(train)
+for _verb in (train, evaluate, predict, summary):
+    app.command()(_verb)
 app.add_typer(check.app, name="check")
 
 

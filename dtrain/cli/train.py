@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dtrain.cli.guard import reported
+from dtrain.cli.ranks import on_ranks
 
 if TYPE_CHECKING:
     from dtrain.config import Settings
+    from dtrain.world import World
 
 METAVAR = "[CONFIG | RECIPE.py] [KEY=VALUE ...]"
 
@@ -43,30 +44,20 @@ def train(
 
 def _train(words: list[str], ranks: int | None, cpu: bool, dry_run: bool) -> int:
     from dtrain.launch.facts import read_rank_facts
-    from dtrain.launch.threads import set_threads
 
-    facts = read_rank_facts()
     settings = read_target(words)
     if dry_run:
-        _show_plan(settings, ranks or facts.size)
+        _show_plan(settings, ranks or read_rank_facts().size)
         return 0
-    if ranks is not None and ranks > 1 and not facts.launched:
-        from dtrain.launch.local import start_local_ranks
 
-        return start_local_ranks(sys.argv[1:], ranks)
-    set_threads(facts.local_size)
-    from dtrain.launch.lifeline import hold_on
+    def work(world: World) -> None:
+        from dtrain.run import train_run
 
-    hold_on()
-    from dtrain.run import train_run
-    from dtrain.world import bring_up
+        folder = train_run(settings, world)
+        if world.is_main:
+            typer.echo(f"next: {shlex.join(['dtrain', 'evaluate', str(folder)])}")
 
-    world = bring_up(cpu=cpu, asked=ranks, facts=facts)
-    train_run(settings, world)
-    if world.is_main:
-        typer.echo(_next_command(words, world.size))
-    world.close()
-    return 0
+    return on_ranks(ranks, cpu, work)
 
 
 def read_target(words: list[str]) -> Settings:
@@ -98,13 +89,3 @@ def _show_plan(settings: Settings, ranks: int) -> None:
     recipe = load_recipe(settings.config.recipe, settings.base)
     task = bind(recipe, settings)
     typer.echo(plan_text(make_plan(task, settings, ranks), value_rows(settings, recipe), settings.config.train.epochs))
-
-
-def _next_command(words: list[str], size: int) -> str:
-    """The command that shows what dtrain is for: the same run on more ranks."""
-    kept = [word for word in words if not word.startswith(("run.name=", "name="))]
-    if size == 1:
-        again = shlex.join(["dtrain", "train", *kept, "-n", "2", "--cpu"])
-        return f"next: {again}   # the same steps on 2 ranks, the same truth in the numbers"
-    proof = shlex.join(["dtrain", "check", "parity", *kept, "-n", str(size)])
-    return f"next: {proof}   # proves that {size} ranks computed what one process would have"

@@ -17,6 +17,7 @@ from dtrain.config import schema
 from dtrain.config.schema import BUILDER_SECTIONS, RunConfig
 from dtrain.config.sources import Value, read_environment, read_override, read_yaml, write_yaml
 from dtrain.errors import ConfigError, nearest
+from dtrain.recipe_file import locate
 
 
 @dataclass
@@ -72,8 +73,14 @@ class Settings:
             _refuse_ambiguous(key, [taken_for, *homes])
 
     def to_yaml(self) -> str:
-        """Returns the resolved config as YAML, readable by `load_settings`."""
-        return write_yaml(_plain(self.config.model_dump()))
+        """Returns the resolved config as YAML, readable by `load_settings` from any folder.
+
+        A recipe's file is named in full: it may have been given relative to the folder of a config, or to the
+        one in which the run was started.
+        """
+        path = locate(self.config.recipe, self.base)
+        recipe = self.config.recipe if path is None else str(path.resolve())
+        return write_yaml(_plain(self.config.model_dump() | {"recipe": recipe}))
 
 
 def load_settings(target: str | None, overrides: Sequence[str], environ: Mapping[str, str] | None = None) -> Settings:

@@ -1,0 +1,112 @@
+"""The weights of the best epoch: watched for, kept, restored; and an end to training that no longer helps."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dtrain.checkpoint import weights_of
+from dtrain.engine import Engine, Row
+from dtrain.errors import UsageError, nearest
+
+logger = logging.getLogger(__name__)
+
+
+class BestKeeper:
+    """Looks at each row of the history; all ranks decide alike, since their rows are equal.
+
+    Args:
+        engine: what trains.
+        monitor: a column of the history.
+        mode: whether its lowest or its highest value is best.
+        patience: epochs without a new best after which training ends; None never ends it.
+        path: where rank 0 keeps the best weights, or None.
+    """
+
+    def __init__(
+        self, engine: Engine, monitor: str, mode: Literal["min", "max"], patience: int | None, path: Path | None
+    ) -> None:
+        self._engine = engine
+        self._monitor = monitor
+        self._sign = 1.0 if mode == "min" else -1.0
+        self._patience = patience
+        self._path = path
+        self._lowest = float("inf")
+        self._since = 0
+        self._weights: dict[str, Any] | None = None
+
+    def look(self, row: Row) -> None:
+        """Keeps the weights after an epoch that is the best so far; ends training after too many that are not.
+
+        Raises:
+            UsageError: the history has no such column.
+        """
+        if self._monitor not in row:
+            columns = [name for name in row if name != "epoch"]
+            raise UsageError(
+                f"monitor = {self._monitor!r}: the history has no such column.{nearest(self._monitor, columns)} "
+                f"It has {', '.join(columns)}."
+            )
+        value = self._sign * row[self._monitor]
+        if value < self._lowest:  # never true of NaN
+            self._lowest, self._since = value, 0
+            self._keep()
+            return
+        self._since += 1
+        if self._patience is not None and self._since >= self._patience:
+            self._engine.stopping = True
+
+    def _keep(self) -> None:
+        module, world = self._engine.task.module, self._engine.world
+        world.broadcast_(list(module.buffers()))  # without validation each rank has its own
+        self._weights = copy.deepcopy(module.state_dict())
+        if self._path is not None and world.is_main:
+            save_state(module, self._path)
+
+    def restore(self) -> None:
+        """Puts the best epoch's weights back into the net."""
+        if self._weights is None:
+            logger.warning("no epoch had a %s that is a number; the weights are the last epoch's", self._monitor)
+            return
+        self._engine.task.module.load_state_dict(self._weights)
+
+
+def save_state(module: nn.Module, path: Path) -> None:
+    """Saves a net's state: as safetensors where the path ends so, else as torch.save does; whole or not at all."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        if path.suffix == ".safetensors":
+            save_file(weights_of(module), part)
+        else:
+            torch.save(module.state_dict(), part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_state(module: nn.Module, path: Path) -> None:
+    """Loads what `save_state` saved; no code in the file is run.
+
+    Raises:
+        UsageError: there is no such file.
+        RuntimeError: the weights are another net's.
+    """
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UsageError(f"{path}: there are no weights of this name.")
+    if path.suffix == ".safetensors":
+        module.load_state_dict(load_file(path))
+    else:
+        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -1,0 +1,122 @@
+"""`dtrain evaluate`, `dtrain predict` and `dtrain summary`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dtrain.cli.guard import reported
+from dtrain.cli.ranks import on_ranks
+
+if TYPE_CHECKING:
+    from dtrain.world import World
+
+
+class Checkpoint(str, Enum):
+    """Which of a run's saved epochs."""
+
+    best = "best"
+    last = "last"
+
+
+class Data(str, Enum):
+    """Which of a recipe's data sets."""
+
+    valid = "valid"
+    train = "train"
+
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as `dtrain train` printed it.")]
+Words = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Replace values of the run's config.")
+]
+Saved = Annotated[Checkpoint, typer.Option("--checkpoint", help="Weights of the best epoch, or of the last one.")]
+Ranks = Annotated[int | None, typer.Option("-n", "--ranks", min=1, help="Start this many ranks on this machine.")]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Compute on the CPU, also where there is a GPU.")]
+
+
+def evaluate(
+    run: Run, words: Words = None, checkpoint: Saved = Checkpoint.best, ranks: Ranks = None, cpu: Cpu = False
+) -> None:
+    """Evaluate a run's saved weights on its validation data.
+
+    Examples: dtrain evaluate runs/digits-1; dtrain evaluate runs/digits-1 valid_samples=100 -n 2 --cpu
+    """
+    with reported():
+        from dtrain.config.saved import load_run_settings
+
+        settings = load_run_settings(run, words or [])
+
+        def work(world: World) -> None:
+            from dtrain.evaluation import evaluate_run, restore_run
+
+            restored = restore_run(run, settings, checkpoint.value, world)
+            result = evaluate_run(restored, world)
+            if world.is_main:
+                typer.echo(f"epoch {restored.row['epoch']} of {run}, {result.samples} samples")
+                for name, mean in result.means.items():
+                    typer.echo(f"val_{name} = {mean!r}")
+
+        code = on_ranks(ranks, cpu, work)
+    raise typer.Exit(code)
+
+
+def predict(
+    run: Run,
+    output: Annotated[Path, typer.Option("-o", "--output", help="FILE.csv, FILE.npy or FILE.parquet")],
+    *,
+    words: Words = None,
+    checkpoint: Saved = Checkpoint.best,
+    data: Annotated[Data, typer.Option("--data", help="Which of the recipe's data sets.")] = Data.valid,
+    ranks: Ranks = None,
+    cpu: Cpu = False,
+) -> None:
+    """Write a run's predictions to a file: in the data's order, each row once.
+
+    Examples: dtrain predict runs/digits-1 -o digits.csv; dtrain predict runs/digits-1 -o digits.npy -n 2 --cpu
+    """
+    with reported():
+        from dtrain.config.saved import load_run_settings
+        from dtrain.export import check_target
+
+        check_target(output)
+        settings = load_run_settings(run, words or [])
+
+        def work(world: World) -> None:
+            from dtrain.evaluation import predict_run, restore_run
+            from dtrain.export import write_predictions
+            from dtrain.run import agree
+
+            restored = restore_run(run, settings, checkpoint.value, world)
+            predictions = predict_run(restored, world, data.value)
+            agree(world, lambda: write_predictions(predictions, output) if world.is_main else None)
+            if world.is_main:
+                typer.echo(f"predictions of epoch {restored.row['epoch']} of {run}: {output}")
+
+        code = on_ranks(ranks, cpu, work)
+    raise typer.Exit(code)
+
+
+def summary(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG | RECIPE.py] [KEY=VALUE ...]", help="As for train.", show_default=False),
+    ] = None,
+) -> None:
+    """Show a recipe's net: layers, shapes and parameters, for a batch of its data.
+
+    Examples: dtrain summary; dtrain summary my_recipe.py hidden=32
+    """
+    with reported():
+        from dtrain.cli.train import split_words
+        from dtrain.config import load_settings
+
+        target, overrides = split_words(words or [])
+        settings = load_settings(target, overrides)
+        from dtrain.run import load_task
+        from dtrain.summary import batch_summary
+
+        typer.echo(batch_summary(load_task(settings)))

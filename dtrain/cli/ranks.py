@@ -1,0 +1,41 @@
+"""What every verb that computes on ranks does first and last."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dtrain.world import World
+
+
+def on_ranks(ranks: int | None, cpu: bool, work: Callable[[World], None]) -> int:
+    """Runs a verb's work as one rank; or, asked for several and not launched as one of them, starts them.
+
+    Args:
+        ranks: the number asked for with -n, or None.
+        cpu: compute on the CPU also where there is a GPU.
+        work: what a rank does in the verified world.
+
+    Returns:
+        the exit code.
+    """
+    from dtrain.launch.facts import read_rank_facts
+    from dtrain.launch.threads import set_threads
+
+    facts = read_rank_facts()
+    if ranks is not None and ranks > 1 and not facts.launched:
+        from dtrain.launch.local import start_local_ranks
+
+        return start_local_ranks(sys.argv[1:], ranks)
+    set_threads(facts.local_size)
+    from dtrain.launch.lifeline import hold_on
+
+    hold_on()
+    from dtrain.world import bring_up
+
+    world = bring_up(cpu=cpu, asked=ranks, facts=facts)
+    work(world)
+    world.close()
+    return 0

@@ -1,0 +1,224 @@
+"""Evaluation and prediction with a trained net, on as many ranks as there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.dealing import BatchMode, Dealing, Share
+from dtrain.engine import valid_pass
+from dtrain.errors import DataError, StepError, UsageError, add_place
+from dtrain.learning import Task
+from dtrain.metrics import PassResult, nothing_yielded
+from dtrain.passes import Place, shares_on_device
+from dtrain.progress import Progress, Silent
+from dtrain.sharding import ShardedLoader, in_data_order
+from dtrain.synced import ready
+from dtrain.world import World
+
+PredictStep = Callable[[nn.Module, Any], Any]
+
+
+def evaluate_task(  # noqa: PLR0913 - a task and how its loader is dealt
+    task: Task,
+    world: World,
+    *,
+    batch: BatchMode = "per_rank",
+    seed: int = 42,
+    epoch: int = 1,
+    progress: Progress | None = None,
+) -> PassResult:
+    """Runs a task's validation once, as training does after each epoch.
+
+    Args:
+        task: its net, valid_step and dl_valid; the rest is not used.
+        world: the ranks.
+        batch: whose batch size the loader's is.
+        seed: the order of a shuffled loader is derived from it and the epoch.
+        epoch: 1 or more.
+        progress: what a person sees.
+
+    Returns:
+        the means over all samples of all ranks, equal on all of them.
+
+    Raises:
+        UsageError: the task has no validation.
+        StepError: the step breaks the contract.
+        DataError: the loader yields nothing.
+    """
+    validation = valid_pass(task, world, batch=batch, seed=seed)
+    if validation is None:
+        raise UsageError("there is no validation loader, so there is nothing to evaluate. Define dl_valid.")
+    ready(task.metrics, world)
+    place, progress = Place(world.rank), progress or Silent()
+    _place_net(task.module, world)
+    try:
+        return validation.run(epoch, place, progress)
+    except (Exception, SystemExit) as error:
+        add_place(error, str(place))
+        raise
+    finally:
+        progress.close()
+
+
+def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ranks
+    module: nn.Module,
+    loader: Any,
+    world: World,
+    *,
+    predict_step: PredictStep | None = None,
+    batch: BatchMode = "per_rank",
+    seed: int = 42,
+    progress: Progress | None = None,
+) -> Any:
+    """Predicts every sample of a loader once.
+
+    Args:
+        module: the net; it is moved to the rank's device and set to eval mode.
+        loader: a DataLoader, or any iterable of batches. A DataLoader that shuffles, or drops its last batch, is
+            read in the order of its dataset, whole; what has an order of its own keeps it.
+        world: the ranks.
+        predict_step: `predict_step(model, features)`, by default `model(features)`. The features are the first part
+            of a batch that is a tuple or list, else the whole batch. What is returned is a tensor, or a tuple, list
+            or mapping of tensors; their first dimension is the samples of the batch.
+        batch: whose batch size the loader's is; the result is the same.
+        seed: for loaders that draw random numbers.
+        progress: what a person sees.
+
+    Returns:
+        the predictions of all samples in the data's order, on the CPU, on every rank; nested as the step's.
+
+    Raises:
+        StepError: the step returns something else, or another number of rows than the batch has samples.
+        DataError: the loader yields nothing.
+    """
+    place, progress = Place(world.rank), progress or Silent()
+    try:
+        how = Dealing(world.rank, world.size, batch, fill=False)
+        shares = ShardedLoader(in_data_order(loader), how, seed, "predict")
+        _place_net(module, world)
+        world.broadcast_(
+            list(module.buffers())
+        )  # a net that was trained and not yet validated has its own on each rank
+        module.eval()
+        place.enter("predict", 1)
+        progress.begin("predict", 1, shares.steps())
+        mine = _Collected()
+        for share in shares_on_device(shares, world, place):
+            mine.add(_predicted(predict_step or _call, module, share), share)
+        return mine.gather(world)
+    except (Exception, SystemExit) as error:
+        add_place(error, str(place))
+        raise
+    finally:
+        progress.close()
+
+
+def _place_net(module: nn.Module, world: World) -> None:
+    """Puts the net where validation in training has it, mixed precision on one rank included."""
+    module.to(world.device)
+    if world.size == 1 and world.accelerator.native_amp and not hasattr(module, "_original_forward"):
+        world.accelerator.prepare_model(module, evaluation_mode=True)
+
+
+def features_of(batch: Any) -> Any:
+    """Returns what a net predicts from: the first part of a tuple or list, else the whole batch."""
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def _call(model: nn.Module, features: Any) -> Any:
+    return model(features)
+
+
+def _predicted(step: PredictStep, module: nn.Module, share: Share) -> Any:
+    with torch.no_grad():
+        return step(module, features_of(share.batch))
+
+
+class _Collected:
+    """One rank's predictions, as lists of tensors, with the place of each block in the data's order."""
+
+    def __init__(self) -> None:
+        self._shape: Any = None  # the nesting, as JSON
+        self._leaves: list[list[Tensor]] = []
+        self._blocks: list[tuple[int, int]] = []
+
+    def add(self, returned: Any, share: Share) -> None:
+        leaves: list[Tensor] = []
+        shape = _flatten(returned, leaves)
+        if self._shape is None:
+            self._shape, self._leaves = shape, [[] for _ in leaves]
+        elif shape != self._shape:
+            raise StepError(f"predict_step returned {shape} for one batch and {self._shape} for another.")
+        for kept, leaf in zip(self._leaves, leaves, strict=True):
+            if leaf.ndim == 0 or len(leaf) != share.count:
+                raise StepError(
+                    f"predict_step returned a tensor of shape {tuple(leaf.shape)} for a batch of {share.count} "
+                    "samples. Return one row per sample."
+                )
+            kept.append(leaf.detach().cpu())
+        self._blocks.append((share.start, share.count))
+
+    def gather(self, world: World) -> Any:
+        shapes = [shape for shape in world.gather_json(self._shape) if shape is not None]
+        if not shapes:
+            raise DataError(nothing_yielded("predict"))
+        if any(shape != shapes[0] for shape in shapes):
+            raise StepError(f"predict_step returned {shapes[0]} on one rank and {shapes[-1]} on another.")
+        order = _order([part for part in world.gather_tensors(self._positions()) if part is not None])
+        count = len(self._leaves) or _count_leaves(shapes[0])
+        mine = [torch.cat(leaf) for leaf in self._leaves] if self._leaves else [None] * count
+        return _nested(shapes[0], iter([_joined(world.gather_tensors(leaf), order) for leaf in mine]))
+
+    def _positions(self) -> Tensor:
+        """The place of each of this rank's rows."""
+        rows = [torch.arange(start, start + count) for start, count in self._blocks]
+        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+
+
+def _order(positions: list[Tensor]) -> Tensor:
+    """Returns which of the gathered rows comes first, second, ... in the data's order."""
+    everywhere = torch.cat(positions).cpu()
+    order = torch.argsort(everywhere)
+    if not torch.equal(everywhere[order], torch.arange(len(everywhere))):
+        raise DataError("the ranks read different data: some samples were predicted twice, or not at all.")
+    return order
+
+
+def _joined(parts: list[Tensor | None], order: Tensor) -> Tensor:
+    there = [part.cpu() for part in parts if part is not None]
+    sizes = {tuple(part.shape[1:]) for part in there}
+    if len(sizes) > 1:
+        raise StepError(f"predict_step returned rows of different shapes on different ranks: {sorted(sizes)}.")
+    return torch.cat(there)[order]
+
+
+def _flatten(returned: Any, leaves: list[Tensor]) -> Any:
+    """Puts the tensors of a nested result into a list; returns the nesting in a form that JSON keeps."""
+    if isinstance(returned, Tensor):
+        leaves.append(returned)
+        return "tensor"
+    if isinstance(returned, Mapping):
+        return {"keys": [str(key) for key in returned], "parts": [_flatten(part, leaves) for part in returned.values()]}
+    if isinstance(returned, (tuple, list)):
+        return [_flatten(part, leaves) for part in returned]
+    raise StepError(
+        f"predict_step returned a {type(returned).__name__}. Return a tensor, or a tuple, list or mapping of tensors."
+    )
+
+
+def _count_leaves(shape: Any) -> int:
+    parts = shape["parts"] if isinstance(shape, dict) else shape
+    return 1 if shape == "tensor" else sum(_count_leaves(part) for part in parts)
+
+
+def _nested(shape: Any, leaves: Any) -> Any:
+    """Undoes `_flatten`; lists and named tuples come back as tuples, mappings as dicts."""
+    if shape == "tensor":
+        return next(leaves)
+    if isinstance(shape, dict):
+        return {key: _nested(part, leaves) for key, part in zip(shape["keys"], shape["parts"], strict=True)}
+    return tuple(_nested(part, leaves) for part in shape)

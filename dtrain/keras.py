@@ -1,0 +1,313 @@
+"""The Keras style: `compile`, `fit`, `evaluate` and `predict` for a net, over the same engine as the other styles."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dtrain.best import BestKeeper, load_state
+from dtrain.dealing import BatchMode
+from dtrain.engine import Engine
+from dtrain.errors import UsageError
+from dtrain.inference import evaluate_task, predict
+from dtrain.learning import Task
+from dtrain.metrics import Observed
+from dtrain.progress import Progress, Silent, choose_progress
+from dtrain.synced import is_torchmetric
+from dtrain.world import World, bring_up
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Mode = Literal["min", "max"]
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What both calling forms of `fit` come to."""
+
+    epochs: int
+    train_data: Any
+    val_data: Any
+    log_step_freq: int
+    ckpt_path: str | Path | None
+    patience: int | None
+    monitor: str
+    mode: Mode
+
+
+class KerasModel(nn.Module):
+    """A net with its loss, metrics and optimizer.
+
+    A batch is (features, labels). Where a loss is not a mean over samples (class weights, `ignore_index`), or the
+    gradient is to be clipped, write the steps yourself for `dtrain.train_model`.
+
+    Args:
+        net: the net; it is trained in place.
+        loss_fn: (predictions, labels) -> the mean loss over the samples of a batch.
+        metrics_dict: column -> a function (predictions, labels) -> the mean over a batch, or a torchmetrics metric,
+            which is computed once an epoch, over all samples of all ranks. Mind that torchmetrics guesses from the
+            range of each batch whether it got logits or probabilities: probabilities are safe.
+        optimizer: by default Adam with a learning rate of 3e-4.
+        lr_scheduler: a torch learning-rate scheduler, which counts optimizer steps.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss_fn: Callable[..., Any] | None = None,
+        metrics_dict: Mapping[str, Any] | None = None,
+        optimizer: Optimizer | None = None,
+        lr_scheduler: Any = None,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.loss_fn = loss_fn
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.metrics_dict = _checked_metrics(metrics_dict)
+        self._cpu = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the net."""
+        return self.net(*args, **kwargs)
+
+    def compile(  # Keras' own name; for torch's, torch.compile(model.net)
+        self,
+        loss_func: Callable[..., Any] | None = None,
+        optimizer: Optimizer | None = None,
+        metrics_dict: Mapping[str, Any] | None = None,
+        lr_scheduler: Any = None,
+    ) -> None:
+        """Sets what training needs; what is left out stays as it was. The arguments are those of the class."""
+        self.loss_fn = loss_func if loss_func is not None else self.loss_fn
+        self.optimizer = optimizer if optimizer is not None else self.optimizer
+        self.lr_scheduler = lr_scheduler if lr_scheduler is not None else self.lr_scheduler
+        if metrics_dict is not None:
+            self.metrics_dict = _checked_metrics(metrics_dict)
+
+    def summary(
+        self,
+        input_shape: Sequence[int] | None = None,
+        input_dtype: torch.dtype = torch.float32,
+        input_data: Any = None,
+    ) -> None:
+        """Prints the net's layers, shapes and numbers of parameters, for one sample; on rank 0 alone.
+
+        Args:
+            input_shape: a sample's shape, without the batch dimension, such as (1, 28, 28).
+            input_dtype: a sample's type.
+            input_data: in place of a shape: a batch, as a loader yields it.
+
+        Raises:
+            UsageError: neither was given.
+        """
+        from dtrain.launch.facts import read_rank_facts
+        from dtrain.summary import data_summary, shape_summary
+
+        if input_shape is None and input_data is None:
+            raise UsageError(
+                "summary needs a sample's shape, summary(input_shape=(1, 28, 28)), or a batch: input_data=."
+            )
+        if read_rank_facts().rank != 0:
+            return
+        given = input_data is not None
+        text = data_summary(self.net, input_data) if given else shape_summary(self.net, input_shape or (), input_dtype)
+        print(text)  # noqa: T201
+
+    def fit(
+        self,
+        *args: Any,
+        batch: BatchMode = "per_rank",
+        seed: int = 42,
+        verbose: bool = True,
+        cpu: bool = False,
+        world: World | None = None,
+        **kwargs: Any,
+    ) -> pd.DataFrame:
+        """Trains the net, in either of two calling forms::
+
+            fit(epochs, dl_train, dl_val=None, log_step_freq=10)
+            fit(train_data, val_data=None, epochs=10, ckpt_path="checkpoint", patience=5,
+                monitor="val_loss", mode="min")
+
+        The second form stops after `patience` epochs in which `monitor`, a column, did not reach a new best (`mode`
+        says which end is best), restores the weights of the best epoch, and keeps them at `ckpt_path`: as
+        safetensors where it ends so, else as torch.save does. The first form does so where it is told to.
+
+        Args:
+            args: see above.
+            batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
+            seed: the order of the samples and each rank's random stream are derived from it.
+            verbose: whether rank 0 shows progress.
+            cpu: compute on the CPU also where there is an accelerator.
+            world: ranks that were brought up before, by default brought up here.
+            kwargs: see above.
+
+        Returns:
+            the history on every rank, a row an epoch: epoch, loss and the metrics, val_loss and val_ metrics, lr,
+            seconds, samples_per_second.
+
+        Raises:
+            UsageError: an argument is wrong, or there is no loss.
+            StepError, DataError: as in `dtrain.train_model`.
+        """  # fmt: skip
+        plan = _read_fit(args, kwargs)
+        self._cpu = cpu
+        world = world if world is not None else bring_up(cpu=cpu)
+        task = self._task(plan.train_data, plan.val_data)
+        progress: Progress = Silent()
+        if verbose:
+            progress = choose_progress(is_main=world.is_main, epochs=plan.epochs, log_step_freq=plan.log_step_freq)
+        engine = Engine(task, world, epochs=plan.epochs, seed=seed, batch=batch, progress=progress)
+        keeper = _keeper(plan, engine)
+        if keeper is not None:
+            engine.after_epoch.append(keeper.look)
+        history = engine.fit()
+        if keeper is not None:
+            keeper.restore()
+        return history.dataframe()
+
+    def evaluate(
+        self, dl_val: Any, *, batch: BatchMode = "per_rank", seed: int = 42, world: World | None = None
+    ) -> dict[str, float]:
+        """Returns the loss and metrics over all samples of a loader, on every rank: {"val_loss": ..., "val_acc": ...}.
+
+        Args:
+            dl_val: the loader.
+            batch: whose batch size the loader's is.
+            seed: for loaders that draw random numbers.
+            world: ranks that were brought up before.
+        """
+        world = world if world is not None else bring_up(cpu=self._cpu)
+        result = evaluate_task(self._task(None, dl_val), world, batch=batch, seed=seed)
+        return {f"val_{name}": mean for name, mean in result.means.items()}
+
+    def predict(self, dl: Any, *, batch: BatchMode = "per_rank", seed: int = 42, world: World | None = None) -> Any:
+        """Returns the predictions for all samples of a loader, in the data's order, on the CPU, on every rank.
+
+        Args:
+            dl: the loader; of a batch that is a tuple or list, the first part are the features.
+            batch: whose batch size the loader's is.
+            seed: for loaders that draw random numbers.
+            world: ranks that were brought up before.
+        """
+        world = world if world is not None else bring_up(cpu=self._cpu)
+        return predict(self.net, dl, world, batch=batch, seed=seed)
+
+    def load_ckpt(self, ckpt_path: str | Path) -> None:
+        """Loads weights that `fit` kept at `ckpt_path`."""
+        load_state(self.net, Path(ckpt_path))
+
+    def _task(self, train_data: Any, val_data: Any) -> Task:
+        """The engine's view of this model, with fresh copies of the metrics."""
+        if self.loss_fn is None:
+            raise UsageError("there is no loss: give it as KerasModel(net, loss_fn=...) or compile(loss_func=...).")
+        if train_data is not None and self.optimizer is None:
+            self.optimizer = torch.optim.Adam(self.net.parameters(), lr=3e-4)
+        steps = _Steps(self.loss_fn, self.metrics_dict)
+        metrics = {name: copy.deepcopy(metric) for name, metric in self.metrics_dict.items() if is_torchmetric(metric)}
+        return Task(
+            module=self.net,
+            train_step=steps.step,
+            dl_train=train_data,
+            valid_step=steps.step,
+            dl_valid=val_data,
+            optimizer=self.optimizer,
+            scheduler=self.lr_scheduler,
+            interval="epoch" if _counts_epochs(self.lr_scheduler) else "step",
+            metrics=metrics,
+        )
+
+
+class _Steps:
+    """The step of a loss function and metrics; declarative, so that the engine learns."""
+
+    def __init__(self, loss_fn: Callable[..., Any], metrics: Mapping[str, Any]) -> None:
+        self._loss_fn = loss_fn
+        self._metrics = metrics
+
+    def step(self, model: Any, features: Any, labels: Any) -> dict[str, Any]:
+        predictions = model(features)
+        if isinstance(self._loss_fn, nn.Module) and isinstance(labels, torch.Tensor):
+            self._loss_fn.to(labels.device)  # class weights, say
+        loss = self._loss_fn(predictions, labels)
+        with torch.no_grad():
+            return {"loss": loss} | {name: _value(m, predictions, labels) for name, m in self._metrics.items()}
+
+
+def _value(metric: Any, predictions: Any, labels: Any) -> Any:
+    if not is_torchmetric(metric):
+        return metric(predictions, labels)
+    return Observed((predictions.detach(), labels))
+
+
+def _counts_epochs(scheduler: Any) -> bool:
+    return isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+
+
+def _checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Refuses what is neither a function nor a torchmetrics metric."""
+    for name, metric in (metrics or {}).items():
+        keeps_state = hasattr(metric, "compute") and hasattr(metric, "reset")
+        if not callable(metric) or (keeps_state and not is_torchmetric(metric)):
+            raise UsageError(
+                f"metrics_dict[{name!r}] is a {type(metric).__name__}. Give a function (predictions, labels) -> mean, "
+                "or a single torchmetrics metric; dtrain cannot add up the state of anything else over the ranks."
+            )
+    return dict(metrics or {})
+
+
+def _read_fit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Fit:
+    """Tells the two calling forms apart and checks the values."""
+    classic = "dl_train" in kwargs or (bool(args) and isinstance(args[0], int))
+    plan = _classic_form(*args, **kwargs) if classic else _current_form(*args, **kwargs)
+    for name, least in (("epochs", 1), ("log_step_freq", 1), ("patience", 1)):
+        number = getattr(plan, name)
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
+            raise UsageError(f"{name} = {number!r}: should be a whole number of at least {least}.")
+    if plan.mode not in ("min", "max"):
+        raise UsageError(f'mode = {plan.mode!r}: should be "min" or "max".')
+    if plan.val_data is None and plan.monitor == "val_loss":
+        return _Fit(**{**vars(plan), "monitor": "loss"})
+    return plan
+
+
+def _classic_form(  # noqa: PLR0913, PLR0917 - the calling form
+    epochs: int,
+    dl_train: Any,
+    dl_val: Any = None,
+    log_step_freq: int = 10,
+    ckpt_path: str | Path | None = None,
+    patience: int | None = None,
+    monitor: str = "val_loss",
+    mode: Mode = "min",
+) -> _Fit:
+    return _Fit(epochs, dl_train, dl_val, log_step_freq, ckpt_path, patience, monitor, mode)
+
+
+def _current_form(  # noqa: PLR0913, PLR0917 - the calling form
+    train_data: Any,
+    val_data: Any = None,
+    epochs: int = 10,
+    ckpt_path: str | Path | None = "checkpoint",
+    patience: int | None = 5,
+    monitor: str = "val_loss",
+    mode: Mode = "min",
+    log_step_freq: int = 10,
+) -> _Fit:
+    return _Fit(epochs, train_data, val_data, log_step_freq, ckpt_path, patience, monitor, mode)
+
+
+def _keeper(plan: _Fit, engine: Engine) -> BestKeeper | None:
+    if plan.ckpt_path is None and plan.patience is None:
+        return None
+    path = None if plan.ckpt_path is None else Path(plan.ckpt_path)
+    return BestKeeper(engine, plan.monitor, plan.mode, plan.patience, path)

@@ -1,0 +1,130 @@
+"""A pass over a split: where it is, the batches on their device, and the whole of validation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtrain.checks import check_first_batch, check_order, check_takes
+from dtrain.dealing import Share
+from dtrain.metrics import MeanTable, PassResult
+from dtrain.progress import Progress
+from dtrain.sharding import ShardedLoader
+from dtrain.steps import Step, named_values, no_grad_step
+from dtrain.world import World
+
+
+@dataclass
+class Place:
+    """Where a run is: what an error message and a watchdog want to know."""
+
+    rank: int
+    epoch: int = 0
+    split: str = ""
+    step: int = 0
+
+    def __str__(self) -> str:
+        """Words such as "rank 1, epoch 2, train step 7"."""
+        where = f"{self.split} step {self.step}" if self.step else self.split
+        return f"rank {self.rank}, epoch {self.epoch}, {where}"
+
+    def enter(self, split: str, epoch: int) -> None:
+        """A pass begins."""
+        self.split, self.epoch, self.step = split, epoch, 0
+
+
+def shares_on_device(loader: ShardedLoader, world: World, place: Place) -> Iterator[Share]:
+    """Yields the rank's shares of the epoch that the place names, on its device; keeps the place up to date."""
+    shares = loader.shares(place.epoch)
+    # Once, before the first step, where a difference between the ranks could still hang them.
+    compare = place.split == "train" and place.epoch == 1
+    while True:
+        place.step += 1  # also while its batch is fetched
+        share = next(shares, None)
+        if compare:
+            check_first_batch(world, loader.fingerprint, place.split)
+            compare = False
+        if share is None:
+            place.step -= 1
+            return
+        yield _moved(share, world)
+
+
+def seconds_since(started: float, world: World) -> float:
+    """Returns the duration of work that is done, not only sent to the device.
+
+    Args:
+        started: `time.perf_counter()` at the beginning.
+        world: the rank's device.
+    """
+    if world.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - started
+
+
+def _moved(share: Share, world: World) -> Share:
+    if world.device.type == "cpu":
+        return share
+    from accelerate.utils import send_to_device
+
+    return replace(share, batch=send_to_device(share.batch, world.device, non_blocking=True))
+
+
+@dataclass
+class ValidPass:
+    """Validation: each sample once, on however many ranks.
+
+    It runs on the bare net: DDP's forward would broadcast buffers, which hangs on unequal step counts.
+
+    Attributes:
+        module: the net.
+        step: the valid step.
+        loader: the rank's view of the validation loader.
+        world: the ranks.
+        metrics: name -> torchmetrics object, for the values that the step returns as `Observed`.
+        names: the values' names, known after the first pass.
+    """
+
+    module: nn.Module
+    step: Step
+    loader: ShardedLoader
+    world: World
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    names: tuple[str, ...] | None = None
+
+    def run(self, epoch: int, place: Place, progress: Progress) -> PassResult:
+        """Validates once.
+
+        Args:
+            epoch: 1 or more; the order of a shuffled loader is derived from it.
+            place: is kept up to date.
+            progress: is told of each step.
+
+        Returns:
+            the means over all samples of all ranks, equal on all of them.
+
+        Raises:
+            StepError: the step breaks the contract.
+            DataError: the loader yields nothing.
+        """
+        self.module.eval()
+        place.enter("valid", epoch)
+        progress.begin("valid", epoch, self.loader.steps())
+        table = MeanTable("valid", self.names, self.metrics)
+        started = time.perf_counter()
+        for share in shares_on_device(self.loader, self.world, place):
+            if table.steps == 0:
+                check_takes(self.step, share.batch, "valid")
+            returned = no_grad_step(self.step, self.module, share.batch)
+            table.add(named_values(returned, self.module, "valid"), share.count)
+            progress.step(table)
+        order = self.loader.fingerprint
+        result, sums = table.reduce(self.world, seconds_since(started, self.world), (order, order**2))
+        self.names = tuple(result.means)
+        check_order(sums[0], sums[1], self.world.size, "valid")
+        return result

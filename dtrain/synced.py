@@ -1,0 +1,90 @@
+"""torchmetrics objects over ranks: their states are gathered once, at the end of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dtrain.errors import StepError, UsageError
+
+if TYPE_CHECKING:
+    from dtrain.world import World
+
+
+def is_torchmetric(thing: Any) -> bool:
+    """Whether an object is a single torchmetrics metric, told without importing torchmetrics."""
+    return any(kind.__module__ == "torchmetrics.metric" and kind.__name__ == "Metric" for kind in type(thing).__mro__)
+
+
+def ready(metrics: Mapping[str, Any], world: World) -> None:
+    """Moves metrics to the rank's device and lets them gather in dtrain's way.
+
+    torchmetrics' own gathering needs as many dimensions, and the same type, on every rank; a rank that had no
+    sample has neither.
+
+    Raises:
+        UsageError: a metric was told not to look at the other ranks.
+    """
+    for name, metric in metrics.items():
+        if not metric.sync_on_compute or metric.dist_sync_on_step:
+            raise UsageError(
+                f"metric {name!r} was made with sync_on_compute=False or dist_sync_on_step=True; dtrain syncs it over "
+                "the ranks once, at the end of a pass. Leave both arguments out."
+            )
+        metric.to(world.device)
+        metric.dist_sync_fn = lambda state, group=None: _gathered(state, world)
+
+
+def _gathered(state: Tensor, world: World) -> list[Tensor]:
+    parts = [part for part in world.gather_tensors(state) if part is not None]
+    return [part for part in parts if part.numel()] or parts
+
+
+def compute_all(metrics: Mapping[str, Any], world: World) -> dict[str, float]:
+    """Computes metrics over the samples of all ranks.
+
+    Returns:
+        name -> value, equal on all ranks to the last bit.
+
+    Raises:
+        StepError: a metric's value is not one number, or its state cannot be gathered.
+    """
+    if not metrics:
+        return {}
+    _check_gatherable(metrics, world)
+    values = [_number(name, metric.compute()) for name, metric in metrics.items()]
+    # Decisions (early stopping) hang on these, and ranks on unlike machines may round them differently.
+    agreed = torch.tensor(values, dtype=world.sum_dtype, device=world.device)
+    world.broadcast_([agreed])
+    return dict(zip(metrics, agreed.tolist(), strict=True))
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    raise StepError(
+        f"metric {name!r} came to a {type(value).__name__}{shape}; a column of the history is one number. "
+        'Let it average over classes, as in torchmetrics.F1Score(..., average="macro").'
+    )
+
+
+def _check_gatherable(metrics: Mapping[str, Any], world: World) -> None:
+    """A list state that is not concatenated takes a collective per element: unequal lengths would hang."""
+    mine = {
+        f"{name}.{state}": len(value)
+        for name, metric in metrics.items()
+        for state, value in metric.metric_state.items()
+        if isinstance(value, list) and getattr(metric._reductions[state], "__name__", "") != "dim_zero_cat"
+    }
+    told = world.gather_json(mine)
+    for state, length in mine.items():
+        if any(other[state] != length for other in told):
+            raise StepError(
+                f"metric state {state} is a list that torchmetrics cannot gather from ranks with unequal numbers of "
+                f"batches ({', '.join(str(other[state]) for other in told)}). Choose a metric that sums or "
+                "concatenates its states, or run on one rank."
+            )
