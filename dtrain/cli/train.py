@@ -52,9 +52,9 @@ def _train(words: list[str], ranks: int | None, cpu: bool, dry_run: bool) -> int
         _show_plan(settings, ranks or facts.size)
         return 0
     if ranks is not None and ranks > 1 and not facts.launched:
-        from dtrain.launch.local import start_local_ranks
+        from dtrain.launch.local import dtrain_argv, start_local_ranks
 
-        return start_local_ranks(sys.argv[1:], ranks)
+        return start_local_ranks(dtrain_argv(sys.argv[1:]), ranks)
     set_threads(facts.local_size)
     from dtrain.launch.lifeline import hold_on
 

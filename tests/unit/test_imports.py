@@ -19,17 +19,25 @@ HEAVY = ("torch", "pandas", "wandb", "accelerate", "sklearn", "numpy")
 # Lower layers never import higher ones. A module belongs to the longest prefix that names it.
 LAYERS = [
     ["dtrain", "dtrain.errors"],
-    ["dtrain.share", "dtrain.config", "dtrain.launch", "dtrain.recipe_file", "dtrain.failures", "dtrain.seeding"],
+    [
+        "dtrain.share",
+        "dtrain.config",
+        "dtrain.launch",
+        "dtrain.here",
+        "dtrain.recipe_file",
+        "dtrain.failures",
+        "dtrain.seeding",
+    ],
     ["dtrain.world"],
     ["dtrain.metrics", "dtrain.history", "dtrain.sharding", "dtrain.ddp", "dtrain.checks"],
     ["dtrain.steps", "dtrain.checkpoint", "dtrain.trackers", "dtrain.progress", "dtrain.signatures"],
-    ["dtrain.engine"],
+    ["dtrain.engine", "dtrain.prepared"],
     ["dtrain.training", "dtrain.recipe"],
-    ["dtrain.run", "dtrain.plan"],
+    ["dtrain.run", "dtrain.plan", "dtrain.script"],
     ["dtrain.cli"],
     ["dtrain.__main__"],
 ]
-WITHOUT_TORCH = ("dtrain.config", "dtrain.launch", "dtrain.errors", "dtrain.share", "dtrain.recipe_file")
+WITHOUT_TORCH = ("dtrain.here", "dtrain.config", "dtrain.launch", "dtrain.errors", "dtrain.share", "dtrain.recipe_file")
 
 
 def modules() -> dict[str, Path]:
