@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,10 @@ class History:
                 lines.insert(0, _line(row.keys()))
             _append_synced(self._path, "".join(lines))
         self.rows.append(row)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Iterates over the rows, so that `pandas.DataFrame(history)` works as with a list."""
+        return iter(self.rows)
 
     def dataframe(self) -> pd.DataFrame:
         """Returns the rows as the DataFrame `dfhistory`, a row an epoch."""
