@@ -73,7 +73,7 @@ class _Redirection:
 
     def __reduce__(self) -> Any:
         """So does a net that is pickled within a step."""
-        return MethodType, (type(self._net).forward, self._net)
+        return getattr, (self._net, "forward")  # as a bound method is pickled; a new net has no redirection
 
 
 class Replica:

@@ -14,6 +14,7 @@ pass that began in eval mode, on several ranks, an optimizer that steps the net 
 from __future__ import annotations
 
 import atexit
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,13 +57,14 @@ class Process:
 
     Attributes:
         world: the ranks, None before the first use.
-        nets: the nets, in the order of their preparation.
+        replicas: the prepared nets; on several ranks alone.
         passes: the passes that are open; the innermost is last.
         late: per optimizer, its steps since the last training pass ended.
+        trained: whether a training pass has ended.
     """
 
     world: World | None = None
-    nets: list[nn.Module] = field(default_factory=list)
+    replicas: list[Replica] = field(default_factory=list)
     passes: list[Pass] = field(default_factory=list)
     late: WeakKeyDictionary[Optimizer, int] = field(default_factory=WeakKeyDictionary)
     trained: bool = False
@@ -86,6 +88,15 @@ class Process:
             )
         return self.world
 
+    def replica_of(self, net: nn.Module) -> Replica:
+        """Returns a net's replica; one that was prepared before keeps its own."""
+        world = self.joined(cpu=False)
+        known = next((replica for replica in self.replicas if replica.net is net), None)
+        replica = Replica(net, world) if known is None else known
+        if known is None and world.size > 1:
+            self.replicas.append(replica)
+        return replica
+
     def share(self) -> Share | None:
         """Returns the share that the innermost loop's body works on."""
         return self.passes[-1].share if self.passes else None
@@ -93,13 +104,16 @@ class Process:
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """On several ranks: an optimizer steps only on gradients that were averaged over them."""
         learning = bool(self.passes) and self.passes[-1].train
-        own = {id(p) for net in self.nets for p in net.parameters()}
-        if not learning and not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            return
-        if learning:
-            if optimizer not in self.late:
-                check_optimizers([optimizer], nn.ModuleList(self.nets), size=2)
+        if learning and optimizer in self.late:
             self.late[optimizer] = 0
+            return
+        nets = nn.ModuleList(replica.net for replica in self.replicas)
+        own = {id(p) for p in nets.parameters()}
+        if learning:
+            check_optimizers([optimizer], nets, size=2)
+            self.late[optimizer] = 0
+            return
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             return
         if self.passes:
             raise StepError(f"the optimizer steps in a loop that began with the net in eval mode. {_MODE_REMEDY}")
@@ -115,8 +129,11 @@ PROCESS = Process()
 
 
 def _leave_group() -> None:
-    """Ends gloo's threads before the interpreter goes; they may abort the process otherwise."""
-    if dist.is_initialized():
+    """Ends gloo's threads before the interpreter goes; they may abort the process otherwise.
+
+    After a failure it is left to the process's end: leaving could wait for what the other ranks never send.
+    """
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
         dist.destroy_process_group()
 
 

@@ -37,7 +37,6 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from dtrain.checks import check_optimizers, check_same_task
-from dtrain.ddp import Replica
 from dtrain.errors import AgreedError, Failure, UsageError
 from dtrain.failures import describe
 from dtrain.metrics import MeanTable, Value
@@ -87,8 +86,7 @@ def prepare(
     check_same_task(world, model, loaders)
     _check_same_data(world, loaders)
     check_optimizers([o for o in others if isinstance(o, Optimizer)], model, world.size)
-    PROCESS.nets.append(model)
-    replica = Replica(model, world)
+    replica = PROCESS.replica_of(model)
     seed_everything(derive(seed, "rank", world.rank))
     prepared = (o if isinstance(o, Optimizer) else PreparedLoader(o, replica, PROCESS, batch, seed) for o in others)
     return (model, *prepared)

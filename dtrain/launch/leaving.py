@@ -18,12 +18,13 @@ def must_leave_at_once() -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a rank: threads are waited for, exit functions run, streams are flushed, and that is all.
+    """Ends a rank: threads are waited for (where all went well), exit functions run, streams are flushed; no more.
 
     gloo's threads may still hold tensors then, ask for the interpreter's lock, and abort the process
     ("terminate called without an active exception"), after a run that went well.
     """
-    threading._shutdown()  # type: ignore[attr-defined]
+    if code == 0:
+        threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

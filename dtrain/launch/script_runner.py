@@ -47,10 +47,13 @@ def run_script(script: str, arguments: list[str]) -> tuple[str, int]:
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
+        if end.code not in (None, 0):
+            sys.last_value = end
         return _ended(end.code)
     except KeyboardInterrupt:
         return f"dtrain: stopped by Ctrl-C{_on_rank()}.", EXIT_INTERRUPTED
     except BaseException as error:  # noqa: BLE001 - described in full, then the process ends
+        sys.last_value = error  # as the interpreter notes it; exit functions may look
         line = users_line(error) if isinstance(error, DtrainError) else None
         add_place(error, ", ".join(filter(None, (f"rank {os.environ['RANK']}", line))))
         return describe(error)
