@@ -107,6 +107,10 @@ class Replica:
         with self._led(through_ddp=False):
             yield self.net
 
+    def release(self) -> None:
+        """Lets go of DDP; calls of the net are its own from here on."""
+        self._redirection = None
+
     @contextlib.contextmanager
     def _led(self, *, through_ddp: bool) -> Iterator[None]:
         redirection = self._redirection

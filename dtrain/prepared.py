@@ -79,7 +79,7 @@ class Process:
         if self.world is None:
             self.world = bring_up(cpu=cpu)
             if self.world.size > 1:
-                atexit.register(_leave_group)
+                atexit.register(self._leave_group)
                 register_optimizer_step_pre_hook(self._before_step)
         elif cpu and self.world.device.type != "cpu":
             raise UsageError(
@@ -124,17 +124,21 @@ class Process:
                 "own. Loop over the loader that dtrain.prepare returned."
             )
 
+    def _leave_group(self) -> None:
+        """Ends gloo's threads before the interpreter goes; they may abort the process otherwise.
+
+        They live as long as anything holds the process group, as DDP does. After a failure it is left to the
+        process's end: leaving could wait for what the other ranks never send.
+        """
+        if self.world is None or not dist.is_initialized() or hasattr(sys, "last_value"):
+            return
+        for replica in self.replicas:
+            replica.release()
+        self.world.accelerator.free_memory()
+        dist.destroy_process_group()
+
 
 PROCESS = Process()
-
-
-def _leave_group() -> None:
-    """Ends gloo's threads before the interpreter goes; they may abort the process otherwise.
-
-    After a failure it is left to the process's end: leaving could wait for what the other ranks never send.
-    """
-    if dist.is_initialized() and not hasattr(sys, "last_value"):
-        dist.destroy_process_group()
 
 
 class PreparedLoader:
