@@ -16,13 +16,21 @@ _HOME_OF = {
     "DataError": "dtrain.errors",
     "DtrainError": "dtrain.errors",
     "KerasModel": "dtrain.keras",
+    "History": "dtrain.history",
     "Mean": "dtrain.metrics",
+    "Meter": "dtrain.script",
     "RecipeError": "dtrain.errors",
     "StepError": "dtrain.errors",
     "UsageError": "dtrain.errors",
     "WorldError": "dtrain.errors",
+    "is_main": "dtrain.here",
+    "prepare": "dtrain.script",
+    "print_main": "dtrain.here",
+    "rank": "dtrain.here",
     "read_history": "dtrain.history",
+    "save_weights": "dtrain.script",
     "train_model": "dtrain.training",
+    "world_size": "dtrain.here",
 }
 
 if TYPE_CHECKING:
@@ -35,24 +43,34 @@ if TYPE_CHECKING:
         UsageError,
         WorldError,
     )
-    from dtrain.history import read_history
+    from dtrain.here import is_main, print_main, rank, world_size
+    from dtrain.history import History, read_history
     from dtrain.keras import KerasModel
     from dtrain.metrics import Mean
+    from dtrain.script import Meter, prepare, save_weights
     from dtrain.training import train_model
 
 __all__ = [
     "ConfigError",
     "DataError",
     "DtrainError",
+    "History",
     "KerasModel",
     "Mean",
+    "Meter",
     "RecipeError",
     "StepError",
     "UsageError",
     "WorldError",
     "__version__",
+    "is_main",
+    "prepare",
+    "print_main",
+    "rank",
     "read_history",
+    "save_weights",
     "train_model",
+    "world_size",
 ]
 
 

@@ -5,6 +5,8 @@ of the net would hide it: attributes, methods, `isinstance`, the names in `state
 module instead, and while a train step runs, a call of the net is led through DDP::
 
     net(x) -> net.forward, redirected -> DDP -> _Inner -> the net's own forward
+
+A call without gradients goes past DDP, which would only have the ranks wait for each other.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from collections.abc import Iterator
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+
+from dtrain.checks import check_all_used
 
 if TYPE_CHECKING:
     from dtrain.world import World
@@ -34,20 +39,30 @@ class _Inner(nn.Module):
 
 
 class _Redirection:
-    """Stands in for `net.forward` while a train step runs."""
+    """Stands in for `net.forward` while a pass over the data runs.
 
-    def __init__(self, net: nn.Module, ddp: nn.Module) -> None:
+    Attributes:
+        modes: of the passes that are open, whether each leads calls through DDP; the last one counts.
+    """
+
+    def __init__(self, net: nn.Module, ddp: nn.Module, inner: nn.Module) -> None:
         self._net = net
         self.ddp: Any = ddp
+        self._inner = inner
         self._own = net.forward
         self._inside = False
+        self.modes: list[bool] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._inside:  # a net that calls itself
             return self._own(*args, **kwargs)
+        averaged = self.modes[-1:] == [True] and torch.is_grad_enabled()
         self._inside = True
         try:
-            return self.ddp(*args, **kwargs)
+            return self.ddp(*args, **kwargs) if averaged else self._inner(*args, **kwargs)
+        except RuntimeError as error:
+            check_all_used(error, self._net)
+            raise
         finally:
             self._inside = False
 
@@ -55,6 +70,10 @@ class _Redirection:
         """A copy of the net that is made within a step (a weight average, say) runs its own forward."""
         copied = memo.get(id(self._net), self._net)
         return MethodType(type(self._net).forward, copied)
+
+    def __reduce__(self) -> Any:
+        """So does a net that is pickled within a step."""
+        return getattr, (self._net, "forward")  # as a bound method is pickled; a new net has no redirection
 
 
 class Replica:
@@ -67,20 +86,23 @@ class Replica:
 
     def __init__(self, net: nn.Module, world: World) -> None:
         self.net = net
-        self._before = net.__dict__.get("forward")
+        self._users_own = net.__dict__.get("forward")
+        self._before: Any = None
         self._redirection: _Redirection | None = None
         # Moves the net and, with mixed precision, puts its forward under autocast, for training and validation alike.
         world.accelerator.prepare_model(net, evaluation_mode=True)
         if world.size > 1 and any(parameter.requires_grad for parameter in net.parameters()):
-            self._redirection = _Redirection(net, world.accelerator.prepare_model(_Inner(net)))
+            inner = _Inner(net)
+            self._redirection = _Redirection(net, world.accelerator.prepare_model(inner), inner)
         world.accelerator._models.clear()  # nobody else's to keep alive
 
     def close(self) -> None:
-        """Gives the net back its own forward."""
+        """Lets go of DDP and gives the net back its own forward."""
+        self._redirection = None
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             self.net.__dict__.pop(name, None)
-        if self._before is not None:
-            self.net.__dict__["forward"] = self._before
+        if self._users_own is not None:
+            self.net.__dict__["forward"] = self._users_own
 
     @contextlib.contextmanager
     def averaging(self, wanted: bool) -> Iterator[None]:
@@ -94,14 +116,32 @@ class Replica:
     @contextlib.contextmanager
     def training(self) -> Iterator[nn.Module]:
         """While inside, calls of the net go through DDP; outside, the net is as the user made it."""
-        if self._redirection is None:
+        with self._led(through_ddp=True):
             yield self.net
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """While inside, also inside `training`, calls of the net go past DDP, in the run's precision."""
+        with self._led(through_ddp=False):
+            yield self.net
+
+    @contextlib.contextmanager
+    def _led(self, *, through_ddp: bool) -> Iterator[None]:
+        redirection = self._redirection
+        if redirection is None:
+            yield
             return
-        before = self.net.__dict__.get("forward")
-        self.net.__dict__["forward"] = self._redirection
+        if not redirection.modes:
+            self._before = self.net.__dict__.get("forward")
+            self.net.__dict__["forward"] = redirection
+        redirection.modes.append(through_ddp)
         try:
-            yield self.net
+            yield
         finally:
-            del self.net.__dict__["forward"]
-            if before is not None:
-                self.net.__dict__["forward"] = before
+            # Of two loops side by side the first may end first; which of two equal modes goes does not matter.
+            position = len(redirection.modes) - 1 - redirection.modes[::-1].index(through_ddp)
+            del redirection.modes[position]
+            if not redirection.modes:
+                del self.net.__dict__["forward"]
+                if self._before is not None:
+                    self.net.__dict__["forward"] = self._before

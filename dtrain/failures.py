@@ -34,6 +34,16 @@ def describe(error: BaseException) -> tuple[str, int]:
     return f"{text}\ndtrain: error: {type(error).__name__}, raised {_origin(files)}{at}", EXIT_FAILED
 
 
+def users_line(error: BaseException) -> str | None:
+    """Returns "FILE:LINE" of the innermost frame of an exception's traceback that is the user's own code."""
+    own = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not _is_ours(f.filename) and not _is_installed(f.filename)
+    ]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else None
+
+
 def _origin(files: list[str]) -> str:
     """Whose fault an exception may be, from the files of its traceback that are not dtrain's."""
     if not files:

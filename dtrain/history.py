@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain.errors import UsageError
+from dtrain.launch.facts import read_rank_facts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,17 +22,20 @@ class History:
     """The rows of a run so far, and, where a path is given, the file that holds them.
 
     Args:
-        path: the CSV file to create; None keeps the rows in memory alone.
+        path: the CSV file to create; None keeps the rows in memory alone. On ranks other than 0 the rows stay
+            in memory in any case, so that every rank may make its History with the same line.
 
     Raises:
         UsageError: the file is there already; nothing is overwritten.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: str | Path | None = None) -> None:
         self.rows: list[dict[str, Any]] = []
-        self._path = path
-        if path is not None and path.exists():
-            raise UsageError(f"{path} is there already and is kept. Choose another run.name.")
+        self._path = Path(path) if path is not None and read_rank_facts().rank == 0 else None
+        if self._path is not None and self._path.exists():
+            raise UsageError(
+                f"{self._path} is there already and is kept as it is. Choose another path (run.name, in a config)."
+            )
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds one epoch's row; with a file, returns once the row is on the disk.
@@ -44,6 +49,10 @@ class History:
                 lines.insert(0, _line(row.keys()))
             _append_synced(self._path, "".join(lines))
         self.rows.append(row)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Iterates over the rows, so that `pandas.DataFrame(history)` works as with a list."""
+        return iter(self.rows)
 
     def dataframe(self) -> pd.DataFrame:
         """Returns the rows as the DataFrame `dfhistory`, a row an epoch."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.accumulation import HeldBack
-from dtrain.checks import check_all_used, check_optimizers, check_takes
+from dtrain.checks import check_optimizers, check_takes
 from dtrain.ddp import Replica
 from dtrain.dealing import Share
 from dtrain.errors import StepError, UsageError
@@ -193,12 +193,8 @@ class Learner:
             return self._call(share)
 
     def _call(self, share: Share) -> dict[str, Value]:
-        try:
-            with self._replica.training() as model:
-                returned = call_step(self._task.train_step, model, share.batch)
-        except RuntimeError as error:
-            check_all_used(error, self._task.module)
-            raise
+        with self._replica.training() as model:
+            returned = call_step(self._task.train_step, model, share.batch)
         return named_values(returned, self._task.module, "train")
 
     # --- declarative ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import atexit
 import json
 import math
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -201,7 +202,8 @@ def _join(facts: RankFacts, cpu: bool) -> World:
 
 def _leave_group() -> None:
     """Before the interpreter is torn down: gloo's threads may else ask for its lock then, and abort."""
-    if dist.is_initialized():
+    failed = hasattr(sys, "last_value")  # then leaving could wait for what the others never send
+    if dist.is_initialized() and not failed:
         dist.destroy_process_group()
 
 

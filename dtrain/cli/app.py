@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import logging
-import os
-import sys
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from dtrain import __version__
 from dtrain.cli import check
 from dtrain.cli.evaluate import evaluate, predict, summary
+from dtrain.cli.launch import launch
 from dtrain.cli.train import train
+from dtrain.launch.leaving import leave, must_leave_at_once
 
 app = typer.Typer(
     name="dtrain",
@@ -25,6 +22,8 @@ app = typer.Typer(
 )
 for _verb in (train, evaluate, predict, summary):
     app.command()(_verb)
+# What follows the script is the script's, options included.
+app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.add_typer(check.app, name="check")
 
 
@@ -48,26 +47,6 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if read_size() > 1 and "torch.distributed" in sys.modules:
-            _leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        if must_leave_at_once():
+            leave(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
-
-
-def read_size() -> int:
-    """Returns the number of ranks that this process is one of."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    return int(text) if text.isdigit() else 1
-
-
-def _leave(code: int) -> NoReturn:
-    """Ends a rank without tearing the interpreter down.
-
-    gloo's threads may still hold tensors then, ask for the interpreter's lock, and abort the process
-    ("terminate called without an active exception"), after a run that went well.
-    """
-    atexit._run_exitfuncs()
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)

@@ -33,7 +33,7 @@ def parity(
 
 
 def _parity(words: list[str], ranks: int, steps: int, tolerance: float) -> int:
-    from dtrain.launch.local import start_local_ranks
+    from dtrain.launch.local import dtrain_argv, start_local_ranks
 
     settings = read_target(words)
     per_rank = settings.config.train.batch == "per_rank"
@@ -44,7 +44,7 @@ def _parity(words: list[str], ranks: int, steps: int, tolerance: float) -> int:
             merge = ranks if per_rank and size == 1 else 1
             typer.echo(f"{steps} steps on {size} rank{'s' * (size > 1)} ...")
             options = ["check", "trace", "--out", str(out), "--steps", str(steps), "--merge", str(merge)]
-            code = start_local_ranks([*options, "-n", str(size), "--", *words], size)
+            code = start_local_ranks(dtrain_argv([*options, "-n", str(size), "--", *words]), size)
             if code != 0:
                 typer.echo(f"no comparison: the run on {size} rank{'s' * (size > 1)} failed, see above.")
                 return 1 if size > 1 else code

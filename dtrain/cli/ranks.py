@@ -26,9 +26,9 @@ def on_ranks(ranks: int | None, cpu: bool, work: Callable[[World], None]) -> int
 
     facts = read_rank_facts()
     if ranks is not None and ranks > 1 and not facts.launched:
-        from dtrain.launch.local import start_local_ranks
+        from dtrain.launch.local import dtrain_argv, start_local_ranks
 
-        return start_local_ranks(sys.argv[1:], ranks)
+        return start_local_ranks(dtrain_argv(sys.argv[1:]), ranks)
     set_threads(facts.local_size)
     from dtrain.launch.lifeline import hold_on
 

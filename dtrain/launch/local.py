@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -21,15 +21,27 @@ from dtrain.launch.threads import usable_cores
 
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
-_ENTRY = Path(__file__).resolve().parent.parent / "__main__.py"
+_LAUNCH = Path(__file__).resolve().parent
 
 
-def start_local_ranks(arguments: Sequence[str], size: int) -> int:
-    """Runs `dtrain ARGUMENTS` as ranks 0 to size - 1 here and waits for them.
+def dtrain_argv(arguments: Sequence[str]) -> list[str]:
+    """Returns what follows the interpreter's name to run `dtrain ARGUMENTS`."""
+    return [str(_LAUNCH.parent / "__main__.py"), *arguments]
+
+
+def script_argv(script: str, arguments: Sequence[str]) -> list[str]:
+    """Returns what follows the interpreter's name to run a user's script as a rank that reports its end."""
+    return [str(_LAUNCH / "script_runner.py"), script, *arguments]
+
+
+def start_local_ranks(argv: Sequence[str], size: int, environment: dict[str, str] | None = None) -> int:
+    """Runs `python ARGV` as ranks 0 to size - 1 here and waits for them.
 
     Args:
-        arguments: the command line after the word dtrain.
+        argv: what follows the interpreter's name; a program that leaves a report when it ends (`dtrain_argv`,
+            `script_argv`), since an end without a word counts as a failure.
         size: number of ranks, at least 1.
+        environment: further variables for every rank.
 
     Returns:
         0 where all ranks ended with 0, else the exit code of the rank that failed first;
@@ -38,9 +50,10 @@ def start_local_ranks(arguments: Sequence[str], size: int) -> int:
     with tempfile.TemporaryDirectory(prefix="dtrain-") as reports:
         port = free_port()
         ranks: list[subprocess.Popen[bytes]] = []
+        more = environment or {}
         with _signals_caught() as caught:
             try:
-                ranks += (_start(arguments, rank, size, port, reports) for rank in range(size))
+                ranks += (_start(argv, rank_environment(rank, size, port, reports) | more) for rank in range(size))
                 silent = _watch(ranks, caught, Path(reports))
             finally:
                 _end(ranks)
@@ -73,11 +86,11 @@ def rank_environment(rank: int, size: int, port: int, reports: str) -> dict[str,
     return defaults | dict(os.environ) | ours
 
 
-def _start(arguments: Sequence[str], rank: int, size: int, port: int, reports: str) -> subprocess.Popen[bytes]:
+def _start(argv: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, str(_ENTRY), *arguments],
-        env=rank_environment(rank, size, port, reports),
-        stdin=None if rank == 0 else subprocess.DEVNULL,
+        [sys.executable, *argv],
+        env=dict(environment),
+        stdin=None if environment["RANK"] == "0" else subprocess.DEVNULL,
         # A terminal's Ctrl-C must come through the supervisor once, not to every rank besides.
         start_new_session=True,
     )

@@ -19,20 +19,28 @@ HEAVY = ("torch", "pandas", "wandb", "accelerate", "sklearn", "numpy")
 # Lower layers never import higher ones. A module belongs to the longest prefix that names it.
 LAYERS = [
     ["dtrain", "dtrain.errors"],
-    ["dtrain.share", "dtrain.config", "dtrain.launch", "dtrain.recipe_file", "dtrain.failures", "dtrain.seeding"],
+    [
+        "dtrain.share",
+        "dtrain.config",
+        "dtrain.launch",
+        "dtrain.here",
+        "dtrain.recipe_file",
+        "dtrain.failures",
+        "dtrain.seeding",
+    ],
     ["dtrain.world"],
     ["dtrain.batches", "dtrain.dealing"],
     ["dtrain.synced", "dtrain.metrics", "dtrain.history", "dtrain.sharding", "dtrain.ddp", "dtrain.checks"],
     ["dtrain.steps", "dtrain.checkpoint", "dtrain.trackers", "dtrain.progress", "dtrain.signatures"],
     ["dtrain.accumulation", "dtrain.learning", "dtrain.passes"],
-    ["dtrain.engine"],
+    ["dtrain.engine", "dtrain.prepared"],
     ["dtrain.inference", "dtrain.training", "dtrain.recipe", "dtrain.export", "dtrain.summary", "dtrain.best"],
-    ["dtrain.keras", "dtrain.run", "dtrain.plan"],
+    ["dtrain.keras", "dtrain.run", "dtrain.plan", "dtrain.script"],
     ["dtrain.check", "dtrain.evaluation"],
     ["dtrain.cli"],
     ["dtrain.__main__"],
 ]
-WITHOUT_TORCH = ("dtrain.config", "dtrain.launch", "dtrain.errors", "dtrain.share", "dtrain.recipe_file")
+WITHOUT_TORCH = ("dtrain.config", "dtrain.launch", "dtrain.here", "dtrain.errors", "dtrain.share", "dtrain.recipe_file")
 
 
 def modules() -> dict[str, Path]:

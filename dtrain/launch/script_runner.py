@@ -1,0 +1,77 @@
+"""Runs a Python script as one rank: as `python SCRIPT ARGUMENTS` would, with a report to the supervisor at the end.
+
+It is started by its path, so that it needs no installed dtrain; the script gets the `sys.path` and `sys.argv` that
+it would have alone.
+"""
+
+import os
+import sys
+
+_LAUNCH = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - pathlib is not imported yet
+_PARENT = os.path.dirname(os.path.dirname(_LAUNCH))  # noqa: PTH120
+if __name__ == "__main__":
+    # This folder's threads.py and reports.py must not shadow the script's own modules of that name.
+    sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != _LAUNCH]  # noqa: PTH100
+    if not any(os.path.abspath(p or ".") == _PARENT for p in sys.path):  # noqa: PTH100
+        sys.path.append(_PARENT)
+
+import runpy  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from dtrain.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, DtrainError, add_place  # noqa: E402
+from dtrain.failures import describe, users_line  # noqa: E402
+from dtrain.launch.leaving import leave, must_leave_at_once  # noqa: E402
+from dtrain.launch.lifeline import hold_on  # noqa: E402
+from dtrain.launch.reports import write_report  # noqa: E402
+
+
+def main() -> None:
+    """Runs the script that the command line names, and ends the process with its exit code."""
+    hold_on()
+    rank = int(os.environ["RANK"])
+    text, code = run_script(sys.argv[1], sys.argv[2:])
+    write_report(rank, code, text)
+    if must_leave_at_once():
+        leave(code)
+    sys.exit(code)
+
+
+def run_script(script: str, arguments: list[str]) -> tuple[str, int]:
+    """Runs a script in this process.
+
+    Returns:
+        what a person shall read of its failure (empty where it went well), and its exit code.
+    """
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            sys.last_value = end
+        return _ended(end.code)
+    except KeyboardInterrupt:
+        return f"dtrain: stopped by Ctrl-C{_on_rank()}.", EXIT_INTERRUPTED
+    except BaseException as error:  # noqa: BLE001 - described in full, then the process ends
+        sys.last_value = error  # as the interpreter notes it; exit functions may look
+        line = users_line(error) if isinstance(error, DtrainError) else None
+        add_place(error, ", ".join(filter(None, (f"rank {os.environ['RANK']}", line))))
+        return describe(error)
+    return "", EXIT_OK
+
+
+def _ended(code: object) -> tuple[str, int]:
+    """What sys.exit(code) in a script means: nothing or a number is a code, all else is a message and code 1."""
+    if code is None or code == 0:
+        return "", EXIT_OK
+    if isinstance(code, int):
+        return f"dtrain: error: the script ended with exit code {code}{_on_rank()}.", code
+    return f"{code}\ndtrain: error: the script called sys.exit() with this message{_on_rank()}.", EXIT_FAILED
+
+
+def _on_rank() -> str:
+    return f" on rank {os.environ['RANK']}" if os.environ["WORLD_SIZE"] != "1" else ""
+
+
+if __name__ == "__main__":
+    main()

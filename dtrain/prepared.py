@@ -1,0 +1,231 @@
+"""Loaders and nets of a hand-written loop, made fit for several ranks::
+
+    for epoch in ...:
+        net.train()
+        for batch in loader:        # a training pass: calls of the net go through DDP, gradients have the
+            ...                     # weight of the real samples, every rank takes part in every step
+        net.eval()
+        for batch in loader:        # a validation pass: the bare net, each sample once, no fillers
+
+`net.training` at the start of a pass tells which it is: what a loop says anyway, and what is checked. In a
+pass that began in eval mode, on several ranks, an optimizer that steps the net is stopped.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from dtrain.checks import check_alike, check_optimizers, check_order, weights_checksum
+from dtrain.ddp import Replica
+from dtrain.dealing import BatchMode, Dealing, Share
+from dtrain.errors import StepError, UsageError
+from dtrain.sharding import ShardedLoader
+from dtrain.steps import scaled_gradients
+from dtrain.world import World, bring_up
+
+_MODE_REMEDY = (
+    "Call model.train() before the loop over the training batches (what shall stay in eval mode is set after it), "
+    "and model.eval() before the one over the validation batches."
+)
+
+
+@dataclass(eq=False)
+class Pass:
+    """One pass over a prepared loader.
+
+    Attributes:
+        train: whether it is for learning.
+        share: the share that the loop's body works on, None between two.
+    """
+
+    train: bool
+    share: Share | None = None
+
+
+@dataclass
+class Process:
+    """What a script has prepared on this rank.
+
+    Attributes:
+        world: the ranks, None before the first use.
+        replicas: the prepared nets; on several ranks alone.
+        passes: the passes that are open; the innermost is last.
+        late: per optimizer, its steps since the last training pass ended.
+        trained: whether a training pass has ended.
+    """
+
+    world: World | None = None
+    replicas: list[Replica] = field(default_factory=list)
+    passes: list[Pass] = field(default_factory=list)
+    late: WeakKeyDictionary[Optimizer, int] = field(default_factory=WeakKeyDictionary)
+    trained: bool = False
+
+    def joined(self, *, cpu: bool) -> World:
+        """Returns the world; brings it up where nobody has.
+
+        Raises:
+            WorldError: the ranks did not come up as launched.
+            UsageError: the CPU is asked for after the world came up on something else.
+        """
+        if self.world is None:
+            self.world = bring_up(cpu=cpu)
+            if self.world.size > 1:
+                atexit.register(self._leave_group)
+                register_optimizer_step_pre_hook(self._before_step)
+        elif cpu and self.world.device.type != "cpu":
+            raise UsageError(
+                f"cpu=True, but this process computes on {self.world.device} since its first dtrain call: "
+                "give cpu=True there."
+            )
+        return self.world
+
+    def replica_of(self, net: nn.Module) -> Replica:
+        """Returns a net's replica; one that was prepared before keeps its own."""
+        world = self.joined(cpu=False)
+        known = next((replica for replica in self.replicas if replica.net is net), None)
+        replica = Replica(net, world) if known is None else known
+        if known is None and world.size > 1:
+            self.replicas.append(replica)
+        return replica
+
+    def share(self) -> Share | None:
+        """Returns the share that the innermost loop's body works on."""
+        return self.passes[-1].share if self.passes else None
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """On several ranks: an optimizer steps only on gradients that were averaged over them."""
+        learning = bool(self.passes) and self.passes[-1].train
+        if learning and optimizer in self.late:
+            self.late[optimizer] = 0
+            return
+        nets = nn.ModuleList(replica.net for replica in self.replicas)
+        own = {id(p) for p in nets.parameters()}
+        if learning:
+            check_optimizers([optimizer], nets, size=2)
+            self.late[optimizer] = 0
+            return
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            return
+        if self.passes:
+            raise StepError(f"the optimizer steps in a loop that began with the net in eval mode. {_MODE_REMEDY}")
+        self.late[optimizer] = self.late.get(optimizer, 0) + 1
+        if not self.trained or self.late[optimizer] > 1:  # one step may follow, on what was accumulated
+            raise StepError(
+                "the optimizer steps outside of a loop over a prepared loader, so that the gradients are each rank's "
+                "own. Loop over the loader that dtrain.prepare returned."
+            )
+
+    def _leave_group(self) -> None:
+        """Ends gloo's threads before the interpreter goes; they may abort the process otherwise.
+
+        They live as long as anything holds the process group, as DDP does. After a failure it is left to the
+        process's end: leaving could wait for what the other ranks never send.
+        """
+        if self.world is None or not dist.is_initialized() or hasattr(sys, "last_value"):
+            return
+        for replica in self.replicas:
+            replica.close()
+        self.world.accelerator.free_memory()
+        dist.destroy_process_group()
+
+
+PROCESS = Process()
+
+
+class PreparedLoader:
+    """One rank's view of a loader in a hand-written loop; each `for` over it is a new epoch.
+
+    All ranks loop over it, each gets its share of the samples, on its device. What was not prepared of
+    the loader (`dataset`, `batch_size`, ...) is reachable as on the loader itself.
+
+    Args:
+        loader: a DataLoader, or any iterable of batches that starts anew each epoch.
+        replica: the net that it feeds.
+        process: where the current pass is noted.
+        batch: whose batch size the loader's is.
+        seed: the order is derived from it and the epoch.
+    """
+
+    def __init__(self, loader: Any, replica: Replica, process: Process, batch: BatchMode, seed: int) -> None:
+        self.loader = loader
+        self._replica = replica
+        self._process = process
+        self._batch: BatchMode = batch
+        self._seed = seed
+        self._world = process.joined(cpu=False)
+        self._views: dict[bool, ShardedLoader] = {}
+        self._epochs = {True: 0, False: 0}
+
+    def __len__(self) -> int:
+        """Number of steps of a training pass; in validation, ranks may take one less.
+
+        Raises:
+            TypeError: the loader has no length.
+        """
+        steps = self._view(train=True).steps()
+        if steps is None:
+            raise TypeError(f"the loader ({type(self.loader).__name__}) has no length")
+        return steps
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # not set yet, while unpickled
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields this rank's batches of one epoch, on its device."""
+        net = self._replica.net
+        current = Pass(train=net.training)
+        self._epochs[current.train] += 1
+        view = self._view(train=current.train)
+        if not current.train:
+            # During training each rank kept its own buffers (BatchNorm's statistics); rank 0's are the ones saved.
+            self._world.broadcast_(list(net.buffers()))
+        self._process.passes.append(current)
+        try:
+            with self._replica.training() if current.train else self._replica.evaluating():
+                yield from self._batches(current, view.shares(self._epochs[current.train]))
+        finally:
+            self._process.passes.remove(current)
+            self._process.trained |= current.train
+        if current.train:
+            self._check(view)
+
+    def _batches(self, current: Pass, shares: Iterator[Share]) -> Iterator[Any]:
+        for share in shares:
+            current.share = share
+            with scaled_gradients(self._replica.net, share.scale if current.train else 1.0):
+                yield self._moved(share.batch)
+            current.share = None
+
+    def _moved(self, batch: Any) -> Any:
+        if self._world.device.type == "cpu":
+            return batch
+        from accelerate.utils import send_to_device
+
+        return send_to_device(batch, self._world.device, non_blocking=True)
+
+    def _view(self, *, train: bool) -> ShardedLoader:
+        if train not in self._views:
+            how = Dealing(self._world.rank, self._world.size, self._batch, fill=train)
+            self._views[train] = ShardedLoader(self.loader, how, self._seed, "train" if train else "valid")
+        return self._views[train]
+
+    def _check(self, view: ShardedLoader) -> None:
+        """After a training pass: the ranks drew one order and have the same weights."""
+        if self._world.size == 1:
+            return
+        weights, order = weights_checksum(self._replica.net, self._world.sum_dtype), view.fingerprint
+        sums = self._world.all_reduce([weights, weights**2, order, order**2])
+        check_order(sums[2], sums[3], self._world.size, "train")
+        check_alike(sums[0], sums[1], self._world.size, self._epochs[True])

@@ -1,0 +1,99 @@
+"""`dtrain launch` runs any script as ranks, and says how it ended."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.commands import Dtrain
+
+PLAIN = """
+import os, sys, threads
+print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: {sys.argv[1:]} {__name__} {threads.OWN} {'torch' in sys.modules}")
+"""
+
+
+def script(dtrain: Dtrain, text: str) -> None:
+    (dtrain.folder / "mine").mkdir()
+    (dtrain.folder / "mine" / "threads.py").write_text("OWN = 'own'")  # named like a module of dtrain's
+    (dtrain.folder / "mine" / "script.py").write_text(text)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_plain_script_runs_as_python_would_run_it(dtrain: Dtrain, ranks: int) -> None:
+    script(dtrain, PLAIN)
+    done = dtrain("launch", "-n", ranks, "--", "mine/script.py", "-n", 7, "--cpu")
+    assert done.code == 0, done.text
+    lines = sorted(done.out.splitlines())
+    assert lines == [f"rank {r} of {ranks}: ['-n', '7', '--cpu'] __main__ own False" for r in range(ranks)]
+    assert done.err == ""
+
+
+ENDS = {
+    "exit 3": ("import sys; sys.exit(3)", 3, "the script ended with exit code 3 on rank 1."),
+    "exit 0": ("import sys; sys.exit(0)", 0, ""),
+    "message": ("import sys; sys.exit('no data')", 1, "no data\ndtrain: error: the script called sys.exit()"),
+    "exception": ("raise ValueError('a fault')", 1, "ValueError: a fault"),
+    "silent": ("import os; os._exit(0)", 1, "rank 1 left with exit code 0 and left no word of why"),
+    "killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 1, "rank 1 was killed by SIGKILL"),
+    "dtrain's": ("import dtrain; dtrain.Meter().add()", 2, "script.py:4"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_one_rank_that_ends_ends_all(dtrain: Dtrain, end: str) -> None:
+    statement, code, told = ENDS[end]
+    # All goes well where rank 1 ends well; else rank 0 would wait for ever.
+    wait = "" if code == 0 else "else:\n    import time\n    time.sleep(600)\n"
+    script(dtrain, f"import os\n\nif os.environ['RANK'] == '1':\n    {statement}\n{wait}")
+    done = dtrain("launch", "-n", 2, "mine/script.py", timeout=60)
+    assert done.code == code, done.text
+    assert told in done.err
+    assert "runpy" not in done.err
+    if end == "exception":
+        assert 'script.py", line 4, in <module>' in done.err
+        assert "raised by your code" in done.err
+        assert "at rank 1" in done.err
+
+
+def test_what_cannot_be_started_is_told_before_anything_starts(dtrain: Dtrain) -> None:
+    script(dtrain, "def broken(:\n")
+    missing = dtrain("launch", "-n", 2, "mine/scrip.py")
+    assert missing.code == 2
+    assert "mine/scrip.py: no such file" in missing.err
+    assert "Did you mean 'script.py'?" in missing.err
+    syntax = dtrain("launch", "-n", 2, "mine/script.py")
+    assert syntax.code == 2
+    assert "mine/script.py:1: syntax error" in syntax.err
+    verb = dtrain("launch", "-n", 2, "train")
+    assert verb.code == 2
+    assert "dtrain train -n 2" in verb.err
+    nested = dtrain("launch", "mine/threads.py", RANK="0", WORLD_SIZE="2")
+    assert nested.code == 2
+    assert "rank 0 of 2 already" in nested.err
+
+
+DISTRIBUTED = """
+import multiprocessing, sys, torch, torch.distributed as dist
+from torch.utils.data import DataLoader
+
+class Squares:
+    def __len__(self): return 4
+    def __getitem__(self, i): return torch.tensor(float(i * i))
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    loader = DataLoader(Squares(), 2, num_workers=1, multiprocessing_context="spawn")
+    total = sum(batch.sum() for batch in loader) + dist.get_rank()
+    dist.all_reduce(total)
+    print("sum", total.item(), torch.cuda.is_available(), flush=True)
+    if sys.argv[1:] == ["close"]:
+        dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("words", [["close"], []])
+def test_a_script_with_torch_distributed_of_its_own(dtrain: Dtrain, words: list[str]) -> None:
+    script(dtrain, DISTRIBUTED)
+    done = dtrain("launch", "-n", 2, "--cpu", "--", "mine/script.py", *words)
+    assert done.code == 0, done.text
+    assert done.out.splitlines() == ["sum 29.0 False"] * 2
+    assert "terminate called" not in done.err
