@@ -66,16 +66,17 @@ def train_step(model, x, y):
     loss = ((model(x) - y) ** 2).mean()
     return loss, loss.detach()
 """
+FREE_PORT = ("--main_process_port", "0")
 LAUNCHERS = {
     "dtrain": ([BIN / "dtrain"], 1),
     "python -m": ([sys.executable, "-m", "dtrain"], 1),
     "dtrain -n 2": ([BIN / "dtrain"], 2),
     "dtrain -n 3": ([BIN / "dtrain"], 3),
     "accelerate -m": ([BIN / "accelerate", "launch", "-m", "dtrain"], 1),
-    "accelerate -m 2": ([BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "-m", "dtrain"], 2),
-    "torchrun": ([BIN / "torchrun", "--nproc-per-node", "2", "-m", "dtrain"], 2),
+    "accelerate -m 2": ([BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", *FREE_PORT, "-m", "dtrain"], 2),
+    "torchrun": ([BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "dtrain"], 2),
     "profile multi_cpu": (
-        [BIN / "accelerate", "launch", "--config_file", CHECKOUT / "launch/multi_cpu.yaml", "-m", "dtrain"], 2),
+        [BIN / "accelerate", "launch", "--config_file", CHECKOUT / "launch/multi_cpu.yaml", *FREE_PORT, "-m", "dtrain"], 2),
     "profile cpu": ([BIN / "accelerate", "launch", "--config_file", CHECKOUT / "launch/cpu.yaml", "-m", "dtrain"], 1),
 }  # fmt: skip
 
@@ -85,8 +86,7 @@ def test_each_launcher_brings_up_one_world(dtrain: Dtrain, launcher: str) -> Non
     argv, size = LAUNCHERS[launcher]
     (dtrain.folder / "mine.py").write_text(WORLD)
     more = ["-n", launcher[-1]] if "-n" in launcher else []
-    env = {"MASTER_PORT": "0"} if launcher == "torchrun" else {}
-    done = dtrain.run(*argv, "train", "mine.py", "epochs=1", *more, **env)
+    done = dtrain.run(*argv, "train", "mine.py", "epochs=1", *more)
     assert done.code == 0, done.text
     worlds = {path.name: path.read_text().split()[0] for path in dtrain.folder.glob("world-*")}
     assert worlds == {f"world-{rank}": str(size) for rank in range(size)}
@@ -116,7 +116,7 @@ def test_accelerates_silent_single_process_is_refused(dtrain: Dtrain) -> None:
 def test_asked_and_launched_numbers_must_agree(dtrain: Dtrain) -> None:
     (dtrain.folder / "mine.py").write_text(WORLD)
     done = dtrain.run(
-        BIN / "torchrun", "--nproc-per-node", 2, "-m", "dtrain", "train", "mine.py", "-n", 4, MASTER_PORT="0"
+        BIN / "torchrun", "--standalone", "--nproc-per-node", 2, "-m", "dtrain", "train", "mine.py", "-n", 4
     )
     assert done.code != 0
     assert "-n 4 asks for 4 ranks, but the launcher started 2" in done.err
