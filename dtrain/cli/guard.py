@@ -30,6 +30,7 @@ def reported() -> Iterator[None]:
         _tell("dtrain: stopped by Ctrl-C. What is written so far is kept.", EXIT_INTERRUPTED, agreed=False)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except (Exception, SystemExit) as error:  # noqa: BLE001 - described in full, then the process ends
+        sys.last_value = error  # as the interpreter notes it; exit functions then do not wait for other ranks
         text, code = _words(error)
         _tell(text, code, agreed=isinstance(error, DtrainError) and error.agreed)
         raise typer.Exit(code) from None
