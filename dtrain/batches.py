@@ -79,3 +79,8 @@ def first_rows(batch: Any) -> list[Tensor]:
     if isinstance(batch, (tuple, list)):
         return next((rows for part in batch if (rows := first_rows(part))), [])
     return []
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Returns a tensor's values as they lie in memory, to take a fingerprint of."""
+    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

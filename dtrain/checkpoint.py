@@ -39,10 +39,14 @@ def save_epoch(folder: Path, module: nn.Module, row: dict[str, Any]) -> Path:
     final = folder / f"epoch-{row['epoch']}"
     part = folder / f".{final.name}.part"
     part.mkdir(parents=True)
-    save_file(weights_of(module), part / WEIGHTS)
-    (part / MANIFEST).write_text(json.dumps({"row": row}, indent=1), encoding="utf-8")
-    for path in (part / WEIGHTS, part / MANIFEST, part):
-        _sync(path)
+    try:
+        save_file(weights_of(module), part / WEIGHTS)
+        (part / MANIFEST).write_text(json.dumps({"row": row}, indent=1), encoding="utf-8")
+        for path in (part / WEIGHTS, part / MANIFEST, part):
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)  # a full disk gets its room back
+        raise
     part.rename(final)
     _sync(folder)
     _prune(folder, keep=final)

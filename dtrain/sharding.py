@@ -25,7 +25,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from dtrain.batches import count_samples, cut_batch, first_rows, join_batches
+from dtrain.batches import count_samples, cut_batch, first_rows, join_batches, tensor_bytes
 from dtrain.dealing import Dealing, Form, Share, deal
 from dtrain.errors import UsageError
 from dtrain.seeding import CommonRandomness, derive
@@ -70,7 +70,7 @@ class ShardedLoader:
                 "or any iterable of batches."
             )
         self._fingerprint = 0.0
-        self._indexed = _IndexedBatches(loader, how, split) if _has_indices(loader) else None
+        self._indexed = _IndexedBatches(loader, how) if _has_indices(loader) else None
 
     def steps(self) -> int | None:
         """Returns the number of steps of a pass, None where the loader cannot tell."""
@@ -101,14 +101,14 @@ class ShardedLoader:
         self._fingerprint = 0.0
         for number, batch in enumerate(batches):
             if number == 0 and self._how.size > 1:
-                self._fingerprint = 1.0 + zlib.crc32(repr([row.tolist() for row in first_rows(batch)]).encode())
+                self._fingerprint = 1.0 + zlib.crc32(b"".join(tensor_bytes(row) for row in first_rows(batch)))
             yield batch
 
 
 class _IndexedBatches:
     """A map-style DataLoader: the indices are dealt out, so that each rank fetches its own samples alone."""
 
-    def __init__(self, loader: DataLoader[Any], how: Dealing, split: str) -> None:
+    def __init__(self, loader: DataLoader[Any], how: Dealing) -> None:
         self._how = how
         self._batches = _without_distributed(loader)
         self._dealt: deque[Share] = deque()

@@ -7,11 +7,10 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from dtrain.batches import first_rows
+from dtrain.batches import first_rows, tensor_bytes
 from dtrain.config import Settings
 from dtrain.dealing import Share
 from dtrain.engine import Engine, Limits
@@ -37,7 +36,7 @@ class Trace:
         self._steps: list[dict[str, Any]] = []
         self._optimizer_steps = 0
         self._gradients: dict[str, Tensor] = {}
-        self._initial = zlib.crc32(b"".join(_bytes(p) for p in net.parameters()))
+        self._initial = zlib.crc32(b"".join(tensor_bytes(p) for p in net.parameters()))
         self._kinds = sorted({type(module).__name__ for module in net.modules()})
         self._dropout = any(getattr(module, "p", 0) for module in net.modules() if "Dropout" in type(module).__name__)
 
@@ -74,7 +73,7 @@ class Trace:
                 continue  # compared as the epoch's value, in the history
             total, count = (value.total, value.count) if isinstance(value, Mean) else (value * share.count, share.count)
             numbers[name] = [float(total), float(count)] if share.count else [0.0, 0.0]
-        rows = [zlib.crc32(_bytes(row)) for row in first_rows(share.batch)] if share.count else []
+        rows = [zlib.crc32(tensor_bytes(row)) for row in first_rows(share.batch)] if share.count else []
         self._steps.append({"rows": rows, "values": numbers})
 
     def _keep_gradients(self) -> None:
@@ -92,10 +91,6 @@ class Trace:
 
         weights = {f"weight/{name}": p.detach().cpu().clone() for name, p in self._net.named_parameters()}
         save_file(self._gradients | weights, self._folder / f"step-{self._optimizer_steps}.safetensors")
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def trace_run(settings: Settings, world: World, folder: Path, *, steps: int, merge: int) -> None:

@@ -71,6 +71,19 @@ class TestCheckpoint:
         fresh.load_state_dict(load_file(tmp_path / "epoch-2" / "model.safetensors"))
         assert torch.equal(fresh.weight, torch.full((2, 2), 2.0))
 
+    def test_a_save_that_fails_leaves_nothing_half_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save_epoch(tmp_path, nn.Linear(2, 2), {"epoch": 1, "loss": 1.0})
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("dtrain.checkpoint._sync", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_epoch(tmp_path, nn.Linear(2, 2), {"epoch": 2, "loss": 0.5})
+        assert [path.name for path in tmp_path.iterdir()] == ["epoch-1"]
+
     def test_tied_sliced_and_transposed_weights_load_back(self, tmp_path: Path) -> None:
         def make() -> nn.Module:
             net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3))
