@@ -150,19 +150,27 @@ def check_takes(step: Callable[..., Any], batch: Any, split: str) -> None:
         ) from None
 
 
-def check_all_used(error: RuntimeError, net: nn.Module) -> None:
-    """Words DDP's complaint about parameters without a gradient in terms of the net.
+def word_in_terms_of_ranks(error: Exception, net: nn.Module) -> None:
+    """Words torch's complaints that come from training on several ranks in terms of the net.
 
     Raises:
-        StepError: if the error is that complaint.
+        StepError: if the error is such: parameters without a gradient, or BatchNorm on a rank with one sample.
     """
-    if "finished reduction in the prior iteration" not in str(error):
-        return
+    if "Expected more than 1 value per channel" in str(error):
+        raise StepError(
+            "BatchNorm cannot train on this rank's part of the batch, which is one sample. Take its statistics over "
+            "all ranks with sync_batchnorm (train.sync_batchnorm=true), or set drop_last=True or another batch size."
+        ) from None
+    if "finished reduction in the prior iteration" in str(error):
+        raise StepError(_unused(str(error), net)) from None
+
+
+def _unused(complaint: str, net: nn.Module) -> str:
     trained = [name for name, p in net.named_parameters() if p.requires_grad]
-    listed = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+    listed = re.search(r"did not receive grad for rank \d+: ([\d ]+)", complaint)
     unused = [trained[int(index)] for index in listed.group(1).split()] if listed else []
-    raise StepError(
+    return (
         "on several ranks every trainable parameter must get a gradient in every step, but "
         f"{', '.join(unused[:5]) or 'some'}{', ...' * (len(unused) > 5)} got none. Use them in forward, take them out, "
         "or freeze them with parameter.requires_grad_(False)."
-    ) from None
+    )

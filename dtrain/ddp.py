@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dtrain.checks import check_all_used
+from dtrain.checks import word_in_terms_of_ranks
 
 if TYPE_CHECKING:
     from dtrain.world import World
@@ -60,8 +60,8 @@ class _Redirection:
         self._inside = True
         try:
             return self.ddp(*args, **kwargs) if averaged else self._inner(*args, **kwargs)
-        except RuntimeError as error:
-            check_all_used(error, self._net)
+        except (RuntimeError, ValueError) as error:
+            word_in_terms_of_ranks(error, self._net)
             raise
         finally:
             self._inside = False

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ from dtrain.seeding import derive, seed_everything
 from dtrain.sharding import ShardedLoader
 from dtrain.synced import ready
 from dtrain.world import World
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -78,6 +81,7 @@ class Engine:
         batch: whose batch size the loaders' is.
         accumulation: micro-batches that make one optimizer step.
         limits: how much of the data is taken.
+        sync_batchnorm: whether BatchNorm takes its statistics over all ranks while it trains.
         history: gets a row an epoch, on every rank.
         progress: what a person sees.
         after_epoch: called on every rank with each new row.
@@ -92,6 +96,7 @@ class Engine:
     batch: BatchMode = "per_rank"
     accumulation: int = 1
     limits: Limits = field(default_factory=Limits)
+    sync_batchnorm: bool = False
     history: History = field(default_factory=History)
     progress: Progress = field(default_factory=Silent)
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
@@ -112,7 +117,9 @@ class Engine:
         loaders = {"train": self.task.dl_train} | ({} if valid is None else {"valid": valid})
         check_same_task(self.world, self.task.module, loaders)
         ready(self.task.metrics, self.world)
-        self.learner = Learner(self.task, self.world, accumulates=self.accumulation > 1)
+        self.learner = Learner(
+            self.task, self.world, accumulates=self.accumulation > 1, sync_batchnorm=self.sync_batchnorm
+        )
 
     def fit(self) -> History:
         """Runs all epochs.
@@ -143,12 +150,24 @@ class Engine:
         train = self._train(epoch)
         valid = None if self._valid is None else self._valid.run(epoch, self.place, self.progress)
         row = self._row(epoch, train, valid)
+        if epoch == 1:
+            self._tell_unused_metrics(row)
         self._step_scheduler("epoch", row)
         self.place.split, self.place.step = "checkpoint", 0
         self.history.append(row)
         self.progress.end_epoch(row)
         for tell in self.after_epoch:
             tell(row)
+
+    def _tell_unused_metrics(self, row: Row) -> None:
+        for name in self.task.metrics:
+            if self.world.is_main and name not in row and f"val_{name}" not in row:
+                logger.warning(
+                    "metric %r is never updated: no step returns a value of this name, as in "
+                    '{"loss": loss, %r: (predictions, labels)}.',
+                    name,
+                    name,
+                )
 
     def _row(self, epoch: int, train: PassResult, valid: PassResult | None) -> Row:
         row: Row = {"epoch": epoch, **train.means}

@@ -18,7 +18,6 @@ from dtrain.engine import Engine
 from dtrain.errors import UsageError
 from dtrain.inference import evaluate_task, predict
 from dtrain.learning import Task
-from dtrain.metrics import Observed
 from dtrain.progress import Progress, Silent, choose_progress
 from dtrain.synced import is_torchmetric
 from dtrain.world import World, bring_up
@@ -122,10 +121,11 @@ class KerasModel(nn.Module):
         text = data_summary(self.net, input_data) if given else shape_summary(self.net, input_shape or (), input_dtype)
         print(text)  # noqa: T201
 
-    def fit(
+    def fit(  # noqa: PLR0913 - keyword-only
         self,
         *args: Any,
         batch: BatchMode = "per_rank",
+        sync_batchnorm: bool = False,
         seed: int = 42,
         verbose: bool = True,
         cpu: bool = False,
@@ -145,6 +145,7 @@ class KerasModel(nn.Module):
         Args:
             args: see above.
             batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
+            sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks.
             seed: the order of the samples and each rank's random stream are derived from it.
             verbose: whether rank 0 shows progress.
             cpu: compute on the CPU also where there is an accelerator.
@@ -166,7 +167,15 @@ class KerasModel(nn.Module):
         progress: Progress = Silent()
         if verbose:
             progress = choose_progress(is_main=world.is_main, epochs=plan.epochs, log_step_freq=plan.log_step_freq)
-        engine = Engine(task, world, epochs=plan.epochs, seed=seed, batch=batch, progress=progress)
+        engine = Engine(
+            task,
+            world,
+            epochs=plan.epochs,
+            seed=seed,
+            batch=batch,
+            sync_batchnorm=sync_batchnorm,
+            progress=progress,
+        )
         keeper = _keeper(plan, engine)
         if keeper is not None:
             engine.after_epoch.append(keeper.look)
@@ -246,7 +255,7 @@ class _Steps:
 def _value(metric: Any, predictions: Any, labels: Any) -> Any:
     if not is_torchmetric(metric):
         return metric(predictions, labels)
-    return Observed((predictions.detach(), labels))
+    return predictions, labels
 
 
 def _counts_epochs(scheduler: Any) -> bool:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.accumulation import HeldBack
+from dtrain.batchnorm import SyncedBatchNorm
 from dtrain.checks import check_optimizers, check_takes
 from dtrain.ddp import Replica
 from dtrain.dealing import Share
@@ -62,7 +63,7 @@ class Task:
         optimizer: by default `module.optimizer`; an imperative step may bring its own.
         scheduler: a torch learning-rate scheduler, or None.
         interval: whether the scheduler counts epochs or optimizer steps.
-        metrics: name -> torchmetrics object, for the values that a step returns as `dtrain.metrics.Observed`.
+        metrics: name -> torchmetrics object; a step's value of that name is what the object is updated with.
     """
 
     module: nn.Module
@@ -93,12 +94,13 @@ class Learner:
         task: the user's objects; an optimizer that only the step knows is put there once it was seen.
         world: the ranks.
         accumulates: whether several micro-batches make one optimizer step.
+        sync_batchnorm: whether BatchNorm takes its statistics over all ranks.
 
     Attributes:
         kind: the kind of the train step, known after the first one.
     """
 
-    def __init__(self, task: Task, world: World, *, accumulates: bool) -> None:
+    def __init__(self, task: Task, world: World, *, accumulates: bool, sync_batchnorm: bool = False) -> None:
         self.kind: Kind | None = None
         self._task = task
         self._world = world
@@ -109,6 +111,7 @@ class Learner:
         self._witness: OptimizerWitness | None = None
         self._held: HeldBack | None = None
         self._counted: Tensor | None = None
+        self._synced = SyncedBatchNorm(world) if sync_batchnorm and world.size > 1 else None
 
     def learn(self, share: Share) -> dict[str, Value]:
         """Takes one train step and returns its values by name; the first one shows which kind it is.
@@ -116,7 +119,7 @@ class Learner:
         Raises:
             StepError: the step breaks the step contract.
         """
-        with self._replica.averaging(share.last):
+        with self._replica.averaging(share.last), self._synced or contextlib.nullcontext():
             if self.kind is None:
                 return self._learn_first(share)
             if self.kind == "imperative":
@@ -188,14 +191,18 @@ class Learner:
             )
 
     def _imperative(self, share: Share) -> dict[str, Value]:
+        if self._synced is not None:
+            self._synced.scale = share.scale
         held = self._held(share) if self._held is not None else contextlib.nullcontext()
         with held, scaled_gradients(self._task.module, share.scale):
             return self._call(share)
 
     def _call(self, share: Share) -> dict[str, Value]:
+        if self._synced is not None:
+            self._synced.counts = share.count > 0
         with self._replica.training() as model:
             returned = call_step(self._task.train_step, model, share.batch)
-        return named_values(returned, self._task.module, "train")
+        return named_values(returned, self._task.module, "train", self._task.metrics)
 
     # --- declarative ----------------------------------------------------------------------------------
 
@@ -214,6 +221,8 @@ class Learner:
             )
         if share.first:
             optimizer.zero_grad()
+        if self._synced is not None:
+            self._synced.scale = 1.0  # the loss has its weight before the gradients do
         torch.autograd.backward(self._weighted(loss, share))  # type: ignore[arg-type]
         if share.last:
             self._divide_by_count(optimizer)

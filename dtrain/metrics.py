@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -45,9 +45,11 @@ class Observed:
 
     Attributes:
         arguments: those of the object's `update`, for the samples of the step: (predictions, labels).
+        keywords: those that it takes by name.
     """
 
     arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any] = field(default_factory=dict)
 
 
 Value: TypeAlias = "Scalar | Mean | Observed"
@@ -119,7 +121,7 @@ class MeanTable:
         self.samples += count
         for name, value in values.items():
             if isinstance(value, Observed):
-                self._metrics[name].update(*value.arguments)
+                self._metrics[name].update(*value.arguments, **value.keywords)
             elif isinstance(value, Mean):
                 self._put(name, _plain(value.total), _plain(value.count))
             else:

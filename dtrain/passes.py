@@ -86,7 +86,7 @@ class ValidPass:
         step: the valid step.
         loader: the rank's view of the validation loader.
         world: the ranks.
-        metrics: name -> torchmetrics object, for the values that the step returns as `Observed`.
+        metrics: name -> torchmetrics object; the step's value of that name is what the object is updated with.
         names: the values' names, known after the first pass.
     """
 
@@ -121,7 +121,7 @@ class ValidPass:
             if table.steps == 0:
                 check_takes(self.step, share.batch, "valid")
             returned = no_grad_step(self.step, self.module, share.batch)
-            table.add(named_values(returned, self.module, "valid"), share.count)
+            table.add(named_values(returned, self.module, "valid", self.metrics), share.count)
             progress.step(table)
         order = self.loader.fingerprint
         result, sums = table.reduce(self.world, seconds_since(started, self.world), (order, order**2))

@@ -24,6 +24,7 @@ from dtrain.errors import RecipeError
 from dtrain.learning import Interval, Task
 from dtrain.recipe_file import locate, syntax_problem
 from dtrain.signatures import Builder, check_parameters
+from dtrain.synced import check_metrics
 
 T = TypeVar("T")
 
@@ -148,7 +149,20 @@ def bind(recipe: Recipe, settings: Settings) -> Task:
             raise RecipeError(f"{recipe.path}: the optimizer is {optimizer!r}, not a torch.optim.Optimizer.")
         setattr(module, "optimizer", optimizer)  # noqa: B010 - several, for the step to choose from; the step itself steps them
         optimizer = None
-    return Task(module, train_step, dl_train, valid_step, dl_valid, optimizer, scheduler, interval)
+    metrics = _metrics(recipe)
+    return Task(module, train_step, dl_train, valid_step, dl_valid, optimizer, scheduler, interval, metrics)
+
+
+def _metrics(recipe: Recipe) -> dict[str, Any]:
+    build = getattr(recipe.module, "build_metrics", None)
+    if build is None:
+        return {}
+    if not callable(build):
+        raise RecipeError(f"{recipe.path}: build_metrics is a {type(build).__name__}, not a function.")
+    needed = [p.name for p in inspect.signature(build).parameters.values() if p.default is p.empty and p.kind < 2]
+    if needed:
+        raise RecipeError(f"{recipe.path}: build_metrics takes no parameters, but asks for {', '.join(needed)}.")
+    return check_metrics(build(), f"{recipe.path}: build_metrics()")
 
 
 def _built(recipe: Recipe, settings: Settings, section: str, *first: Any) -> Any:

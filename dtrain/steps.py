@@ -1,7 +1,8 @@
 """The step contract: how a user's step is called, what it may return, and which kind it is.
 
 A batch that is a tuple or list is unpacked: ``train_step(model, *batch)``; any other batch is one argument.
-A step returns ``(loss, metric)``, a loss alone, or a mapping name -> value.
+A step returns ``(loss, metric)``, a loss alone, or a mapping name -> value. Where a torchmetrics object has a value's
+name, the value is what that object is updated with, such as ``(predictions, labels)``.
 
 Two kinds of train step are told apart by what they do on the first batch:
 
@@ -12,7 +13,7 @@ Two kinds of train step are told apart by what they do on the first batch:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -42,7 +43,7 @@ def call_step(step: Step, model: nn.Module, batch: Any) -> Any:
     return step(model, batch)
 
 
-def named_values(returned: Any, model: Any, split: str) -> dict[str, Value]:
+def named_values(returned: Any, model: Any, split: str, metrics: Container[str] = ()) -> dict[str, Value]:
     """Gives the values that a step returned their names, and checks them.
 
     Args:
@@ -50,6 +51,8 @@ def named_values(returned: Any, model: Any, split: str) -> dict[str, Value]:
             or a `dtrain.Mean`.
         model: its `metric_name`, where it has one, names the metric of a pair.
         split: "train" or "valid", for messages.
+        metrics: names of the torchmetrics objects; a value of such a name is the tuple or mapping of arguments of
+            the object's `update`, or its one argument.
 
     Raises:
         StepError: the step returned nothing, or something that is no such value.
@@ -64,7 +67,21 @@ def named_values(returned: Any, model: Any, split: str) -> dict[str, Value]:
         raise StepError(_no_values(returned, split))
     if not values:
         raise StepError(_no_values(returned, split))
-    return {_name(name, split): _checked(name, value, split) for name, value in values.items()}
+    return {
+        _name(name, split): observed(value) if name in metrics else _checked(name, value, split)
+        for name, value in values.items()
+    }
+
+
+def observed(value: Any) -> Observed:
+    """Returns what a torchmetrics object is to be updated with, without its graph."""
+    if isinstance(value, Mapping):
+        return Observed((), {str(key): _without_graph(part) for key, part in value.items()})
+    return Observed(tuple(_without_graph(part) for part in (value if isinstance(value, (tuple, list)) else (value,))))
+
+
+def _without_graph(part: Any) -> Any:
+    return part.detach() if isinstance(part, Tensor) else part
 
 
 def metric_name(model: Any) -> str:
@@ -87,7 +104,7 @@ def _name(name: Any, split: str) -> str:
 
 
 def _checked(name: str, value: Any, split: str) -> Value:
-    if type(value) is float or isinstance(value, (Mean, Observed, int, float)):
+    if type(value) is float or isinstance(value, (Mean, int, float)):
         return value
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
@@ -100,7 +117,8 @@ def _checked(name: str, value: Any, split: str) -> Value:
         return float(value)  # a NumPy scalar
     raise StepError(
         f"the {split} step returned {name!r} as {_shown(value)}; "
-        "a value is a float, a tensor with one element, or dtrain.Mean(total, count)."
+        "a value is a float, a tensor with one element, or dtrain.Mean(total, count); or build_metrics() returns a "
+        "torchmetrics object of this name, for a tuple of its update's arguments."
     )
 
 

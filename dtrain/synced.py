@@ -19,6 +19,32 @@ def is_torchmetric(thing: Any) -> bool:
     return any(kind.__module__ == "torchmetrics.metric" and kind.__name__ == "Metric" for kind in type(thing).__mro__)
 
 
+def check_metrics(metrics: Any, where: str) -> dict[str, Any]:
+    """Returns a mapping of names to torchmetrics metrics as a dict.
+
+    Args:
+        metrics: what the user gave; None counts as empty.
+        where: who gave it, for the message.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise UsageError(
+            f"{where}: {type(metrics).__name__} is not a dict of names to single torchmetrics metrics, as in "
+            '{"auroc": torchmetrics.AUROC("binary")}. Of a MetricCollection, give dict(collection.items()).'
+        )
+    for name, metric in metrics.items():
+        if not is_torchmetric(metric):
+            raise UsageError(
+                f"{where}: {name!r} is a {type(metric).__name__}, not a single torchmetrics metric. What is a mean "
+                "over samples needs none: return it from the step."
+            )
+    return dict(metrics)
+
+
 def ready(metrics: Mapping[str, Any], world: World) -> None:
     """Moves metrics to the rank's device and lets them gather in dtrain's way.
 

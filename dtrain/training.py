@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from dtrain.errors import UsageError
 from dtrain.learning import Interval, Task
 from dtrain.progress import Silent, choose_progress
 from dtrain.steps import Step
+from dtrain.synced import check_metrics
 from dtrain.world import World, bring_up
 
 if TYPE_CHECKING:
@@ -49,8 +51,10 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     optimizer: Optimizer | None = None,
     scheduler: Any = None,
     scheduler_interval: Interval = "epoch",
+    metrics: Mapping[str, Any] | None = None,
     batch: BatchMode = "per_rank",
     accumulation: int = 1,
+    sync_batchnorm: bool = False,
     seed: int = 42,
     verbose: bool = True,
     cpu: bool = False,
@@ -70,8 +74,11 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         optimizer: by default `model.optimizer`.
         scheduler: a torch learning-rate scheduler.
         scheduler_interval: whether the scheduler counts epochs or optimizer steps.
+        metrics: name -> torchmetrics metric, computed once an epoch over all samples of all ranks; a step's value
+            of that name is what it is updated with: `{"loss": loss, "auroc": (predictions, labels)}`.
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
         accumulation: micro-batches that make one optimizer step.
+        sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks instead of each one's.
         seed: the order of the samples and each rank's random stream are derived from it.
         verbose: whether rank 0 shows progress.
         cpu: compute on the CPU also where there is an accelerator.
@@ -98,10 +105,20 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         optimizer=optimizer,
         scheduler=scheduler,
         interval=scheduler_interval,
+        metrics=check_metrics(metrics, "metrics"),
     )
     world = world if world is not None else bring_up(cpu=cpu)
     shown = choose_progress(is_main=world.is_main, epochs=epochs, log_step_freq=log_step_freq) if verbose else Silent()
-    engine = Engine(task, world, epochs=epochs, seed=seed, batch=batch, accumulation=accumulation, progress=shown)
+    engine = Engine(
+        task,
+        world,
+        epochs=epochs,
+        seed=seed,
+        batch=batch,
+        accumulation=accumulation,
+        sync_batchnorm=sync_batchnorm,
+        progress=shown,
+    )
     return engine.fit().dataframe()
 
 

@@ -117,10 +117,10 @@ def _compare_step(alone: Record, together: Record, step: int, tolerance: float) 
 
 def _cause(alone: Record, name: str, one: float, many: float, ranks: int) -> str:
     record = alone.ranks[0]
-    if any("BatchNorm" in kind and "Sync" not in kind for kind in record["kinds"]):
+    if record["batchnorm"]:
         return (
             "BatchNorm: its statistics are those of each rank's part of the batch. "
-            "torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) takes them over all ranks."
+            "train.sync_batchnorm=true takes them over all ranks."
         )
     if record["dropout"]:
         return "dropout: each rank draws masks of its own. That is as it should be; set it to 0 for this check."
@@ -141,14 +141,15 @@ def _compare_tensors(alone: Record, together: Record, step: int, tolerance: floa
     if step < 0 or step >= min(len(alone.tensors), len(together.tensors)):
         return None
     one, many = alone.tensors[step], together.tensors[step]
+    whole = {kind: _norm(*(t for k, t in one.items() if k.startswith(kind))) for kind in ("gradient/", "weight/")}
     for key, tensor in sorted(one.items()):
         kind, _, name = key.partition("/")
         if key not in many:
             return Parting(f"optimizer step {step + 1}: the {kind} of {name}", "there", "missing", "unused on N ranks.")
         # Norms, since one element alone may be far off: Adam makes a whole step of a gradient that is all rounding.
-        scale = float(np.linalg.norm(tensor.astype(np.float64)))
-        apart = float(np.linalg.norm(tensor.astype(np.float64) - many[key]))
-        if apart > tolerance * max(scale, 1e-6):
+        scale, apart = _norm(tensor), _norm(tensor.astype(np.float64) - many[key])
+        # What is zero but for rounding (the gradient of a bias before BatchNorm) is compared with the whole net's.
+        if apart > tolerance * max(scale, 0.01 * whole[f"{kind}/"], 1e-6):
             return Parting(
                 f"optimizer step {step + 1}: the {kind} of {name}",
                 f"norm {scale:.6g}",
@@ -157,6 +158,10 @@ def _compare_tensors(alone: Record, together: Record, step: int, tolerance: floa
                 "(gradient clipping or scaling in the step, a loss weight that knows the batch size?).",
             )
     return None
+
+
+def _norm(*tensors: np.ndarray) -> float:
+    return math.sqrt(sum(float(np.square(tensor.astype(np.float64)).sum()) for tensor in tensors))
 
 
 def _compare_history(alone: Record, together: Record, tolerance: float) -> Parting | None:

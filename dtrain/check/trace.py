@@ -37,12 +37,16 @@ class Trace:
         self._optimizer_steps = 0
         self._gradients: dict[str, Tensor] = {}
         self._initial = zlib.crc32(b"".join(tensor_bytes(p) for p in net.parameters()))
-        self._kinds = sorted({type(module).__name__ for module in net.modules()})
+        self._batchnorm = any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+            for module in net.modules()
+        )
         self._dropout = any(getattr(module, "p", 0) for module in net.modules() if "Dropout" in type(module).__name__)
 
     def watch(self, engine: Engine) -> Any:
         """Follows an engine's train steps; returns handles to remove at the end."""
         learn = engine.learner.learn
+        self._batchnorm &= not engine.sync_batchnorm
 
         def followed(share: Share) -> dict[str, Value]:
             values = learn(share)
@@ -61,7 +65,7 @@ class Trace:
             "initial": self._initial,
             "steps": self._steps,
             "history": history,
-            "kinds": self._kinds,
+            "batchnorm": self._batchnorm,
             "dropout": self._dropout,
         }
         (self._folder / f"rank-{self._rank}.json").write_text(json.dumps(record), encoding="utf-8")
@@ -72,7 +76,7 @@ class Trace:
             if isinstance(value, Observed):
                 continue  # compared as the epoch's value, in the history
             total, count = (value.total, value.count) if isinstance(value, Mean) else (value * share.count, share.count)
-            numbers[name] = [float(total), float(count)] if share.count else [0.0, 0.0]
+            numbers[name] = [_number(total), _number(count)] if share.count else [0.0, 0.0]
         rows = [zlib.crc32(tensor_bytes(row)) for row in first_rows(share.batch)] if share.count else []
         self._steps.append({"rows": rows, "values": numbers})
 
@@ -91,6 +95,10 @@ class Trace:
 
         weights = {f"weight/{name}": p.detach().cpu().clone() for name, p in self._net.named_parameters()}
         save_file(self._gradients | weights, self._folder / f"step-{self._optimizer_steps}.safetensors")
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def trace_run(settings: Settings, world: World, folder: Path, *, steps: int, merge: int) -> None:
@@ -115,6 +123,7 @@ def trace_run(settings: Settings, world: World, folder: Path, *, steps: int, mer
         seed=train.seed,
         batch=train.batch,
         accumulation=train.accumulation,
+        sync_batchnorm=train.sync_batchnorm,
         limits=Limits(train=batches, valid=batches, merge=merge),
     )
     handles = trace.watch(engine)

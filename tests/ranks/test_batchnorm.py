@@ -1,0 +1,155 @@
+"""BatchNorm on several ranks: synced in training, it is that of one process; in validation it touches nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.commands import Dtrain
+from helpers.ranks import run_ranks
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class OwnBatchNorm(nn.BatchNorm1d):
+    """A user's own kind of BatchNorm."""
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4, momentum=None), nn.Tanh())
+        self.second = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), OwnBatchNorm(5, affine=False), nn.Tanh())
+        self.last = nn.Linear(5, 1)
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x)))
+
+
+def train(world, imperative: bool, n: int, synced: bool = True) -> dict[str, Any]:
+    """One rank: trains a net with two kinds of BatchNorm on ragged batches; returns all that it learnt."""
+    import dtrain
+
+    torch.manual_seed(3)
+    net = Net().double()
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, 2, 5, generator=generator, dtype=torch.float64)
+    data = TensorDataset(x, x.sum(dim=(1, 2))[:, None] ** 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.5)
+
+    def step(model, features, labels):
+        loss = ((model(features) - labels) ** 2).mean()
+        if imperative and model.training:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+        return loss
+
+    frame = dtrain.train_model(
+        net,
+        3,
+        DataLoader(data, batch_size=8, shuffle=True),
+        DataLoader(data, batch_size=5),
+        train_step=step,
+        valid_step=step,
+        optimizer=optimizer,
+        batch="global",
+        sync_batchnorm=synced,
+        verbose=False,
+        world=world,
+    )
+    return {
+        "state": {name: value.flatten().tolist() for name, value in net.state_dict().items()},
+        "rows": frame[["loss", "val_loss"]].to_numpy().tolist(),
+    }
+
+
+@pytest.mark.parametrize("imperative", [False, True])
+@pytest.mark.parametrize(("ranks", "n"), [(2, 19), (3, 18), (4, 27)])
+def test_synced_batchnorm_is_that_of_one_process(imperative: bool, ranks: int, n: int) -> None:
+    """The last batches have 3, 2 and 3 samples: parts of one, and ranks that take part with weight 0."""
+    (alone,) = run_ranks(train, 1, imperative=imperative, n=n)
+    for together in run_ranks(train, ranks, imperative=imperative, n=n):
+        for name, values in alone["state"].items():
+            assert together["state"][name] == pytest.approx(values, rel=1e-7, abs=1e-9), name
+        for row, expected in zip(together["rows"], alone["rows"], strict=True):
+            assert row == pytest.approx(expected, rel=1e-8)
+
+
+def buffers_in_validation(world) -> list[Any]:
+    """One rank: validates on unequal numbers of batches; returns the buffers before and after."""
+    import dtrain
+
+    torch.manual_seed(3)
+    net = Net().double()
+    data = TensorDataset(torch.randn(22, 2, 5, dtype=torch.float64), torch.randn(22, 1, dtype=torch.float64))
+    seen: list[Any] = []
+
+    def state() -> list[float]:
+        return [number for buffer in net.buffers() for number in buffer.flatten().tolist()]
+
+    def step(model, features, labels):
+        if not model.training:
+            seen.append(state())
+        return ((model(features) - labels) ** 2).mean()
+
+    dtrain.train_model(
+        net,
+        1,
+        DataLoader(data, batch_size=8),
+        DataLoader(data, batch_size=3),  # 8 batches: 3, 3 and 2 a rank
+        train_step=step,
+        valid_step=step,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.05),
+        verbose=False,
+        world=world,
+    )
+    return [seen, state()]
+
+
+def test_validation_with_unequal_batches_neither_hangs_nor_changes_buffers() -> None:
+    told = run_ranks(buffers_in_validation, 3, timeout=60)
+    assert [len(seen) for seen, _ in told] == [3, 3, 2]
+    for seen, after in told:
+        assert all(state == after for state in seen)
+        assert after == told[0][1]
+
+
+RECIPE = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+def build_model():
+    return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+def build_dataloaders():
+    x = torch.randn(10, 2)
+    return DataLoader(TensorDataset(x, x[:, :1]), batch_size=2), None
+
+def build_optimizer(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+def train_step(model, x, y):
+    return ((model(x) - y) ** 2).mean()
+"""
+
+
+def test_a_part_of_one_sample_names_the_switch_and_the_switch_helps(dtrain: Dtrain) -> None:
+    (dtrain.folder / "small.py").write_text(RECIPE)
+    arguments = ("train", "small.py", "-n", "2", "--cpu", "batch=global", "epochs=1")
+    refused = dtrain(*arguments)
+    assert refused.code == 1
+    assert "train.sync_batchnorm=true" in refused.err
+    assert dtrain(*arguments, "sync_batchnorm=true").code == 0
+
+
+def test_parity_finds_batchnorm_and_the_switch_makes_it_equal(dtrain: Dtrain) -> None:
+    (dtrain.folder / "small.py").write_text(RECIPE.replace("batch_size=2", "batch_size=4"))
+    found = dtrain("check", "parity", "small.py", "-n", "2")
+    assert found.code == 1
+    assert "train.sync_batchnorm=true" in found.out
+    equal = dtrain("check", "parity", "small.py", "-n", "2", "train.sync_batchnorm=true")
+    assert equal.code == 0, equal.text
