@@ -106,6 +106,7 @@ class Engine:
         """Compares the ranks' tasks, deals the loaders out and readies the net."""
         self.place = Place(self.world.rank)
         self._names: tuple[str, ...] | None = None
+        self._rate: float | None = None  # of the last optimizer step, where the schedule goes on after each
         self._train_loader = self._sharded(self.task.dl_train)
         self._valid = valid_pass(self.task, self.world, batch=self.batch, seed=self.seed, limits=self.limits)
         valid = self.task.dl_valid
@@ -174,7 +175,7 @@ class Engine:
         if valid is not None:
             row |= {f"val_{name}": mean for name, mean in valid.means.items()}
         if self.task.optimizer is not None:
-            row["lr"] = float(self.task.optimizer.param_groups[0]["lr"])
+            row["lr"] = self._rate if self._rate is not None else self._current_rate()
         row["seconds"] = train.seconds + (valid.seconds if valid is not None else 0.0)
         row["samples_per_second"] = train.samples / train.seconds
         return row
@@ -205,10 +206,15 @@ class Engine:
         self.world.broadcast_(list(module.buffers()))
         return result
 
+    def _current_rate(self) -> float:
+        return float(self.task.optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
+
     def _step_scheduler(self, interval: Interval, row: Row | None = None) -> None:
         scheduler = self.task.scheduler
         if scheduler is None or self.task.interval != interval:
             return
+        if interval == "step":
+            self._rate = self._current_rate()
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             monitored = None if row is None else row.get("val_loss", row.get("loss"))
             if monitored is None:

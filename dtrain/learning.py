@@ -5,18 +5,18 @@
     imperative:   train_step(model, *batch)                  # does backward, step and zero_grad itself
     declarative:  loss = train_step(model, *batch)
                   before the first micro-batch of a group: optimizer.zero_grad()
-                  (loss * weight).backward()
+                  loss.backward()
                   after the last micro-batch of a group: optimizer.step()
 
 The weight makes the average over ranks and the sum over a group's micro-batches the gradient of the mean over all
-samples. In an imperative step it is applied to the gradients on their way into `param.grad`.
+samples. It is applied to the gradients on their way into `param.grad`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -194,7 +194,7 @@ class Learner:
         if self._synced is not None:
             self._synced.scale = share.scale
         held = self._held(share) if self._held is not None else contextlib.nullcontext()
-        with held, scaled_gradients(self._task.module, share.scale):
+        with held, scaled_gradients(self._parameters(), share.scale):
             return self._call(share)
 
     def _call(self, share: Share) -> dict[str, Value]:
@@ -221,15 +221,26 @@ class Learner:
             )
         if share.first:
             optimizer.zero_grad()
+        # A plain loss is weighted where an imperative step's is, so that the two kinds agree to the last bit.
+        scale = 1.0 if isinstance(loss, Mean) else share.scale
         if self._synced is not None:
-            self._synced.scale = 1.0  # the loss has its weight before the gradients do
-        torch.autograd.backward(self._weighted(loss, share))  # type: ignore[arg-type]
+            self._synced.scale = scale
+        with scaled_gradients(self._parameters(), scale):
+            torch.autograd.backward(self._total(loss, share))  # type: ignore[arg-type]
         if share.last:
             self._divide_by_count(optimizer)
             optimizer.step()
 
-    def _weighted(self, loss: Tensor | Mean, share: Share) -> Tensor:
-        """The loss of which the average over ranks adds up to the gradient of the group's mean.
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        """All that learns: the net's parameters, and on one rank others that the optimizer may hold besides."""
+        yield from self._task.module.parameters()
+        if self._task.optimizer is not None:
+            own = {id(parameter) for parameter in self._task.module.parameters()}
+            for group in self._task.optimizer.param_groups:
+                yield from (parameter for parameter in group["params"] if id(parameter) not in own)
+
+    def _total(self, loss: Tensor | Mean, share: Share) -> Tensor:
+        """What backward starts from.
 
         What a `Mean` counted in the whole group is known at its end alone: its total goes in as it is, and
         `_divide_by_count` does the rest.
@@ -239,7 +250,7 @@ class Learner:
             count = torch.as_tensor(loss.count, dtype=dtype, device=device).detach() * (share.count > 0)
             self._counted = count if self._counted is None else self._counted + count
             return loss.total * (self._world.size if share.count else 0.0)  # type: ignore[return-value]
-        return loss if share.scale == 1.0 else loss * share.scale
+        return loss
 
     def _divide_by_count(self, optimizer: Optimizer) -> None:
         if self._counted is None:

@@ -204,7 +204,7 @@ class PreparedLoader:
     def _batches(self, current: Pass, shares: Iterator[Share]) -> Iterator[Any]:
         for share in shares:
             current.share = share
-            with scaled_gradients(self._replica.net, share.scale if current.train else 1.0):
+            with scaled_gradients(self._replica.net.parameters(), share.scale if current.train else 1.0):
                 yield self._moved(share.batch)
             current.share = None
 

@@ -13,7 +13,7 @@ Two kinds of train step are told apart by what they do on the first batch:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -211,16 +211,16 @@ def has_graph(loss: Value | None) -> bool:
 
 
 @contextlib.contextmanager
-def scaled_gradients(module: nn.Module, scale: float) -> Iterator[None]:
+def scaled_gradients(parameters: Iterable[Tensor], scale: float) -> Iterator[None]:
     """Multiplies every gradient on its way into `param.grad` by a number.
 
-    This is how a step that calls backward() itself gets the weight of its real samples: the hooks run
-    before DDP averages over the ranks. Costs nothing where the scale is 1.
+    This is how a step, also one that calls backward() itself, gets the weight of its real samples: the hooks
+    run before DDP averages over the ranks. Costs nothing where the scale is 1.
     """
     if scale == 1.0:
         yield
         return
-    handles = [_hooks(p).register_hook(lambda grad: grad * scale) for p in module.parameters() if p.requires_grad]
+    handles = [_hooks(p).register_hook(lambda grad: grad * scale) for p in parameters if p.requires_grad]
     try:
         yield
     finally:

@@ -78,45 +78,6 @@ def test_synced_batchnorm_is_that_of_one_process(imperative: bool, ranks: int, n
             assert row == pytest.approx(expected, rel=1e-8)
 
 
-def buffers_in_validation(world) -> list[Any]:
-    """One rank: validates on unequal numbers of batches; returns the buffers before and after."""
-    import dtrain
-
-    torch.manual_seed(3)
-    net = Net().double()
-    data = TensorDataset(torch.randn(22, 2, 5, dtype=torch.float64), torch.randn(22, 1, dtype=torch.float64))
-    seen: list[Any] = []
-
-    def state() -> list[float]:
-        return [number for buffer in net.buffers() for number in buffer.flatten().tolist()]
-
-    def step(model, features, labels):
-        if not model.training:
-            seen.append(state())
-        return ((model(features) - labels) ** 2).mean()
-
-    dtrain.train_model(
-        net,
-        1,
-        DataLoader(data, batch_size=8),
-        DataLoader(data, batch_size=3),  # 8 batches: 3, 3 and 2 a rank
-        train_step=step,
-        valid_step=step,
-        optimizer=torch.optim.SGD(net.parameters(), lr=0.05),
-        verbose=False,
-        world=world,
-    )
-    return [seen, state()]
-
-
-def test_validation_with_unequal_batches_neither_hangs_nor_changes_buffers() -> None:
-    told = run_ranks(buffers_in_validation, 3, timeout=60)
-    assert [len(seen) for seen, _ in told] == [3, 3, 2]
-    for seen, after in told:
-        assert all(state == after for state in seen)
-        assert after == told[0][1]
-
-
 RECIPE = """
 import torch
 from torch import nn
