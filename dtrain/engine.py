@@ -57,15 +57,21 @@ class Limits:
     merge: int = 1
 
 
-def valid_pass(
-    task: Task, world: World, *, batch: BatchMode, seed: int, limits: Limits | None = None
+def valid_pass(  # noqa: PLR0913 - keyword-only
+    task: Task,
+    world: World,
+    *,
+    batch: BatchMode,
+    seed: int,
+    limits: Limits | None = None,
+    fetch_batches: bool = True,
 ) -> ValidPass | None:
     """Returns a task's validation, None where it has no validation loader; usable without its train loader."""
     if task.dl_valid is None or task.valid_step is None:
         return None
     limits = limits or Limits()
     how = Dealing(world.rank, world.size, batch, fill=False, limit=limits.valid, merge=limits.merge)
-    loader = ShardedLoader(task.dl_valid, how, seed, "valid")
+    loader = ShardedLoader(task.dl_valid, how, seed, "valid", fetch_batches=fetch_batches)
     return ValidPass(task.module, task.valid_step, loader, world, task.metrics)
 
 
@@ -82,6 +88,7 @@ class Engine:
         accumulation: micro-batches that make one optimizer step.
         limits: how much of the data is taken.
         sync_batchnorm: whether BatchNorm takes its statistics over all ranks while it trains.
+        fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
         history: gets a row an epoch, on every rank.
         progress: what a person sees.
         after_epoch: called on every rank with each new row.
@@ -97,6 +104,7 @@ class Engine:
     accumulation: int = 1
     limits: Limits = field(default_factory=Limits)
     sync_batchnorm: bool = False
+    fetch_batches: bool = True
     history: History = field(default_factory=History)
     progress: Progress = field(default_factory=Silent)
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
@@ -108,7 +116,14 @@ class Engine:
         self._names: tuple[str, ...] | None = None
         self._rate: float | None = None  # of the last optimizer step, where the schedule goes on after each
         self._train_loader = self._sharded(self.task.dl_train)
-        self._valid = valid_pass(self.task, self.world, batch=self.batch, seed=self.seed, limits=self.limits)
+        self._valid = valid_pass(
+            self.task,
+            self.world,
+            batch=self.batch,
+            seed=self.seed,
+            limits=self.limits,
+            fetch_batches=self.fetch_batches,
+        )
         valid = self.task.dl_valid
         if self.epochs > 1 and any(isinstance(loader, Iterator) for loader in (self.task.dl_train, valid)):
             raise UsageError(
@@ -236,4 +251,4 @@ class Engine:
             limit=self.limits.train,
             merge=self.limits.merge,
         )
-        return ShardedLoader(loader, how, self.seed, "train")
+        return ShardedLoader(loader, how, self.seed, "train", fetch_batches=self.fetch_batches)

@@ -95,6 +95,7 @@ def evaluate_run(restored: Restored, world: World) -> PassResult:
         world,
         batch=train.batch,
         seed=train.seed,
+        fetch_batches=train.fetch_batches,
         epoch=restored.row["epoch"],
         progress=_bar(restored, world),
     )
@@ -118,6 +119,7 @@ def predict_run(restored: Restored, world: World, split: Split = "valid") -> Any
         predict_step=restored.predict_step,
         batch=train.batch,
         seed=train.seed,
+        fetch_batches=train.fetch_batches,
         progress=_bar(restored, world),
     )
 

@@ -28,6 +28,7 @@ def evaluate_task(  # noqa: PLR0913 - a task and how its loader is dealt
     *,
     batch: BatchMode = "per_rank",
     seed: int = 42,
+    fetch_batches: bool = True,
     epoch: int = 1,
     progress: Progress | None = None,
 ) -> PassResult:
@@ -38,6 +39,7 @@ def evaluate_task(  # noqa: PLR0913 - a task and how its loader is dealt
         world: the ranks.
         batch: whose batch size the loader's is.
         seed: the order of a shuffled loader is derived from it and the epoch.
+        fetch_batches: see `dtrain.fetching`.
         epoch: 1 or more.
         progress: what a person sees.
 
@@ -49,7 +51,7 @@ def evaluate_task(  # noqa: PLR0913 - a task and how its loader is dealt
         StepError: the step breaks the contract.
         DataError: the loader yields nothing.
     """
-    validation = valid_pass(task, world, batch=batch, seed=seed)
+    validation = valid_pass(task, world, batch=batch, seed=seed, fetch_batches=fetch_batches)
     if validation is None:
         raise UsageError("there is no validation loader, so there is nothing to evaluate. Define dl_valid.")
     ready(task.metrics, world)
@@ -72,6 +74,7 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
     predict_step: PredictStep | None = None,
     batch: BatchMode = "per_rank",
     seed: int = 42,
+    fetch_batches: bool = True,
     progress: Progress | None = None,
 ) -> Any:
     """Predicts every sample of a loader once.
@@ -86,6 +89,7 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
             or mapping of tensors; their first dimension is the samples of the batch.
         batch: whose batch size the loader's is; the result is the same.
         seed: for loaders that draw random numbers.
+        fetch_batches: see `dtrain.fetching`.
         progress: what a person sees.
 
     Returns:
@@ -98,7 +102,7 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
     place, progress = Place(world.rank), progress or Silent()
     try:
         how = Dealing(world.rank, world.size, batch, fill=False)
-        shares = ShardedLoader(in_data_order(loader), how, seed, "predict")
+        shares = ShardedLoader(in_data_order(loader), how, seed, "predict", fetch_batches=fetch_batches)
         _place_net(module, world)
         world.broadcast_(
             list(module.buffers())

@@ -154,14 +154,25 @@ class PreparedLoader:
         process: where the current pass is noted.
         batch: whose batch size the loader's is.
         seed: the order is derived from it and the epoch.
+        fetch_batches: see `dtrain.fetching`.
     """
 
-    def __init__(self, loader: Any, replica: Replica, process: Process, batch: BatchMode, seed: int) -> None:
+    def __init__(  # noqa: PLR0913 - keyword-only
+        self,
+        loader: Any,
+        replica: Replica,
+        process: Process,
+        *,
+        batch: BatchMode,
+        seed: int,
+        fetch_batches: bool = True,
+    ) -> None:
         self.loader = loader
         self._replica = replica
         self._process = process
         self._batch: BatchMode = batch
         self._seed = seed
+        self._fetch_batches = fetch_batches
         self._world = process.joined(cpu=False)
         self._views: dict[bool, ShardedLoader] = {}
         self._epochs = {True: 0, False: 0}
@@ -218,7 +229,8 @@ class PreparedLoader:
     def _view(self, *, train: bool) -> ShardedLoader:
         if train not in self._views:
             how = Dealing(self._world.rank, self._world.size, self._batch, fill=train)
-            self._views[train] = ShardedLoader(self.loader, how, self._seed, "train" if train else "valid")
+            split = "train" if train else "valid"
+            self._views[train] = ShardedLoader(self.loader, how, self._seed, split, fetch_batches=self._fetch_batches)
         return self._views[train]
 
     def _check(self, view: ShardedLoader) -> None:

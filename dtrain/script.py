@@ -50,7 +50,12 @@ _COMPARED_ROWS = 64
 
 
 def prepare(
-    model: nn.Module, *others: Any, batch: BatchMode = "per_rank", seed: int = 42, cpu: bool = False
+    model: nn.Module,
+    *others: Any,
+    batch: BatchMode = "per_rank",
+    seed: int = 42,
+    fetch_batches: bool = True,
+    cpu: bool = False,
 ) -> tuple[Any, ...]:
     """Makes a net and its loaders fit for the ranks that this process is one of.
 
@@ -65,6 +70,7 @@ def prepare(
             optimizers, which are checked and come back as they are. Make optimizers from `model.parameters()`.
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
         seed: the order of the samples and each rank's random stream are derived from it.
+        fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
         cpu: compute on the CPU also where there is an accelerator.
 
     Returns:
@@ -88,8 +94,15 @@ def prepare(
     check_optimizers([o for o in others if isinstance(o, Optimizer)], model, world.size)
     replica = PROCESS.replica_of(model)
     seed_everything(derive(seed, "rank", world.rank))
-    prepared = (o if isinstance(o, Optimizer) else PreparedLoader(o, replica, PROCESS, batch, seed) for o in others)
-    return (model, *prepared)
+    return (
+        model,
+        *(
+            other
+            if isinstance(other, Optimizer)
+            else PreparedLoader(other, replica, PROCESS, batch=batch, seed=seed, fetch_batches=fetch_batches)
+            for other in others
+        ),
+    )
 
 
 def _check_other(other: Any, position: int) -> None:

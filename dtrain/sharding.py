@@ -28,6 +28,7 @@ from torch.utils.data import (
 from dtrain.batches import count_samples, cut_batch, first_rows, join_batches, tensor_bytes
 from dtrain.dealing import Dealing, Form, Share, deal
 from dtrain.errors import UsageError
+from dtrain.fetching import fetched_by_batch
 from dtrain.seeding import CommonRandomness, derive
 
 T = TypeVar("T")
@@ -44,12 +45,13 @@ class ShardedLoader:
         how: rank, size and mode.
         seed: the run's seed; the order is derived from it and the epoch.
         split: "train" or "valid".
+        fetch_batches: whether whole batches are fetched at once where that gives the same.
 
     Raises:
         UsageError: the loader was already sharded by another library.
     """
 
-    def __init__(self, loader: Any, how: Dealing, seed: int, split: str) -> None:
+    def __init__(self, loader: Any, how: Dealing, seed: int, split: str, *, fetch_batches: bool = True) -> None:
         if type(loader).__module__.startswith("accelerate."):
             raise UsageError(
                 f"the {split} loader was prepared by Accelerate already ({type(loader).__name__}) and would be "
@@ -70,7 +72,7 @@ class ShardedLoader:
                 "or any iterable of batches."
             )
         self._fingerprint = 0.0
-        self._indexed = _IndexedBatches(loader, how) if _has_indices(loader) else None
+        self._indexed = _IndexedBatches(loader, how, fetch_batches=fetch_batches) if _has_indices(loader) else None
 
     def steps(self) -> int | None:
         """Returns the number of steps of a pass, None where the loader cannot tell."""
@@ -108,13 +110,13 @@ class ShardedLoader:
 class _IndexedBatches:
     """A map-style DataLoader: the indices are dealt out, so that each rank fetches its own samples alone."""
 
-    def __init__(self, loader: DataLoader[Any], how: Dealing) -> None:
+    def __init__(self, loader: DataLoader[Any], how: Dealing, *, fetch_batches: bool) -> None:
         self._how = how
         self._batches = _without_distributed(loader)
         self._dealt: deque[Share] = deque()
         self._seed = 0
         self.fingerprint = 0.0
-        self._loader = _rebuilt(loader, self)
+        self._loader = _rebuilt(loader, self, fetch_batches=fetch_batches)
 
     def __iter__(self) -> Iterator[list[Any]]:
         """Yields this rank's index lists; the DataLoader calls this as its batch sampler."""
@@ -183,8 +185,9 @@ def in_data_order(loader: Any) -> Any:
     return _rebuilt(loader, BatchSampler(plain, loader.batch_sampler.batch_size, drop_last=False))
 
 
-def _rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
+def _rebuilt(loader: DataLoader[Any], batch_sampler: Any, *, fetch_batches: bool = False) -> DataLoader[Any]:
     """The same DataLoader with another batch sampler."""
+    dataset, collate_fn = fetched_by_batch(loader) if fetch_batches else (loader.dataset, loader.collate_fn)
     workers: dict[str, Any] = {}
     if loader.num_workers > 0:
         workers = {
@@ -194,10 +197,10 @@ def _rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
             "timeout": loader.timeout,
         }
     return DataLoader(
-        loader.dataset,
+        dataset,
         batch_sampler=batch_sampler,
         num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
+        collate_fn=collate_fn,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         generator=loader.generator,

@@ -124,6 +124,7 @@ def trace_run(settings: Settings, world: World, folder: Path, *, steps: int, mer
         batch=train.batch,
         accumulation=train.accumulation,
         sync_batchnorm=train.sync_batchnorm,
+        fetch_batches=train.fetch_batches,
         limits=Limits(train=batches, valid=batches, merge=merge),
     )
     handles = trace.watch(engine)

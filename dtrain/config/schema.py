@@ -36,6 +36,7 @@ class TrainConfig(_Section):
         "per_rank", description="whose batch size the loader's is: each rank's, or the whole world's"
     )
     accumulation: int = Field(1, ge=1, description="micro-batches that make one optimizer step")
+    fetch_batches: bool = Field(True, description="fetch whole batches at once where that gives the same")
     sync_batchnorm: bool = Field(False, description="BatchNorm's statistics over all ranks, not each rank's")
 
 

@@ -29,7 +29,7 @@ LAYERS = [
         "dtrain.seeding",
     ],
     ["dtrain.world"],
-    ["dtrain.batches", "dtrain.dealing"],
+    ["dtrain.batches", "dtrain.dealing", "dtrain.fetching"],
     [
         "dtrain.synced",
         "dtrain.metrics",

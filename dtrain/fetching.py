@@ -1,0 +1,69 @@
+"""Whole batches at once, from datasets of tensors.
+
+A DataLoader asks a TensorDataset for one sample after the other and stacks them, which takes longer than a small net's
+whole train step. Here the rows of a batch are taken out of the tensors by one call. The batch is what the DataLoader
+would have made: the same rows in the same order, a list of new, contiguous tensors of the same type on the same
+device. Where that is not known to hold, the loader's own way stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+
+
+class RowsOf(Dataset[Any]):
+    """A TensorDataset, or a subset of one, that is asked for a batch at a time.
+
+    Args:
+        dataset: the user's dataset; it is read anew for each batch, so that what the user changes counts.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitems__(self, indices: list[Any]) -> list[Any]:
+        """Returns the rows of a batch, one tensor for each part of a sample; the DataLoader calls this."""
+        dataset: Any = self.dataset
+        places = indices
+        while type(dataset) is Subset:
+            places = [dataset.indices[place] for place in places]
+            dataset = dataset.dataset
+        try:
+            if not 0 <= min(places) <= max(places) < len(dataset):
+                raise IndexError  # here, since a GPU would take the whole process down for it
+            rows = torch.tensor(places)
+            return [tensor.index_select(0, rows.to(tensor.device)) for tensor in dataset.tensors]
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            # Negative indices, slices and the like; and one out of bounds, which the dataset itself words better.
+            return default_collate([self.dataset[index] for index in indices])  # type: ignore[no-any-return]
+
+
+def fetched_by_batch(loader: DataLoader[Any]) -> tuple[Dataset[Any], Callable[..., Any]]:
+    """Returns the dataset and collate function that give a loader's batches, by the batch where that is equal."""
+    equal = (
+        loader.collate_fn is default_collate
+        and (loader.num_workers == 0 or loader.worker_init_fn is None)  # it may look at the dataset
+        and _is_plain(loader.dataset)
+    )
+    return (RowsOf(loader.dataset), _as_it_is) if equal else (loader.dataset, loader.collate_fn)
+
+
+def _is_plain(dataset: Any) -> bool:
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return type(dataset) is TensorDataset and all(
+        type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_quantized
+        for tensor in dataset.tensors
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
