@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,7 @@ class Replica:
         self._users_own = net.__dict__.get("forward")
         self._before: Any = None
         self._redirection: _Redirection | None = None
+        self._itself = contextlib.nullcontext(net)
         # Moves the net and, with mixed precision, puts its forward under autocast, for training and validation alike.
         world.accelerator.prepare_model(net, evaluation_mode=True)
         if world.size > 1 and any(parameter.requires_grad for parameter in net.parameters()):
@@ -104,39 +106,28 @@ class Replica:
         if self._users_own is not None:
             self.net.__dict__["forward"] = self._users_own
 
-    @contextlib.contextmanager
-    def averaging(self, wanted: bool) -> Iterator[None]:
+    def averaging(self, wanted: bool) -> AbstractContextManager[Any]:
         """While inside, backward averages the gradients over the ranks, or, if not wanted, adds them up here."""
         if wanted or self._redirection is None:
-            yield
-            return
-        with self._redirection.ddp.no_sync():
-            yield
+            return self._itself
+        return self._redirection.ddp.no_sync()  # type: ignore[no-any-return]
 
-    @contextlib.contextmanager
-    def training(self) -> Iterator[nn.Module]:
+    def training(self) -> AbstractContextManager[nn.Module]:
         """While inside, calls of the net go through DDP; outside, the net is as the user made it."""
-        with self._led(through_ddp=True):
-            yield self.net
+        return self._itself if self._redirection is None else self._led(self._redirection, through_ddp=True)
 
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[nn.Module]:
+    def evaluating(self) -> AbstractContextManager[nn.Module]:
         """While inside, also inside `training`, calls of the net go past DDP, in the run's precision."""
-        with self._led(through_ddp=False):
-            yield self.net
+        return self._itself if self._redirection is None else self._led(self._redirection, through_ddp=False)
 
     @contextlib.contextmanager
-    def _led(self, *, through_ddp: bool) -> Iterator[None]:
-        redirection = self._redirection
-        if redirection is None:
-            yield
-            return
+    def _led(self, redirection: _Redirection, *, through_ddp: bool) -> Iterator[nn.Module]:
         if not redirection.modes:
             self._before = self.net.__dict__.get("forward")
             self.net.__dict__["forward"] = redirection
         redirection.modes.append(through_ddp)
         try:
-            yield
+            yield self.net
         finally:
             # Of two loops side by side the first may end first; which of two equal modes goes does not matter.
             position = len(redirection.modes) - 1 - redirection.modes[::-1].index(through_ddp)

@@ -46,9 +46,9 @@ class Dealing:
     merge: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Share:
-    """One rank's part of one global batch.
+    """One rank's part of one global batch. Not frozen, since one is made and filled at every step.
 
     Attributes:
         batch: what the step gets (or, inside this module, the indices of its samples).

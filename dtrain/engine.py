@@ -160,6 +160,7 @@ class Engine:
         finally:
             self.progress.close()
             self.learner.close()
+            self.history.sync()
         return self.history
 
     def _run_epoch(self, epoch: int) -> None:
@@ -203,10 +204,11 @@ class Engine:
         self.place.enter("train", epoch)
         self.progress.begin("train", epoch, self._train_loader.steps())
         table = MeanTable("train", self._names, self.task.metrics)
+        by_step = self.task.scheduler is not None and self.task.interval == "step"
         started = time.perf_counter()
         for share in shares_on_device(self._train_loader, self.world, self.place):
             table.add(self.learner.learn(share), share.count)
-            if share.last:
+            if by_step and share.last:
                 self._step_scheduler("step")
             self.progress.step(table)
         seconds = seconds_since(started, self.world)

@@ -36,10 +36,10 @@ from dtrain.steps import (
     Kind,
     OptimizerWitness,
     Step,
+    StepValues,
     call_step,
     has_graph,
     kind_of,
-    named_values,
     scaled_gradients,
     watch_backward,
 )
@@ -48,6 +48,8 @@ from dtrain.world import World
 logger = logging.getLogger(__name__)
 
 Interval = Literal["epoch", "step"]
+
+_NOTHING = contextlib.nullcontext()
 
 
 @dataclass
@@ -111,6 +113,7 @@ class Learner:
         self._witness: OptimizerWitness | None = None
         self._held: HeldBack | None = None
         self._counted: Tensor | None = None
+        self._values_of = StepValues(task.module, "train", task.metrics)
         self._synced = SyncedBatchNorm(world) if sync_batchnorm and world.size > 1 else None
 
     def learn(self, share: Share) -> dict[str, Value]:
@@ -119,7 +122,7 @@ class Learner:
         Raises:
             StepError: the step breaks the step contract.
         """
-        with self._replica.averaging(share.last), self._synced or contextlib.nullcontext():
+        with self._replica.averaging(share.last), self._synced or _NOTHING:
             if self.kind is None:
                 return self._learn_first(share)
             if self.kind == "imperative":
@@ -193,7 +196,7 @@ class Learner:
     def _imperative(self, share: Share) -> dict[str, Value]:
         if self._synced is not None:
             self._synced.scale = share.scale
-        held = self._held(share) if self._held is not None else contextlib.nullcontext()
+        held = self._held(share) if self._held is not None else _NOTHING
         with held, scaled_gradients(self._parameters(), share.scale):
             return self._call(share)
 
@@ -202,7 +205,7 @@ class Learner:
             self._synced.counts = share.count > 0
         with self._replica.training() as model:
             returned = call_step(self._task.train_step, model, share.batch)
-        return named_values(returned, self._task.module, "train", self._task.metrics)
+        return self._values_of(returned)
 
     # --- declarative ----------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -92,11 +92,11 @@ class MeanTable:
         for metric in self._metrics.values():
             metric.reset()
         self.names = names
+        self._known: Set[str] = frozenset()  # names that were checked
         self._agreed = names is not None
         self.samples = 0
         self.steps = 0
-        self._totals: dict[str, Scalar] = {}
-        self._counts: dict[str, Scalar] = {}
+        self._sums: dict[str, _Sum] = {}
 
     def add(self, values: Mapping[str, Value], count: int) -> None:
         """Adds one step's values.
@@ -109,37 +109,38 @@ class MeanTable:
             StepError: the names differ from those of the steps before.
         """
         self.steps += 1
-        if self.names is None:
-            self.names = tuple(values)
-        elif len(values) != len(self.names) or any(name not in values for name in self.names):
-            raise StepError(
-                f"the {self.split} step returned the values {', '.join(values)}; before, it returned "
-                f"{', '.join(self.names)}. Return the same names at every step."
-            )
+        if values.keys() != self._known:
+            self._check_names(values)
         if count == 0:
             return
         self.samples += count
         for name, value in values.items():
             if isinstance(value, Observed):
                 self._metrics[name].update(*value.arguments, **value.keywords)
-            elif isinstance(value, Mean):
-                self._put(name, _plain(value.total), _plain(value.count))
+                continue
+            known = self._sums.get(name)
+            if known is None:
+                known = self._sums[name] = _Sum()
+            if isinstance(value, Mean):
+                known.add(value.total)
+                known.add_count(value.count)
             else:
-                self._put(name, _plain(value) * count, count)
+                known.add(value, count)
+                known.count += count
 
-    def _put(self, name: str, total: Scalar, count: Scalar) -> None:
-        if name in self._totals:
-            self._totals[name] = self._totals[name] + total
-            self._counts[name] = self._counts[name] + count
-        else:
-            self._totals[name], self._counts[name] = total, count
+    def _check_names(self, values: Mapping[str, Value]) -> None:
+        if self.names is not None and set(values) != set(self.names):
+            raise StepError(
+                f"the {self.split} step returned the values {', '.join(values)}; before, it returned "
+                f"{', '.join(self.names)}. Return the same names at every step."
+            )
+        self.names = tuple(values) if self.names is None else self.names
+        self._known = set(values)
 
     def running(self) -> dict[str, float]:
         """Returns this rank's means so far, for a person to watch; waits for the device."""
         return {
-            name: float(total) / count
-            for name, total in self._totals.items()
-            if (count := float(self._counts[name])) != 0
+            name: float(known.total) / count for name, known in self._sums.items() if (count := float(known.count)) != 0
         }
 
     def reduce(self, world: World, seconds: float, extras: tuple[float, ...] = ()) -> tuple[PassResult, list[float]]:
@@ -159,7 +160,8 @@ class MeanTable:
         """
         names = self.names = self._agree(world)
         averaged = [name for name in names if name not in self._metrics]
-        pairs = [float(table.get(name, 0.0)) for name in averaged for table in (self._totals, self._counts)]
+        own = [self._sums.get(name, _Sum()) for name in averaged]
+        pairs = [float(part) for known in own for part in (known.total, known.count)]
         sums = world.all_reduce([*pairs, float(self.samples), seconds, *extras])
         samples, total_seconds, *extra_sums = sums[len(pairs) :]
         if samples == 0:
@@ -199,12 +201,31 @@ def nothing_yielded(split: str) -> str:
     return f"the {split} loader yielded no batch. Is its dataset empty, or smaller than one batch with drop_last=True?"
 
 
-def _plain(number: Scalar) -> Scalar:
-    """A number that can be added up without holding a graph: a float, or a tensor on its device."""
-    if isinstance(number, Tensor):
-        number = number.detach()
-        return float(number) if number.device.type == "cpu" else number.to(_sum_dtype(number))
-    return float(number)
+class _Sum:
+    """A running total and count: Python floats, which are float64, or tensors on the values' device."""
+
+    __slots__ = ("count", "total")
+
+    def __init__(self) -> None:
+        self.total: Scalar = 0.0
+        self.count: Scalar = 0
+
+    def add(self, value: Scalar, times: int = 1) -> None:
+        self.total = _plus(self.total, value, times)
+
+    def add_count(self, count: Scalar) -> None:
+        self.count = _plus(self.count, count, 1)
+
+
+def _plus(total: Scalar, value: Scalar, times: int) -> Scalar:
+    """Adds without holding a graph, and on another device than the CPU without waiting for it."""
+    if not isinstance(value, Tensor):
+        return total + value * times
+    if value.is_cpu:
+        return total + value.item() * times
+    if isinstance(total, Tensor) and total.device == value.device:
+        return total.add_(value.detach(), alpha=times)  # one kernel; in float64 as the total is
+    return value.detach().to(_sum_dtype(value)) * times + total
 
 
 def _sum_dtype(value: Tensor) -> torch.dtype:

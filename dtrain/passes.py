@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from dtrain.dealing import Share
 from dtrain.metrics import MeanTable, PassResult
 from dtrain.progress import Progress
 from dtrain.sharding import ShardedLoader
-from dtrain.steps import Step, named_values, no_grad_step
+from dtrain.steps import Step, StepValues, no_grad_step
 from dtrain.world import World
 
 
@@ -43,6 +43,7 @@ def shares_on_device(loader: ShardedLoader, world: World, place: Place) -> Itera
     shares = loader.shares(place.epoch)
     # Once, before the first step, where a difference between the ranks could still hang them.
     compare = place.split == "train" and place.epoch == 1
+    here = world.device.type == "cpu"
     while True:
         place.step += 1  # also while its batch is fetched
         share = next(shares, None)
@@ -52,7 +53,9 @@ def shares_on_device(loader: ShardedLoader, world: World, place: Place) -> Itera
         if share is None:
             place.step -= 1
             return
-        yield _moved(share, world)
+        if not here:
+            share.batch = _moved(share.batch, world)
+        yield share
 
 
 def seconds_since(started: float, world: World) -> float:
@@ -67,12 +70,10 @@ def seconds_since(started: float, world: World) -> float:
     return time.perf_counter() - started
 
 
-def _moved(share: Share, world: World) -> Share:
-    if world.device.type == "cpu":
-        return share
+def _moved(batch: Any, world: World) -> Any:
     from accelerate.utils import send_to_device
 
-    return replace(share, batch=send_to_device(share.batch, world.device, non_blocking=True))
+    return send_to_device(batch, world.device, non_blocking=True)
 
 
 @dataclass
@@ -116,12 +117,13 @@ class ValidPass:
         place.enter("valid", epoch)
         progress.begin("valid", epoch, self.loader.steps())
         table = MeanTable("valid", self.names, self.metrics)
+        values_of = StepValues(self.module, "valid", self.metrics)
         started = time.perf_counter()
         for share in shares_on_device(self.loader, self.world, place):
             if table.steps == 0:
                 check_takes(self.step, share.batch, "valid")
             returned = no_grad_step(self.step, self.module, share.batch)
-            table.add(named_values(returned, self.module, "valid", self.metrics), share.count)
+            table.add(values_of(returned), share.count)
             progress.step(table)
         order = self.loader.fingerprint
         result, sums = table.reduce(self.world, seconds_since(started, self.world), (order, order**2))

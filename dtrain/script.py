@@ -43,7 +43,7 @@ from dtrain.failures import describe
 from dtrain.metrics import MeanTable, Value
 from dtrain.prepared import PROCESS, PreparedLoader
 from dtrain.seeding import derive, seed_everything
-from dtrain.steps import named_values
+from dtrain.steps import StepValues
 from dtrain.world import World
 
 _COMPARED_ROWS = 64
@@ -158,6 +158,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._table = MeanTable("metered")
+        self._values_of = StepValues(None, "metered")
 
     def add(self, *, count: int | None = None, **values: Value) -> None:
         """Adds one batch.
@@ -184,7 +185,7 @@ class Meter:
             count = share.count
         elif isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise UsageError(f"meter.add(count={count!r}): should be a number of samples.")
-        self._table.add(named_values(values, None, "metered"), count)
+        self._table.add(self._values_of(values), count)
 
     def running(self) -> dict[str, float]:
         """Returns this rank's means so far, without the other ranks'; empty before the first sample."""

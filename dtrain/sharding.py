@@ -9,7 +9,6 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -145,7 +144,9 @@ class _IndexedBatches:
         _set_epoch(getattr(self._batches, "sampler", None), epoch)
         _set_epoch(self._loader.dataset, epoch)
         for batch in self._loader:
-            yield replace(self._dealt.popleft(), batch=batch)
+            share = self._dealt.popleft()
+            share.batch = batch
+            yield share
 
 
 def _cut_list(indices: list[Any], start: int, stop: int) -> list[Any]:

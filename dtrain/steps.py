@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -43,34 +44,48 @@ def call_step(step: Step, model: nn.Module, batch: Any) -> Any:
     return step(model, batch)
 
 
-def named_values(returned: Any, model: Any, split: str, metrics: Container[str] = ()) -> dict[str, Value]:
-    """Gives the values that a step returned their names, and checks them.
+class StepValues:
+    """Gives the values that the steps of one split return their names, and checks them.
 
     Args:
-        returned: `(loss, metric)`, a loss, or a mapping name -> value; a value is a float, a 0-d tensor
-            or a `dtrain.Mean`.
-        model: its `metric_name`, where it has one, names the metric of a pair.
+        model: its `metric_name`, where it has one, names the metric of a pair; None where there is no model.
         split: "train" or "valid", for messages.
         metrics: names of the torchmetrics objects; a value of such a name is the tuple or mapping of arguments of
             the object's `update`, or its one argument.
-
-    Raises:
-        StepError: the step returned nothing, or something that is no such value.
     """
-    if isinstance(returned, Mapping):
-        values = dict(returned)
-    elif isinstance(returned, (tuple, list)) and len(returned) == 2:
-        values = {"loss": returned[0], metric_name(model): returned[1]}
-    elif isinstance(returned, (float, int, Tensor, Mean)) or getattr(returned, "shape", None) == ():
-        values = {"loss": returned}
-    else:
-        raise StepError(_no_values(returned, split))
-    if not values:
-        raise StepError(_no_values(returned, split))
-    return {
-        _name(name, split): observed(value) if name in metrics else _checked(name, value, split)
-        for name, value in values.items()
-    }
+
+    def __init__(self, model: Any, split: str, metrics: Container[str] = ()) -> None:
+        self._model = model
+        self._split = split
+        self._metrics = metrics
+        self._metric_name = ""
+
+    def __call__(self, returned: Any) -> dict[str, Value]:
+        """Returns name -> value.
+
+        Args:
+            returned: `(loss, metric)`, a loss, or a mapping name -> value; a value is a float, a tensor of one
+                element or a `dtrain.Mean`.
+
+        Raises:
+            StepError: the step returned nothing, or something that is no such value.
+        """
+        return {
+            name: observed(value) if name in self._metrics else _checked(name, value, self._split)
+            for name, value in self._named(returned).items()
+        }
+
+    def _named(self, returned: Any) -> Mapping[str, Any]:
+        if isinstance(returned, (tuple, list)) and len(returned) == 2:
+            self._metric_name = self._metric_name or _check_name(metric_name(self._model), self._split)
+            return {"loss": returned[0], self._metric_name: returned[1]}
+        if isinstance(returned, Mapping) and returned:
+            for name in returned:
+                _check_name(name, self._split)
+            return returned
+        if isinstance(returned, (float, int, Tensor, Mean)) or getattr(returned, "shape", None) == ():
+            return {"loss": returned}
+        raise StepError(_no_values(returned, self._split))
 
 
 def observed(value: Any) -> Observed:
@@ -92,7 +107,7 @@ def metric_name(model: Any) -> str:
     return name
 
 
-def _name(name: Any, split: str) -> str:
+def _check_name(name: Any, split: str) -> str:
     if not isinstance(name, str) or not name:
         raise StepError(f"the {split} step returned a mapping with the key {name!r}. Name its values by text.")
     if name in RESERVED or name.startswith("val_"):
@@ -104,15 +119,17 @@ def _name(name: Any, split: str) -> str:
 
 
 def _checked(name: str, value: Any, split: str) -> Value:
-    if type(value) is float or isinstance(value, (Mean, int, float)):
-        return value
     if isinstance(value, Tensor):
+        if value.ndim == 0 and value.dtype.is_floating_point:
+            return value
         if value.numel() != 1 or value.is_complex():
             raise StepError(
                 f"the {split} step returned {name!r} as a tensor of shape {tuple(value.shape)} and type {value.dtype}; "
                 "a value is one real number. Return its mean, as in value.mean(), or dtrain.Mean(total, count)."
             )
         return value if value.ndim == 0 else value.reshape(())
+    if isinstance(value, (float, int, Mean)):
+        return value
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return float(value)  # a NumPy scalar
     raise StepError(
@@ -210,16 +227,20 @@ def has_graph(loss: Value | None) -> bool:
     return isinstance(total, Tensor) and total.requires_grad
 
 
-@contextlib.contextmanager
-def scaled_gradients(parameters: Iterable[Tensor], scale: float) -> Iterator[None]:
+def scaled_gradients(parameters: Iterable[Tensor], scale: float) -> AbstractContextManager[None]:
     """Multiplies every gradient on its way into `param.grad` by a number.
 
     This is how a step, also one that calls backward() itself, gets the weight of its real samples: the hooks
     run before DDP averages over the ranks. Costs nothing where the scale is 1.
     """
-    if scale == 1.0:
-        yield
-        return
+    return _AS_THEY_ARE if scale == 1.0 else _scaled(parameters, scale)
+
+
+_AS_THEY_ARE = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _scaled(parameters: Iterable[Tensor], scale: float) -> Iterator[None]:
     handles = [_hooks(p).register_hook(lambda grad: grad * scale) for p in parameters if p.requires_grad]
     try:
         yield

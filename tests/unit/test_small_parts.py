@@ -19,7 +19,7 @@ from dtrain.launch import threads
 from dtrain.launch.facts import read_rank_facts
 from dtrain.metrics import Mean, MeanTable
 from dtrain.signatures import Builder
-from dtrain.steps import kind_of, named_values
+from dtrain.steps import StepValues, kind_of
 
 
 class TestHistory:
@@ -119,15 +119,15 @@ class TestSteps:
     def test_what_a_step_may_return(self) -> None:
         net = nn.Linear(1, 1)
         net.metric_name = "mae"
-        assert named_values((1.0, 2), net, "train") == {"loss": 1.0, "mae": 2}
-        assert named_values(torch.tensor([3.0]), net, "train")["loss"].shape == ()
-        assert named_values({"loss": np.float32(0.5)}, net, "train") == {"loss": 0.5}
-        assert named_values((1.0, 2.0), nn.Linear(1, 1), "train") == {"loss": 1.0, "metric": 2.0}
-        assert named_values(Mean(1.0, 2), net, "train") == {"loss": Mean(1.0, 2)}
-        assert named_values(np.float32(0.5), net, "train") == {"loss": 0.5}
+        assert StepValues(net, "train")((1.0, 2)) == {"loss": 1.0, "mae": 2}
+        assert StepValues(net, "train")(torch.tensor([3.0]))["loss"].shape == ()
+        assert StepValues(net, "train")({"loss": np.float32(0.5)}) == {"loss": 0.5}
+        assert StepValues(nn.Linear(1, 1), "train")((1.0, 2.0)) == {"loss": 1.0, "metric": 2.0}
+        assert StepValues(net, "train")(Mean(1.0, 2)) == {"loss": Mean(1.0, 2)}
+        assert StepValues(net, "train")(np.float32(0.5)) == {"loss": 0.5}
         net.metric_name = "loss"
         with pytest.raises(StepError, match="metric_name"):
-            named_values((1.0, 2.0), net, "train")
+            StepValues(net, "train")((1.0, 2.0))
 
     @pytest.mark.parametrize(
         ("returned", "told"),
@@ -146,7 +146,7 @@ class TestSteps:
     )
     def test_anything_else_is_refused_by_name(self, returned: object, told: str) -> None:
         with pytest.raises(StepError, match=told):
-            named_values(returned, nn.Linear(1, 1), "train")
+            StepValues(nn.Linear(1, 1), "train")(returned)
 
     def test_the_kind_is_told_by_what_the_step_did(self) -> None:
         graph = torch.ones(1, requires_grad=True).sum()
