@@ -115,7 +115,7 @@ class Engine:
         self.place = Place(self.world.rank)
         self._names: tuple[str, ...] | None = None
         self._rate: float | None = None  # of the last optimizer step, where the schedule goes on after each
-        self._train_loader = self._sharded(self.task.dl_train)
+        self.train_loader = self._sharded(self.task.dl_train)
         self._valid = valid_pass(
             self.task,
             self.world,
@@ -164,7 +164,7 @@ class Engine:
         return self.history
 
     def _run_epoch(self, epoch: int) -> None:
-        train = self._train(epoch)
+        train = self.train_pass(epoch)
         valid = None if self._valid is None else self._valid.run(epoch, self.place, self.progress)
         row = self._row(epoch, train, valid)
         if epoch == 1:
@@ -198,22 +198,30 @@ class Engine:
 
     # --- training -------------------------------------------------------------------------------------
 
-    def _train(self, epoch: int) -> PassResult:
+    def train_pass(self, epoch: int) -> PassResult:
+        """Runs one epoch of training.
+
+        Args:
+            epoch: 1 or more.
+
+        Returns:
+            the means over all samples of all ranks, equal on all of them.
+        """
         module = self.task.module
         module.train()
         self.place.enter("train", epoch)
-        self.progress.begin("train", epoch, self._train_loader.steps())
+        self.progress.begin("train", epoch, self.train_loader.steps())
         table = MeanTable("train", self._names, self.task.metrics)
         by_step = self.task.scheduler is not None and self.task.interval == "step"
         started = time.perf_counter()
-        for share in shares_on_device(self._train_loader, self.world, self.place):
+        for share in shares_on_device(self.train_loader, self.world, self.place):
             table.add(self.learner.learn(share), share.count)
             if by_step and share.last:
                 self._step_scheduler("step")
             self.progress.step(table)
         seconds = seconds_since(started, self.world)
         weights = weights_checksum(module, self.world.sum_dtype) if self.world.size > 1 else 0.0
-        order = self._train_loader.fingerprint
+        order = self.train_loader.fingerprint
         result, sums = table.reduce(self.world, seconds, (weights, weights**2, order, order**2))
         self._names = tuple(result.means)
         check_order(sums[2], sums[3], self.world.size, "train")

@@ -43,7 +43,6 @@ def shares_on_device(loader: ShardedLoader, world: World, place: Place) -> Itera
     shares = loader.shares(place.epoch)
     # Once, before the first step, where a difference between the ranks could still hang them.
     compare = place.split == "train" and place.epoch == 1
-    here = world.device.type == "cpu"
     while True:
         place.step += 1  # also while its batch is fetched
         share = next(shares, None)
@@ -53,8 +52,7 @@ def shares_on_device(loader: ShardedLoader, world: World, place: Place) -> Itera
         if share is None:
             place.step -= 1
             return
-        if not here:
-            share.batch = _moved(share.batch, world)
+        share.batch = to_device(share.batch, world)
         yield share
 
 
@@ -70,7 +68,10 @@ def seconds_since(started: float, world: World) -> float:
     return time.perf_counter() - started
 
 
-def _moved(batch: Any, world: World) -> Any:
+def to_device(batch: Any, world: World) -> Any:
+    """Returns a nested batch on the rank's device; from pinned memory without waiting for it."""
+    if world.device.type == "cpu":
+        return batch
     from accelerate.utils import send_to_device
 
     return send_to_device(batch, world.device, non_blocking=True)

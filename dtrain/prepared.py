@@ -29,6 +29,7 @@ from dtrain.checks import check_alike, check_optimizers, check_order, weights_ch
 from dtrain.ddp import Replica
 from dtrain.dealing import BatchMode, Dealing, Share
 from dtrain.errors import StepError, UsageError
+from dtrain.passes import to_device
 from dtrain.sharding import ShardedLoader
 from dtrain.steps import scaled_gradients
 from dtrain.world import World, bring_up
@@ -216,15 +217,8 @@ class PreparedLoader:
         for share in shares:
             current.share = share
             with scaled_gradients(self._replica.net.parameters(), share.scale if current.train else 1.0):
-                yield self._moved(share.batch)
+                yield to_device(share.batch, self._world)
             current.share = None
-
-    def _moved(self, batch: Any) -> Any:
-        if self._world.device.type == "cpu":
-            return batch
-        from accelerate.utils import send_to_device
-
-        return send_to_device(batch, self._world.device, non_blocking=True)
 
     def _view(self, *, train: bool) -> ShardedLoader:
         if train not in self._views:

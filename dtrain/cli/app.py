@@ -8,6 +8,7 @@ import typer
 
 from dtrain import __version__
 from dtrain.cli import check
+from dtrain.cli.bench import bench, bench_rank
 from dtrain.cli.evaluate import evaluate, predict, summary
 from dtrain.cli.launch import launch
 from dtrain.cli.train import train
@@ -20,8 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (train, evaluate, predict, summary):
+for _verb in (train, evaluate, predict, summary, bench):
     app.command()(_verb)
+app.command(name="bench-rank", hidden=True)(bench_rank)
 # What follows the script is the script's, options included.
 app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.add_typer(check.app, name="check")

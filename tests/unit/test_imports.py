@@ -44,7 +44,7 @@ LAYERS = [
     ["dtrain.engine", "dtrain.prepared"],
     ["dtrain.inference", "dtrain.training", "dtrain.recipe", "dtrain.export", "dtrain.summary", "dtrain.best"],
     ["dtrain.keras", "dtrain.run", "dtrain.plan", "dtrain.script"],
-    ["dtrain.check", "dtrain.evaluation"],
+    ["dtrain.check", "dtrain.bench", "dtrain.evaluation"],
     ["dtrain.cli"],
     ["dtrain.__main__"],
 ]
