@@ -1,0 +1,91 @@
+"""Lightning's Trainer, with what it recommends for several ranks: self.log(sync_dist=True) and torchmetrics."""
+
+from typing import Any
+
+from bench.loading import PYTHON, Reported
+from bench.problems import Nine
+
+PACKAGE = "lightning"
+LAUNCH = PYTHON  # it starts the second rank itself
+ENV = {}
+_QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def _nine(nine: Nine) -> Reported:
+    import lightning as pl
+    from torchmetrics import MeanMetric
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.metric = nine.net, MeanMetric()
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            return self.net(batch[0]).mean()
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            predictions = self.net(batch[0])
+            self.metric.update(predictions)
+            self.log("val_loss", predictions.mean(), sync_dist=True)
+            self.log("val_metric", self.metric)
+
+        def configure_optimizers(self) -> Any:
+            return nine.optimizer()
+
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, num_sanity_val_steps=0, **_QUIET)
+    trainer.fit(Module(), nine.loader(), nine.loader())
+    return Reported(*(trainer.callback_metrics[name].item() for name in ("val_loss", "val_metric")))
+
+
+NUMBERS = {"sync_dist; torchmetrics": _nine}
+
+
+def _train(problem: Any, epochs: int, between: Any) -> None:
+    import lightning as pl
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.loss_func = problem.net(), problem.loss_func
+
+        def _logged(self, batch: Any, prefix: str) -> Any:
+            features, labels = batch
+            predictions = self.net(features)
+            loss = self.loss_func(predictions, labels)
+            self.log_dict(
+                {f"{prefix}loss": loss, f"{prefix}accuracy": problem.accuracy(predictions, labels)},
+                on_step=False,
+                on_epoch=True,
+                sync_dist=True,
+                batch_size=len(labels),
+            )
+            return loss
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            return self._logged(batch, "")
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            self._logged(batch, "val_")
+
+        def configure_optimizers(self) -> Any:
+            return problem.optimizer(self.net)
+
+    class Bell(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, _: Any) -> None:
+            means = trainer.callback_metrics
+            if means:
+                between(**{name: means[name].item() for name in ("loss", "accuracy", "val_loss", "val_accuracy")})
+
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=problem.size,
+        strategy="ddp" if problem.size > 1 else "auto",
+        max_epochs=epochs + 1,
+        num_sanity_val_steps=0,
+        callbacks=[Bell()],
+        **_QUIET,
+    )
+    trainer.fit(Module(), problem.train_loader(), problem.valid_loader())
+
+
+SPEED = {"Trainer": _train}
