@@ -46,33 +46,28 @@ def _reducing(problem: Any, epochs: int, between: Any) -> None:
     """Sums on each rank, one reduce a pass. What Accelerate pads counts twice."""
     import torch
 
+    from bench.hand import Sums, means_of
+
     accelerator, net, optimizer, dl_train, dl_valid = _prepared(problem)
     loss_func = problem.loss_func
 
-    def add(sums: Any, loss: Any, predictions: Any, labels: Any) -> None:
-        sums[0] += loss.detach() * len(labels)
-        sums[1] += (predictions.argmax(dim=1) == labels).sum()
-        sums[2] += len(labels)
-
     for _ in range(epochs):
         net.train()
-        train = torch.zeros(3, dtype=torch.float64)
+        train = Sums()
         for features, labels in dl_train:
             optimizer.zero_grad()
             predictions = net(features)
             loss = loss_func(predictions, labels)
             accelerator.backward(loss)
             optimizer.step()
-            add(train, loss, predictions, labels)
+            train.add(loss, predictions, labels)
         net.eval()
-        valid = torch.zeros(3, dtype=torch.float64)
+        valid = Sums()
         with torch.no_grad():
             for features, labels in dl_valid:
                 predictions = net(features)
-                add(valid, loss_func(predictions, labels), predictions, labels)
-        t = accelerator.reduce(train).tolist()
-        v = accelerator.reduce(valid).tolist()
-        between(loss=t[0] / t[2], accuracy=t[1] / t[2], val_loss=v[0] / v[2], val_accuracy=v[1] / v[2])
+                valid.add(loss_func(predictions, labels), predictions, labels)
+        between(**means_of(accelerator.reduce(train.packed()), accelerator.reduce(valid.packed())))
 
 
 def _gathering(problem: Any, epochs: int, between: Any) -> None:

@@ -70,3 +70,101 @@ NUMBERS = {
 }
 
 _MEANS = ("loss", "accuracy", "val_loss", "val_accuracy")
+
+
+def _fit(problem: Any, epochs: int, between: Any, **task: Any) -> None:
+    """As `dtrain train` does it, without its checkpoints: exact means, history file, plain lines every ten steps."""
+    from dtrain.engine import Engine
+    from dtrain.history import History
+    from dtrain.learning import Task
+    from dtrain.progress import choose_progress
+    from dtrain.world import bring_up
+
+    world = bring_up(cpu=True)
+    engine = Engine(
+        Task(dl_train=problem.train_loader(), dl_valid=problem.valid_loader(), **task),
+        world,
+        epochs=epochs,
+        history=History("history.csv"),
+        progress=choose_progress(is_main=world.is_main, epochs=epochs, log_step_freq=10),
+    )
+    engine.after_epoch.append(lambda row: between(**{name: row[name] for name in _MEANS}))
+    engine.fit()
+
+
+def _imperative(problem: Any, epochs: int, between: Any) -> None:
+    net = problem.net()
+    net.optimizer, net.metric_name = problem.optimizer(net), "accuracy"
+
+    def train_step(model: Any, features: Any, labels: Any) -> Any:
+        model.optimizer.zero_grad()
+        predictions = model(features)
+        loss = problem.loss_func(predictions, labels)
+        loss.backward()
+        model.optimizer.step()
+        return loss.detach(), problem.accuracy(predictions, labels)
+
+    _fit(problem, epochs, between, module=net, train_step=train_step, valid_step=_returning(problem))
+
+
+def _returning(problem: Any) -> Any:
+    def step(model: Any, features: Any, labels: Any) -> Any:
+        predictions = model(features)
+        return problem.loss_func(predictions, labels), problem.accuracy(predictions.detach(), labels)
+
+    return step
+
+
+def _declarative(problem: Any, epochs: int, between: Any) -> None:
+    net, step = problem.net(), _returning(problem)
+    net.optimizer, net.metric_name = problem.optimizer(net), "accuracy"
+    _fit(problem, epochs, between, module=net, train_step=step, valid_step=step)
+
+
+def _script(problem: Any, epochs: int, between: Any) -> None:
+    import torch
+
+    import dtrain
+
+    net = problem.net()
+    net, dl_train, dl_valid, optimizer = dtrain.prepare(
+        net, problem.train_loader(), problem.valid_loader(), problem.optimizer(net), cpu=True
+    )
+    history = dtrain.History("history.csv")
+    for epoch in range(1, epochs + 1):
+        net.train()
+        train = dtrain.Meter()
+        for step, (features, labels) in enumerate(dl_train, 1):
+            optimizer.zero_grad()
+            predictions = net(features)
+            loss = problem.loss_func(predictions, labels)
+            loss.backward()
+            optimizer.step()
+            train.add(loss=loss, accuracy=problem.accuracy(predictions, labels))
+            if step % 10 == 0:
+                dtrain.print_main(f"[step = {step}] {train}")
+        net.eval()
+        valid = dtrain.Meter()
+        with torch.no_grad():
+            for features, labels in dl_valid:
+                predictions = net(features)
+                valid.add(loss=problem.loss_func(predictions, labels), accuracy=problem.accuracy(predictions, labels))
+        row = {"epoch": epoch, **train.means(), **valid.means("val_")}
+        history.append(row)
+        dtrain.print_main(row)
+        between(**{name: row[name] for name in _MEANS})
+
+
+def _tutorial(problem: Any, epochs: int, between: Any) -> None:
+    from bench.hand import tutorial_model
+
+    net, train_step, valid_step = tutorial_model(problem)
+    _fit(problem, epochs, between, module=net, train_step=train_step, valid_step=valid_step)
+
+
+SPEED = {
+    "steps that step (imperative)": _imperative,
+    "steps that return the loss": _declarative,
+    "script: prepare, Meter": _script,
+    "the tutorial's steps": _tutorial,
+}

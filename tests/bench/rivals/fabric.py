@@ -37,6 +37,8 @@ def _train(problem: Any, epochs: int, between: Any) -> None:
     import torch
     from lightning.fabric import Fabric
 
+    from bench.hand import Sums, means_of
+
     fabric = Fabric(accelerator="cpu", devices=problem.size, strategy="ddp" if problem.size > 1 else "auto")
     fabric.launch()
     net = problem.net()
@@ -44,30 +46,27 @@ def _train(problem: Any, epochs: int, between: Any) -> None:
     dl_train, dl_valid = fabric.setup_dataloaders(problem.train_loader(), problem.valid_loader())
     loss_func = problem.loss_func
 
-    def add(sums: Any, loss: Any, predictions: Any, labels: Any) -> None:
-        sums[0] += loss.detach() * len(labels)
-        sums[1] += (predictions.argmax(dim=1) == labels).sum()
-        sums[2] += len(labels)
-
     for _ in range(epochs):
         net.train()
-        train = torch.zeros(3, dtype=torch.float64)
+        train = Sums()
         for features, labels in dl_train:
             optimizer.zero_grad()
             predictions = net(features)
             loss = loss_func(predictions, labels)
             fabric.backward(loss)
             optimizer.step()
-            add(train, loss, predictions, labels)
+            train.add(loss, predictions, labels)
         net.eval()
-        valid = torch.zeros(3, dtype=torch.float64)
+        valid = Sums()
         with torch.no_grad():
             for features, labels in dl_valid:
                 predictions = net(features)
-                add(valid, loss_func(predictions, labels), predictions, labels)
-        t = fabric.all_reduce(train, reduce_op="sum").tolist()
-        v = fabric.all_reduce(valid, reduce_op="sum").tolist()
-        between(loss=t[0] / t[2], accuracy=t[1] / t[2], val_loss=v[0] / v[2], val_accuracy=v[1] / v[2])
+                valid.add(loss_func(predictions, labels), predictions, labels)
+        between(
+            **means_of(
+                fabric.all_reduce(train.packed(), reduce_op="sum"), fabric.all_reduce(valid.packed(), reduce_op="sum")
+            )
+        )
 
 
 SPEED = {"one reduce an epoch": _train}

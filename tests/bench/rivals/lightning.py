@@ -1,5 +1,6 @@
 """Lightning's Trainer, with what it recommends for several ranks: self.log(sync_dist=True) and torchmetrics."""
 
+from functools import partial
 from typing import Any
 
 from bench.loading import PYTHON, Reported
@@ -40,18 +41,24 @@ def _nine(nine: Nine) -> Reported:
 NUMBERS = {"sync_dist; torchmetrics": _nine}
 
 
-def _train(problem: Any, epochs: int, between: Any) -> None:
+def _train(problem: Any, epochs: int, between: Any, own_sums: bool) -> None:
     import lightning as pl
+
+    from bench.hand import Sums
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.net, self.loss_func = problem.net(), problem.loss_func
+            self.sums = {"": Sums(), "val_": Sums()}
 
         def _logged(self, batch: Any, prefix: str) -> Any:
             features, labels = batch
             predictions = self.net(features)
             loss = self.loss_func(predictions, labels)
+            if own_sums:
+                self.sums[prefix].add(loss, predictions, labels)
+                return loss
             self.log_dict(
                 {f"{prefix}loss": loss, f"{prefix}accuracy": problem.accuracy(predictions, labels)},
                 on_step=False,
@@ -60,6 +67,18 @@ def _train(problem: Any, epochs: int, between: Any) -> None:
                 batch_size=len(labels),
             )
             return loss
+
+        def _log_sums(self, prefix: str) -> None:
+            if own_sums:
+                loss, hits, count = self.all_gather(self.sums[prefix].packed()).reshape(-1, 3).sum(dim=0)
+                self.log_dict({f"{prefix}loss": loss / count, f"{prefix}accuracy": hits / count})
+                self.sums[prefix] = Sums()
+
+        def on_train_epoch_end(self) -> None:
+            self._log_sums("")
+
+        def on_validation_epoch_end(self) -> None:
+            self._log_sums("val_")
 
         def training_step(self, batch: Any, _: int) -> Any:
             return self._logged(batch, "")
@@ -88,4 +107,7 @@ def _train(problem: Any, epochs: int, between: Any) -> None:
     trainer.fit(Module(), problem.train_loader(), problem.valid_loader())
 
 
-SPEED = {"Trainer": _train}
+SPEED = {
+    "self.log at each step": partial(_train, own_sums=False),
+    "self.log once an epoch": partial(_train, own_sums=True),
+}

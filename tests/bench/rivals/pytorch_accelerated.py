@@ -40,24 +40,24 @@ NUMBERS = {
 
 
 def _train(problem: Any, epochs: int, between: Any) -> None:
-    import torch
     from pytorch_accelerated import Trainer
     from pytorch_accelerated.callbacks import TrainerCallback
+
+    from bench.hand import Sums
 
     class Accuracy(TrainerCallback):
         """Sums on each rank, one gather a pass."""
 
         def __init__(self) -> None:
-            self.sums = {"train": torch.zeros(2), "eval": torch.zeros(2)}
+            self.sums = {"train": Sums(), "eval": Sums()}
 
         def _add(self, split: str, batch: Any, output: Any) -> None:
-            self.sums[split][0] += (output["model_outputs"].argmax(dim=1) == batch[1]).sum()
-            self.sums[split][1] += len(batch[1])
+            self.sums[split].add(output["loss"], output["model_outputs"], batch[1])
 
         def _close(self, split: str, trainer: Any) -> None:
-            hits, count = trainer.gather(self.sums[split][None]).sum(dim=0).tolist()
+            _, hits, count = trainer.gather(self.sums[split].packed()[None]).sum(dim=0).tolist()
             trainer.run_history.update_metric(f"{split}_accuracy", hits / count)
-            self.sums[split].zero_()
+            self.sums[split] = Sums()
 
         def on_train_step_end(self, trainer: Any, batch: Any, batch_output: Any, **_: Any) -> None:
             self._add("train", batch, batch_output)

@@ -93,6 +93,7 @@ def _train(problem: Any, epochs: int, between: Any) -> None:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        logging_nan_inf_filter=False,
         max_grad_norm=0.0,
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
