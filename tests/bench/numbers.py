@@ -23,12 +23,14 @@ _TIMEOUT = 180.0
 def main() -> None:
     """Runs and prints."""
     from bench.loading import chosen
+    from bench.starting import end_children_on_sigterm
     from bench.table import print_table
 
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--only", metavar="NAME,...", help="rivals, by the names of their files")
     arguments.add_argument("--json", metavar="FILE", type=Path, help="where the rows go, besides")
     asked = arguments.parse_args()
+    end_children_on_sigterm()
     rows = [row for name in chosen(asked.only) for row in measure(name)]
     print("Nine samples, 0 to 8: the true mean is 4, over 9 samples. Two CPU ranks, batch size 2 on each.\n")
     print_table(("trainer", "version", "used as", "loss", "metric", "samples", ""), [_cells(row) for row in rows])

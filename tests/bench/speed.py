@@ -27,9 +27,11 @@ _TIMEOUT = 580.0
 def main() -> None:
     """Runs and prints."""
     from bench.loading import chosen
+    from bench.starting import end_children_on_sigterm
     from bench.table import print_table
 
     asked = _arguments()
+    end_children_on_sigterm()
     rows = [row for name in chosen(asked.only) for row in measure(name, asked)]
     against = "the tutorial's loop" if asked.model == "tutorial" else "a tuned hand-written loop"
     print(
@@ -70,7 +72,7 @@ def measure(name: str, asked: argparse.Namespace) -> list[dict[str, Any]]:
         if (variant == "the tutorial's steps") != (asked.model == "tutorial"):
             continue
         row = {"trainer": name, "version": found, "variant": variant}
-        print(f"{name}: {variant} ...", file=sys.stderr)
+        print(f"{name}: {variant} ...", end="", file=sys.stderr, flush=True)
         if found is None:
             row["error"] = getattr(rival, "MISSING", f"not installed: pip install {rival.PACKAGE}")
         else:
@@ -80,6 +82,7 @@ def measure(name: str, asked: argparse.Namespace) -> list[dict[str, Any]]:
                 told = starting.run(launch, words, rival.ENV, Path(folder), _TIMEOUT)
             row |= next((one for one in told if one.get("error")), told[0])
         rows.append(row if row.get("error") else row | _ratios(row, asked.epochs))
+        print(*_cells(rows[-1])[3:5], file=sys.stderr)
     return rows
 
 

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ _SAME_FOR_ALL = {
     "MALLOC_TRIM_THRESHOLD_": str(2**31),
     "MALLOC_TOP_PAD_": str(2**26),
 }
+
+
+def end_children_on_sigterm() -> None:
+    """A SIGTERM then ends this process as Ctrl-C does: with its ranks."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def run(launch: tuple[str, ...], words: list[str], env: dict[str, str], folder: Path, timeout: float) -> list[Any]:

@@ -1,8 +1,10 @@
 """dtrain, in its three styles."""
 
 import sys
+from functools import partial
 from typing import Any
 
+import dtrain
 from bench.loading import Reported
 from bench.problems import Nine
 
@@ -11,46 +13,30 @@ LAUNCH = (sys.executable, "-m", "dtrain", "launch", "-n", "2", "--cpu", "--")
 ENV = {}
 
 
-def _function_nine(nine: Nine) -> Reported:
-    import dtrain
+def _means_of(history: Any) -> Reported:
+    return Reported(*history[["val_loss", "val_metric"]].iloc[-1])
 
-    def train_step(model: Any, values: Any, _: Any) -> Any:
+
+def _function_nine(nine: Nine) -> Reported:
+    def step(model: Any, values: Any, _: Any) -> Any:
         mean = model(values).mean()
         return mean, mean.detach()
 
-    history = dtrain.train_model(
-        nine.net,
-        1,
-        nine.loader(),
-        nine.loader(),
-        train_step=train_step,
-        valid_step=train_step,
-        optimizer=nine.optimizer(),
-    )
-    return Reported(*history[["val_loss", "val_metric"]].iloc[-1])
+    loaders = nine.loader(), nine.loader()
+    steps = {"train_step": step, "valid_step": step}
+    return _means_of(dtrain.train_model(nine.net, 1, *loaders, **steps, optimizer=nine.optimizer()))
 
 
-def _keras_nine(nine: Nine) -> Reported:
-    import dtrain
-
+def _keras_nine(nine: Nine, evaluates: bool) -> Reported:
     model = dtrain.KerasModel(nine.net)
     model.compile(loss_func=nine.loss, optimizer=nine.optimizer(), metrics_dict={"metric": nine.loss})
-    history = model.fit(1, nine.loader(), nine.loader())
-    return Reported(*history[["val_loss", "val_metric"]].iloc[-1])
-
-
-def _evaluate_nine(nine: Nine) -> Reported:
-    import dtrain
-
-    model = dtrain.KerasModel(nine.net, nine.loss, {"metric": nine.loss})
-    told = model.evaluate(nine.loader())
-    return Reported(told["val_loss"], told["val_metric"])
+    if evaluates:
+        return Reported(*model.evaluate(nine.loader()).values())
+    return _means_of(model.fit(1, nine.loader(), nine.loader()))
 
 
 def _script_nine(nine: Nine) -> Reported:
     import torch
-
-    import dtrain
 
     net, loader = dtrain.prepare(nine.net, nine.loader())
     net.eval()
@@ -64,15 +50,15 @@ def _script_nine(nine: Nine) -> Reported:
 
 NUMBERS = {
     "train_model": _function_nine,
-    "KerasModel.fit": _keras_nine,
-    "KerasModel.evaluate": _evaluate_nine,
+    "KerasModel.fit": partial(_keras_nine, evaluates=False),
+    "KerasModel.evaluate": partial(_keras_nine, evaluates=True),
     "script: prepare, Meter": _script_nine,
 }
 
 _MEANS = ("loss", "accuracy", "val_loss", "val_accuracy")
 
 
-def _fit(problem: Any, epochs: int, between: Any, **task: Any) -> None:
+def _fit(problem: Any, epochs: int, between: Any, net: Any, train_step: Any, valid_step: Any) -> None:
     """As `dtrain train` does it, without its checkpoints: exact means, history file, plain lines every ten steps."""
     from dtrain.engine import Engine
     from dtrain.history import History
@@ -81,21 +67,20 @@ def _fit(problem: Any, epochs: int, between: Any, **task: Any) -> None:
     from dtrain.world import bring_up
 
     world = bring_up(cpu=True)
-    engine = Engine(
-        Task(dl_train=problem.train_loader(), dl_valid=problem.valid_loader(), **task),
-        world,
-        epochs=epochs,
-        history=History("history.csv"),
-        progress=choose_progress(is_main=world.is_main, epochs=epochs, log_step_freq=10),
-    )
+    task = Task(net, train_step, problem.train_loader(), valid_step, problem.valid_loader())
+    shown = choose_progress(is_main=world.is_main, epochs=epochs, log_step_freq=10)
+    engine = Engine(task, world, epochs=epochs, history=History("history.csv"), progress=shown)
     engine.after_epoch.append(lambda row: between(**{name: row[name] for name in _MEANS}))
     engine.fit()
 
 
-def _imperative(problem: Any, epochs: int, between: Any) -> None:
+def _net(problem: Any) -> Any:
     net = problem.net()
     net.optimizer, net.metric_name = problem.optimizer(net), "accuracy"
+    return net
 
+
+def _imperative(problem: Any, epochs: int, between: Any) -> None:
     def train_step(model: Any, features: Any, labels: Any) -> Any:
         model.optimizer.zero_grad()
         predictions = model(features)
@@ -104,7 +89,7 @@ def _imperative(problem: Any, epochs: int, between: Any) -> None:
         model.optimizer.step()
         return loss.detach(), problem.accuracy(predictions, labels)
 
-    _fit(problem, epochs, between, module=net, train_step=train_step, valid_step=_returning(problem))
+    _fit(problem, epochs, between, _net(problem), train_step, _returning(problem))
 
 
 def _returning(problem: Any) -> Any:
@@ -116,20 +101,15 @@ def _returning(problem: Any) -> Any:
 
 
 def _declarative(problem: Any, epochs: int, between: Any) -> None:
-    net, step = problem.net(), _returning(problem)
-    net.optimizer, net.metric_name = problem.optimizer(net), "accuracy"
-    _fit(problem, epochs, between, module=net, train_step=step, valid_step=step)
+    _fit(problem, epochs, between, _net(problem), *[_returning(problem)] * 2)
 
 
 def _script(problem: Any, epochs: int, between: Any) -> None:
     import torch
 
-    import dtrain
-
     net = problem.net()
-    net, dl_train, dl_valid, optimizer = dtrain.prepare(
-        net, problem.train_loader(), problem.valid_loader(), problem.optimizer(net), cpu=True
-    )
+    mine = problem.train_loader(), problem.valid_loader(), problem.optimizer(net)
+    net, dl_train, dl_valid, optimizer = dtrain.prepare(net, *mine, cpu=True)
     history = dtrain.History("history.csv")
     for epoch in range(1, epochs + 1):
         net.train()
@@ -155,11 +135,10 @@ def _script(problem: Any, epochs: int, between: Any) -> None:
         between(**{name: row[name] for name in _MEANS})
 
 
-def _tutorial(problem: Any, epochs: int, between: Any) -> None:
+def _tutorial(*asked: Any) -> None:
     from bench.hand import tutorial_model
 
-    net, train_step, valid_step = tutorial_model(problem)
-    _fit(problem, epochs, between, module=net, train_step=train_step, valid_step=valid_step)
+    _fit(*asked, *tutorial_model(asked[0]))
 
 
 SPEED = {

@@ -41,38 +41,51 @@ def _nine(nine: Nine) -> Reported:
 NUMBERS = {"sync_dist; torchmetrics": _nine}
 
 
-def _train(problem: Any, epochs: int, between: Any, own_sums: bool) -> None:
+def _logging(problem: Any) -> type:
     import lightning as pl
-
-    from bench.hand import Sums
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.net, self.loss_func = problem.net(), problem.loss_func
-            self.sums = {"": Sums(), "val_": Sums()}
 
-        def _logged(self, batch: Any, prefix: str) -> Any:
-            features, labels = batch
-            predictions = self.net(features)
-            loss = self.loss_func(predictions, labels)
-            if own_sums:
-                self.sums[prefix].add(loss, predictions, labels)
-                return loss
-            self.log_dict(
-                {f"{prefix}loss": loss, f"{prefix}accuracy": problem.accuracy(predictions, labels)},
-                on_step=False,
-                on_epoch=True,
-                sync_dist=True,
-                batch_size=len(labels),
-            )
+        def _step(self, batch: Any, prefix: str) -> Any:
+            predictions = self.net(batch[0])
+            loss = self.loss_func(predictions, batch[1])
+            self._note(prefix, loss, predictions, batch[1])
             return loss
 
+        def _note(self, prefix: str, loss: Any, predictions: Any, labels: Any) -> None:
+            means = {f"{prefix}loss": loss, f"{prefix}accuracy": problem.accuracy(predictions, labels)}
+            self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(labels))
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            return self._step(batch, "")
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            self._step(batch, "val_")
+
+        def configure_optimizers(self) -> Any:
+            return problem.optimizer(self.net)
+
+    return Module
+
+
+def _summing(problem: Any) -> type:
+    from bench.hand import Sums
+
+    class Summing(_logging(problem)):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sums = {"": Sums(), "val_": Sums()}
+
+        def _note(self, prefix: str, *values: Any) -> None:
+            self.sums[prefix].add(*values)
+
         def _log_sums(self, prefix: str) -> None:
-            if own_sums:
-                loss, hits, count = self.all_gather(self.sums[prefix].packed()).reshape(-1, 3).sum(dim=0)
-                self.log_dict({f"{prefix}loss": loss / count, f"{prefix}accuracy": hits / count})
-                self.sums[prefix] = Sums()
+            loss, hits, count = self.all_gather(self.sums[prefix].packed()).reshape(-1, 3).sum(dim=0)
+            self.log_dict({f"{prefix}loss": loss / count, f"{prefix}accuracy": hits / count})
+            self.sums[prefix] = Sums()
 
         def on_train_epoch_end(self) -> None:
             self._log_sums("")
@@ -80,14 +93,11 @@ def _train(problem: Any, epochs: int, between: Any, own_sums: bool) -> None:
         def on_validation_epoch_end(self) -> None:
             self._log_sums("val_")
 
-        def training_step(self, batch: Any, _: int) -> Any:
-            return self._logged(batch, "")
+    return Summing
 
-        def validation_step(self, batch: Any, _: int) -> None:
-            self._logged(batch, "val_")
 
-        def configure_optimizers(self) -> Any:
-            return problem.optimizer(self.net)
+def _train(problem: Any, epochs: int, between: Any, module: Any) -> None:
+    import lightning as pl
 
     class Bell(pl.Callback):
         def on_train_epoch_start(self, trainer: Any, _: Any) -> None:
@@ -104,10 +114,10 @@ def _train(problem: Any, epochs: int, between: Any, own_sums: bool) -> None:
         callbacks=[Bell()],
         **_QUIET,
     )
-    trainer.fit(Module(), problem.train_loader(), problem.valid_loader())
+    trainer.fit(module(problem)(), problem.train_loader(), problem.valid_loader())
 
 
 SPEED = {
-    "self.log at each step": partial(_train, own_sums=False),
-    "self.log once an epoch": partial(_train, own_sums=True),
+    "self.log at each step": partial(_train, module=_logging),
+    "self.log once an epoch": partial(_train, module=_summing),
 }
