@@ -20,6 +20,7 @@ from dtrain.inference import evaluate_task, predict
 from dtrain.learning import Task
 from dtrain.metrics import Observed
 from dtrain.progress import Progress, Silent, choose_progress
+from dtrain.spawn.call import call_on_ranks, starts_ranks
 from dtrain.synced import is_torchmetric
 from dtrain.world import World, bring_up
 
@@ -122,7 +123,7 @@ class KerasModel(nn.Module):
         text = data_summary(self.net, input_data) if given else shape_summary(self.net, input_shape or (), input_dtype)
         print(text)  # noqa: T201
 
-    def fit(
+    def fit(  # noqa: PLR0913 - keyword-only
         self,
         *args: Any,
         batch: BatchMode = "per_rank",
@@ -130,6 +131,7 @@ class KerasModel(nn.Module):
         verbose: bool = True,
         cpu: bool = False,
         world: World | None = None,
+        num_processes: int | None = None,
         **kwargs: Any,
     ) -> pd.DataFrame:
         """Trains the net, in either of two calling forms::
@@ -149,6 +151,8 @@ class KerasModel(nn.Module):
             verbose: whether rank 0 shows progress.
             cpu: compute on the CPU also where there is an accelerator.
             world: ranks that were brought up before, by default brought up here.
+            num_processes: start this many ranks on this machine for the call, from a notebook, a prompt or a script
+                that is no rank itself; with 1, as without, it trains in this process.
             kwargs: see above.
 
         Returns:
@@ -157,10 +161,14 @@ class KerasModel(nn.Module):
 
         Raises:
             UsageError: an argument is wrong, or there is no loss.
-            StepError, DataError: as in `dtrain.train_model`.
+            StepError, DataError, RankError: as in `dtrain.train_model`.
         """  # fmt: skip
         plan = _read_fit(args, kwargs)
         self._cpu = cpu
+        if num_processes is not None and starts_ranks(num_processes, world):
+            self._task(plan.train_data, plan.val_data)  # tells what is missing; makes the default optimizer
+            how = {**vars(plan), "batch": batch, "seed": seed, "verbose": verbose, "cpu": cpu}
+            return call_on_ranks(_fit, {"model": self, **how}, num_processes, cpu=cpu)
         world = world if world is not None else bring_up(cpu=cpu)
         task = self._task(plan.train_data, plan.val_data)
         progress: Progress = Silent()
@@ -225,6 +233,10 @@ class KerasModel(nn.Module):
             interval="epoch" if _counts_epochs(self.lr_scheduler) else "step",
             metrics=metrics,
         )
+
+
+def _fit(model: KerasModel, **how: Any) -> pd.DataFrame:
+    return model.fit(**how)
 
 
 class _Steps:

@@ -29,6 +29,7 @@ LAYERS = [
         "dtrain.seeding",
     ],
     ["dtrain.world"],
+    ["dtrain.spawn"],
     ["dtrain.batches", "dtrain.dealing"],
     ["dtrain.synced", "dtrain.metrics", "dtrain.history", "dtrain.sharding", "dtrain.ddp", "dtrain.checks"],
     ["dtrain.steps", "dtrain.checkpoint", "dtrain.trackers", "dtrain.progress", "dtrain.signatures"],
