@@ -69,6 +69,10 @@ class StepError(DtrainError):
 class RankError(DtrainError):
     """A rank that a call with `num_processes` started failed; the message has its report."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the rank's report, with the user's lines, and not how dtrain came to raise it here."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 @dataclass(frozen=True)
 class Failure:
