@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import Dtrain
+from helpers.commands import Dtrain, children_of_tests, clean_environment
 from helpers.notebooks import CellOutput, run_notebook
 
 # --- a real kernel ------------------------------------------------------------------------------------
@@ -353,4 +355,39 @@ def test_two_ranks_give_what_a_launched_run_gives_to_the_last_digit(dtrain: Dtra
     launched = dtrain("launch", "-n", 2, "--cpu", "script.py")
     assert here.code == launched.code == 0, here.text + launched.text
     assert json.loads(here.out) == json.loads(launched.out)
-    assert list(Path(dtrain.folder).iterdir()) == [dtrain.folder / "script.py"]
+    assert list(dtrain.folder.iterdir()) == [dtrain.folder / "script.py"]
+
+
+WAITING = """
+import time
+import torch
+from torch import nn
+import dtrain
+
+def step(model, x):
+    print("waiting", flush=True)
+    time.sleep(600)
+
+net = nn.Linear(1, 1)
+dtrain.train_model(net, 1, [torch.ones(2, 1)] * 2, train_step=step, num_processes=2, cpu=True)
+"""
+
+
+def test_ranks_do_not_outlive_a_killed_caller(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(WAITING)
+    caller = subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=clean_environment(TMPDIR=str(tmp_path)),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert caller.stdout is not None
+    with caller:
+        assert any(line.endswith("waiting\n") for line in caller.stdout)  # reads until it comes
+        assert len(children_of_tests()) == 3
+        caller.kill()
+    deadline = time.monotonic() + 30
+    while children_of_tests() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert children_of_tests() == []

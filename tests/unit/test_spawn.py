@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -25,7 +24,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dtrain.errors import UsageError
 from dtrain.launch.relay import Relay
-from dtrain.spawn.call import starts_ranks
 from dtrain.spawn.parcel import SYS_PATH, read_parcel, write_parcel
 from dtrain.spawn.results import check_returnable, read_results, write_results
 from dtrain.spawn.surroundings import Surroundings
@@ -39,32 +37,6 @@ def by_value() -> Any:
     cloudpickle.register_pickle_by_value(THIS)
     yield
     cloudpickle.unregister_pickle_by_value(THIS)
-
-
-# --- what a call may be -------------------------------------------------------------------------------
-
-
-def test_none_and_one_train_here() -> None:
-    assert not starts_ranks(None, None)
-    assert not starts_ranks(1, None)
-    assert starts_ranks(2, None)
-    assert not starts_ranks(None, SimpleNamespace(rank=0, size=1))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("number", [0, -1, True, 2.0, "2"])
-def test_what_is_no_number_of_processes_is_refused(number: Any) -> None:
-    with pytest.raises(UsageError, match=f"num_processes = {number!r}: should be a whole number of at least 1."):
-        starts_ranks(number, None)
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_rank_and_a_given_world_are_refused(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=r"world= gives a rank of a world that is up \(1 of 3\)"):
-        starts_ranks(number, SimpleNamespace(rank=1, size=3))  # type: ignore[arg-type]
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UsageError, match=rf"num_processes = {number}: this process is rank 1 of 4 already \(RANK,"):
-        starts_ranks(number, None)
 
 
 # --- there and back -----------------------------------------------------------------------------------
@@ -253,7 +225,7 @@ class Refusing:
 
 
 def uses_global() -> Any:
-    return (lambda: LOCK)()
+    return [LOCK for _ in range(1)]
 
 
 def uses_closure() -> Any:
