@@ -43,7 +43,7 @@ def write_parcel(folder: Path, function: Callable[..., Any], arguments: Mapping[
     call = (Surroundings.here(), function, dict(arguments), changing)
     pickler = _pickler(changing)
     try:
-        (folder / SYS_PATH).write_text(json.dumps(sys.path), encoding="utf-8")
+        (folder / SYS_PATH).write_text(json.dumps([p for p in sys.path if isinstance(p, str)]), encoding="utf-8")
         torch.save(
             call,
             folder / _PARCEL,
@@ -60,9 +60,18 @@ def read_parcel(folder: Path) -> tuple[Callable[..., Any], dict[str, Any], list[
     """Reads what `write_parcel` wrote into a folder of this user's own: the function, its arguments, and what changes.
 
     Tensors are mapped from the file, so that the ranks share the memory of a data set that they only read.
+
+    Raises:
+        UsageError: a module of the caller's is not found here, or is not as it was there.
     """
-    # Runs code, as it must to bring functions: the file is the parent process's own.
-    parcel = torch.load(folder / _PARCEL, map_location="cpu", weights_only=False, mmap=True)
+    try:
+        # Runs code, as it must to bring functions: the file is the parent process's own.
+        parcel = torch.load(folder / _PARCEL, map_location="cpu", weights_only=False, mmap=True)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"the ranks cannot find what the call needs: {error}. They import modules anew, from the caller's sys.path: "
+            "put the module's folder there, and import it again where its file was changed."
+        ) from error
     surroundings, function, arguments, changing = parcel
     surroundings.restore()
     return function, arguments, changing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -275,6 +276,16 @@ def test_a_closure_is_named(tmp_path: Path) -> None:
     step, log = uses_closure()
     with log, pytest.raises(UsageError, match=r"arg, through log is a _io\.TextIOWrapper"):
         write_parcel(tmp_path, dict, {"arg": step})
+
+
+def test_a_module_that_a_rank_does_not_find_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "passing_module.py").write_text("def step(): pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    write_parcel(tmp_path, dict, {"arg": importlib.import_module("passing_module").step})
+    del sys.modules["passing_module"]
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="cannot find what the call needs: No module named 'passing_module'"):
+        read_parcel(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
