@@ -69,7 +69,7 @@ def read_parcel(folder: Path) -> tuple[Callable[..., Any], dict[str, Any], list[
         parcel = torch.load(folder / _PARCEL, map_location="cpu", weights_only=False, mmap=True)
     except (ImportError, AttributeError) as error:
         raise UsageError(
-            f"the ranks cannot find what the call needs: {error}. They import modules anew, from the caller's sys.path: "
+            f"the ranks cannot find what the call needs: {error}. They import modules anew, from your sys.path: "
             "put the module's folder there, and import it again where its file was changed."
         ) from error
     surroundings, function, arguments, changing = parcel
