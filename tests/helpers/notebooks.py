@@ -38,12 +38,13 @@ class CellOutput:
 
 
 class _Interrupting(NotebookClient):
-    """Interrupts the kernel, as the notebook's button does, once it has printed the words `mark`."""
+    """Interrupts the kernel once, as the notebook's button does, when it has printed the words `mark`."""
 
     mark = "now interrupt me"
+    _interrupt: asyncio.Future[Any] | None = None
 
     def output(self, outs: Any, msg: Any, display_id: Any, cell_index: Any) -> Any:
-        if self.mark in msg["content"].get("text", ""):
+        if self._interrupt is None and self.mark in msg["content"].get("text", ""):
             self._interrupt = asyncio.ensure_future(self.km.interrupt_kernel())
         return super().output(outs, msg, display_id, cell_index)
 
