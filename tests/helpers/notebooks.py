@@ -63,5 +63,7 @@ def run_notebook(cells: list[str], folder: Path, timeout: int = 120) -> list[Cel
     )
     client.create_kernel_manager()
     client.km.connection_file = str(folder / "kernel.json")
-    client.execute(env=clean_environment(IPYTHONDIR=str(folder / "ipython")))
+    environment = clean_environment(IPYTHONDIR=str(folder / "ipython"))
+    environment.pop("PYTHONUNBUFFERED", None)  # which no notebook has
+    client.execute(env=environment)
     return [CellOutput.of(cell) for cell in notebook.cells]
