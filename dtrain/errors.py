@@ -9,6 +9,7 @@
     │   └── WorldError           the ranks that came up are not the ones asked for
     ├── DataError                a loader that yields nothing
     ├── StepError                a step that breaks the step contract
+    ├── RankError                a rank that a notebook's call started failed
     └── AgreedError            a failure that every rank knows of; rank 0 speaks
 
 An exception of the user's own code is never wrapped: it keeps its type and its
@@ -63,6 +64,14 @@ class DataError(DtrainError):
 
 class StepError(DtrainError):
     """A train or valid step breaks the step contract."""
+
+
+class RankError(DtrainError):
+    """A rank that a call with `num_processes` started failed; the message has its report."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the rank's report, with the user's lines, and not how dtrain came to raise it here."""
+        return [f"{type(self).__name__}: {self}"]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dtrain.errors import UsageError
 from dtrain.inference import evaluate_task, predict
 from dtrain.learning import Task
 from dtrain.progress import Progress, Silent, choose_progress
+from dtrain.spawn.call import call_on_ranks, starts_ranks
 from dtrain.synced import is_torchmetric
 from dtrain.world import World, bring_up
 
@@ -73,6 +74,7 @@ class KerasModel(nn.Module):
         self.lr_scheduler = lr_scheduler
         self.metrics_dict = _checked_metrics(metrics_dict)
         self._cpu = False
+        self._fetch_batches = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the net."""
@@ -126,10 +128,12 @@ class KerasModel(nn.Module):
         *args: Any,
         batch: BatchMode = "per_rank",
         sync_batchnorm: bool = False,
+        fetch_batches: bool = True,
         seed: int = 42,
         verbose: bool = True,
         cpu: bool = False,
         world: World | None = None,
+        num_processes: int | None = None,
         **kwargs: Any,
     ) -> pd.DataFrame:
         """Trains the net, in either of two calling forms::
@@ -146,10 +150,13 @@ class KerasModel(nn.Module):
             args: see above.
             batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
             sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks.
+            fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
             seed: the order of the samples and each rank's random stream are derived from it.
             verbose: whether rank 0 shows progress.
             cpu: compute on the CPU also where there is an accelerator.
             world: ranks that were brought up before, by default brought up here.
+            num_processes: start this many ranks on this machine for the call, from a notebook, a prompt or a script
+                that is no rank itself; with 1, as without, it trains in this process.
             kwargs: see above.
 
         Returns:
@@ -158,10 +165,15 @@ class KerasModel(nn.Module):
 
         Raises:
             UsageError: an argument is wrong, or there is no loss.
-            StepError, DataError: as in `dtrain.train_model`.
+            StepError, DataError, RankError: as in `dtrain.train_model`.
         """  # fmt: skip
         plan = _read_fit(args, kwargs)
-        self._cpu = cpu
+        self._cpu, self._fetch_batches = cpu, fetch_batches
+        if num_processes is not None and starts_ranks(num_processes, world):
+            self._task(plan.train_data, plan.val_data)  # tells what is missing; makes the default optimizer
+            how = {**vars(plan), "batch": batch, "seed": seed, "verbose": verbose, "cpu": cpu}
+            how |= {"sync_batchnorm": sync_batchnorm, "fetch_batches": fetch_batches}
+            return call_on_ranks(_fit, {"model": self, **how}, num_processes, cpu=cpu)
         world = world if world is not None else bring_up(cpu=cpu)
         task = self._task(plan.train_data, plan.val_data)
         progress: Progress = Silent()
@@ -174,6 +186,7 @@ class KerasModel(nn.Module):
             seed=seed,
             batch=batch,
             sync_batchnorm=sync_batchnorm,
+            fetch_batches=fetch_batches,
             progress=progress,
         )
         keeper = _keeper(plan, engine)
@@ -196,7 +209,8 @@ class KerasModel(nn.Module):
             world: ranks that were brought up before.
         """
         world = world if world is not None else bring_up(cpu=self._cpu)
-        result = evaluate_task(self._task(None, dl_val), world, batch=batch, seed=seed)
+        how: dict[str, Any] = {"batch": batch, "seed": seed, "fetch_batches": self._fetch_batches}
+        result = evaluate_task(self._task(None, dl_val), world, **how)
         return {f"val_{name}": mean for name, mean in result.means.items()}
 
     def predict(self, dl: Any, *, batch: BatchMode = "per_rank", seed: int = 42, world: World | None = None) -> Any:
@@ -209,7 +223,7 @@ class KerasModel(nn.Module):
             world: ranks that were brought up before.
         """
         world = world if world is not None else bring_up(cpu=self._cpu)
-        return predict(self.net, dl, world, batch=batch, seed=seed)
+        return predict(self.net, dl, world, batch=batch, seed=seed, fetch_batches=self._fetch_batches)
 
     def load_ckpt(self, ckpt_path: str | Path) -> None:
         """Loads weights that `fit` kept at `ckpt_path`."""
@@ -234,6 +248,10 @@ class KerasModel(nn.Module):
             interval="epoch" if _counts_epochs(self.lr_scheduler) else "step",
             metrics=metrics,
         )
+
+
+def _fit(model: KerasModel, **how: Any) -> pd.DataFrame:
+    return model.fit(**how)
 
 
 class _Steps:

@@ -247,6 +247,10 @@ class _Generator(torch.Generator):
 
     of_dtrain = True
 
+    def __reduce__(self) -> Any:
+        """A copy, or what is unpickled, is dtrain's too; torch's own way gives a plain generator."""
+        return _Generator, ()
+
 
 def _set_epoch(source: Any, epoch: int) -> None:
     """Tells samplers and datasets that know epochs (they count from 0) which one it is."""

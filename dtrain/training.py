@@ -13,6 +13,7 @@ from dtrain.engine import Engine
 from dtrain.errors import UsageError
 from dtrain.learning import Interval, Task
 from dtrain.progress import Silent, choose_progress
+from dtrain.spawn.call import call_on_ranks, starts_ranks
 from dtrain.steps import Step
 from dtrain.synced import check_metrics
 from dtrain.world import World, bring_up
@@ -55,10 +56,12 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     batch: BatchMode = "per_rank",
     accumulation: int = 1,
     sync_batchnorm: bool = False,
+    fetch_batches: bool = True,
     seed: int = 42,
     verbose: bool = True,
     cpu: bool = False,
     world: World | None = None,
+    num_processes: int | None = None,
 ) -> pd.DataFrame:
     """Trains a net with its steps, on as many ranks as the process was started as.
 
@@ -79,10 +82,13 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
         accumulation: micro-batches that make one optimizer step.
         sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks instead of each one's.
+        fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
         seed: the order of the samples and each rank's random stream are derived from it.
         verbose: whether rank 0 shows progress.
         cpu: compute on the CPU also where there is an accelerator.
         world: ranks that were brought up before, by default brought up here.
+        num_processes: start this many ranks on this machine for the call, from a notebook, a prompt or a script
+            that is no rank itself; with 1, as without, it trains in this process.
 
     Returns:
         `dfhistory` on every rank, a row an epoch: epoch, loss, METRIC, val_loss, val_METRIC, lr, seconds,
@@ -92,7 +98,10 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         UsageError: an argument is wrong, or the ranks did not come up as launched.
         StepError: a step breaks the step contract.
         DataError: a loader yields nothing.
+        RankError: a rank that was started for the call failed; its report says how, also where the cause is one of
+            the above.
     """
+    arguments = dict(locals())
     for name, number in (("epochs", epochs), ("log_step_freq", log_step_freq), ("accumulation", accumulation)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise UsageError(f"{name} = {number!r}: should be a whole number of at least 1.")
@@ -107,6 +116,9 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         interval=scheduler_interval,
         metrics=check_metrics(metrics, "metrics"),
     )
+    if num_processes is not None and starts_ranks(num_processes, world):
+        del arguments["world"], arguments["num_processes"]
+        return call_on_ranks(train_model, arguments, num_processes, cpu=cpu)
     world = world if world is not None else bring_up(cpu=cpu)
     shown = choose_progress(is_main=world.is_main, epochs=epochs, log_step_freq=log_step_freq) if verbose else Silent()
     engine = Engine(
@@ -117,6 +129,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         batch=batch,
         accumulation=accumulation,
         sync_batchnorm=sync_batchnorm,
+        fetch_batches=fetch_batches,
         progress=shown,
     )
     return engine.fit().dataframe()

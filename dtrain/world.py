@@ -143,7 +143,7 @@ def bring_up(*, cpu: bool = False, asked: int | None = None, facts: RankFacts | 
             f"-n {asked} asks for {asked} ranks, but the launcher started {facts.size} (WORLD_SIZE={facts.size}). "
             f"Give the launcher the number, or start `dtrain train -n {asked}` without a launcher."
         )
-    cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") or _no_accelerator()
+    cpu = computes_on_cpu(cpu)
     if not cpu:
         _refuse_shared_gpus(facts)
     world = _join(facts, cpu)
@@ -151,8 +151,10 @@ def bring_up(*, cpu: bool = False, asked: int | None = None, facts: RankFacts | 
     return world
 
 
-def _no_accelerator() -> bool:
-    return not torch.accelerator.is_available()
+def computes_on_cpu(cpu: bool) -> bool:
+    """Whether ranks compute on the CPU: they shall (`cpu`, ACCELERATE_USE_CPU), or there is nothing else."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return cpu or asked or not torch.accelerator.is_available()
 
 
 def _refuse_shared_gpus(facts: RankFacts) -> None:

@@ -9,19 +9,38 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from dtrain.errors import EXIT_FAILED, EXIT_OK
 from dtrain.launch.lifeline import PARENT
+from dtrain.launch.relay import RELAYED_ENVIRONMENT, Relay
 from dtrain.launch.reports import REPORT_DIR, read_reports
 from dtrain.launch.threads import usable_cores
 
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 _LAUNCH = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a job of local ranks ended.
+
+    Attributes:
+        exit_code: 0 where all ranks ended with 0, else that of the rank that failed first; 130 after Ctrl-C,
+            128 + N after another signal.
+        text: what a person shall read of it; empty where all went well.
+        signal: what stopped the job from outside, or None.
+    """
+
+    exit_code: int
+    text: str = ""
+    signal: int | None = None
 
 
 def dtrain_argv(arguments: Sequence[str]) -> list[str]:
@@ -35,6 +54,19 @@ def script_argv(script: str, arguments: Sequence[str]) -> list[str]:
 
 
 def start_local_ranks(argv: Sequence[str], size: int, environment: dict[str, str] | None = None) -> int:
+    """Runs `python ARGV` as ranks here, prints why they failed where they did, and returns the exit code.
+
+    The arguments are those of `run_local_ranks`.
+    """
+    ending = run_local_ranks(argv, size, environment)
+    if ending.text:
+        print(ending.text, file=sys.stderr)  # noqa: T201
+    return ending.exit_code
+
+
+def run_local_ranks(
+    argv: Sequence[str], size: int, environment: dict[str, str] | None = None, *, relayed: bool = False
+) -> Ending:
     """Runs `python ARGV` as ranks 0 to size - 1 here and waits for them.
 
     Args:
@@ -42,22 +74,26 @@ def start_local_ranks(argv: Sequence[str], size: int, environment: dict[str, str
             `script_argv`), since an end without a word counts as a failure.
         size: number of ranks, at least 1.
         environment: further variables for every rank.
-
-    Returns:
-        0 where all ranks ended with 0, else the exit code of the rank that failed first;
-        130 after Ctrl-C, 128 + N after another signal.
+        relayed: the ranks' output goes through this process's sys.stdout and sys.stderr, and they have no input;
+            else they share its file descriptors.
     """
+    relay = Relay() if relayed else None
+    more = (RELAYED_ENVIRONMENT if relayed else {}) | (environment or {})
     with tempfile.TemporaryDirectory(prefix="dtrain-") as reports:
         port = free_port()
         ranks: list[subprocess.Popen[bytes]] = []
-        more = environment or {}
         with _signals_caught() as caught:
             try:
-                ranks += (_start(argv, rank_environment(rank, size, port, reports) | more) for rank in range(size))
-                silent = _watch(ranks, caught, Path(reports))
+                for rank in range(size):
+                    ranks.append(_start(argv, rank_environment(rank, size, port, reports) | more, piped=relayed))
+                    if relay is not None:
+                        relay.add(rank, ranks[-1])
+                silent = _watch(ranks, caught, Path(reports), relay.wait if relay else time.sleep)
             finally:
                 _end(ranks)
-        return _tell(silent, ranks, Path(reports), caught)
+                if relay is not None:
+                    relay.close()
+        return _ending(silent, ranks, Path(reports), caught)
 
 
 def free_port() -> int:
@@ -86,11 +122,14 @@ def rank_environment(rank: int, size: int, port: int, reports: str) -> dict[str,
     return defaults | dict(os.environ) | ours
 
 
-def _start(argv: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(argv: Sequence[str], environment: Mapping[str, str], *, piped: bool) -> subprocess.Popen[bytes]:
+    output = subprocess.PIPE if piped else None
     return subprocess.Popen(
         [sys.executable, *argv],
         env=dict(environment),
-        stdin=None if environment["RANK"] == "0" else subprocess.DEVNULL,
+        stdin=None if environment["RANK"] == "0" and not piped else subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
         # A terminal's Ctrl-C must come through the supervisor once, not to every rank besides.
         start_new_session=True,
     )
@@ -98,8 +137,14 @@ def _start(argv: Sequence[str], environment: Mapping[str, str]) -> subprocess.Po
 
 @contextlib.contextmanager
 def _signals_caught() -> Iterator[list[int]]:
-    """Notes SIGINT, SIGTERM and SIGHUP instead of dying of them."""
+    """Notes SIGINT, SIGTERM and SIGHUP instead of dying of them.
+
+    Signals are the main thread's alone; in any other there is nothing to note.
+    """
     caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
 
     def note(number: int, _frame: FrameType | None) -> None:
         caught.append(number)
@@ -113,8 +158,16 @@ def _signals_caught() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]], caught: list[int], reports: Path) -> list[int]:
+def _watch(
+    ranks: list[subprocess.Popen[bytes]], caught: list[int], reports: Path, wait: Callable[[float], None]
+) -> list[int]:
     """Waits until all ranks ended well, one failed, or a signal came.
+
+    Args:
+        ranks: the processes.
+        caught: gets the signals that come.
+        reports: the folder of the ranks' reports.
+        wait: lets some seconds pass, at most.
 
     Returns:
         the ranks that ended without a word by then, although each rank leaves one, well or not.
@@ -125,7 +178,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]], caught: list[int], reports: Pat
         silent = [rank for rank in ended if rank not in told]
         if silent or any(ended.values()) or len(ended) == len(ranks):
             return silent
-        time.sleep(_POLL_SECONDS)
+        wait(_POLL_SECONDS)
     return []
 
 
@@ -143,15 +196,15 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
         rank.wait()
 
 
-def _tell(silent: list[int], ranks: list[subprocess.Popen[bytes]], reports: Path, caught: list[int]) -> int:
-    """Prints why the job ended, once, and returns the exit code of the first cause.
+def _ending(silent: list[int], ranks: list[subprocess.Popen[bytes]], reports: Path, caught: list[int]) -> Ending:
+    """Tells why the job ended, with the exit code of the first cause.
 
     A rank that ended without a word is the cause before any that reported: its end is what tears the
     others' connections, and they report just that.
     """
     if caught:
-        _say(f"dtrain: stopped by {signal.Signals(caught[0]).name}; all ranks are ended.")
-        return 128 + caught[0]
+        name = signal.Signals(caught[0]).name
+        return Ending(128 + caught[0], f"dtrain: stopped by {name}; all ranks are ended.", caught[0])
     failed = [report for report in read_reports(reports) if report.exit_code != EXIT_OK]
     # An abort is how gloo ends a rank whose peer has gone; where that one told why, its word is the cause.
     aborted = silent and ranks[silent[0]].returncode == -signal.SIGABRT
@@ -159,13 +212,8 @@ def _tell(silent: list[int], ranks: list[subprocess.Popen[bytes]], reports: Path
         code = ranks[silent[0]].returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
         hint = " The kernel does so when memory runs out (see dmesg)." if code == -signal.SIGKILL else ""
-        _say(f"dtrain: error: rank {silent[0]} {how} and left no word of why; the other ranks were ended.{hint}")
-        return code if code > 0 else EXIT_FAILED
+        text = f"dtrain: error: rank {silent[0]} {how} and left no word of why; the other ranks were ended.{hint}"
+        return Ending(code if code > 0 else EXIT_FAILED, text)
     if failed:
-        _say(failed[0].text)
-        return failed[0].exit_code
-    return EXIT_OK
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)  # noqa: T201
+        return Ending(failed[0].exit_code, failed[0].text)
+    return Ending(EXIT_OK)

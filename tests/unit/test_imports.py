@@ -29,6 +29,7 @@ LAYERS = [
         "dtrain.seeding",
     ],
     ["dtrain.world"],
+    ["dtrain.spawn"],
     ["dtrain.batches", "dtrain.dealing", "dtrain.fetching"],
     [
         "dtrain.synced",

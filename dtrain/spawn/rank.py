@@ -1,0 +1,63 @@
+"""The program of one rank that `call_on_ranks` starts: python rank.py FOLDER.
+
+It runs nothing of the caller's script or notebook again: a script without `if __name__ == "__main__":` will do.
+"""
+
+import json
+import os
+import sys
+
+if __name__ == "__main__":
+    # Modules beside the notebook, and dtrain itself, are found where the caller found them.
+    with open(os.path.join(sys.argv[1], "sys_path.json"), encoding="utf-8") as _file:  # noqa: PTH118, PTH123
+        sys.path[:] = json.load(_file)
+    _PARENT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120
+    if _PARENT not in sys.path:
+        sys.path.append(_PARENT)
+
+from pathlib import Path
+
+from dtrain.launch.leaving import leave, must_leave_at_once
+from dtrain.launch.lifeline import hold_on
+from dtrain.launch.reports import write_report
+
+
+def main() -> None:
+    """Runs the call, and ends the process with the exit code that it told the supervisor."""
+    hold_on()
+    text, code = run(Path(sys.argv[1]))
+    write_report(int(os.environ["RANK"]), code, text)
+    if must_leave_at_once():
+        leave(code)
+    sys.exit(code)
+
+
+def run(folder: Path) -> tuple[str, int]:
+    """Returns what a person shall read of a failure, empty where all went well, and the exit code."""
+    from dtrain.errors import EXIT_OK, add_place
+    from dtrain.failures import describe
+
+    try:
+        _call(folder)
+    except BaseException as error:  # noqa: BLE001 - described in full, then the process ends
+        sys.last_value = error  # as the interpreter notes it; exit functions then do not wait for other ranks
+        add_place(error, f"rank {os.environ['RANK']}")
+        return describe(error)
+    return "", EXIT_OK
+
+
+def _call(folder: Path) -> None:
+    from dtrain.spawn.parcel import read_parcel
+    from dtrain.spawn.results import write_results
+    from dtrain.world import bring_up
+
+    function, arguments, changing = read_parcel(folder)
+    world = bring_up(cpu=arguments.get("cpu", False))
+    frame = function(**arguments, world=world)
+    if world.is_main:
+        write_results(folder, frame.to_dict("records"), changing)
+    world.close()
+
+
+if __name__ == "__main__":
+    main()
