@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
@@ -91,14 +92,26 @@ class TunedLoop:
         return sums
 
 
-def tutorial_model(problem: Problem) -> tuple[Any, Any, Any]:
-    """The problem's net with the tutorial's attributes on it, and the tutorial's two steps."""
-    from recipes.tutorial_cells import accuracy, train_step, valid_step
+class TutorialNet(nn.Module):
+    """A net that carries what the tutorial's steps look for; a Sequential would run the loss as a layer."""
 
-    net = problem.net()
-    net.optimizer = problem.optimizer(net)
-    net.loss_func, net.metric_func, net.metric_name = problem.loss_func, accuracy, "accuracy"
-    return net, train_step, valid_step
+    def __init__(self, problem: Problem) -> None:
+        from recipes.tutorial_cells import accuracy
+
+        super().__init__()
+        self.layers = problem.net()
+        self.optimizer = problem.optimizer(self.layers)
+        self.loss_func, self.metric_func, self.metric_name = problem.loss_func, accuracy, "accuracy"
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.layers(features)
+
+
+def tutorial_model(problem: Problem) -> tuple[Any, Any, Any]:
+    """The problem's net, and the tutorial's two steps."""
+    from recipes.tutorial_cells import train_step, valid_step
+
+    return TutorialNet(problem), train_step, valid_step
 
 
 class TutorialLoop:

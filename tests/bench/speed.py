@@ -92,12 +92,11 @@ def _ratios(row: dict[str, Any], size: int) -> dict[str, Any]:
         (median(row["theirs"][start : start + size]), median(row["hands"][start : start + size]))
         for start in range(0, len(row["theirs"]), size)
     ]
-    theirs, hands = median(row["theirs"]), median(row["hands"])
     return {
         "ratios": sorted(their / hand for their, hand in pairs),
-        "epoch_ms": theirs * 1e3,
-        "hand_ms": hands * 1e3,
-        "us_per_step": (theirs - hands) / row["steps"] * 1e6,
+        "epoch_ms": median(their for their, _ in pairs) * 1e3,
+        "hand_ms": median(hand for _, hand in pairs) * 1e3,
+        "us_per_step": median(their - hand for their, hand in pairs) / row["steps"] * 1e6,
     }
 
 

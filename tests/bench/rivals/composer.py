@@ -1,4 +1,4 @@
-"""Composer. Its last release holds torch below 2.7.1, so it does not install beside dtrain."""
+"""Composer. Its last release holds torch below 2.7.1 and does not install beside dtrain: this was never run."""
 
 import sys
 from pathlib import Path
