@@ -8,7 +8,7 @@ device. Where that is not known to hold, the loader's own way stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,21 +29,42 @@ class RowsOf(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitems__(self, indices: list[Any]) -> list[Any]:
-        """Returns the rows of a batch, one tensor for each part of a sample; the DataLoader calls this."""
+    def __getitems__(self, indices: Sequence[Any] | Tensor) -> list[Any]:
+        """Returns the rows of a batch, one tensor for each part of a sample.
+
+        Args:
+            indices: of the samples; a list as a DataLoader gives it, or what `rows` made of one.
+        """
+        rows = indices if isinstance(indices, Tensor) else self.rows(indices)
+        if not isinstance(rows, Tensor):
+            return default_collate([self.dataset[index] for index in rows])  # type: ignore[no-any-return]
+        return [tensor.index_select(0, rows.to(tensor.device)) for tensor in self._tensors()]
+
+    def rows(self, indices: Sequence[Any]) -> Tensor | Sequence[Any]:
+        """Returns where samples lie in the tensors, in a form of which a part is quickly taken.
+
+        Indices that only the dataset itself understands (negative ones, slices), and those out of bounds, which it
+        words best, come back as they are.
+        """
         dataset: Any = self.dataset
         places = indices
-        while type(dataset) is Subset:
-            places = [dataset.indices[place] for place in places]
-            dataset = dataset.dataset
         try:
-            if not 0 <= min(places) <= max(places) < len(dataset):
-                raise IndexError  # here, since a GPU would take the whole process down for it
-            rows = torch.tensor(places)
-            return [tensor.index_select(0, rows.to(tensor.device)) for tensor in dataset.tensors]
+            while type(dataset) is Subset:
+                places = [dataset.indices[place] for place in places]
+                dataset = dataset.dataset
+            rows = torch.arange(len(places)) if places == range(len(places)) else torch.tensor(places)
         except (IndexError, RuntimeError, TypeError, ValueError):
-            # Negative indices, slices and the like; and one out of bounds, which the dataset itself words better.
-            return default_collate([self.dataset[index] for index in indices])  # type: ignore[no-any-return]
+            return indices
+        if rows.ndim != 1 or rows.dtype != torch.int64 or len(rows) == 0:
+            return indices
+        least, most = rows.aminmax()
+        return rows if least >= 0 and most < len(dataset) else indices
+
+    def _tensors(self) -> Sequence[Tensor]:
+        dataset: Any = self.dataset
+        while type(dataset) is Subset:
+            dataset = dataset.dataset
+        return dataset.tensors  # type: ignore[no-any-return]
 
 
 def fetched_by_batch(loader: DataLoader[Any]) -> tuple[Dataset[Any], Callable[..., Any]]:

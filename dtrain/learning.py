@@ -107,6 +107,7 @@ class Learner:
         self._task = task
         self._world = world
         self._accumulates = accumulates
+        self._alone = world.size == 1 and not accumulates  # each share has the weight 1 and its own optimizer step
         self._replica = Replica(task.module, world)
         if task.optimizer is not None:
             _move_state(task.optimizer)
@@ -122,6 +123,8 @@ class Learner:
         Raises:
             StepError: the step breaks the step contract.
         """
+        if self._alone and self.kind == "imperative":  # the same as below, without what is then idle
+            return self._values_of(call_step(self._task.train_step, self._task.module, share.batch))
         with self._replica.averaging(share.last), self._synced or _NOTHING:
             if self.kind is None:
                 return self._learn_first(share)

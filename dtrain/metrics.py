@@ -122,10 +122,10 @@ class MeanTable:
             if known is None:
                 known = self._sums[name] = _Sum()
             if isinstance(value, Mean):
-                known.add(value.total)
-                known.add_count(value.count)
+                known.total = _plus(known.total, value.total, 1)
+                known.count = _plus(known.count, value.count, 1)
             else:
-                known.add(value, count)
+                known.total = _plus(known.total, value, count)
                 known.count += count
 
     def _check_names(self, values: Mapping[str, Value]) -> None:
@@ -209,12 +209,6 @@ class _Sum:
     def __init__(self) -> None:
         self.total: Scalar = 0.0
         self.count: Scalar = 0
-
-    def add(self, value: Scalar, times: int = 1) -> None:
-        self.total = _plus(self.total, value, times)
-
-    def add_count(self, count: Scalar) -> None:
-        self.count = _plus(self.count, count, 1)
 
 
 def _plus(total: Scalar, value: Scalar, times: int) -> Scalar:

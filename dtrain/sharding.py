@@ -27,7 +27,7 @@ from torch.utils.data import (
 from dtrain.batches import count_samples, cut_batch, first_rows, join_batches, tensor_bytes
 from dtrain.dealing import Dealing, Form, Share, deal
 from dtrain.errors import UsageError
-from dtrain.fetching import fetched_by_batch
+from dtrain.fetching import RowsOf, fetched_by_batch
 from dtrain.seeding import CommonRandomness, derive
 
 T = TypeVar("T")
@@ -116,23 +116,32 @@ class _IndexedBatches:
         self._seed = 0
         self.fingerprint = 0.0
         self._loader = _rebuilt(loader, self, fetch_batches=fetch_batches)
+        # Whole batches that are not made elsewhere need nothing of what else a DataLoader does at each of them.
+        here = loader.num_workers == 0 and not loader.pin_memory
+        self._rows = self._loader.dataset if here and isinstance(self._loader.dataset, RowsOf) else None
 
-    def __iter__(self) -> Iterator[list[Any]]:
-        """Yields this rank's index lists; the DataLoader calls this as its batch sampler."""
+    def __iter__(self) -> Iterator[Any]:
+        """Yields the indices of this rank's batches; the DataLoader calls this as its batch sampler."""
         self._dealt.clear()
-        source = self._batches
-        if not _reseed(source, self._seed):
-            source = _under(CommonRandomness(self._seed), source)
-        self.fingerprint = 0.0
-        for share in deal(self._noted(source), self._how, _INDICES):
+        for share in self._index_shares():
             self._dealt.append(share)
             yield share.batch
 
-    def _noted(self, batches: Iterable[list[Any]]) -> Iterator[list[Any]]:
+    def _index_shares(self) -> Iterator[Share]:
+        source, form = self._batches, _INDICES
+        if not _reseed(source, self._seed):
+            source = _under(CommonRandomness(self._seed), source)
+        elif self._rows is not None:
+            source, form = _row_batches(source, self._rows), _ROWS
+        self.fingerprint = 0.0
+        return deal(self._noted(source), self._how, form)
+
+    def _noted(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Takes a fingerprint of the first batch on its way."""
         for number, batch in enumerate(batches):
             if number == 0:
-                self.fingerprint = 1.0 + zlib.crc32(repr(batch).encode())
+                indices = batch.tolist() if isinstance(batch, torch.Tensor) else batch
+                self.fingerprint = 1.0 + zlib.crc32(repr(indices).encode())
             yield batch
 
     def __len__(self) -> int:
@@ -143,21 +152,45 @@ class _IndexedBatches:
         _set_epoch(self._batches, epoch)
         _set_epoch(getattr(self._batches, "sampler", None), epoch)
         _set_epoch(self._loader.dataset, epoch)
-        for batch in self._loader:
-            share = self._dealt.popleft()
-            share.batch = batch
+        if self._rows is None:
+            for batch in self._loader:
+                share = self._dealt.popleft()
+                share.batch = batch
+                yield share
+            return
+        iter(self._loader)  # draws from the random state what a loop over it draws
+        for share in self._index_shares():
+            share.batch = self._rows.__getitems__(share.batch)
             yield share
 
 
-def _cut_list(indices: list[Any], start: int, stop: int) -> list[Any]:
+def _row_batches(batches: Any, rows_of: RowsOf) -> Iterator[Any]:
+    """Yields the batches of one of torch's own samplers as parts of one tensor, which are quicker to take than lists.
+
+    An order that is no such tensor comes in lists.
+    """
+    sampler = batches.sampler
+    order = rows_of.rows(range(len(sampler)) if type(sampler) is SequentialSampler else list(sampler))
+    for start in range(0, len(order), batches.batch_size):
+        batch = order[start : start + batches.batch_size]
+        if len(batch) == batches.batch_size or not batches.drop_last:
+            yield batch
+
+
+def _cut(indices: Any, start: int, stop: int) -> Any:
     return indices[start:stop]
+
+
+def _join_rows(parts: list[Any]) -> Any:
+    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else _join_lists(parts)
 
 
 def _join_lists(lists: list[list[Any]]) -> list[Any]:
     return [index for indices in lists for index in indices]
 
 
-_INDICES: Form[list[Any]] = Form(len, _cut_list, _join_lists)
+_INDICES: Form[list[Any]] = Form(len, _cut, _join_lists)
+_ROWS: Form[Any] = Form(len, _cut, _join_rows)
 _NESTED: Form[Any] = Form(count_samples, cut_batch, join_batches)
 
 

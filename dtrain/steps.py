@@ -70,19 +70,23 @@ class StepValues:
         Raises:
             StepError: the step returned nothing, or something that is no such value.
         """
-        return {
-            name: observed(value) if name in self._metrics else _checked(name, value, self._split)
-            for name, value in self._named(returned).items()
-        }
+        values = self._named(returned)
+        for name, value in values.items():
+            if type(value) is Tensor and value.ndim == 0 and value.is_floating_point() and not self._metrics:
+                continue  # as most are, at every step
+            values[name] = observed(value) if name in self._metrics else _checked(name, value, self._split)
+        return values
 
-    def _named(self, returned: Any) -> Mapping[str, Any]:
+    def _named(self, returned: Any) -> dict[str, Any]:
+        if type(returned) is tuple and len(returned) == 2 and self._metric_name:
+            return {"loss": returned[0], self._metric_name: returned[1]}
         if isinstance(returned, (tuple, list)) and len(returned) == 2:
             self._metric_name = self._metric_name or _check_name(metric_name(self._model), self._split)
             return {"loss": returned[0], self._metric_name: returned[1]}
         if isinstance(returned, Mapping) and returned:
             for name in returned:
                 _check_name(name, self._split)
-            return returned
+            return dict(returned)
         if isinstance(returned, (float, int, Tensor, Mean)) or getattr(returned, "shape", None) == ():
             return {"loss": returned}
         raise StepError(_no_values(returned, self._split))
