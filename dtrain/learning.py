@@ -123,8 +123,11 @@ class Learner:
         Raises:
             StepError: the step breaks the step contract.
         """
-        if self._alone and self.kind == "imperative":  # the same as below, without what is then idle
-            return self._values_of(call_step(self._task.train_step, self._task.module, share.batch))
+        if self._alone and self.kind is not None:  # the same as below, without what is then idle
+            values = self._values_of(call_step(self._task.train_step, self._task.module, share.batch))
+            if self.kind == "declarative":
+                self._descend(values.get("loss"), share)
+            return values
         with self._replica.averaging(share.last), self._synced or _NOTHING:
             if self.kind is None:
                 return self._learn_first(share)
@@ -227,15 +230,33 @@ class Learner:
             )
         if share.first:
             optimizer.zero_grad()
-        # A plain loss is weighted where an imperative step's is, so that the two kinds agree to the last bit.
-        scale = 1.0 if isinstance(loss, Mean) else share.scale
+        if isinstance(loss, Mean):
+            self._descend_total(loss, share)
+        else:
+            self._descend_mean(loss, share.scale)  # type: ignore[arg-type]
+        if share.last:
+            if self._counted is not None:
+                self._divide_by_count(optimizer)
+            optimizer.step()
+
+    def _descend_mean(self, loss: Tensor, scale: float) -> None:
+        """A plain loss is weighted where an imperative step's is, so that the two kinds agree to the last bit."""
         if self._synced is not None:
             self._synced.scale = scale
+        if scale == 1.0:
+            torch.autograd.backward(loss)
+            return
         with scaled_gradients(self._parameters(), scale):
-            torch.autograd.backward(self._total(loss, share))  # type: ignore[arg-type]
-        if share.last:
-            self._divide_by_count(optimizer)
-            optimizer.step()
+            torch.autograd.backward(loss)
+
+    def _descend_total(self, loss: Mean, share: Share) -> None:
+        """What a `Mean` counted in the whole group is known at its end alone: till then its total is descended on."""
+        if self._synced is not None:
+            self._synced.scale = 1.0
+        count = torch.as_tensor(loss.count, dtype=self._world.sum_dtype, device=self._world.device).detach()
+        count = count * (share.count > 0)
+        self._counted = count if self._counted is None else self._counted + count
+        torch.autograd.backward(loss.total * (self._world.size if share.count else 0.0))  # type: ignore[arg-type]
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         """All that learns: the net's parameters, and on one rank others that the optimizer may hold besides."""
@@ -245,23 +266,8 @@ class Learner:
             for group in self._task.optimizer.param_groups:
                 yield from (parameter for parameter in group["params"] if id(parameter) not in own)
 
-    def _total(self, loss: Tensor | Mean, share: Share) -> Tensor:
-        """What backward starts from.
-
-        What a `Mean` counted in the whole group is known at its end alone: its total goes in as it is, and
-        `_divide_by_count` does the rest.
-        """
-        if isinstance(loss, Mean):
-            device, dtype = self._world.device, self._world.sum_dtype
-            count = torch.as_tensor(loss.count, dtype=dtype, device=device).detach() * (share.count > 0)
-            self._counted = count if self._counted is None else self._counted + count
-            return loss.total * (self._world.size if share.count else 0.0)  # type: ignore[return-value]
-        return loss
-
     def _divide_by_count(self, optimizer: Optimizer) -> None:
-        if self._counted is None:
-            return
-        everywhere = self._world.sum_(self._counted)
+        everywhere = self._world.sum_(self._counted)  # type: ignore[arg-type]
         self._counted = None
         divisor = torch.where(everywhere == 0, 1, everywhere)  # nothing counted: the gradients are zero as they are
         for group in optimizer.param_groups:

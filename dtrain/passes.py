@@ -121,7 +121,7 @@ class ValidPass:
         values_of = StepValues(self.module, "valid", self.metrics)
         started = time.perf_counter()
         for share in shares_on_device(self.loader, self.world, place):
-            if table.steps == 0:
+            if table.steps == 0 and self.names is None:
                 check_takes(self.step, share.batch, "valid")
             returned = no_grad_step(self.step, self.module, share.batch)
             table.add(values_of(returned), share.count)
