@@ -1,1 +1,1 @@
-"""What other trainers report on two ranks (numbers.py), and what an epoch costs with them (speed.py)."""
+"""What other trainers report on two ranks (means.py), and what an epoch costs with them (speed.py)."""

@@ -7,9 +7,7 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    # This folder's numbers.py must not shadow the standard library's.
-    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 
 def main() -> None:

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # numbers.py in this folder must not shadow the standard library's, which statistics imports.
-    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from statistics import median
 

@@ -1,6 +1,6 @@
 """What trainers report of nine samples with the values 0 to 8 (true mean 4) on two CPU ranks, batch size 2.
 
-    python tests/bench/numbers.py [--only NAME,...] [--json FILE]
+    python tests/bench/means.py [--only NAME,...] [--json FILE]
 
 Each is started as its documentation tells its users to. `pip install '.[bench]'` brings them.
 """
@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # This file must not shadow the standard library's numbers.
-    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 _TIMEOUT = 180.0
 
