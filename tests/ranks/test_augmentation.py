@@ -34,6 +34,7 @@ def train(world, workers: int) -> dict[str, Any]:
     seen: list[list[float]] = []
     net = nn.Linear(1, 1)
     nn.init.zeros_(net.weight)
+    nn.init.zeros_(net.bias)
     net.optimizer = torch.optim.SGD(net.parameters(), lr=0.001)
 
     def train_step(model, x):
