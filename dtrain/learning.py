@@ -253,7 +253,9 @@ class Learner:
         """What a `Mean` counted in the whole group is known at its end alone: till then its total is descended on."""
         if self._synced is not None:
             self._synced.scale = 1.0
-        count = torch.as_tensor(loss.count, dtype=self._world.sum_dtype, device=self._world.device).detach()
+        how: dict[str, Any] = {"dtype": self._world.sum_dtype, "device": self._world.device}
+        # A number is written by a kernel: to copy it to a GPU would wait for the GPU.
+        count = loss.count.detach().to(**how) if isinstance(loss.count, Tensor) else torch.full((), loss.count, **how)
         count = count * (share.count > 0)
         self._counted = count if self._counted is None else self._counted + count
         torch.autograd.backward(loss.total * (self._world.size if share.count else 0.0))  # type: ignore[arg-type]
