@@ -28,6 +28,7 @@ from dtrain.checks import check_alike, check_order, check_same_task, weights_che
 from dtrain.dealing import BatchMode, Dealing
 from dtrain.errors import UsageError, add_place
 from dtrain.history import History
+from dtrain.launch.heartbeat import DONE, own_heartbeat
 from dtrain.learning import Interval, Learner, Task
 from dtrain.metrics import MeanTable, PassResult
 from dtrain.passes import Place, ValidPass, seconds_since, shares_on_device
@@ -112,7 +113,9 @@ class Engine:
 
     def __post_init__(self) -> None:
         """Compares the ranks' tasks, deals the loaders out and readies the net."""
-        self.place = Place(self.world.rank)
+        self.place = Place(self.world.rank, heartbeat=own_heartbeat())
+        if self.place.heartbeat is not None:
+            self.place.heartbeat.computes_on(str(self.world.device))
         self._names: tuple[str, ...] | None = None
         self._rate: float | None = None  # of the last optimizer step, where the schedule goes on after each
         self.train_loader = self._sharded(self.task.dl_train)
@@ -161,6 +164,8 @@ class Engine:
             self.progress.close()
             self.learner.close()
             self.history.sync()
+        if self.place.heartbeat is not None:
+            self.place.heartbeat.enter(DONE)  # what comes now is the caller's own
         return self.history
 
     def _run_epoch(self, epoch: int) -> None:
@@ -170,7 +175,7 @@ class Engine:
         if epoch == 1:
             self._tell_unused_metrics(row)
         self._step_scheduler("epoch", row)
-        self.place.split, self.place.step = "checkpoint", 0
+        self.place.enter("checkpoint", epoch)
         self.history.append(row)
         self.progress.end_epoch(row)
         for tell in self.after_epoch:
