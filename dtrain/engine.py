@@ -27,6 +27,7 @@ import torch
 from dtrain.checks import check_alike, check_order, check_same_task, weights_checksum
 from dtrain.dealing import BatchMode, Dealing
 from dtrain.errors import UsageError, add_place
+from dtrain.finite import WhenNan
 from dtrain.history import History
 from dtrain.launch.heartbeat import DONE, own_heartbeat
 from dtrain.learning import Interval, Learner, Task
@@ -90,6 +91,7 @@ class Engine:
         limits: how much of the data is taken.
         sync_batchnorm: whether BatchNorm takes its statistics over all ranks while it trains.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
+        nan: what is done about a train loss that is not finite; see `dtrain.finite`.
         history: gets a row an epoch, on every rank.
         progress: what a person sees.
         after_epoch: called on every rank with each new row.
@@ -106,6 +108,7 @@ class Engine:
     limits: Limits = field(default_factory=Limits)
     sync_batchnorm: bool = False
     fetch_batches: bool = True
+    nan: WhenNan = "ignore"
     history: History = field(default_factory=History)
     progress: Progress = field(default_factory=Silent)
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
@@ -137,7 +140,11 @@ class Engine:
         check_same_task(self.world, self.task.module, loaders)
         ready(self.task.metrics, self.world)
         self.learner = Learner(
-            self.task, self.world, accumulates=self.accumulation > 1, sync_batchnorm=self.sync_batchnorm
+            self.task,
+            self.world,
+            accumulates=self.accumulation > 1,
+            sync_batchnorm=self.sync_batchnorm,
+            nan=self.nan,
         )
 
     def fit(self) -> History:
@@ -148,6 +155,7 @@ class Engine:
 
         Raises:
             StepError: a step breaks the contract.
+            NotFiniteError: a train loss is not finite, and `nan` is "stop".
             DataError: a loader yields nothing.
             Exception: whatever the user's code raises, with a note of rank, epoch and step.
         """
@@ -224,11 +232,14 @@ class Engine:
             if by_step and share.last:
                 self._step_scheduler("step")
             self.progress.step(table)
+            if table.asked is not None:
+                self.learner.finite.check_running(table)
         seconds = seconds_since(started, self.world)
         weights = weights_checksum(module, self.world.sum_dtype) if self.world.size > 1 else 0.0
         order = self.train_loader.fingerprint
         result, sums = table.reduce(self.world, seconds, (weights, weights**2, order, order**2))
         self._names = tuple(result.means)
+        self.learner.finite.check_mean(result.means.get("loss"), f"epoch {epoch}, over all ranks,")
         check_order(sums[2], sums[3], self.world.size, "train")
         check_alike(sums[0], sums[1], self.world.size, epoch)
         self.learner.check_learnt()

@@ -64,6 +64,7 @@ def train_run(settings: Settings, world: World) -> Path:
         accumulation=train.accumulation,
         sync_batchnorm=train.sync_batchnorm,
         fetch_batches=train.fetch_batches,
+        nan=train.nan,
         progress=choose_progress(is_main=world.is_main, epochs=train.epochs, log_step_freq=train.log_step_freq),
     )
     folder = Path(world.gather_json(agree(world, lambda: _open_folder(settings, world)))[0])

@@ -206,6 +206,7 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
     for rank in ranks:
         if rank.poll() is None:
             rank.terminate()
+            rank.send_signal(signal.SIGCONT)  # one that is stopped would not hear the other
     deadline = time.monotonic() + _GRACE_SECONDS
     for rank in ranks:
         with contextlib.suppress(subprocess.TimeoutExpired):
