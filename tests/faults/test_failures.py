@@ -158,3 +158,13 @@ def test_one_process_and_other_launchers_leave_word_too(dtrain: Dtrain, recipes:
     assert done.code == 1
     found = failure_of(dtrain)
     assert [found[name] for name in ("rank", "epoch", "step", "cause")] == [1, 2, 1, "exception"]
+
+
+def test_a_batch_that_is_no_number_is_skipped_on_all_ranks(dtrain: Dtrain, recipes: Path) -> None:
+    spot = a_spot("skip", 2, 0)
+    words = ["nan=skip", "data.fault=nan", "data.bad=9", "accumulation=2", *spot.words()]
+    done = dtrain("train", recipes / "faults.py", *words)  # that the ranks' weights stay alike, the engine checks
+    assert done.code == 0, done.text
+    rows = (dtrain.folder / "runs/it/history.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert "nan" not in "".join(rows), rows
