@@ -118,9 +118,8 @@ def _fold(told: traceback.TracebackException) -> list[str]:
         told.stack = _Folded(kept)
     else:
         told.stack[:] = kept
-    notes: list[str] | None = getattr(told, "__notes__", None)
-    if notes:  # ours stand below the traceback
-        notes[:] = [note for note in notes if not str(note).startswith("dtrain: ")]
+    # Ours stand below the traceback. A new list, since the exception's own is the same one.
+    vars(told)["__notes__"] = [n for n in getattr(told, "__notes__", None) or () if not str(n).startswith("dtrain: ")]
     return files
 
 

@@ -143,6 +143,7 @@ def test_one_process_and_other_launchers_leave_word_too(dtrain: Dtrain, recipes:
     found = json.loads((dtrain.folder / "runs/alone/failure.json").read_text())
     assert [found[name] for name in ("rank", "epoch", "step", "phase", "cause")] == [0, 2, 1, "train", "exception"]
     assert found["checkpoint"] == "runs/alone/checkpoints/epoch-1"
+    assert "at rank 0, epoch 2, train step 1" in alone.err
     assert "last checkpoint: runs/alone/checkpoints/epoch-1" in alone.err
     launcher = [BIN / "torchrun", "--nproc-per-node", "2", "-m", "dtrain"]
     done = dtrain.run(

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain.dealing import Share
+from dtrain.dealing import Dealing, Share
 from dtrain.errors import NotFiniteError, UsageError, add_place
 from dtrain.failures import cause_of, explain
 from dtrain.finite import FiniteLoss
@@ -26,6 +27,7 @@ from dtrain.launch.reports import Report, Told, read_reports
 from dtrain.launch.stacks import busy_worker, crash_text, main_stack, users_part, waits_for_others
 from dtrain.metrics import Mean, MeanTable
 from dtrain.passes import Place
+from dtrain.sharding import ShardedLoader
 from dtrain.world import World, bring_up
 
 
@@ -291,6 +293,7 @@ def test_frames_of_torch_are_counted_and_the_place_is_told_once() -> None:
     except RuntimeError as error:
         add_place(error, "rank 1, epoch 2, train step 3")
         found = explain(error)
+        assert explain(error) == found, "to describe an exception does not change it"
     assert "frames of torch\n" in found.told.traceback
     assert "torch/nn" not in found.told.traceback
     assert Path(__file__).name in found.told.traceback
@@ -346,3 +349,11 @@ def test_skip_leaves_the_step_and_the_buffers_out(world: World) -> None:
     assert (good.count, int(net.num_batches_tracked)) == (2, 1)
     with pytest.raises(UsageError, match=r"train\.nan=skip"):
         finite.refuse_imperative()
+
+
+@pytest.mark.parametrize("fetch_batches", [True, False])
+def test_shares_carry_the_indices_of_their_samples(fetch_batches: bool) -> None:
+    loader = DataLoader(TensorDataset(torch.arange(8)), 2, shuffle=True)
+    how = Dealing(1, 2, "per_rank", fill=True)
+    shares = list(ShardedLoader(loader, how, 0, "train", fetch_batches=fetch_batches).shares(1))
+    assert [[int(i) for i in share.indices] for share in shares] == [share.batch[0].tolist() for share in shares]
