@@ -60,6 +60,7 @@ class Share:
         first: whether it is the first one of its optimizer step.
         last: whether the optimizer steps after it.
         start: where its first sample is in the loader's order.
+        indices: its samples' indices in the dataset, None where the loader has none.
     """
 
     batch: Any
@@ -69,6 +70,7 @@ class Share:
     first: bool = True
     last: bool = True
     start: int = 0
+    indices: Any = None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ import torch
 from dtrain.checks import check_alike, check_order, check_same_task, weights_checksum
 from dtrain.dealing import BatchMode, Dealing
 from dtrain.errors import UsageError, add_place
+from dtrain.finite import WhenNan
 from dtrain.history import History
+from dtrain.launch.heartbeat import DONE, own_heartbeat
 from dtrain.learning import Interval, Learner, Task
 from dtrain.metrics import MeanTable, PassResult
 from dtrain.passes import Place, ValidPass, seconds_since, shares_on_device
@@ -89,6 +91,7 @@ class Engine:
         limits: how much of the data is taken.
         sync_batchnorm: whether BatchNorm takes its statistics over all ranks while it trains.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
+        nan: what is done about a train loss that is not finite; see `dtrain.finite`.
         history: gets a row an epoch, on every rank.
         progress: what a person sees.
         after_epoch: called on every rank with each new row.
@@ -105,6 +108,7 @@ class Engine:
     limits: Limits = field(default_factory=Limits)
     sync_batchnorm: bool = False
     fetch_batches: bool = True
+    nan: WhenNan = "ignore"
     history: History = field(default_factory=History)
     progress: Progress = field(default_factory=Silent)
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
@@ -112,7 +116,9 @@ class Engine:
 
     def __post_init__(self) -> None:
         """Compares the ranks' tasks, deals the loaders out and readies the net."""
-        self.place = Place(self.world.rank)
+        self.place = Place(self.world.rank, heartbeat=own_heartbeat())
+        if self.place.heartbeat is not None:
+            self.place.heartbeat.computes_on(str(self.world.device))
         self._names: tuple[str, ...] | None = None
         self._rate: float | None = None  # of the last optimizer step, where the schedule goes on after each
         self.train_loader = self._sharded(self.task.dl_train)
@@ -134,7 +140,11 @@ class Engine:
         check_same_task(self.world, self.task.module, loaders)
         ready(self.task.metrics, self.world)
         self.learner = Learner(
-            self.task, self.world, accumulates=self.accumulation > 1, sync_batchnorm=self.sync_batchnorm
+            self.task,
+            self.world,
+            accumulates=self.accumulation > 1,
+            sync_batchnorm=self.sync_batchnorm,
+            nan=self.nan,
         )
 
     def fit(self) -> History:
@@ -145,6 +155,7 @@ class Engine:
 
         Raises:
             StepError: a step breaks the contract.
+            NotFiniteError: a train loss is not finite, and `nan` is "stop".
             DataError: a loader yields nothing.
             Exception: whatever the user's code raises, with a note of rank, epoch and step.
         """
@@ -161,6 +172,8 @@ class Engine:
             self.progress.close()
             self.learner.close()
             self.history.sync()
+        if self.place.heartbeat is not None:
+            self.place.heartbeat.enter(DONE)  # what comes now is the caller's own
         return self.history
 
     def _run_epoch(self, epoch: int) -> None:
@@ -170,7 +183,7 @@ class Engine:
         if epoch == 1:
             self._tell_unused_metrics(row)
         self._step_scheduler("epoch", row)
-        self.place.split, self.place.step = "checkpoint", 0
+        self.place.enter("checkpoint", epoch)
         self.history.append(row)
         self.progress.end_epoch(row)
         for tell in self.after_epoch:
@@ -219,11 +232,14 @@ class Engine:
             if by_step and share.last:
                 self._step_scheduler("step")
             self.progress.step(table)
+            if table.asked is not None:
+                self.learner.finite.check_running(table)
         seconds = seconds_since(started, self.world)
         weights = weights_checksum(module, self.world.sum_dtype) if self.world.size > 1 else 0.0
         order = self.train_loader.fingerprint
         result, sums = table.reduce(self.world, seconds, (weights, weights**2, order, order**2))
         self._names = tuple(result.means)
+        self.learner.finite.check_mean(result.means.get("loss"), f"epoch {epoch}, over all ranks,")
         check_order(sums[2], sums[3], self.world.size, "train")
         check_alike(sums[0], sums[1], self.world.size, epoch)
         self.learner.check_learnt()

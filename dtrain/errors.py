@@ -9,6 +9,7 @@
     │   └── WorldError           the ranks that came up are not the ones asked for
     ├── DataError                a loader that yields nothing
     ├── StepError                a step that breaks the step contract
+    ├── NotFiniteError           a loss that is NaN or infinite
     ├── RankError                a rank that a notebook's call started failed
     └── AgreedError            a failure that every rank knows of; rank 0 speaks
 
@@ -22,9 +23,12 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+_NOTE = "dtrain: "
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_HANG = 76  # a hang was found and ended
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
@@ -64,6 +68,10 @@ class DataError(DtrainError):
 
 class StepError(DtrainError):
     """A train or valid step breaks the step contract."""
+
+
+class NotFiniteError(DtrainError):
+    """A loss is NaN or infinite, and `train.nan` says stop."""
 
 
 class RankError(DtrainError):
@@ -113,16 +121,30 @@ def add_place(error: BaseException, place: str) -> None:
     """
     if place_of(error) is not None:
         return
-    notes = [*getattr(error, "__notes__", []), f"dtrain: at {place}"]
+    _add_note(error, f"at {place}")
+
+
+def add_remark(error: BaseException, remark: str) -> None:
+    """Notes on an exception one more line for a person, such as "last checkpoint: ..."."""
+    _add_note(error, remark)
+
+
+def _add_note(error: BaseException, text: str) -> None:
+    notes = [*getattr(error, "__notes__", []), f"{_NOTE}{text}"]
     # An exception class may refuse new attributes (a frozen dataclass does); add_note() needs Python 3.11.
     object.__setattr__(error, "__notes__", notes)
 
 
+def notes_of(error: BaseException) -> list[str]:
+    """Returns what `add_place` and `add_remark` noted on an exception: "at rank 0, ...", then the remarks."""
+    notes = [str(note) for note in getattr(error, "__notes__", [])]
+    return [note.removeprefix(_NOTE) for note in notes if note.startswith(_NOTE)]
+
+
 def place_of(error: BaseException) -> str | None:
     """Returns the place that `add_place` noted on an exception."""
-    prefix = "dtrain: at "
-    found = [note for note in getattr(error, "__notes__", []) if str(note).startswith(prefix)]
-    return found[0].removeprefix(prefix) if found else None
+    found = [note for note in notes_of(error) if note.startswith("at ")]
+    return found[0].removeprefix("at ") if found else None
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

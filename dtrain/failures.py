@@ -2,36 +2,90 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import sysconfig
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dtrain.errors import EXIT_FAILED, DtrainError, place_of
+from dtrain.errors import EXIT_FAILED, DtrainError, NotFiniteError, notes_of
+from dtrain.launch.reports import PEER, Told
 
 _PACKAGE = Path(__file__).resolve().parent
 _RECIPES = _PACKAGE / "recipes"
 _INSTALLED = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")}
 
 
-def describe(error: BaseException) -> tuple[str, int]:
-    """Returns the text that a person shall read of a failure, and its exit code.
+_FOLDED = ("torch", "accelerate")
+# How torch words that another rank has gone; the messages are gloo's and NCCL's.
+_PEER_GONE = re.compile(
+    r"closed by peer|reset by peer|Broken pipe|ncclRemoteError|remote process exited|Connection refused"
+    r"|Socket Timeout|Timed out waiting|Application timeout caused pair closure|Failed to recv, got 0 bytes"
+)
+_PEER_ERRORS = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
 
-    Of the user's own exception the traceback is kept, without the frames of dtrain that led to it.
+
+@dataclass(frozen=True)
+class Description:
+    """A failure, for a person and for programs.
+
+    Attributes:
+        text: what a person shall read.
+        exit_code: what the process ends with.
+        told: the same in parts.
     """
-    place = place_of(error)
-    at = f"\n  at {place}" if place else ""
+
+    text: str
+    exit_code: int
+    told: Told
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """Returns the text that a person shall read of a failure, and its exit code; see `explain`."""
+    found = explain(error)
+    return found.text, found.exit_code
+
+
+def explain(error: BaseException) -> Description:
+    """Describes a failure.
+
+    Of the user's own exception the traceback is kept, without the frames of dtrain that led to it; those of torch and
+    Accelerate are counted in one line.
+    """
+    at = "".join(f"\n  {note}" for note in notes_of(error))
     if isinstance(error, DtrainError):
-        return f"dtrain: error: {error}{at}", error.exit_code
+        return _described(error, f"dtrain: error: {error}{at}", error.exit_code)
     if isinstance(error, SystemExit):
-        return f"dtrain: error: your code called sys.exit({error.code!r}){at}", EXIT_FAILED
+        return _described(error, f"dtrain: error: your code called sys.exit({error.code!r}){at}", EXIT_FAILED)
     told = traceback.TracebackException.from_exception(error)
     files = _fold(told)
     if not files and isinstance(error, OSError):
-        return f"dtrain: error: {error}{at}", EXIT_FAILED
+        return _described(error, f"dtrain: error: {error}{at}", EXIT_FAILED)
     if not files:
         told = traceback.TracebackException.from_exception(error)
     text = "".join(told.format()).rstrip("\n")
-    return f"{text}\ndtrain: error: {type(error).__name__}, raised {_origin(files)}{at}", EXIT_FAILED
+    whole = f"{text}\ndtrain: error: {type(error).__name__}, raised {_origin(files)}{at}"
+    return _described(error, whole, EXIT_FAILED, text)
+
+
+def _described(error: BaseException, text: str, exit_code: int, trace: str = "") -> Description:
+    return Description(text, exit_code, Told(cause_of(error), type(error).__name__, str(error), trace))
+
+
+def cause_of(error: BaseException) -> str:
+    """Returns one word for what an exception means: nan, exit, out_of_memory, peer or exception."""
+    name = type(error).__name__
+    if isinstance(error, NotFiniteError):
+        return "nan"
+    if isinstance(error, SystemExit):
+        return "exit"
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return "out_of_memory"
+    if (name in _PEER_ERRORS or isinstance(error, ConnectionError)) and _PEER_GONE.search(str(error)):
+        return PEER
+    return "exception"
 
 
 def users_line(error: BaseException) -> str | None:
@@ -58,8 +112,36 @@ def _fold(told: traceback.TracebackException) -> list[str]:
     for chained in (told.__cause__, told.__context__):
         if chained is not None:
             _fold(chained)
-    told.stack[:] = [frame for frame in told.stack if not _is_ours(frame.filename)]
-    return [frame.filename for frame in told.stack]
+    kept = [frame for frame in told.stack if not _is_ours(frame.filename)]
+    files = [frame.filename for frame in kept]
+    if any(not _is_installed(file) for file in files):  # else those frames are all that there is to see
+        told.stack = _Folded(kept)
+    else:
+        told.stack[:] = kept
+    # Ours stand below the traceback. A new list, since the exception's own is the same one.
+    vars(told)["__notes__"] = [n for n in getattr(told, "__notes__", None) or () if not str(n).startswith("dtrain: ")]
+    return files
+
+
+class _Folded(traceback.StackSummary):
+    """A stack that prints the frames of torch and Accelerate as one line that counts them."""
+
+    def format(self, **keywords: Any) -> list[str]:
+        """Formats the frames, as the base class does."""
+        lines: list[str] = []
+        for package, frames in itertools.groupby(self, lambda frame: _package_of(frame.filename)):
+            group = list(frames)
+            if package is None:
+                lines += traceback.StackSummary.from_list(group).format(**keywords)
+            else:
+                lines.append(f"  ... {len(group)} frame{'' if len(group) == 1 else 's'} of {package}\n")
+        return lines
+
+
+def _package_of(filename: str) -> str | None:
+    """The package whose frames are folded that a file belongs to, or None."""
+    parts = Path(filename).parts
+    return next((name for name in _FOLDED if name in parts and _is_installed(filename)), None)
 
 
 def _is_ours(filename: str) -> bool:

@@ -30,6 +30,7 @@ from dtrain.checks import check_optimizers, check_takes
 from dtrain.ddp import Replica
 from dtrain.dealing import Share
 from dtrain.errors import StepError, UsageError
+from dtrain.finite import FiniteLoss, WhenNan
 from dtrain.metrics import Mean, Value
 from dtrain.steps import (
     HOW_TO_LEARN,
@@ -97,13 +98,18 @@ class Learner:
         world: the ranks.
         accumulates: whether several micro-batches make one optimizer step.
         sync_batchnorm: whether BatchNorm takes its statistics over all ranks.
+        nan: what is done about a loss that is not finite.
 
     Attributes:
         kind: the kind of the train step, known after the first one.
+        finite: looks at the losses.
     """
 
-    def __init__(self, task: Task, world: World, *, accumulates: bool, sync_batchnorm: bool = False) -> None:
+    def __init__(
+        self, task: Task, world: World, *, accumulates: bool, sync_batchnorm: bool = False, nan: WhenNan = "ignore"
+    ) -> None:
         self.kind: Kind | None = None
+        self.finite = FiniteLoss(nan, task.module, world)
         self._task = task
         self._world = world
         self._accumulates = accumulates
@@ -122,7 +128,16 @@ class Learner:
 
         Raises:
             StepError: the step breaks the step contract.
+            NotFiniteError: the loss is not, and the run shall stop then.
         """
+        if self.finite.skips:
+            self.finite.begin(share)
+        values = self._learn(share)
+        if self.kind == "imperative":  # the other kind is looked at before backward
+            self.finite.check(values.get("loss"), share)
+        return values
+
+    def _learn(self, share: Share) -> dict[str, Value]:
         if self._alone and self.kind is not None:  # the same as below, without what is then idle
             values = self._values_of(call_step(self._task.train_step, self._task.module, share.batch))
             if self.kind == "declarative":
@@ -177,6 +192,7 @@ class Learner:
             self._descend(values.get("loss"), share)
         check_optimizers(self._witness.optimizers, task.module, self._world.size)
         if self.kind == "imperative":
+            self.finite.refuse_imperative()
             self._refuse_what_it_cannot_weight(share, values.get("loss"), touched())
         if self._accumulates and not share.last and self._witness.optimizers:
             raise StepError(
@@ -228,6 +244,7 @@ class Learner:
                 "the train step returned a loss without a graph, after returning one with a graph before. "
                 "Return the loss itself at every step, without .item() or .detach()."
             )
+        self.finite.check(loss, share)
         if share.first:
             optimizer.zero_grad()
         if isinstance(loss, Mean):
@@ -235,9 +252,16 @@ class Learner:
         else:
             self._descend_mean(loss, share.scale)  # type: ignore[arg-type]
         if share.last:
-            if self._counted is not None:
-                self._divide_by_count(optimizer)
-            optimizer.step()
+            self._step(optimizer)
+
+    def _step(self, optimizer: Optimizer) -> None:
+        """The optimizer's step, once the gradients of the group are whole."""
+        if self.finite.refuses_step():
+            self._counted = None
+            return
+        if self._counted is not None:
+            self._divide_by_count(optimizer)
+        optimizer.step()
 
     def _descend_mean(self, loss: Tensor, scale: float) -> None:
         """A plain loss is weighted where an imperative step's is, so that the two kinds agree to the last bit."""

@@ -96,6 +96,7 @@ class MeanTable:
         self._agreed = names is not None
         self.samples = 0
         self.steps = 0
+        self.asked: dict[str, float] | None = None  # what `running` returned last
         self._sums: dict[str, _Sum] = {}
 
     def add(self, values: Mapping[str, Value], count: int) -> None:
@@ -139,9 +140,10 @@ class MeanTable:
 
     def running(self) -> dict[str, float]:
         """Returns this rank's means so far, for a person to watch; waits for the device."""
-        return {
+        self.asked = {
             name: float(known.total) / count for name, known in self._sums.items() if (count := float(known.count)) != 0
         }
+        return self.asked
 
     def reduce(self, world: World, seconds: float, extras: tuple[float, ...] = ()) -> tuple[PassResult, list[float]]:
         """Adds up over the ranks, in one collective (and one more, once a run, to agree on the names).

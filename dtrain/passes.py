@@ -12,6 +12,7 @@ from torch import nn
 
 from dtrain.checks import check_first_batch, check_order, check_takes
 from dtrain.dealing import Share
+from dtrain.launch.heartbeat import Heartbeat
 from dtrain.metrics import MeanTable, PassResult
 from dtrain.progress import Progress
 from dtrain.sharding import ShardedLoader
@@ -27,6 +28,7 @@ class Place:
     epoch: int = 0
     split: str = ""
     step: int = 0
+    heartbeat: Heartbeat | None = None  # where a supervisor reads the same
 
     def __str__(self) -> str:
         """Words such as "rank 1, epoch 2, train step 7"."""
@@ -36,6 +38,14 @@ class Place:
     def enter(self, split: str, epoch: int) -> None:
         """A pass begins."""
         self.split, self.epoch, self.step = split, epoch, 0
+        if self.heartbeat is not None:
+            self.heartbeat.enter(split, epoch)
+
+    def advance(self) -> None:
+        """The next step begins."""
+        self.step += 1
+        if self.heartbeat is not None:
+            self.heartbeat.step(self.step)
 
 
 def shares_on_device(loader: ShardedLoader, world: World, place: Place) -> Iterator[Share]:
@@ -44,7 +54,7 @@ def shares_on_device(loader: ShardedLoader, world: World, place: Place) -> Itera
     # Once, before the first step, where a difference between the ranks could still hang them.
     compare = place.split == "train" and place.epoch == 1
     while True:
-        place.step += 1  # also while its batch is fetched
+        place.advance()  # also while its batch is fetched
         share = next(shares, None)
         if compare:
             check_first_batch(world, loader.fingerprint, place.split)

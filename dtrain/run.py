@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,10 +14,15 @@ from typing import Any, TypeVar
 from dtrain.checkpoint import save_epoch
 from dtrain.config import Settings
 from dtrain.engine import Engine
-from dtrain.errors import AgreedError, Failure, UsageError
-from dtrain.failures import describe
+from dtrain.errors import EXIT_USAGE, AgreedError, UsageError, add_remark
+from dtrain.errors import Failure as RankFailure
+from dtrain.failures import describe, explain
 from dtrain.history import FILE_NAME, History
+from dtrain.launch.heartbeat import SETUP
+from dtrain.launch.postmortem import Failure, last_checkpoint, read_failure, remarks
+from dtrain.launch.reports import PEER, name_run, supervised
 from dtrain.learning import Task
+from dtrain.passes import Place
 from dtrain.progress import choose_progress
 from dtrain.recipe import bind, load_recipe
 from dtrain.seeding import seed_everything
@@ -58,9 +64,12 @@ def train_run(settings: Settings, world: World) -> Path:
         accumulation=train.accumulation,
         sync_batchnorm=train.sync_batchnorm,
         fetch_batches=train.fetch_batches,
+        nan=train.nan,
         progress=choose_progress(is_main=world.is_main, epochs=train.epochs, log_step_freq=train.log_step_freq),
     )
     folder = Path(world.gather_json(agree(world, lambda: _open_folder(settings, world)))[0])
+    if world.is_main:
+        name_run(folder)
     trackers = agree(world, lambda: _start_trackers(settings, folder) if world.is_main else [])
     if world.is_main:
         engine.history = History(folder / FILE_NAME)
@@ -70,11 +79,44 @@ def train_run(settings: Settings, world: World) -> Path:
     try:
         engine.fit()
         failed = False
+    except (Exception, SystemExit) as error:
+        if not supervised():  # else the supervisor does, which knows how all ranks ended
+            _leave_word(folder, engine.place, world, error)
+        raise
     finally:
         _finish(trackers, failed=failed)
     if world.is_main:
         _sum_up(engine.history, folder)
     return folder
+
+
+def _leave_word(folder: Path, place: Place, world: World, error: BaseException) -> None:
+    """Leaves `failure.json` where no supervisor of dtrain's does, and tells so: the first rank that comes.
+
+    A rank that lost its connection to another gives way to what that one tells.
+    """
+    if getattr(error, "exit_code", None) == EXIT_USAGE or not folder.is_dir():
+        return
+    there = read_failure(folder)
+    if there is not None and there["cause"] != PEER:
+        return
+    told = explain(error).told
+    Failure(
+        rank=world.rank,
+        local_rank=world.local_rank,
+        host=socket.gethostname(),
+        device=str(world.device),
+        epoch=place.epoch or None,
+        step=place.step or None,
+        phase=place.split or SETUP,
+        cause=told.cause,
+        exception={"type": told.type, "message": told.message},
+        traceback=told.traceback,
+        others={str(rank): "not known" for rank in range(world.size) if rank != world.rank},
+        checkpoint=last_checkpoint(folder),
+    ).write(folder)
+    for remark in (f"on {socket.gethostname()}, device {world.device}", *remarks(folder)):
+        add_remark(error, remark)
 
 
 def _start_trackers(settings: Settings, folder: Path) -> list[Tracker]:
@@ -104,14 +146,14 @@ def agree(world: World, attempt: Callable[[], T]) -> T:
         AgreedError: it failed on some rank; all ranks raise, so that none waits for the others.
     """
     result: Any = None
-    failure: Failure | None = None
+    failure: RankFailure | None = None
     try:
         result = attempt()
     except (Exception, SystemExit) as error:  # noqa: BLE001 - it is told to all ranks and raised below
         text, exit_code = describe(error)
-        failure = Failure(world.rank, text, exit_code, type(error).__name__)
+        failure = RankFailure(world.rank, text, exit_code, type(error).__name__)
     told = world.gather_json(None if failure is None else asdict(failure))
-    failures = [Failure(**item) for item in told if item is not None]
+    failures = [RankFailure(**item) for item in told if item is not None]
     if failures:
         raise AgreedError(failures)
     return result  # type: ignore[no-any-return]

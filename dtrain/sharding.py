@@ -155,11 +155,12 @@ class _IndexedBatches:
         if self._rows is None:
             for batch in self._loader:
                 share = self._dealt.popleft()
-                share.batch = batch
+                share.indices, share.batch = share.batch, batch
                 yield share
             return
         iter(self._loader)  # draws from the random state what a loop over it draws
         for share in self._index_shares():
+            share.indices = share.batch
             share.batch = self._rows.__getitems__(share.batch)
             yield share
 

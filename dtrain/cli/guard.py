@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import typer
 
 from dtrain.errors import EXIT_INTERRUPTED, EXIT_OK, AgreedError, DtrainError
-from dtrain.launch.reports import supervised, write_report
+from dtrain.launch.reports import Told, supervised, write_report
 
 
 @contextlib.contextmanager
@@ -31,23 +31,24 @@ def reported() -> Iterator[None]:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except (Exception, SystemExit) as error:  # noqa: BLE001 - described in full, then the process ends
         sys.last_value = error  # as the interpreter notes it; exit functions then do not wait for other ranks
-        text, code = _words(error)
-        _tell(text, code, agreed=isinstance(error, DtrainError) and error.agreed)
+        text, code, told = _words(error)
+        _tell(text, code, told, agreed=isinstance(error, DtrainError) and error.agreed)
         raise typer.Exit(code) from None
 
 
-def _words(error: BaseException) -> tuple[str, int]:
+def _words(error: BaseException) -> tuple[str, int, Told]:
     if isinstance(error, AgreedError):
-        return str(error), error.exit_code
-    from dtrain.failures import describe
+        return str(error), error.exit_code, Told("exception", error.failures[0].kind, str(error), "")
+    from dtrain.failures import explain
 
-    return describe(error)
+    found = explain(error)
+    return found.text, found.exit_code, found.told
 
 
-def _tell(text: str, code: int, *, agreed: bool) -> None:
+def _tell(text: str, code: int, told: Told | None = None, *, agreed: bool) -> None:
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if supervised():
-        write_report(int(rank), code, text)
+        write_report(int(rank), code, text, told)
     elif size == "1":
         print(text, file=sys.stderr)  # noqa: T201
     elif not agreed or rank == "0":

@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from dtrain.world import World
 
 
-def on_ranks(ranks: int | None, cpu: bool, work: Callable[[World], None]) -> int:
+def on_ranks(ranks: int | None, cpu: bool, work: Callable[[World], None], *, hang_seconds: float = 0.0) -> int:
     """Runs a verb's work as one rank; or, asked for several and not launched as one of them, starts them.
 
     Args:
         ranks: the number asked for with -n, or None.
         cpu: compute on the CPU also where there is a GPU.
         work: what a rank does in the verified world.
+        hang_seconds: how long a rank that is started here may stand still; 0 is for ever.
 
     Returns:
         the exit code.
@@ -28,14 +29,22 @@ def on_ranks(ranks: int | None, cpu: bool, work: Callable[[World], None]) -> int
     if ranks is not None and ranks > 1 and not facts.launched:
         from dtrain.launch.local import dtrain_argv, start_local_ranks
 
-        return start_local_ranks(dtrain_argv(sys.argv[1:]), ranks)
+        return start_local_ranks(dtrain_argv(sys.argv[1:]), ranks, hang_seconds=hang_seconds)
     set_threads(facts.local_size)
+    from dtrain.launch.heartbeat import DONE, SETUP, own_heartbeat
     from dtrain.launch.lifeline import hold_on
+    from dtrain.launch.stacks import listen
 
     hold_on()
+    listen()
+    heartbeat = own_heartbeat()
+    if heartbeat is not None:
+        heartbeat.enter(SETUP)
     from dtrain.world import bring_up
 
     world = bring_up(cpu=cpu, asked=ranks, facts=facts)
     work(world)
+    if heartbeat is not None:
+        heartbeat.enter(DONE)
     world.close()
     return 0

@@ -57,7 +57,7 @@ def _train(words: list[str], ranks: int | None, cpu: bool, dry_run: bool) -> int
         if world.is_main:
             typer.echo(f"next: {shlex.join(['dtrain', 'evaluate', str(folder)])}")
 
-    return on_ranks(ranks, cpu, work)
+    return on_ranks(ranks, cpu, work, hang_seconds=settings.config.train.hang_seconds)
 
 
 def read_target(words: list[str]) -> Settings:

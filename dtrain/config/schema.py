@@ -38,6 +38,10 @@ class TrainConfig(_Section):
     accumulation: int = Field(1, ge=1, description="micro-batches that make one optimizer step")
     fetch_batches: bool = Field(True, description="fetch whole batches at once where that gives the same")
     sync_batchnorm: bool = Field(False, description="BatchNorm's statistics over all ranks, not each rank's")
+    nan: Literal["stop", "skip", "ignore"] = Field(
+        "stop", description="a train loss that is NaN or infinite stops the run, has its batch left out, or goes on"
+    )
+    hang_seconds: float = Field(600.0, ge=0, description="ranks of -n N may stand still so long; 0 is for ever")
 
 
 class RunFolderConfig(_Section):

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from dtrain.errors import EXIT_FAILED, EXIT_OK
+from dtrain.launch.hangs import HangWatch
 from dtrain.launch.lifeline import PARENT
+from dtrain.launch.postmortem import PostMortem, Seen
 from dtrain.launch.relay import RELAYED_ENVIRONMENT, Relay
 from dtrain.launch.reports import REPORT_DIR, read_reports
 from dtrain.launch.threads import usable_cores
@@ -53,19 +54,26 @@ def script_argv(script: str, arguments: Sequence[str]) -> list[str]:
     return [str(_LAUNCH / "script_runner.py"), script, *arguments]
 
 
-def start_local_ranks(argv: Sequence[str], size: int, environment: dict[str, str] | None = None) -> int:
+def start_local_ranks(
+    argv: Sequence[str], size: int, environment: dict[str, str] | None = None, *, hang_seconds: float = 0.0
+) -> int:
     """Runs `python ARGV` as ranks here, prints why they failed where they did, and returns the exit code.
 
     The arguments are those of `run_local_ranks`.
     """
-    ending = run_local_ranks(argv, size, environment)
+    ending = run_local_ranks(argv, size, environment, hang_seconds=hang_seconds)
     if ending.text:
         print(ending.text, file=sys.stderr)  # noqa: T201
     return ending.exit_code
 
 
 def run_local_ranks(
-    argv: Sequence[str], size: int, environment: dict[str, str] | None = None, *, relayed: bool = False
+    argv: Sequence[str],
+    size: int,
+    environment: dict[str, str] | None = None,
+    *,
+    relayed: bool = False,
+    hang_seconds: float = 0.0,
 ) -> Ending:
     """Runs `python ARGV` as ranks 0 to size - 1 here and waits for them.
 
@@ -76,11 +84,13 @@ def run_local_ranks(
         environment: further variables for every rank.
         relayed: the ranks' output goes through this process's sys.stdout and sys.stderr, and they have no input;
             else they share its file descriptors.
+        hang_seconds: how long a rank may stand still; 0 is for ever. See `dtrain.launch.hangs`.
     """
     relay = Relay() if relayed else None
     more = (RELAYED_ENVIRONMENT if relayed else {}) | (environment or {})
     with tempfile.TemporaryDirectory(prefix="dtrain-") as reports:
         port = free_port()
+        hangs, post_mortem = HangWatch(Path(reports), hang_seconds), PostMortem(Path(reports), size)
         ranks: list[subprocess.Popen[bytes]] = []
         with _signals_caught() as caught:
             try:
@@ -88,12 +98,12 @@ def run_local_ranks(
                     ranks.append(_start(argv, rank_environment(rank, size, port, reports) | more, piped=relayed))
                     if relay is not None:
                         relay.add(rank, ranks[-1])
-                silent = _watch(ranks, caught, Path(reports), relay.wait if relay else time.sleep)
+                seen = _watch(ranks, caught, Path(reports), hangs, relay.wait if relay else time.sleep)
             finally:
                 _end(ranks)
                 if relay is not None:
                     relay.close()
-        return _ending(silent, ranks, Path(reports), caught)
+        return _ending(seen, post_mortem, caught)
 
 
 def free_port() -> int:
@@ -159,27 +169,36 @@ def _signals_caught() -> Iterator[list[int]]:
 
 
 def _watch(
-    ranks: list[subprocess.Popen[bytes]], caught: list[int], reports: Path, wait: Callable[[float], None]
-) -> list[int]:
-    """Waits until all ranks ended well, one failed, or a signal came.
+    ranks: list[subprocess.Popen[bytes]],
+    caught: list[int],
+    reports: Path,
+    hangs: HangWatch,
+    wait: Callable[[float], None],
+) -> Seen:
+    """Waits until all ranks ended well, one failed, one hangs, or a signal came.
 
     Args:
         ranks: the processes.
         caught: gets the signals that come.
         reports: the folder of the ranks' reports.
+        hangs: tells when they stand still.
         wait: lets some seconds pass, at most.
-
-    Returns:
-        the ranks that ended without a word by then, although each rank leaves one, well or not.
     """
+    all_ran = 0.0
     while not caught:
+        now = time.time()
         ended = {rank: code for rank, process in enumerate(ranks) if (code := process.poll()) is not None}
         told = {report.rank for report in read_reports(reports)}
-        silent = [rank for rank in ended if rank not in told]
+        # Each rank leaves word, well or not: one that ended without it did not end well.
+        silent = tuple(rank for rank in ended if rank not in told)
         if silent or any(ended.values()) or len(ended) == len(ranks):
-            return silent
+            return Seen(ended, silent, all_ran=all_ran)
+        hang = hangs.check({rank: process.pid for rank, process in enumerate(ranks) if rank not in ended})
+        if hang is not None:
+            return Seen(ended, hang=hang)
+        all_ran = now if not ended else all_ran
         wait(_POLL_SECONDS)
-    return []
+    return Seen()
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -187,6 +206,7 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
     for rank in ranks:
         if rank.poll() is None:
             rank.terminate()
+            rank.send_signal(signal.SIGCONT)  # one that is stopped would not hear the other
     deadline = time.monotonic() + _GRACE_SECONDS
     for rank in ranks:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -196,24 +216,10 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
         rank.wait()
 
 
-def _ending(silent: list[int], ranks: list[subprocess.Popen[bytes]], reports: Path, caught: list[int]) -> Ending:
-    """Tells why the job ended, with the exit code of the first cause.
-
-    A rank that ended without a word is the cause before any that reported: its end is what tears the
-    others' connections, and they report just that.
-    """
+def _ending(seen: Seen, post_mortem: PostMortem, caught: list[int]) -> Ending:
+    """Tells why the job ended, with the exit code of the first cause."""
     if caught:
         name = signal.Signals(caught[0]).name
         return Ending(128 + caught[0], f"dtrain: stopped by {name}; all ranks are ended.", caught[0])
-    failed = [report for report in read_reports(reports) if report.exit_code != EXIT_OK]
-    # An abort is how gloo ends a rank whose peer has gone; where that one told why, its word is the cause.
-    aborted = silent and ranks[silent[0]].returncode == -signal.SIGABRT
-    if silent and not (aborted and failed):
-        code = ranks[silent[0]].returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
-        hint = " The kernel does so when memory runs out (see dmesg)." if code == -signal.SIGKILL else ""
-        text = f"dtrain: error: rank {silent[0]} {how} and left no word of why; the other ranks were ended.{hint}"
-        return Ending(code if code > 0 else EXIT_FAILED, text)
-    if failed:
-        return Ending(failed[0].exit_code, failed[0].text)
-    return Ending(EXIT_OK)
+    code, text = post_mortem.verdict(seen)
+    return Ending(code, text)

@@ -7,8 +7,29 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 REPORT_DIR = "DTRAIN_REPORT_DIR"
+_RUN = "run.txt"
+
+PEER = "peer"  # a rank's connection to another was cut: the echo of that one's end
+
+
+@dataclass(frozen=True)
+class Told:
+    """What an exception tells, for programs to read.
+
+    Attributes:
+        cause: exception, out_of_memory, nan, exit, or `PEER`.
+        type: the exception's class.
+        message: its text.
+        traceback: the user's own frames; those of dtrain, Accelerate and torch are folded away.
+    """
+
+    cause: str
+    type: str
+    message: str
+    traceback: str
 
 
 @dataclass(frozen=True)
@@ -20,12 +41,19 @@ class Report:
         exit_code: what the job shall end with.
         text: what a person shall read; empty where all went well.
         when: seconds since the epoch; the earliest report is the cause, later ones are its echo.
+        told: the same, in parts; None where no exception ended the rank.
     """
 
     rank: int
     exit_code: int
     text: str
     when: float
+    told: Told | None = None
+
+    @property
+    def echo(self) -> bool:
+        """Whether it tells of nothing but another rank's end."""
+        return self.told is not None and self.told.cause == PEER
 
 
 def supervised() -> bool:
@@ -33,15 +61,40 @@ def supervised() -> bool:
     return REPORT_DIR in os.environ
 
 
-def write_report(rank: int, exit_code: int, text: str) -> None:
+def write_report(rank: int, exit_code: int, text: str, told: Told | None = None) -> None:
     """Leaves a report for the supervisor; whole or not at all."""
     path = Path(os.environ[REPORT_DIR]) / f"rank-{rank}.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(asdict(Report(rank, exit_code, text, time.time()))), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(asdict(Report(rank, exit_code, text, time.time(), told))))
 
 
 def read_reports(folder: Path) -> list[Report]:
     """Returns the reports that ranks left, the earliest first."""
-    reports = [Report(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("rank-*.json")]
+    reports = [_read(path) for path in folder.glob("rank-*.json")]
     return sorted(reports, key=lambda report: report.when)
+
+
+def _read(path: Path) -> Report:
+    fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    told = fields.pop("told")
+    return Report(**fields, told=None if told is None else Told(**told))
+
+
+def name_run(folder: Path) -> None:
+    """Tells the supervisor, if there is one, which folder is the run's, so that it can leave word there."""
+    if supervised():
+        write_whole(Path(os.environ[REPORT_DIR]) / _RUN, str(folder.resolve()))
+
+
+def named_run(reports: Path) -> Path | None:
+    """Returns the run's folder, None where no rank has named one."""
+    try:
+        return Path((reports / _RUN).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

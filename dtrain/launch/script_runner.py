@@ -19,28 +19,30 @@ import runpy  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from dtrain.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, DtrainError, add_place  # noqa: E402
-from dtrain.failures import describe, users_line  # noqa: E402
+from dtrain.failures import explain, users_line  # noqa: E402
 from dtrain.launch.leaving import leave, must_leave_at_once  # noqa: E402
 from dtrain.launch.lifeline import hold_on  # noqa: E402
-from dtrain.launch.reports import write_report  # noqa: E402
+from dtrain.launch.reports import Told, write_report  # noqa: E402
+from dtrain.launch.stacks import listen  # noqa: E402
 
 
 def main() -> None:
     """Runs the script that the command line names, and ends the process with its exit code."""
     hold_on()
+    listen()
     rank = int(os.environ["RANK"])
-    text, code = run_script(sys.argv[1], sys.argv[2:])
-    write_report(rank, code, text)
+    text, code, told = run_script(sys.argv[1], sys.argv[2:])
+    write_report(rank, code, text, told)
     if must_leave_at_once():
         leave(code)
     sys.exit(code)
 
 
-def run_script(script: str, arguments: list[str]) -> tuple[str, int]:
+def run_script(script: str, arguments: list[str]) -> tuple[str, int, Told | None]:
     """Runs a script in this process.
 
     Returns:
-        what a person shall read of its failure (empty where it went well), and its exit code.
+        what a person shall read of its failure (empty where it went well), its exit code, and the failure in parts.
     """
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
@@ -49,15 +51,16 @@ def run_script(script: str, arguments: list[str]) -> tuple[str, int]:
     except SystemExit as end:
         if end.code not in (None, 0):
             sys.last_value = end
-        return _ended(end.code)
+        return *_ended(end.code), None
     except KeyboardInterrupt:
-        return f"dtrain: stopped by Ctrl-C{_on_rank()}.", EXIT_INTERRUPTED
+        return f"dtrain: stopped by Ctrl-C{_on_rank()}.", EXIT_INTERRUPTED, None
     except BaseException as error:  # noqa: BLE001 - described in full, then the process ends
         sys.last_value = error  # as the interpreter notes it; exit functions may look
         line = users_line(error) if isinstance(error, DtrainError) else None
         add_place(error, ", ".join(filter(None, (f"rank {os.environ['RANK']}", line))))
-        return describe(error)
-    return "", EXIT_OK
+        found = explain(error)
+        return found.text, found.exit_code, found.told
+    return "", EXIT_OK, None
 
 
 def _ended(code: object) -> tuple[str, int]:

@@ -19,31 +19,34 @@ from pathlib import Path
 
 from dtrain.launch.leaving import leave, must_leave_at_once
 from dtrain.launch.lifeline import hold_on
-from dtrain.launch.reports import write_report
+from dtrain.launch.reports import Told, write_report
+from dtrain.launch.stacks import listen
 
 
 def main() -> None:
     """Runs the call, and ends the process with the exit code that it told the supervisor."""
     hold_on()
-    text, code = run(Path(sys.argv[1]))
-    write_report(int(os.environ["RANK"]), code, text)
+    listen()
+    text, code, told = run(Path(sys.argv[1]))
+    write_report(int(os.environ["RANK"]), code, text, told)
     if must_leave_at_once():
         leave(code)
     sys.exit(code)
 
 
-def run(folder: Path) -> tuple[str, int]:
-    """Returns what a person shall read of a failure, empty where all went well, and the exit code."""
+def run(folder: Path) -> tuple[str, int, Told | None]:
+    """Returns what a person shall read of a failure, empty where all went well, the exit code, and its parts."""
     from dtrain.errors import EXIT_OK, add_place
-    from dtrain.failures import describe
+    from dtrain.failures import explain
 
     try:
         _call(folder)
     except BaseException as error:  # noqa: BLE001 - described in full, then the process ends
         sys.last_value = error  # as the interpreter notes it; exit functions then do not wait for other ranks
         add_place(error, f"rank {os.environ['RANK']}")
-        return describe(error)
-    return "", EXIT_OK
+        found = explain(error)
+        return found.text, found.exit_code, found.told
+    return "", EXIT_OK, None
 
 
 def _call(folder: Path) -> None:

@@ -41,6 +41,7 @@ LAYERS = [
         "dtrain.batchnorm",
     ],
     ["dtrain.steps", "dtrain.checkpoint", "dtrain.trackers", "dtrain.progress", "dtrain.signatures"],
+    ["dtrain.finite"],
     ["dtrain.accumulation", "dtrain.learning", "dtrain.passes"],
     ["dtrain.engine", "dtrain.prepared"],
     ["dtrain.inference", "dtrain.training", "dtrain.recipe", "dtrain.export", "dtrain.summary", "dtrain.best"],

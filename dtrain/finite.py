@@ -1,0 +1,123 @@
+"""A loss that is NaN or infinite: found before it spoils the weights, where that costs nothing.
+
+On the CPU each loss is looked at, before the optimizer steps where dtrain takes that step. On another device to look
+means to wait for it, so that the running mean is looked at where it is printed, and the epoch's mean at its end.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.dealing import Share
+from dtrain.errors import NotFiniteError, UsageError
+from dtrain.metrics import Mean, MeanTable, Value
+from dtrain.world import World
+
+WhenNan = Literal["stop", "skip", "ignore"]
+_MOST_INDICES = 32
+_REMEDY = "Look at these samples, or lower the learning rate; train.nan=skip leaves such batches out, ignore goes on."
+
+
+class FiniteLoss:
+    """What a run does about a loss that is not finite.
+
+    Args:
+        when: stop the run; skip the optimizer step, on all ranks; or ignore it.
+        module: the net, whose buffers a skipped batch leaves as they were.
+        world: the ranks.
+    """
+
+    def __init__(self, when: WhenNan, module: nn.Module, world: World) -> None:
+        self.when = when
+        self._module = module
+        self._world = world
+        self._bad: float | Tensor = 0.0  # of the micro-batches of the group
+        self._buffers: list[Tensor] = []
+
+    @property
+    def skips(self) -> bool:
+        """Whether batches are left out."""
+        return self.when == "skip"
+
+    def begin(self, share: Share) -> None:
+        """A step begins; with skip, what the net's forward changes besides the gradients is kept aside."""
+        if self.skips and share.first:
+            self._bad = 0.0
+            self._buffers = [buffer.clone() for buffer in self._module.buffers()]
+
+    def check(self, loss: Value | None, share: Share) -> None:
+        """Looks at a step's loss.
+
+        Raises:
+            NotFiniteError: it is not finite, and the run shall stop.
+        """
+        if self.when == "ignore" or loss is None:
+            return
+        number: Any = loss.total if isinstance(loss, Mean) else loss
+        if self.skips:
+            self._note(number, share)
+            return
+        if isinstance(number, Tensor):
+            if not number.is_cpu:
+                return
+            number = number.item()
+        if not math.isfinite(number):
+            raise NotFiniteError(f"the loss of this step is {number}.{_samples(share)} {_REMEDY}")
+
+    def _note(self, number: Any, share: Share) -> None:
+        bad = ~torch.isfinite(torch.as_tensor(number, device=self._world.device).detach())
+        self._bad = self._bad + bad.to(self._world.sum_dtype)
+        if bool(bad):
+            share.count = 0  # the history's means are those of the other batches
+
+    def refuses_step(self) -> bool:
+        """Whether, with skip, some rank's loss was not finite: then no rank's optimizer steps. One small collective."""
+        if not self.skips or not float(self._world.sum_(torch.as_tensor(self._bad))):
+            return False
+        for buffer, before in zip(self._module.buffers(), self._buffers, strict=True):
+            buffer.data.copy_(before)
+        return True
+
+    def check_mean(self, mean: float | None, over: str) -> None:
+        """Looks at a mean of losses, where it is known without waiting for the device.
+
+        Args:
+            mean: the mean, None where there is none yet.
+            over: what it is the mean of, for the message.
+
+        Raises:
+            NotFiniteError: it is not finite, and the run shall stop.
+        """
+        if self.when == "stop" and mean is not None and not math.isfinite(mean):
+            raise NotFiniteError(f"the mean loss of {over} is {mean}. {_REMEDY}")
+
+    def check_running(self, table: MeanTable) -> None:
+        """Looks at the running mean where somebody has just asked for it: on rank 0, for a line of its output."""
+        if table.asked is not None:
+            asked, table.asked = table.asked.get("loss"), None
+            self.check_mean(asked, f"the steps of this rank up to step {table.steps}")
+
+    def refuse_imperative(self) -> None:
+        """With skip, a step that calls the optimizer itself cannot be held back.
+
+        Raises:
+            UsageError: the run is to skip.
+        """
+        if self.skips:
+            raise UsageError(
+                "train.nan=skip: the train step calls backward() and optimizer.step() itself, so that dtrain cannot "
+                "leave a step out. Return the loss and leave the rest to dtrain, or use train.nan=stop."
+            )
+
+
+def _samples(share: Share) -> str:
+    """Names the samples of a share, as far as the loader tells them."""
+    if share.indices is None:
+        return ""
+    indices = [int(index) for index in share.indices]
+    more = f" and {len(indices) - _MOST_INDICES} more" if len(indices) > _MOST_INDICES else ""
+    return f" Its samples have the indices {', '.join(map(str, indices[:_MOST_INDICES]))}{more} in the dataset."

@@ -1,0 +1,250 @@
+"""Why a job of ranks failed: the first cause, how the others ended, and `failure.json` in the run's folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dtrain.errors import EXIT_FAILED, EXIT_HANG, EXIT_OK, EXIT_USAGE
+from dtrain.launch.hangs import Hang
+from dtrain.launch.heartbeat import Beat, read_beat
+from dtrain.launch.processes import out_of_memory_kills
+from dtrain.launch.reports import PEER, Report, named_run, read_reports, write_whole
+from dtrain.launch.stacks import crash_text, users_part
+
+FILE_NAME = "failure.json"
+STACKS_NAME = "stacks.txt"
+_CRASHES = {signal.SIGSEGV: "segfault", signal.SIGBUS: "segfault", signal.SIGKILL: "killed"}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What `failure.json` holds.
+
+    Attributes:
+        rank: the first one that failed.
+        local_rank: its number on its machine.
+        host: its machine.
+        device: where it computed; None where it is not known.
+        epoch: None before the first one.
+        step: None outside of the passes.
+        phase: setup, train, valid or checkpoint.
+        cause: exception, out_of_memory, nan, exit, killed, signal, segfault, hang, or peer (a rank elsewhere went).
+        exception: its type and message; None where there was none.
+        traceback: the user's own frames; empty where there are none.
+        others: rank -> how it ended.
+        checkpoint: the last whole one, or None.
+        resume: the command that goes on; None, since there is none yet.
+    """
+
+    rank: int
+    local_rank: int
+    host: str
+    device: str | None
+    epoch: int | None
+    step: int | None
+    phase: str
+    cause: str
+    exception: Mapping[str, str] | None = None
+    traceback: str = ""
+    others: Mapping[str, str] = field(default_factory=dict)
+    checkpoint: str | None = None
+    resume: str | None = None
+
+    def write(self, run: Path) -> Path:
+        """Writes `failure.json` into a run's folder."""
+        write_whole(run / FILE_NAME, json.dumps(asdict(self), indent=1) + "\n")
+        return run / FILE_NAME
+
+
+def read_failure(run: Path) -> dict[str, Any] | None:
+    """Returns what `failure.json` in a run's folder holds, None where there is none."""
+    try:
+        found: dict[str, Any] = json.loads((run / FILE_NAME).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return found
+
+
+def last_checkpoint(run: Path) -> str | None:
+    """Returns the last whole checkpoint of a run's folder, None where there is none."""
+    # A folder has this name once all that is in it is on the disk.
+    whole = [path for path in (run / "checkpoints").glob("epoch-*") if re.fullmatch(r"epoch-\d+", path.name)]
+    return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
+
+
+def remarks(run: Path) -> list[str]:
+    """Returns the lines that tell a person what a failed run has left."""
+    return [f"last checkpoint: {last_checkpoint(run) or 'none yet'}", f"all of this: {run / FILE_NAME}"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a supervisor saw when it stopped waiting for its ranks.
+
+    Attributes:
+        ended: rank -> exit code, of those that had ended by then.
+        silent: those of them that left no word.
+        hang: what stood still, or None.
+        all_ran: when all ranks still ran, in seconds since the epoch.
+    """
+
+    ended: Mapping[int, int] = field(default_factory=dict)
+    silent: tuple[int, ...] = ()
+    hang: Hang | None = None
+    all_ran: float = 0.0
+
+
+class PostMortem:
+    """Finds out why a job of local ranks failed.
+
+    Args:
+        folder: of the reports.
+        size: number of ranks.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self._folder = folder
+        self._size = size
+        self._kills_before = out_of_memory_kills()
+
+    def verdict(self, seen: Seen) -> tuple[int, str]:
+        """Returns the exit code and what a person shall read, empty where all went well; leaves `failure.json`."""
+        failed = [report for report in read_reports(self._folder) if report.exit_code != EXIT_OK]
+        first = _first(seen, failed)
+        if seen.hang is not None:
+            code, text, failure = self._hang(seen.hang)
+        elif isinstance(first, Report):
+            code, text, failure = self._reported(first)
+        elif first is not None:
+            code, text, failure = self._silent(first, seen.ended[first])
+        else:
+            return EXIT_OK, ""
+        others = self._others(failure.rank, seen, failed)
+        return code, "\n".join([text, *self._left(failure, others, code)])
+
+    def _left(self, failure: Failure, others: Mapping[int, str], code: int) -> list[str]:
+        """Leaves word in the run's folder, where there is one; returns further lines for a person."""
+        run = named_run(self._folder)
+        if run is None or not run.is_dir() or code == EXIT_USAGE:
+            return []
+        told = {str(rank): how for rank, how in others.items()}
+        Failure(**asdict(failure) | {"others": told, "checkpoint": last_checkpoint(run)}).write(run)
+        lines = [f"  on {failure.host}, device {failure.device or 'not known yet'}"]
+        if failure.cause != "hang":  # which tells of all ranks by itself
+            lines += [f"  the others: {_joined(others)}"] if others else []
+        return lines + [f"  {remark}" for remark in remarks(run)]
+
+    def _reported(self, report: Report) -> tuple[int, str, Failure]:
+        told = report.told
+        cause = "exit" if told is None else told.cause
+        exception = None if told is None else {"type": told.type, "message": told.message}
+        trace = "" if told is None else told.traceback
+        return report.exit_code, report.text, self._failure(report.rank, cause, exception, trace)
+
+    def _silent(self, rank: int, code: int) -> tuple[int, str, Failure]:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+        cause, hint = self._cause_of_code(code)
+        crash = crash_text(self._folder, rank)
+        beat = read_beat(self._folder, rank)
+        at = f"\n  at rank {rank}, {beat}" if beat.count else ""
+        text = f"dtrain: error: rank {rank} {how} and left no word of why; the other ranks were ended.{hint}{at}"
+        text = f"{crash}\n{text}" if crash else text
+        return code if code > 0 else EXIT_FAILED, text, self._failure(rank, cause, None, crash)
+
+    def _cause_of_code(self, code: int) -> tuple[str, str]:
+        """Returns one word for how a rank without a word ended, and a hint for a person."""
+        if code >= 0:
+            return "exit", ""
+        if code != -signal.SIGKILL:
+            return _CRASHES.get(signal.Signals(-code), "signal"), ""
+        here, machine = (now - before for now, before in zip(out_of_memory_kills(), self._kills_before, strict=True))
+        if here > 0:
+            return "out_of_memory", " Memory ran out: the limit of this cgroup was hit. Use less, or allow more."
+        if machine > 0:
+            return (
+                "out_of_memory",
+                " Memory ran out on this machine meanwhile, and the kernel killed a process (dmesg).",
+            )
+        return "killed", " The kernel does so when memory runs out (see dmesg)."
+
+    def _hang(self, hang: Hang) -> tuple[int, str, Failure]:
+        frames = users_part(hang.frames)
+        rest = _joined({rank: why for rank, why in hang.why.items() if rank != hang.rank})
+        others = f"\n  the others: {rest}" if rest else ""
+        stack = f"Stack of rank {hang.rank}, innermost frame first:\n{frames}\n" if frames else ""
+        text = f"{stack}dtrain: error: a hang was ended: rank {hang.rank} has been {hang.why[hang.rank]}{others}"
+        run = named_run(self._folder)
+        if run is not None and run.is_dir():
+            stacks = "\n".join(f"=== rank {rank}\n{told or '(no answer)'}" for rank, told in hang.stacks.items())
+            write_whole(run / STACKS_NAME, stacks)
+            text += f"\n  stacks of all ranks: {run / STACKS_NAME}"
+        return EXIT_HANG, text, self._failure(hang.rank, "hang", None, frames)
+
+    def _failure(self, rank: int, cause: str, exception: Mapping[str, str] | None, trace: str) -> Failure:
+        beat: Beat = read_beat(self._folder, rank)
+        return Failure(
+            rank=rank,
+            local_rank=rank,
+            host=socket.gethostname(),
+            device=beat.device or None,
+            epoch=beat.epoch or None,
+            step=beat.step or None,
+            phase=beat.phase or "setup",
+            cause=cause,
+            exception=exception,
+            traceback=trace,
+        )
+
+    def _others(self, rank: int, seen: Seen, failed: list[Report]) -> dict[int, str]:
+        if seen.hang is not None:
+            return {other: why for other, why in seen.hang.why.items() if other != rank}
+        reports = {report.rank: report for report in failed}
+        return {
+            other: _how(reports.get(other), seen.ended.get(other), read_beat(self._folder, other))
+            for other in range(self._size)
+            if other != rank
+        }
+
+
+def _first(seen: Seen, failed: list[Report]) -> Report | int | None:
+    """Returns the first cause: a rank's report, or the number of a rank that left none.
+
+    A rank that ended without a word is the cause before those that tell of a cut connection: its end is what cut it.
+    """
+    causes = [report for report in failed if not report.echo]
+    if causes and causes[0].when < seen.all_ran:
+        return causes[0]
+    silent = sorted(seen.silent, key=lambda rank: seen.ended[rank] == -signal.SIGABRT)
+    if silent:
+        # An abort is how gloo ends a rank whose peer has gone; where that one told why, its word is the cause.
+        aborted = seen.ended[silent[0]] == -signal.SIGABRT
+        return causes[0] if causes and aborted else silent[0]
+    return next(iter(causes or failed), None)
+
+
+def _how(report: Report | None, code: int | None, beat: Beat) -> str:
+    """How a rank ended that was not the first."""
+    if report is not None and report.told is not None:
+        if report.told.cause == PEER:
+            return f"lost its connection to a rank that had gone, in {beat}"
+        return f"{report.told.type} in {beat}"
+    if code is None:
+        return f"ended by dtrain, in {beat}"
+    if code == 0:
+        return "had ended well"
+    return f"killed by {signal.Signals(-code).name}, in {beat}" if code < 0 else f"exit code {code}, in {beat}"
+
+
+def _joined(others: Mapping[int, str]) -> str:
+    """Joins ranks of which the same is to be told: "rank 0: ...; ranks 2, 3: ..."."""
+    by_text: dict[str, list[int]] = {}
+    for rank, how in others.items():
+        by_text.setdefault(how, []).append(rank)
+    return "; ".join(f"rank{'s' if len(r) > 1 else ''} {', '.join(map(str, r))}: {how}" for how, r in by_text.items())

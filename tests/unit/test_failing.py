@@ -1,0 +1,359 @@
+"""The parts of failures that explain themselves: heartbeats, hangs, the first cause, tracebacks, losses that are no numbers."""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dtrain.dealing import Dealing, Share
+from dtrain.errors import NotFiniteError, UsageError, add_place
+from dtrain.failures import cause_of, explain
+from dtrain.finite import FiniteLoss
+from dtrain.launch import hangs, postmortem, processes
+from dtrain.launch.hangs import HangWatch
+from dtrain.launch.heartbeat import DONE, Beat, Heartbeat, own_heartbeat, read_beat
+from dtrain.launch.postmortem import PostMortem, Seen, last_checkpoint
+from dtrain.launch.processes import Activity, activity, catches, family
+from dtrain.launch.reports import Report, Told, read_reports
+from dtrain.launch.stacks import busy_worker, crash_text, main_stack, users_part, waits_for_others
+from dtrain.metrics import Mean, MeanTable
+from dtrain.passes import Place
+from dtrain.sharding import ShardedLoader
+from dtrain.world import World, bring_up
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return bring_up(cpu=True)
+
+
+# --- heartbeats -------------------------------------------------------------------------------------------
+
+
+def test_a_place_writes_through_to_what_the_supervisor_reads(tmp_path: Path) -> None:
+    assert read_beat(tmp_path, 3) == Beat()
+    first = Heartbeat(tmp_path / "rank-3.beat")
+    first.enter("setup")
+    assert str(read_beat(tmp_path, 3)) == "setup"
+    place = Place(3, heartbeat=Heartbeat(tmp_path / "rank-3.beat"))  # another object, the same file
+    place.heartbeat.computes_on("cuda:1")
+    place.enter("valid", 2)
+    place.advance()
+    place.advance()
+    assert read_beat(tmp_path, 3) == Beat(4, "valid", 2, 2, "cuda:1")
+    assert str(read_beat(tmp_path, 3)) == "epoch 2, valid step 2"
+
+
+def test_without_a_supervisor_there_is_no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DTRAIN_REPORT_DIR", raising=False)
+    assert own_heartbeat() is None
+    assert Place(0).heartbeat is None
+
+
+def test_a_beat_takes_less_than_a_microsecond(tmp_path: Path) -> None:
+    heartbeat = Heartbeat(tmp_path / "rank-0.beat")
+    heartbeat.enter("train", 1)
+    best = math.inf
+    for _ in range(20):  # the best of many, since the machine may be busy
+        started = time.perf_counter()
+        for step in range(1000):
+            heartbeat.step(step)
+        best = min(best, time.perf_counter() - started)
+    assert best / 1000 < 1e-6
+
+
+# --- hangs ------------------------------------------------------------------------------------------------
+
+WAITS = 'Thread 0x1 (most recent call first):\n  File "/x-packages/torch/distributed/distributed_c10d.py", line 1 in all_reduce\n'
+SLEEPS = (
+    'Thread 0x1 (most recent call first):\n  File "mine.py", line 9 in nap\n  File "mine.py", line 3 in train_step\n'
+)
+
+
+class Bench:
+    """Ranks whose beats, use of the machine and stacks a test sets, on a clock that it moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, stacks: dict[int, str], limit: float) -> None:
+        self.now, self.used, self.asked = 0.0, dict.fromkeys(stacks, Activity()), 0
+        self.beats = {rank: Heartbeat(folder / f"rank-{rank}.beat") for rank in stacks}
+        for beat in self.beats.values():
+            beat.enter("train", 1)
+        self.watch = HangWatch(folder, limit, clock=lambda: self.now)
+        monkeypatch.setattr(hangs, "activity", lambda pid: self.used[pid])
+
+        def ask(_folder: Path, ranks: dict[int, int]) -> dict[int, str]:
+            self.asked += 1
+            return {rank: stacks[rank] for rank in ranks}
+
+        monkeypatch.setattr(hangs, "ask_for_stacks", ask)
+
+    def until(self, end: float, busy: dict[int, Activity] | None = None) -> hangs.Hang | None:
+        """Moves the clock on; who is busy uses that much more each second."""
+        while self.now < end:
+            self.now += 1.0
+            for rank, more in (busy or {}).items():
+                was = self.used[rank]
+                self.used[rank] = Activity(was.seconds + more.seconds, was.moved + more.moved, more.stuck_in_kernel)
+            found = self.watch.check({rank: rank for rank in self.beats})
+            if found is not None:
+                return found
+        return None
+
+
+def test_the_rank_that_does_not_wait_for_others_is_the_culprit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bench = Bench(monkeypatch, tmp_path, {0: WAITS, 1: SLEEPS, 2: WAITS}, 60)
+    assert bench.until(59) is None
+    found = bench.until(100)
+    assert found is not None
+    assert found.rank == 1
+    assert found.seconds < 65  # it is looked at every twentieth of the limit
+    since = f"in epoch 1, train for {found.seconds:.0f} s"
+    assert found.why[1] == f"{since}: it is in mine.py:9, in nap"
+    assert found.why[0] == f"{since}: it waits for the other ranks, in all_reduce()"
+
+
+@pytest.mark.parametrize("busy", [Activity(seconds=0.2), Activity(moved=100_000), Activity(stuck_in_kernel=True)])
+def test_who_works_is_waited_for_ten_times_as_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, busy: Activity
+) -> None:
+    bench = Bench(monkeypatch, tmp_path, {0: SLEEPS, 1: WAITS}, 60)
+    assert bench.until(599, {0: busy}) is None
+    assert 2 < bench.asked < 50, "a rank that waits is asked now and then"
+    found = bench.until(700, {0: busy})
+    assert found is not None
+    assert found.rank == 0
+
+
+def test_a_little_use_is_no_work_and_a_beat_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bench = Bench(monkeypatch, tmp_path, {0: SLEEPS}, 60)
+    polls = {0: Activity(seconds=0.0005, moved=8)}
+    bench.until(40, polls)
+    bench.beats[0].step(1)
+    assert bench.until(99, polls) is None
+    found = bench.until(110, polls)
+    assert found is not None
+    assert "train step 1" in found.why[0]
+
+
+def test_all_waiting_for_each_other_is_a_hang_and_done_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bench = Bench(monkeypatch, tmp_path, {0: WAITS, 1: WAITS}, 60)
+    bench.until(5)
+    bench.beats[1].step(1)
+    found = bench.until(200)
+    assert found is not None
+    assert found.rank == 0, "the one that is furthest behind"
+    bench = Bench(monkeypatch, tmp_path, {0: SLEEPS}, 60)
+    bench.beats[0].enter(DONE)
+    assert bench.until(5000) is None
+    off = Bench(monkeypatch, tmp_path, {0: SLEEPS}, 0)
+    assert off.until(5000) is None
+
+
+def test_this_process_is_known() -> None:
+    used = activity(os.getpid())
+    assert used is not None
+    assert used.seconds > 0
+    assert used.moved > 0
+    assert not used.stopped
+    assert os.getpid() in family(os.getpid())
+    assert catches(os.getpid(), signal.SIGINT)
+    assert not catches(os.getpid(), signal.SIGUSR2)
+    assert activity(2**22 + 1) is None
+
+
+def test_stacks_are_read_as_faulthandler_writes_them(tmp_path: Path) -> None:
+    file = tmp_path / "rank-0.crash"
+    with file.open("w") as out:
+        faulthandler.dump_traceback(out, all_threads=True)
+    frames = main_stack(file.read_text())
+    assert (frames[0].file, frames[0].name) == (__file__, "test_stacks_are_read_as_faulthandler_writes_them")
+    assert not waits_for_others(frames)
+    assert __file__ in crash_text(tmp_path, 0)
+    assert crash_text(tmp_path, 1) == ""
+    inner = '  File "/v/site-packages/torch/nn/f.py", line 2 in linear\n'
+    ours = f'  File "{Path(hangs.__file__).parents[1] / "engine.py"}", line 2 in fit\n'
+    folded = users_part(
+        main_stack("Thread 0x1 (most recent call first):\n" + inner * 2 + '  File "m.py", line 1 in f\n' + ours)
+    )
+    assert folded == "  ... 2 frames of torch\n  m.py:1, in f"
+    worker = (
+        'Thread 0x1 (most recent call first):\n  File "m.py", line 7 in __getitem__\n  File "w.py", line 1 in fetch\n'
+    )
+    assert busy_worker(f"{SLEEPS}\nworker 7:\n{WAITS}\nworker 8:\n{worker}")[0].line == "7"
+    assert main_stack(f"{SLEEPS}\nworker 8:\n{worker}")[0].name == "nap"
+
+
+# --- the first cause --------------------------------------------------------------------------------------
+
+
+def report(rank: int, when: float, cause: str = "exception") -> Report:
+    return Report(rank, 1, f"text of {rank}", when, Told(cause, "RuntimeError", "words", ""))
+
+
+@pytest.mark.parametrize(
+    ("ended", "silent", "reports", "all_ran", "first"),
+    [
+        ({0: 1, 1: 1}, (), [report(1, 1.0), report(0, 2.0)], 0.0, "text of 1"),
+        ({0: 1, 1: 1}, (), [report(0, 1.0, "peer"), report(1, 2.0)], 0.0, "text of 1"),
+        ({0: 1, 1: -9}, (1,), [report(0, 1.0, "peer")], 0.5, "rank 1 was killed by SIGKILL"),
+        ({0: 1, 1: -9}, (1,), [report(0, 1.0)], 2.0, "text of 0"),
+        ({0: -6, 1: 1}, (0,), [report(1, 1.0)], 0.5, "text of 1"),
+        ({0: -6, 1: -9}, (0, 1), [], 0.5, "rank 1 was killed by SIGKILL"),
+        ({0: -6}, (0,), [report(1, 1.0, "peer")], 0.5, "rank 0 was killed by SIGABRT"),
+    ],
+)
+def test_the_first_cause_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    ended: dict[int, int],
+    silent: tuple[int, ...],
+    reports: list[Report],
+    all_ran: float,
+    first: str,
+) -> None:
+    monkeypatch.setattr(postmortem, "read_reports", lambda _: reports)
+    code, text = PostMortem(tmp_path, 2).verdict(Seen(ended, silent, all_ran=all_ran))
+    assert code == 1
+    assert first in text
+
+
+def test_nothing_is_told_where_all_went_well(tmp_path: Path) -> None:
+    assert PostMortem(tmp_path, 2).verdict(Seen({0: 0, 1: 0})) == (0, "")
+    assert read_reports(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [((0, 0), (1, 1), "this cgroup"), ((2, 5), (2, 6), "on this machine"), ((2, 5), (2, 5), "")],
+)
+def test_a_kill_for_want_of_memory_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: tuple[int, int], after: tuple[int, int], told: str
+) -> None:
+    counts = iter([before, after])
+    monkeypatch.setattr(postmortem, "out_of_memory_kills", lambda: next(counts))
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "run.txt").write_text(str(run))
+    _, text = PostMortem(tmp_path, 1).verdict(Seen({0: -9}, (0,)))
+    found = postmortem.read_failure(run)
+    assert found is not None
+    assert found["cause"] == ("out_of_memory" if told else "killed")
+    assert told in text
+
+
+def test_the_kernel_counts_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "memory.events").write_text("low 0\noom 3\noom_kill 2\noom_group_kill 0\n")
+    monkeypatch.setattr(processes, "_CGROUP", tmp_path)
+    assert processes.out_of_memory_kills()[0] == 2
+
+
+def test_the_last_whole_checkpoint(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    for name in ("epoch-2", "epoch-10", ".epoch-11.part", "epoch-x"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoints/epoch-10")
+
+
+# --- exceptions in words ----------------------------------------------------------------------------------
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (ValueError("Connection closed by peer"), "exception"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"), "peer"),
+        (ConnectionResetError("Connection reset by peer"), "peer"),
+        (MemoryError(), "out_of_memory"),
+        (OutOfMemoryError("CUDA out of memory"), "out_of_memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out_of_memory"),
+        (NotFiniteError("nan"), "nan"),
+        (SystemExit(3), "exit"),
+    ],
+)
+def test_one_word_for_an_exception(error: BaseException, cause: str) -> None:
+    assert cause_of(error) == cause
+
+
+def test_frames_of_torch_are_counted_and_the_place_is_told_once() -> None:
+    try:
+        nn.Linear(2, 2)(torch.ones(3, 3))
+    except RuntimeError as error:
+        add_place(error, "rank 1, epoch 2, train step 3")
+        found = explain(error)
+        assert explain(error) == found, "to describe an exception does not change it"
+    assert "frames of torch\n" in found.told.traceback
+    assert "torch/nn" not in found.told.traceback
+    assert Path(__file__).name in found.told.traceback
+    assert found.text.count("rank 1, epoch 2") == 1
+    assert found.told.type == "RuntimeError"
+
+
+# --- losses that are no numbers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [torch.tensor(math.nan), math.inf, Mean(torch.tensor(-math.inf), 3)])
+def test_stop_names_the_samples(world: World, loss: object) -> None:
+    finite = FiniteLoss("stop", nn.Linear(1, 1), world)
+    with pytest.raises(NotFiniteError, match=r"indices 4, 7 in the dataset\. Look"):
+        finite.check(loss, Share(None, 2, 2, 1.0, indices=torch.tensor([4, 7])))
+    with pytest.raises(NotFiniteError, match=r"step is (nan|-?inf)\. Look"):
+        finite.check(loss, Share(None, 2, 2, 1.0))
+    with pytest.raises(NotFiniteError, match="31 and 8 more in"):
+        finite.check(loss, Share(None, 40, 40, 1.0, indices=list(range(40))))
+    FiniteLoss("ignore", nn.Linear(1, 1), world).check(loss, Share(None, 2, 2, 1.0))
+
+
+def test_other_devices_are_looked_at_where_a_line_is_printed(world: World) -> None:
+    finite = FiniteLoss("stop", nn.Linear(1, 1), world)
+    finite.check(torch.empty((), device="meta"), Share(None, 2, 2, 1.0))  # never waited for: meta has no value at all
+    table = MeanTable("train")
+    table.add({"loss": math.nan}, 2)
+    finite.check_running(table)  # nobody has asked
+    table.running()
+    with pytest.raises(NotFiniteError, match="up to step 1 is nan"):
+        finite.check_running(table)
+    with pytest.raises(NotFiniteError, match="epoch 3"):
+        finite.check_mean(math.inf, "epoch 3")
+    finite.check_mean(None, "epoch 3")
+
+
+def test_skip_leaves_the_step_and_the_buffers_out(world: World) -> None:
+    net = nn.BatchNorm1d(2)
+    finite = FiniteLoss("skip", net, world)
+    share = Share(None, 2, 2, 1.0)
+    finite.begin(share)
+    net(torch.tensor([[1.0, 2.0], [math.nan, 0.0]]))
+    finite.check(torch.tensor(math.nan), share)
+    assert finite.refuses_step()
+    assert share.count == 0
+    assert torch.equal(net.running_mean, torch.zeros(2))
+    assert int(net.num_batches_tracked) == 0
+    good = Share(None, 2, 2, 1.0)
+    finite.begin(good)
+    net(torch.ones(2, 2))
+    finite.check(torch.tensor(1.0), good)
+    assert not finite.refuses_step()
+    assert (good.count, int(net.num_batches_tracked)) == (2, 1)
+    with pytest.raises(UsageError, match=r"train\.nan=skip"):
+        finite.refuse_imperative()
+
+
+@pytest.mark.parametrize("fetch_batches", [True, False])
+def test_shares_carry_the_indices_of_their_samples(fetch_batches: bool) -> None:
+    loader = DataLoader(TensorDataset(torch.arange(8)), 2, shuffle=True)
+    how = Dealing(1, 2, "per_rank", fill=True)
+    shares = list(ShardedLoader(loader, how, 0, "train", fetch_batches=fetch_batches).shares(1))
+    assert [[int(i) for i in share.indices] for share in shares] == [share.batch[0].tolist() for share in shares]
