@@ -1,26 +1,26 @@
-"""Starts N ranks on this machine, watches them, and ends all when one fails."""
+"""Starts this machine's ranks, watches them, and ends all when one fails, here or on another node."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from dtrain.errors import EXIT_FAILED, EXIT_OK
-from dtrain.launch.lifeline import PARENT
+from dtrain.launch.job import Job
+from dtrain.launch.meeting import Meeting, Stopped, Word, meet
+from dtrain.launch.ports import free_port
 from dtrain.launch.relay import RELAYED_ENVIRONMENT, Relay
-from dtrain.launch.reports import REPORT_DIR, read_reports
-from dtrain.launch.threads import usable_cores
+from dtrain.launch.reports import read_reports
 
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
@@ -36,11 +36,28 @@ class Ending:
             128 + N after another signal.
         text: what a person shall read of it; empty where all went well.
         signal: what stopped the job from outside, or None.
+        when: seconds since the epoch.
     """
 
     exit_code: int
     text: str = ""
     signal: int | None = None
+    when: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that run on this node.
+
+    Attributes:
+        first: the global number of the first one.
+        processes: they themselves.
+        reports: the folder where each leaves a word when it ends.
+    """
+
+    first: int
+    processes: list[subprocess.Popen[bytes]]
+    reports: Path
 
 
 def dtrain_argv(arguments: Sequence[str]) -> list[str]:
@@ -58,7 +75,11 @@ def start_local_ranks(argv: Sequence[str], size: int, environment: dict[str, str
 
     The arguments are those of `run_local_ranks`.
     """
-    ending = run_local_ranks(argv, size, environment)
+    return told(run_local_ranks(argv, size, environment))
+
+
+def told(ending: Ending) -> int:
+    """Prints why a job did not end well, where it did not, and returns its exit code."""
     if ending.text:
         print(ending.text, file=sys.stderr)  # noqa: T201
     return ending.exit_code
@@ -77,49 +98,55 @@ def run_local_ranks(
         relayed: the ranks' output goes through this process's sys.stdout and sys.stderr, and they have no input;
             else they share its file descriptors.
     """
+    return run_job(argv, Job(size, port=free_port(), environment=environment or {}), relayed=relayed)
+
+
+def run_job(argv: Sequence[str], job: Job, about: Mapping[str, str] | None = None, *, relayed: bool = False) -> Ending:
+    """Runs this node's part of a job: meets the other nodes, starts the ranks, and waits until all have ended.
+
+    Args:
+        argv: as for `run_local_ranks`.
+        job: this node's part; of several nodes' job the port of rank 0's store is chosen here.
+        about: what must be the same on all nodes; see `meeting.meet`.
+        relayed: as for `run_local_ranks`.
+
+    Raises:
+        WorldError: the nodes did not come together.
+    """
+    with signals_caught() as caught:
+        if job.nodes == 1:
+            return _run_part(argv, job, None, caught, relayed=relayed)
+        try:
+            meeting = meet(job, about or {}, caught)
+        except Stopped:
+            return _stopped(caught)
+        with contextlib.closing(meeting):
+            return _run_part(argv, meeting.job, meeting, caught, relayed=relayed)
+
+
+def _run_part(argv: Sequence[str], job: Job, meeting: Meeting | None, caught: list[int], *, relayed: bool) -> Ending:
     relay = Relay() if relayed else None
-    more = (RELAYED_ENVIRONMENT if relayed else {}) | (environment or {})
-    with tempfile.TemporaryDirectory(prefix="dtrain-") as reports:
-        port = free_port()
-        ranks: list[subprocess.Popen[bytes]] = []
-        with _signals_caught() as caught:
-            try:
-                for rank in range(size):
-                    ranks.append(_start(argv, rank_environment(rank, size, port, reports) | more, piped=relayed))
-                    if relay is not None:
-                        relay.add(rank, ranks[-1])
-                silent = _watch(ranks, caught, Path(reports), relay.wait if relay else time.sleep)
-            finally:
-                _end(ranks)
+    more = RELAYED_ENVIRONMENT if relayed else {}
+    with tempfile.TemporaryDirectory(prefix="dtrain-") as name:
+        ranks = Ranks(job.first_rank, [], Path(name))
+        try:
+            for local_rank in range(job.ranks):
+                process = _start(argv, job.rank_environment(local_rank, name) | more, piped=relayed)
+                ranks.processes.append(process)
                 if relay is not None:
-                    relay.close()
-        return _ending(silent, ranks, Path(reports), caught)
-
-
-def free_port() -> int:
-    """Returns a TCP port that is free on this machine now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+                    relay.add(job.first_rank + local_rank, process)
+            silent, word = _watch(ranks, caught, meeting, relay.wait if relay else time.sleep)
+        finally:
+            _end(ranks.processes)
+            if relay is not None:
+                relay.close()
+        ending = _ending(silent, ranks, caught)
+        return ending if meeting is None else _joint_ending(ending, word, meeting)
 
 
 def rank_environment(rank: int, size: int, port: int, reports: str) -> dict[str, str]:
-    """Returns the variables that make a process one of `size` local ranks; a user's own values are kept."""
-    ours = {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        REPORT_DIR: reports,
-        PARENT: str(os.getpid()),
-    }
-    defaults = {"OMP_NUM_THREADS": str(max(1, usable_cores() // size))}
-    if sys.platform == "linux":
-        # gloo would look the host's own name up, which fails or leads astray on a laptop behind a VPN.
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"
-    return defaults | dict(os.environ) | ours
+    """Returns the whole environment of one of `size` local ranks; a user's own values are kept."""
+    return Job(size, port=port).rank_environment(rank, reports)
 
 
 def _start(argv: Sequence[str], environment: Mapping[str, str], *, piped: bool) -> subprocess.Popen[bytes]:
@@ -136,7 +163,7 @@ def _start(argv: Sequence[str], environment: Mapping[str, str], *, piped: bool) 
 
 
 @contextlib.contextmanager
-def _signals_caught() -> Iterator[list[int]]:
+def signals_caught() -> Iterator[list[int]]:
     """Notes SIGINT, SIGTERM and SIGHUP instead of dying of them.
 
     Signals are the main thread's alone; in any other there is nothing to note.
@@ -159,27 +186,36 @@ def _signals_caught() -> Iterator[list[int]]:
 
 
 def _watch(
-    ranks: list[subprocess.Popen[bytes]], caught: list[int], reports: Path, wait: Callable[[float], None]
-) -> list[int]:
-    """Waits until all ranks ended well, one failed, or a signal came.
+    ranks: Ranks, caught: list[int], meeting: Meeting | None, wait: Callable[[float], None]
+) -> tuple[list[int], Word | None]:
+    """Waits until all ranks of all nodes ended well, one failed, or a signal came.
 
     Args:
-        ranks: the processes.
+        ranks: this node's.
         caught: gets the signals that come.
-        reports: the folder of the ranks' reports.
+        meeting: the other nodes' launchers, or None without other nodes.
         wait: lets some seconds pass, at most.
 
     Returns:
-        the ranks that ended without a word by then, although each rank leaves one, well or not.
+        the positions of the ranks that ended without a word by then, although each rank leaves one, well or not;
+        and how another node's part failed, if that is what ended the job.
     """
+    done = False
     while not caught:
-        ended = {rank: code for rank, process in enumerate(ranks) if (code := process.poll()) is not None}
-        told = {report.rank for report in read_reports(reports)}
-        silent = [rank for rank in ended if rank not in told]
-        if silent or any(ended.values()) or len(ended) == len(ranks):
-            return silent
+        ended = {position: code for position, one in enumerate(ranks.processes) if (code := one.poll()) is not None}
+        heard = {report.rank - ranks.first for report in read_reports(ranks.reports)}
+        silent = [position for position in ended if position not in heard]
+        if silent or any(ended.values()):
+            return silent, None
+        if len(ended) == len(ranks.processes) and not done:
+            if meeting is None:
+                break
+            meeting.tell(EXIT_OK)
+            done = True
+        if meeting is not None and ((word := meeting.news()) is not None or (done and meeting.over())):
+            return [], word
         wait(_POLL_SECONDS)
-    return []
+    return [], None
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -196,24 +232,42 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
         rank.wait()
 
 
-def _ending(silent: list[int], ranks: list[subprocess.Popen[bytes]], reports: Path, caught: list[int]) -> Ending:
-    """Tells why the job ended, with the exit code of the first cause.
+def _ending(silent: list[int], ranks: Ranks, caught: list[int]) -> Ending:
+    """Tells why this node's ranks ended, with the exit code of the first cause.
 
     A rank that ended without a word is the cause before any that reported: its end is what tears the
     others' connections, and they report just that.
     """
     if caught:
-        name = signal.Signals(caught[0]).name
-        return Ending(128 + caught[0], f"dtrain: stopped by {name}; all ranks are ended.", caught[0])
-    failed = [report for report in read_reports(reports) if report.exit_code != EXIT_OK]
+        return _stopped(caught)
+    failed = [report for report in read_reports(ranks.reports) if report.exit_code != EXIT_OK]
+    code = ranks.processes[silent[0]].returncode if silent else 0
     # An abort is how gloo ends a rank whose peer has gone; where that one told why, its word is the cause.
-    aborted = silent and ranks[silent[0]].returncode == -signal.SIGABRT
-    if silent and not (aborted and failed):
-        code = ranks[silent[0]].returncode
+    if silent and not (code == -signal.SIGABRT and failed):
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
         hint = " The kernel does so when memory runs out (see dmesg)." if code == -signal.SIGKILL else ""
-        text = f"dtrain: error: rank {silent[0]} {how} and left no word of why; the other ranks were ended.{hint}"
+        rank = ranks.first + silent[0]
+        text = f"dtrain: error: rank {rank} {how} and left no word of why; the other ranks were ended.{hint}"
         return Ending(code if code > 0 else EXIT_FAILED, text)
     if failed:
-        return Ending(failed[0].exit_code, failed[0].text)
+        return Ending(failed[0].exit_code, failed[0].text, when=failed[0].when)
     return Ending(EXIT_OK)
+
+
+def _stopped(caught: list[int]) -> Ending:
+    name = signal.Signals(caught[0]).name
+    return Ending(128 + caught[0], f"dtrain: stopped by {name}; all ranks are ended.", caught[0])
+
+
+def _joint_ending(ending: Ending, word: Word | None, meeting: Meeting) -> Ending:
+    """Tells the other nodes how this one ended, and puts what another one said before it where that came first."""
+    if ending.signal is None and ending.exit_code != EXIT_OK:
+        word = meeting.last_words()
+    if ending.exit_code != EXIT_OK:
+        meeting.tell(ending.exit_code, ending.text, ending.when)
+    elif word is not None:
+        meeting.pass_on(word)
+    if word is None or (ending.exit_code != EXIT_OK and word.when >= ending.when):
+        return ending
+    text = f"on node {word.node}: {word.text}"
+    return Ending(word.exit_code, f"{text}\non this node: {ending.text}" if ending.text else text)
