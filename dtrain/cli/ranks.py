@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dtrain.world import World
 
 
-def on_ranks(ranks: int | None, cpu: bool, work: Callable[[World], None]) -> int:
+def on_ranks(
+    ranks: int | None,
+    cpu: bool,
+    work: Callable[[World], None],
+    claims: Callable[[], Mapping[str, str]] | None = None,
+) -> int:
     """Runs a verb's work as one rank; or, asked for several and not launched as one of them, starts them.
 
     Args:
         ranks: the number asked for with -n, or None.
         cpu: compute on the CPU also where there is a GPU.
         work: what a rank does in the verified world.
+        claims: returns what must be the same on all ranks, asked only where there are several.
 
     Returns:
         the exit code.
@@ -35,7 +41,8 @@ def on_ranks(ranks: int | None, cpu: bool, work: Callable[[World], None]) -> int
     hold_on()
     from dtrain.world import bring_up
 
-    world = bring_up(cpu=cpu, asked=ranks, facts=facts)
+    said = claims() if claims is not None and facts.size > 1 else None
+    world = bring_up(cpu=cpu, asked=ranks, facts=facts, claims=said)
     work(world)
     world.close()
     return 0
