@@ -43,6 +43,10 @@ def launch(
     job_id: Annotated[
         str, typer.Option("--job-id", help="A word that tells this job from another one at the same address.")
     ] = "",
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", metavar="FILE", help="An Accelerate config file, such as launch/multi_gpu.yaml."),
+    ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Hide the GPUs from the ranks.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started, and start nothing.")] = False,
 ) -> None:
@@ -60,6 +64,11 @@ def launch(
 
         environment = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if cpu else {}
         asked = Asked(ranks, nodes, node_rank, rdzv, rdzv_timeout, job_id, environment)
+        if profile is not None:
+            from dtrain.profiles import read_profile
+            from dtrain.share import find
+
+            asked = asked.over(read_profile(find(profile)))
         code = _launch(program, arguments or [], asked, dry_run)
     raise typer.Exit(code)
 

@@ -147,17 +147,18 @@ def connected(port: int) -> socket.socket:
 
 def test_garbage_and_another_jobs_node_do_not_disturb_a_job(tmp_path: Path) -> None:
     port = free_port("")
-    with node(tmp_path, 0, port) as first:
-        with connected(port) as foreign, connected(port) as silent:
-            foreign.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            with node(tmp_path, 1, port, "--job-id", "other") as stranger:
-                refused = finished(stranger)
-            assert refused.code == 2
-            told = f"--rdzv and --job-id is not the same on all nodes: 127.0.0.1:{port} on node 0, 127.0.0.1:{port} other on"
-            assert told in refused.text
-            with node(tmp_path, 1, port) as second:
-                done = [finished(first), finished(second)]
-            assert silent.fileno() >= 0
+    with node(tmp_path, 0, port) as first, connected(port) as foreign, connected(port) as silent:
+        foreign.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        with node(tmp_path, 1, port, "--job-id", "other") as stranger:
+            refused = finished(stranger)
+        assert refused.code == 2
+        told = (
+            f"--rdzv and --job-id is not the same on all nodes: 127.0.0.1:{port} on node 0, 127.0.0.1:{port} other on"
+        )
+        assert told in refused.text
+        with node(tmp_path, 1, port) as second:
+            done = [finished(first), finished(second)]
+        assert silent.fileno() >= 0
     assert [one.code for one in done] == [0, 0], done
     assert [one.text for one in done] == ["rank 0 127.0.0.1\n", "rank 1 127.0.0.1\n"]
 
