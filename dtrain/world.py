@@ -11,14 +11,19 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_nccl_timeout
+from torch.distributed.distributed_c10d import _set_pg_timeout, default_pg_timeout
 
+from dtrain.arrival import arrive, time_limit
 from dtrain.errors import WorldError
+from dtrain.identity import introduce
 from dtrain.launch.facts import RankFacts, read_rank_facts
 
 if TYPE_CHECKING:
@@ -126,16 +131,24 @@ def _dtype(name: str) -> torch.dtype:
     return found
 
 
-def bring_up(*, cpu: bool = False, asked: int | None = None, facts: RankFacts | None = None) -> World:
+def bring_up(
+    *,
+    cpu: bool = False,
+    asked: int | None = None,
+    facts: RankFacts | None = None,
+    claims: Mapping[str, str] | None = None,
+) -> World:
     """Brings up the world that the launcher announced and checks that it came up as asked.
 
     Args:
         cpu: compute on the CPU also where there is an accelerator.
         asked: the number of ranks that the user asked for, where known.
         facts: this rank's facts, by default read from the environment.
+        claims: what must be the same on all ranks besides the program itself, such as the config: value by name.
 
     Raises:
-        WorldError: the ranks are not the ones asked for; both numbers and the remedy are named.
+        WorldError: the ranks are not the ones asked for, or not of one job, or some did not come in time; both
+            sides and the remedy are named.
     """
     facts = read_rank_facts() if facts is None else facts
     if asked is not None and asked != facts.size:
@@ -146,8 +159,14 @@ def bring_up(*, cpu: bool = False, asked: int | None = None, facts: RankFacts | 
     cpu = computes_on_cpu(cpu)
     if not cpu:
         _refuse_shared_gpus(facts)
-    world = _join(facts, cpu)
+    store = None
+    if facts.size > 1 and not dist.is_initialized():
+        store = arrive(facts, introduce(facts, cpu=cpu, claims=claims or {}))
+    world = _join(facts, cpu, first=store is not None)
     _verify(world, facts)
+    if store is not None:
+        own = default_pg_nccl_timeout if world.device.type == "cuda" else None
+        _set_pg_timeout(own or default_pg_timeout)
     return world
 
 
@@ -166,18 +185,25 @@ def _refuse_shared_gpus(facts: RankFacts) -> None:
         )
 
 
-def _join(facts: RankFacts, cpu: bool) -> World:
+def _join(facts: RankFacts, cpu: bool, *, first: bool) -> World:
     """Lets Accelerate bring the process group up.
 
     On a CPU machine `cpu=True` must be said: a plain `Accelerator()` there makes every process its own
     world of size 1, all of them rank 0, in silence.
+
+    Args:
+        facts: this rank's facts.
+        cpu: whether it computes on the CPU.
+        first: whether the process group is made here; its first collectives then have the short time limit.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedType, DynamoBackend
+    from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
+
+    handlers = [InitProcessGroupKwargs(timeout=time_limit())] if first else None
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
-        accelerator = Accelerator(cpu=cpu, step_scheduler_with_optimizer=False)
+        accelerator = Accelerator(cpu=cpu, step_scheduler_with_optimizer=False, kwargs_handlers=handlers)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise WorldError(
             f"mixed precision {accelerator.mixed_precision!r} (from Accelerate's settings) is not supported yet: "

@@ -3,66 +3,125 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dtrain.cli.guard import reported
 
+if TYPE_CHECKING:
+    from dtrain.launch.options import Asked
+
+VERBS = ("train", "evaluate", "predict")
+
 
 def launch(
-    script: Annotated[str, typer.Argument(metavar="SCRIPT.py", help="A Python script, with or without dtrain in it.")],
+    program: Annotated[
+        str, typer.Argument(metavar="SCRIPT.py | VERB", help="A Python script; or train, evaluate or predict.")
+    ],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ARGUMENTS ...]", help="What the script gets.", show_default=False),
+        typer.Argument(metavar="[ARGUMENTS ...]", help="What the script or verb gets.", show_default=False),
     ] = None,
-    ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, help="Start this many ranks on this machine.")] = 1,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Hide the GPUs from the script.")] = False,
+    *,
+    ranks: Annotated[
+        int | None,
+        typer.Option("-n", "--ranks", min=1, help="Ranks on each node; else one for each GPU.", show_default=False),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Number of nodes.", show_default=False)] = None,
+    node_rank: Annotated[
+        int | None, typer.Option("--node-rank", min=0, help="Which of them this is, from 0.", show_default=False)
+    ] = None,
+    rdzv: Annotated[
+        str | None,
+        typer.Option("--rdzv", metavar="HOST:PORT", help="The first node's address, the same on every node."),
+    ] = None,
+    rdzv_timeout: Annotated[
+        float | None,
+        typer.Option("--rdzv-timeout", min=1, help="Seconds for all nodes and ranks to come; else 120."),
+    ] = None,
+    job_id: Annotated[
+        str, typer.Option("--job-id", help="A word that tells this job from another one at the same address.")
+    ] = "",
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", metavar="FILE", help="An Accelerate config file, such as launch/multi_gpu.yaml."),
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Hide the GPUs from the ranks.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started, and start nothing.")] = False,
 ) -> None:
-    """Run any Python script as N ranks on this machine.
+    """Run any Python script, or `dtrain train`, as N ranks on this machine or on each of several.
 
-    Each rank gets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which dtrain.prepare,
-    Accelerate and torch.distributed.init_process_group() all read. When one rank fails, the others are ended.
+    On several nodes the same command is given on each, with its own --node-rank. Each rank gets RANK, WORLD_SIZE,
+    LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which dtrain.prepare, Accelerate and
+    torch.distributed.init_process_group() all read. When one rank fails, all others are ended, on every node.
 
-    Examples: dtrain launch -n 2 --cpu -- my_loop.py --epochs 3
+    Examples: dtrain launch -n 2 --cpu -- my_loop.py --epochs 3;
+    dtrain launch --nodes 2 --node-rank 0 --rdzv node1:29500 -- train digits epochs=5
     """
     with reported():
-        code = _launch(script, arguments or [], ranks, cpu)
+        from dtrain.launch.options import Asked
+
+        environment = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if cpu else {}
+        asked = Asked(ranks, nodes, node_rank, rdzv, rdzv_timeout, job_id, environment)
+        if profile is not None:
+            from dtrain.profiles import read_profile
+            from dtrain.share import find
+
+            asked = asked.over(read_profile(find(profile)))
+        code = _launch(program, arguments or [], asked, dry_run)
     raise typer.Exit(code)
 
 
-def _launch(script: str, arguments: list[str], ranks: int, cpu: bool) -> int:
+def _launch(program: str, arguments: list[str], asked: Asked, dry_run: bool) -> int:
+    from dtrain.launch.local import dtrain_argv, run_job, script_argv, told
+    from dtrain.launch.options import dry_run_text, make_job, must_agree
+
+    is_verb = program in VERBS and not Path(program).is_file()
+    files = _verbs_files(program, arguments) if is_verb else _scripts_file(program)
+    _check_not_launched(program)
+    job = make_job(asked)
+    argv = dtrain_argv([program, *arguments]) if is_verb else script_argv(program, arguments)
+    if dry_run:
+        typer.echo(dry_run_text(job, argv))
+        return 0
+    return told(run_job(argv, job, must_agree(asked, job, [program, *arguments], files)))
+
+
+def _check_not_launched(program: str) -> None:
     from dtrain.errors import UsageError
     from dtrain.launch.facts import read_rank_facts
-    from dtrain.launch.local import script_argv, start_local_ranks
 
-    _check_script(script, ranks)
     facts = read_rank_facts()
     if facts.launched:
         raise UsageError(
-            f"this process is rank {facts.rank} of {facts.size} already (RANK, WORLD_SIZE): start {script} itself "
+            f"this process is rank {facts.rank} of {facts.size} already (RANK, WORLD_SIZE): start {program} itself "
             "under that launcher, or unset both."
         )
-    return start_local_ranks(script_argv(script, arguments), ranks, _cpu_only() if cpu else {})
 
 
-def _check_script(script: str, ranks: int) -> None:
+def _verbs_files(verb: str, words: list[str]) -> dict[str, Path]:
+    """Checks what `train` is given, as far as can be without torch, and returns its recipe's file."""
+    if verb != "train" or any(word.startswith("-") for word in words):
+        return {}  # each rank checks
+    from dtrain.cli.train import read_target
+    from dtrain.recipe_file import locate
+
+    settings = read_target(words)
+    path = locate(settings.config.recipe, settings.base)
+    return {} if path is None else {path.name: path}
+
+
+def _scripts_file(script: str) -> dict[str, Path]:
     from dtrain.errors import UsageError, nearest
     from dtrain.recipe_file import check_syntax
 
     path = Path(script)
     if path.is_file():
         check_syntax(path)
-        return
-    if script == "train":
-        raise UsageError(
-            f"dtrain launch runs a script. To train a recipe on {ranks} ranks: dtrain train -n {ranks} ..."
-        )
+        return {path.name: path}
     if path.is_dir():
         raise UsageError(f"script {script}: is a folder. Give the script in it.")
     there = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-    raise UsageError(f"script {script}: no such file (looked in {path.parent.resolve()}).{nearest(path.name, there)}")
-
-
-def _cpu_only() -> dict[str, str]:
-    return {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    near = nearest(path.name, [*there, *VERBS])
+    raise UsageError(f"script {script}: no such file (looked in {path.parent.resolve()}).{near}")

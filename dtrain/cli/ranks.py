@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dtrain.world import World
 
 
-def on_ranks(ranks: int | None, cpu: bool, work: Callable[[World], None], *, hang_seconds: float = 0.0) -> int:
+def on_ranks(
+    ranks: int | None,
+    cpu: bool,
+    work: Callable[[World], None],
+    *,
+    claims: Callable[[], Mapping[str, str]] | None = None,
+    hang_seconds: float = 0.0,
+) -> int:
     """Runs a verb's work as one rank; or, asked for several and not launched as one of them, starts them.
 
     Args:
@@ -18,6 +25,7 @@ def on_ranks(ranks: int | None, cpu: bool, work: Callable[[World], None], *, han
         cpu: compute on the CPU also where there is a GPU.
         work: what a rank does in the verified world.
         hang_seconds: how long a rank that is started here may stand still; 0 is for ever.
+        claims: returns what must be the same on all ranks, asked only where there are several.
 
     Returns:
         the exit code.
@@ -42,7 +50,8 @@ def on_ranks(ranks: int | None, cpu: bool, work: Callable[[World], None], *, han
         heartbeat.enter(SETUP)
     from dtrain.world import bring_up
 
-    world = bring_up(cpu=cpu, asked=ranks, facts=facts)
+    said = claims() if claims is not None and facts.size > 1 else None
+    world = bring_up(cpu=cpu, asked=ranks, facts=facts, claims=said)
     work(world)
     if heartbeat is not None:
         heartbeat.enter(DONE)

@@ -57,7 +57,15 @@ def _train(words: list[str], ranks: int | None, cpu: bool, dry_run: bool) -> int
         if world.is_main:
             typer.echo(f"next: {shlex.join(['dtrain', 'evaluate', str(folder)])}")
 
-    return on_ranks(ranks, cpu, work, hang_seconds=settings.config.train.hang_seconds)
+    return on_ranks(ranks, cpu, work, claims=lambda: _claims(settings), hang_seconds=settings.config.train.hang_seconds)
+
+
+def _claims(settings: Settings) -> dict[str, str]:
+    from dtrain.identity import config_claims
+    from dtrain.recipe_file import locate
+
+    config = settings.config
+    return config_claims(config.model_dump(), locate(config.recipe, settings.base))
 
 
 def read_target(words: list[str]) -> Settings:

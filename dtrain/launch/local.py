@@ -1,27 +1,28 @@
-"""Starts N ranks on this machine, watches them, and ends all when one fails."""
+"""Starts this machine's ranks, watches them, and ends all when one fails, here or on another node."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from dtrain.errors import EXIT_OK
 from dtrain.launch.hangs import HangWatch
-from dtrain.launch.lifeline import PARENT
+from dtrain.launch.job import Job
+from dtrain.launch.meeting import Meeting, Stopped, Word, meet
+from dtrain.launch.ports import free_port
 from dtrain.launch.postmortem import PostMortem, Seen
 from dtrain.launch.relay import RELAYED_ENVIRONMENT, Relay
-from dtrain.launch.reports import REPORT_DIR, read_reports
-from dtrain.launch.threads import usable_cores
+from dtrain.launch.reports import read_reports
 
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
@@ -37,11 +38,32 @@ class Ending:
             128 + N after another signal.
         text: what a person shall read of it; empty where all went well.
         signal: what stopped the job from outside, or None.
+        when: seconds since the epoch.
     """
 
     exit_code: int
     text: str = ""
     signal: int | None = None
+    when: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that run on this node.
+
+    Attributes:
+        first: the global number of the first one.
+        processes: they themselves.
+        reports: the folder where each leaves a word when it ends.
+    """
+
+    first: int
+    processes: list[subprocess.Popen[bytes]]
+    reports: Path
+
+    def numbered(self) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+        """Yields each rank's global number and process."""
+        return enumerate(self.processes, start=self.first)
 
 
 def dtrain_argv(arguments: Sequence[str]) -> list[str]:
@@ -61,7 +83,11 @@ def start_local_ranks(
 
     The arguments are those of `run_local_ranks`.
     """
-    ending = run_local_ranks(argv, size, environment, hang_seconds=hang_seconds)
+    return told(run_local_ranks(argv, size, environment, hang_seconds=hang_seconds))
+
+
+def told(ending: Ending) -> int:
+    """Prints why a job did not end well, where it did not, and returns its exit code."""
     if ending.text:
         print(ending.text, file=sys.stderr)  # noqa: T201
     return ending.exit_code
@@ -86,50 +112,58 @@ def run_local_ranks(
             else they share its file descriptors.
         hang_seconds: how long a rank may stand still; 0 is for ever. See `dtrain.launch.hangs`.
     """
+    job = Job(size, port=free_port(), environment=environment or {}, hang_seconds=hang_seconds)
+    return run_job(argv, job, relayed=relayed)
+
+
+def run_job(argv: Sequence[str], job: Job, about: Mapping[str, str] | None = None, *, relayed: bool = False) -> Ending:
+    """Runs this node's part of a job: meets the other nodes, starts the ranks, and waits until all have ended.
+
+    Args:
+        argv: as for `run_local_ranks`.
+        job: this node's part; of several nodes' job the port of rank 0's store is chosen here.
+        about: what must be the same on all nodes; see `meeting.meet`.
+        relayed: as for `run_local_ranks`.
+
+    Raises:
+        WorldError: the nodes did not come together.
+    """
+    with signals_caught() as caught:
+        if job.nodes == 1:
+            return _run_part(argv, job, None, caught, relayed=relayed)
+        try:
+            meeting = meet(job, about or {}, caught)
+        except Stopped:
+            return _stopped(caught)
+        with contextlib.closing(meeting):
+            return _run_part(argv, meeting.job, meeting, caught, relayed=relayed)
+
+
+def _run_part(argv: Sequence[str], job: Job, meeting: Meeting | None, caught: list[int], *, relayed: bool) -> Ending:
     relay = Relay() if relayed else None
-    more = (RELAYED_ENVIRONMENT if relayed else {}) | (environment or {})
-    with tempfile.TemporaryDirectory(prefix="dtrain-") as reports:
-        port = free_port()
-        hangs, post_mortem = HangWatch(Path(reports), hang_seconds), PostMortem(Path(reports), size)
-        ranks: list[subprocess.Popen[bytes]] = []
-        with _signals_caught() as caught:
-            try:
-                for rank in range(size):
-                    ranks.append(_start(argv, rank_environment(rank, size, port, reports) | more, piped=relayed))
-                    if relay is not None:
-                        relay.add(rank, ranks[-1])
-                seen = _watch(ranks, caught, Path(reports), hangs, relay.wait if relay else time.sleep)
-            finally:
-                _end(ranks)
+    more = RELAYED_ENVIRONMENT if relayed else {}
+    with tempfile.TemporaryDirectory(prefix="dtrain-") as name:
+        ranks = Ranks(job.first_rank, [], Path(name))
+        hangs = HangWatch(ranks.reports, job.hang_seconds)
+        post_mortem = PostMortem(ranks.reports, range(job.first_rank, job.first_rank + job.ranks))
+        try:
+            for local_rank in range(job.ranks):
+                process = _start(argv, job.rank_environment(local_rank, name) | more, piped=relayed)
+                ranks.processes.append(process)
                 if relay is not None:
-                    relay.close()
-        return _ending(seen, post_mortem, caught)
-
-
-def free_port() -> int:
-    """Returns a TCP port that is free on this machine now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+                    relay.add(job.first_rank + local_rank, process)
+            seen, word = _watch(ranks, caught, meeting, hangs, relay.wait if relay else time.sleep)
+        finally:
+            _end(ranks.processes)
+            if relay is not None:
+                relay.close()
+        ending = _ending(seen, post_mortem, caught)
+        return ending if meeting is None else _joint_ending(ending, word, meeting)
 
 
 def rank_environment(rank: int, size: int, port: int, reports: str) -> dict[str, str]:
-    """Returns the variables that make a process one of `size` local ranks; a user's own values are kept."""
-    ours = {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        REPORT_DIR: reports,
-        PARENT: str(os.getpid()),
-    }
-    defaults = {"OMP_NUM_THREADS": str(max(1, usable_cores() // size))}
-    if sys.platform == "linux":
-        # gloo would look the host's own name up, which fails or leads astray on a laptop behind a VPN.
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"
-    return defaults | dict(os.environ) | ours
+    """Returns the whole environment of one of `size` local ranks; a user's own values are kept."""
+    return Job(size, port=port).rank_environment(rank, reports)
 
 
 def _start(argv: Sequence[str], environment: Mapping[str, str], *, piped: bool) -> subprocess.Popen[bytes]:
@@ -146,7 +180,7 @@ def _start(argv: Sequence[str], environment: Mapping[str, str], *, piped: bool) 
 
 
 @contextlib.contextmanager
-def _signals_caught() -> Iterator[list[int]]:
+def signals_caught() -> Iterator[list[int]]:
     """Notes SIGINT, SIGTERM and SIGHUP instead of dying of them.
 
     Signals are the main thread's alone; in any other there is nothing to note.
@@ -169,36 +203,46 @@ def _signals_caught() -> Iterator[list[int]]:
 
 
 def _watch(
-    ranks: list[subprocess.Popen[bytes]],
+    ranks: Ranks,
     caught: list[int],
-    reports: Path,
+    meeting: Meeting | None,
     hangs: HangWatch,
     wait: Callable[[float], None],
-) -> Seen:
-    """Waits until all ranks ended well, one failed, one hangs, or a signal came.
+) -> tuple[Seen, Word | None]:
+    """Waits until all ranks of all nodes ended well, one failed, one hangs, or a signal came.
 
     Args:
-        ranks: the processes.
+        ranks: this node's.
         caught: gets the signals that come.
-        reports: the folder of the ranks' reports.
-        hangs: tells when they stand still.
+        meeting: the other nodes' launchers, or None without other nodes.
+        hangs: tells when this node's ranks stand still.
         wait: lets some seconds pass, at most.
+
+    Returns:
+        what was seen of this node's ranks; and how another node's part failed, if that is what ended the job.
     """
-    all_ran = 0.0
+    done, all_ran = False, 0.0
     while not caught:
         now = time.time()
-        ended = {rank: code for rank, process in enumerate(ranks) if (code := process.poll()) is not None}
-        told = {report.rank for report in read_reports(reports)}
+        ended = {rank: code for rank, one in ranks.numbered() if (code := one.poll()) is not None}
+        heard = {report.rank for report in read_reports(ranks.reports)}
         # Each rank leaves word, well or not: one that ended without it did not end well.
-        silent = tuple(rank for rank in ended if rank not in told)
-        if silent or any(ended.values()) or len(ended) == len(ranks):
-            return Seen(ended, silent, all_ran=all_ran)
-        hang = hangs.check({rank: process.pid for rank, process in enumerate(ranks) if rank not in ended})
+        silent = tuple(rank for rank in ended if rank not in heard)
+        if silent or any(ended.values()):
+            return Seen(ended, silent, all_ran=all_ran), None
+        if len(ended) == len(ranks.processes) and not done:
+            if meeting is None:
+                break
+            meeting.tell(EXIT_OK)
+            done = True
+        if meeting is not None and ((word := meeting.news()) is not None or (done and meeting.over())):
+            return Seen(), word
+        hang = hangs.check({rank: one.pid for rank, one in ranks.numbered() if rank not in ended})
         if hang is not None:
-            return Seen(ended, hang=hang)
+            return Seen(ended, hang=hang), None
         all_ran = now if not ended else all_ran
         wait(_POLL_SECONDS)
-    return Seen()
+    return Seen(), None
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -217,9 +261,27 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _ending(seen: Seen, post_mortem: PostMortem, caught: list[int]) -> Ending:
-    """Tells why the job ended, with the exit code of the first cause."""
+    """Tells why this node's ranks ended, with the exit code of the first cause."""
     if caught:
-        name = signal.Signals(caught[0]).name
-        return Ending(128 + caught[0], f"dtrain: stopped by {name}; all ranks are ended.", caught[0])
-    code, text = post_mortem.verdict(seen)
-    return Ending(code, text)
+        return _stopped(caught)
+    verdict = post_mortem.verdict(seen)
+    return Ending(verdict.exit_code, verdict.text, when=verdict.when)
+
+
+def _stopped(caught: list[int]) -> Ending:
+    name = signal.Signals(caught[0]).name
+    return Ending(128 + caught[0], f"dtrain: stopped by {name}; all ranks are ended.", caught[0])
+
+
+def _joint_ending(ending: Ending, word: Word | None, meeting: Meeting) -> Ending:
+    """Tells the other nodes how this one ended, and puts what another one said before it where that came first."""
+    if ending.signal is None and ending.exit_code != EXIT_OK:
+        word = meeting.last_words()
+    if ending.exit_code != EXIT_OK:
+        meeting.tell(ending.exit_code, ending.text, ending.when)
+    elif word is not None:
+        meeting.pass_on(word)
+    if word is None or (ending.exit_code != EXIT_OK and word.when >= ending.when):
+        return ending
+    text = f"on node {word.node}: {word.text}"
+    return Ending(word.exit_code, f"{text}\non this node: {ending.text}" if ending.text else text)

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -101,21 +102,36 @@ class Seen:
     all_ran: float = 0.0
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """How a job ended.
+
+    Attributes:
+        exit_code: what the supervisor ends with.
+        text: what a person shall read, empty where all went well.
+        when: the first cause, in seconds since the epoch.
+    """
+
+    exit_code: int = EXIT_OK
+    text: str = ""
+    when: float = field(default_factory=time.time)
+
+
 class PostMortem:
     """Finds out why a job of local ranks failed.
 
     Args:
         folder: of the reports.
-        size: number of ranks.
+        ranks: the numbers of this machine's ranks.
     """
 
-    def __init__(self, folder: Path, size: int) -> None:
+    def __init__(self, folder: Path, ranks: range) -> None:
         self._folder = folder
-        self._size = size
+        self._ranks = ranks
         self._kills_before = out_of_memory_kills()
 
-    def verdict(self, seen: Seen) -> tuple[int, str]:
-        """Returns the exit code and what a person shall read, empty where all went well; leaves `failure.json`."""
+    def verdict(self, seen: Seen) -> Verdict:
+        """Tells how the job ended; leaves `failure.json` in the run's folder where it did not end well."""
         failed = [report for report in read_reports(self._folder) if report.exit_code != EXIT_OK]
         first = _first(seen, failed)
         if seen.hang is not None:
@@ -125,9 +141,10 @@ class PostMortem:
         elif first is not None:
             code, text, failure = self._silent(first, seen.ended[first])
         else:
-            return EXIT_OK, ""
+            return Verdict()
         others = self._others(failure.rank, seen, failed)
-        return code, "\n".join([text, *self._left(failure, others, code)])
+        when = first.when if seen.hang is None and isinstance(first, Report) else time.time()
+        return Verdict(code, "\n".join([text, *self._left(failure, others, code)]), when)
 
     def _left(self, failure: Failure, others: Mapping[int, str], code: int) -> list[str]:
         """Leaves word in the run's folder, where there is one; returns further lines for a person."""
@@ -191,7 +208,7 @@ class PostMortem:
         beat: Beat = read_beat(self._folder, rank)
         return Failure(
             rank=rank,
-            local_rank=rank,
+            local_rank=rank - self._ranks.start,
             host=socket.gethostname(),
             device=beat.device or None,
             epoch=beat.epoch or None,
@@ -208,7 +225,7 @@ class PostMortem:
         reports = {report.rank: report for report in failed}
         return {
             other: _how(reports.get(other), seen.ended.get(other), read_beat(self._folder, other))
-            for other in range(self._size)
+            for other in self._ranks
             if other != rank
         }
 

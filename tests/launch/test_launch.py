@@ -63,9 +63,12 @@ def test_what_cannot_be_started_is_told_before_anything_starts(dtrain: Dtrain) -
     syntax = dtrain("launch", "-n", 2, "mine/script.py")
     assert syntax.code == 2
     assert "mine/script.py:1: syntax error" in syntax.err
-    verb = dtrain("launch", "-n", 2, "train")
+    verb = dtrain("launch", "-n", 2, "tran")
     assert verb.code == 2
-    assert "dtrain train -n 2" in verb.err
+    assert "Did you mean 'train'?" in verb.err
+    recipe = dtrain("launch", "-n", 2, "train", "mine/none.py")
+    assert recipe.code == 2
+    assert "mine/none.py: no such file" in recipe.err
     nested = dtrain("launch", "mine/threads.py", RANK="0", WORLD_SIZE="2")
     assert nested.code == 2
     assert "rank 0 of 2 already" in nested.err

@@ -221,13 +221,15 @@ def test_the_first_cause_is_reported(
     first: str,
 ) -> None:
     monkeypatch.setattr(postmortem, "read_reports", lambda _: reports)
-    code, text = PostMortem(tmp_path, 2).verdict(Seen(ended, silent, all_ran=all_ran))
+    verdict = PostMortem(tmp_path, range(2)).verdict(Seen(ended, silent, all_ran=all_ran))
+    code, text = verdict.exit_code, verdict.text
     assert code == 1
     assert first in text
 
 
 def test_nothing_is_told_where_all_went_well(tmp_path: Path) -> None:
-    assert PostMortem(tmp_path, 2).verdict(Seen({0: 0, 1: 0})) == (0, "")
+    well = PostMortem(tmp_path, range(2)).verdict(Seen({0: 0, 1: 0}))
+    assert (well.exit_code, well.text) == (0, "")
     assert read_reports(tmp_path) == []
 
 
@@ -243,7 +245,7 @@ def test_a_kill_for_want_of_memory_is_told(
     run = tmp_path / "run"
     run.mkdir()
     (tmp_path / "run.txt").write_text(str(run))
-    _, text = PostMortem(tmp_path, 1).verdict(Seen({0: -9}, (0,)))
+    text = PostMortem(tmp_path, range(1)).verdict(Seen({0: -9}, (0,))).text
     found = postmortem.read_failure(run)
     assert found is not None
     assert found["cause"] == ("out_of_memory" if told else "killed")

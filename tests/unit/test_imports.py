@@ -28,6 +28,8 @@ LAYERS = [
         "dtrain.failures",
         "dtrain.seeding",
     ],
+    ["dtrain.identity", "dtrain.profiles"],
+    ["dtrain.arrival"],
     ["dtrain.world"],
     ["dtrain.spawn"],
     ["dtrain.batches", "dtrain.dealing", "dtrain.fetching"],

@@ -1,0 +1,84 @@
+"""A job as its launcher sees it: nodes, ranks, where they meet, and the variables that make a process a rank of it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from dataclasses import dataclass, field
+
+from dtrain.launch.hardware import interface_to
+from dtrain.launch.lifeline import PARENT
+from dtrain.launch.reports import REPORT_DIR
+from dtrain.launch.threads import usable_cores
+
+NONCE = "DTRAIN_JOB"
+TIMEOUT = "DTRAIN_RDZV_TIMEOUT"
+DEFAULT_TIMEOUT = 120.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One node's part of a job.
+
+    Attributes:
+        ranks: ranks on each node.
+        nodes: number of nodes.
+        node_rank: which of them this is, from 0.
+        host: the first node's name or address, where rank 0's store is.
+        port: the port of that store; 0 before it is chosen.
+        rdzv_port: the port where the nodes' launchers meet.
+        timeout: seconds within which all nodes, then all ranks, must have come.
+        nonce: tells this job from any other; made by the first node's launcher.
+        environment: further variables for every rank.
+        hang_seconds: how long a rank may stand still; 0 is for ever. See `dtrain.launch.hangs`.
+    """
+
+    ranks: int
+    nodes: int = 1
+    node_rank: int = 0
+    host: str = "127.0.0.1"
+    port: int = 0
+    rdzv_port: int = 0
+    timeout: float = DEFAULT_TIMEOUT
+    nonce: str = field(default_factory=lambda: secrets.token_hex(8))
+    environment: dict[str, str] = field(default_factory=dict)
+    hang_seconds: float = 0.0
+
+    @property
+    def first_rank(self) -> int:
+        """The global number of this node's first rank."""
+        return self.node_rank * self.ranks
+
+    def variables(self, local_rank: int) -> dict[str, str]:
+        """Returns what makes a process a rank; it takes the place of a user's own values."""
+        return {
+            "RANK": str(self.first_rank + local_rank),
+            "WORLD_SIZE": str(self.nodes * self.ranks),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(self.ranks),
+            "NODE_RANK": str(self.node_rank),
+            "MASTER_ADDR": self.host,
+            "MASTER_PORT": str(self.port),
+            NONCE: self.nonce,
+            TIMEOUT: f"{self.timeout:g}",
+        } | self.environment
+
+    def defaults(self) -> dict[str, str]:
+        """Returns what a rank gets where the user's environment says nothing."""
+        values = {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.ranks))}
+        # gloo would look the host's own name up, which fails or leads astray on a laptop behind a VPN.
+        interface = interface_to(self.host) if self.nodes > 1 else "lo"
+        if sys.platform == "linux" and interface is not None:
+            values["GLOO_SOCKET_IFNAME"] = interface
+        return values
+
+    def rank_environment(self, local_rank: int, reports: str) -> dict[str, str]:
+        """Returns the whole environment of one rank.
+
+        Args:
+            local_rank: 0 to ranks - 1.
+            reports: the folder for the ranks' reports.
+        """
+        ours = {REPORT_DIR: reports, PARENT: str(os.getpid())}
+        return self.defaults() | dict(os.environ) | self.variables(local_rank) | ours
