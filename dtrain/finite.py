@@ -118,6 +118,7 @@ def _samples(share: Share) -> str:
     """Names the samples of a share, as far as the loader tells them."""
     if share.indices is None:
         return ""
-    indices = [int(index) for index in share.indices]
+    # A sampler of the user's may yield any kind of key.
+    indices = share.indices.tolist() if isinstance(share.indices, Tensor) else list(share.indices)
     more = f" and {len(indices) - _MOST_INDICES} more" if len(indices) > _MOST_INDICES else ""
     return f" Its samples have the indices {', '.join(map(str, indices[:_MOST_INDICES]))}{more} in the dataset."

@@ -311,6 +311,8 @@ def test_stop_names_the_samples(world: World, loss: object) -> None:
     finite = FiniteLoss("stop", nn.Linear(1, 1), world)
     with pytest.raises(NotFiniteError, match=r"indices 4, 7 in the dataset\. Look"):
         finite.check(loss, Share(None, 2, 2, 1.0, indices=torch.tensor([4, 7])))
+    with pytest.raises(NotFiniteError, match=r"indices \('a', 1\), b in the dataset"):
+        finite.check(loss, Share(None, 2, 2, 1.0, indices=[("a", 1), "b"]))
     with pytest.raises(NotFiniteError, match=r"step is (nan|-?inf)\. Look"):
         finite.check(loss, Share(None, 2, 2, 1.0))
     with pytest.raises(NotFiniteError, match="31 and 8 more in"):
