@@ -55,15 +55,11 @@ def train_run(settings: Settings, world: World) -> Path:
     """
     task = agree(world, lambda: load_task(settings))
     train = settings.config.train
-    engine = Engine(
+    engine = configured_engine(
         task,
         world,
+        settings,
         epochs=train.epochs,
-        seed=train.seed,
-        batch=train.batch,
-        accumulation=train.accumulation,
-        sync_batchnorm=train.sync_batchnorm,
-        fetch_batches=train.fetch_batches,
         nan=train.nan,
         progress=choose_progress(is_main=world.is_main, epochs=train.epochs, log_step_freq=train.log_step_freq),
     )
@@ -88,6 +84,28 @@ def train_run(settings: Settings, world: World) -> Path:
     if world.is_main:
         _sum_up(engine.history, folder)
     return folder
+
+
+def configured_engine(task: Task, world: World, settings: Settings, **more: Any) -> Engine:
+    """Returns an engine that computes what the config says.
+
+    Args:
+        task: the recipe's objects.
+        world: the ranks.
+        settings: the config.
+        more: how long, how much and for whom: further fields of the engine.
+    """
+    train = settings.config.train
+    return Engine(
+        task,
+        world,
+        seed=train.seed,
+        batch=train.batch,
+        accumulation=train.accumulation,
+        sync_batchnorm=train.sync_batchnorm,
+        fetch_batches=train.fetch_batches,
+        **more,
+    )
 
 
 def _leave_word(folder: Path, place: Place, world: World, error: BaseException) -> None:

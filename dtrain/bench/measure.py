@@ -17,7 +17,7 @@ from dtrain.engine import Engine, Limits
 from dtrain.fetching import RowsOf, fetched_by_batch
 from dtrain.metrics import Value
 from dtrain.progress import PlainLines
-from dtrain.run import agree, load_task
+from dtrain.run import agree, configured_engine, load_task
 from dtrain.world import World
 
 WARM_UP = 5
@@ -87,15 +87,11 @@ def _engine(settings: Settings, world: World, steps: int) -> Engine:
     per_step = world.size if train.batch == "per_rank" else 1
     task = load_task(settings)
     task.dl_valid = None
-    return Engine(
+    return configured_engine(
         task,
         world,
+        settings,
         epochs=1,
-        seed=train.seed,
-        batch=train.batch,
-        accumulation=train.accumulation,
-        sync_batchnorm=train.sync_batchnorm,
-        fetch_batches=train.fetch_batches,
         limits=Limits(train=(steps + WARM_UP + 1) * per_step),
         progress=PlainLines(1, train.log_step_freq, io.StringIO()),  # lines as in training, to nowhere
     )

@@ -15,7 +15,7 @@ from dtrain.config import Settings
 from dtrain.dealing import Share
 from dtrain.engine import Engine, Limits
 from dtrain.metrics import Mean, Observed, Value
-from dtrain.run import agree, load_task
+from dtrain.run import agree, configured_engine, load_task
 from dtrain.world import World
 
 
@@ -116,15 +116,11 @@ def trace_run(settings: Settings, world: World, folder: Path, *, steps: int, mer
     share = world.size if train.batch == "per_rank" else 1
     batches = steps * train.accumulation * share * merge
     trace = Trace(folder, world, task.module)
-    engine = Engine(
+    engine = configured_engine(
         task,
         world,
+        settings,
         epochs=1,
-        seed=train.seed,
-        batch=train.batch,
-        accumulation=train.accumulation,
-        sync_batchnorm=train.sync_batchnorm,
-        fetch_batches=train.fetch_batches,
         limits=Limits(train=batches, valid=batches, merge=merge),
     )
     handles = trace.watch(engine)

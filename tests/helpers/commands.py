@@ -14,6 +14,8 @@ BIN = Path(sys.executable).parent
 MARK = "DTRAIN_TEST_PROCESS"
 # Variables with which the caller's own launcher or settings would reach into a test.
 _FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+# With it each part of a print() is a write of its own, and two ranks' lines run into each other.
+_FOREIGN += ("PYTHONUNBUFFERED",)
 _FOREIGN_PREFIXES = ("DTRAIN_", "ACCELERATE_", "TORCHELASTIC_", "SLURM_", "WANDB_")
 
 
