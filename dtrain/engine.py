@@ -7,11 +7,12 @@
         for share in train loader:            # this rank's part of the global batch
             values = learner.learn(share)     # train_step, and what it leaves to do; see `dtrain.learning`
             add the returned values, with the weight of the real samples
+            after an optimizer step: the `after_step` functions
         sum over ranks, once; compare the ranks' weights
         net.eval()                            # the bare net, not DDP
         for share in valid loader: add valid_step(net, *batch)
         sum over ranks, once
-        append a row to the history; tell trackers
+        append a row to the history; tell trackers; the `after_step` functions once more
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 
 from dtrain.checks import check_alike, check_order, check_same_task, weights_checksum
 from dtrain.dealing import BatchMode, Dealing
-from dtrain.errors import UsageError, add_place
+from dtrain.errors import StopRequested, UsageError, add_place
 from dtrain.finite import WhenNan
 from dtrain.history import History
 from dtrain.launch.heartbeat import DONE, own_heartbeat
@@ -95,6 +96,11 @@ class Engine:
         history: gets a row an epoch, on every rank.
         progress: what a person sees.
         after_epoch: called on every rank with each new row.
+        after_step: called on every rank after each optimizer step and once after each epoch, where `place.split` is
+            no longer "train": at the same places on all ranks. One that raises `StopRequested`, on all ranks alike,
+            ends training there.
+        save: saves all that is needed to go on from where the engine is, on every rank; called before a
+            `StopRequested` leaves the engine.
         place: where the engine is.
         stopping: set by an `after_epoch` function, on every rank alike, to end after that epoch.
     """
@@ -112,6 +118,8 @@ class Engine:
     history: History = field(default_factory=History)
     progress: Progress = field(default_factory=Silent)
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
+    after_step: list[Callable[[Place], None]] = field(default_factory=list)
+    save: Callable[[], object] | None = None
     stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -156,6 +164,7 @@ class Engine:
         Raises:
             StepError: a step breaks the contract.
             NotFiniteError: a train loss is not finite, and `nan` is "stop".
+            StopRequested: an `after_step` function asked for it; all is saved where there is a `save`.
             DataError: a loader yields nothing.
             Exception: whatever the user's code raises, with a note of rank, epoch and step.
         """
@@ -165,6 +174,10 @@ class Engine:
                 self._run_epoch(epoch)
                 if self.stopping:
                     break
+        except StopRequested:
+            if self.save is not None:
+                self.save()
+            raise
         except (Exception, SystemExit) as error:
             add_place(error, str(self.place))
             raise
@@ -188,6 +201,11 @@ class Engine:
         self.progress.end_epoch(row)
         for tell in self.after_epoch:
             tell(row)
+        self._tell_step()
+
+    def _tell_step(self) -> None:
+        for tell in self.after_step:
+            tell(self.place)
 
     def _tell_unused_metrics(self, row: Row) -> None:
         for name in self.task.metrics:
@@ -234,6 +252,10 @@ class Engine:
             self.progress.step(table)
             if table.asked is not None:
                 self.learner.finite.check_running(table)
+            if share.last:
+                self.place.updates += 1
+                if self.after_step:
+                    self._tell_step()
         seconds = seconds_since(started, self.world)
         weights = weights_checksum(module, self.world.sum_dtype) if self.world.size > 1 else 0.0
         order = self.train_loader.fingerprint

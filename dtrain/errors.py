@@ -11,6 +11,7 @@
     ├── StepError                a step that breaks the step contract
     ├── NotFiniteError           a loss that is NaN or infinite
     ├── RankError                a rank that a notebook's call started failed
+    ├── StopRequested            exit code 75: asked to stop; what is needed to go on is saved
     └── AgreedError            a failure that every rank knows of; rank 0 speaks
 
 An exception of the user's own code is never wrapped: it keeps its type and its
@@ -28,6 +29,7 @@ _NOTE = "dtrain: "
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_STOPPED = 75  # on request, with a checkpoint: start it again and it goes on
 EXIT_HANG = 76  # a hang was found and ended
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -80,6 +82,13 @@ class RankError(DtrainError):
     def _render_traceback_(self) -> list[str]:
         """What IPython shows: the rank's report, with the user's lines, and not how dtrain came to raise it here."""
         return [f"{type(self).__name__}: {self}"]
+
+
+class StopRequested(DtrainError):  # noqa: N818 - no error: somebody asked for it
+    """Training was asked to stop, and did so after one and the same step on every rank."""
+
+    exit_code = EXIT_STOPPED
+    agreed = True
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Place:
     epoch: int = 0
     split: str = ""
     step: int = 0
+    updates: int = 0  # optimizer steps since the run began; the same number on all ranks
     heartbeat: Heartbeat | None = None  # where a supervisor reads the same
 
     def __str__(self) -> str:
