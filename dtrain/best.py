@@ -12,10 +12,62 @@ import torch
 from torch import nn
 
 from dtrain.checkpoint import weights_of
+from dtrain.checkpoint.keeping import check_monitor
 from dtrain.engine import Engine, Row
-from dtrain.errors import UsageError, nearest
+from dtrain.errors import UsageError
 
 logger = logging.getLogger(__name__)
+
+
+class EarlyStopping:
+    """Counts the epochs without a new best; all ranks count alike, since their rows are equal.
+
+    What it knows follows from the rows of the history, so that a resumed run looks at those again.
+
+    Args:
+        monitor: a column of the history; None for `val_loss`, else `loss`.
+        mode: whether its lowest or its highest value is best.
+        patience: epochs without a new best after which training ends; None never ends it.
+    """
+
+    def __init__(self, monitor: str | None, mode: Literal["min", "max"], patience: int | None) -> None:
+        self._monitor = monitor
+        self._sign = 1.0 if mode == "min" else -1.0
+        self._patience = patience
+        self._lowest = float("inf")
+        self._since = 0
+
+    def improves(self, row: Row) -> bool:
+        """Counts one more epoch; returns whether it is the best so far.
+
+        Raises:
+            UsageError: the history has no such column.
+        """
+        monitor = self._monitor or next((name for name in ("val_loss", "loss") if name in row), "loss")
+        check_monitor(monitor, row, "monitor")
+        value = self._sign * row[monitor]
+        if value < self._lowest:  # never true of NaN
+            self._lowest, self._since = value, 0
+            return True
+        self._since += 1
+        return False
+
+    @property
+    def over(self) -> bool:
+        """Whether training no longer helps."""
+        return self._patience is not None and self._since >= self._patience
+
+
+def stop_early(engine: Engine, stopping: EarlyStopping) -> None:
+    """Lets an engine end when training no longer helps; what its history holds already counts."""
+
+    def look(row: Row) -> None:
+        stopping.improves(row)
+        engine.stopping |= stopping.over
+
+    for row in engine.history.rows:
+        look(row)
+    engine.after_epoch.append(look)
 
 
 class BestKeeper:
@@ -34,11 +86,8 @@ class BestKeeper:
     ) -> None:
         self._engine = engine
         self._monitor = monitor
-        self._sign = 1.0 if mode == "min" else -1.0
-        self._patience = patience
+        self._stopping = EarlyStopping(monitor, mode, patience)
         self._path = path
-        self._lowest = float("inf")
-        self._since = 0
         self._weights: dict[str, Any] | None = None
 
     def look(self, row: Row) -> None:
@@ -47,20 +96,9 @@ class BestKeeper:
         Raises:
             UsageError: the history has no such column.
         """
-        if self._monitor not in row:
-            columns = [name for name in row if name != "epoch"]
-            raise UsageError(
-                f"monitor = {self._monitor!r}: the history has no such column.{nearest(self._monitor, columns)} "
-                f"It has {', '.join(columns)}."
-            )
-        value = self._sign * row[self._monitor]
-        if value < self._lowest:  # never true of NaN
-            self._lowest, self._since = value, 0
+        if self._stopping.improves(row):
             self._keep()
-            return
-        self._since += 1
-        if self._patience is not None and self._since >= self._patience:
-            self._engine.stopping = True
+        self._engine.stopping |= self._stopping.over
 
     def _keep(self) -> None:
         module, world = self._engine.task.module, self._engine.world

@@ -26,6 +26,41 @@ if TYPE_CHECKING:
     from dtrain.world import World
 
 
+class _Arrivals:
+    """The order in which parameters get their gradients in the first backward pass.
+
+    DDP lays the gradients out in that order from the second step on, and gloo, with more than two ranks, adds up
+    in an order that depends on where a gradient lies. A resumed run whose layout differs in its first step would
+    differ in the last bit.
+
+    Attributes:
+        order: numbers of the trained parameters; whole once all have come.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.order: list[int] = []
+        self._handles = [
+            _hooks(parameter).register_post_accumulate_grad_hook(lambda _, number=number: self._arrived(number))
+            for number, parameter in enumerate(parameters)
+        ]
+
+    def _arrived(self, number: int) -> None:
+        if number not in self.order:
+            self.order.append(number)
+        if len(self.order) == len(self._handles):
+            self.close()
+
+    def close(self) -> None:
+        """Looks away; closing twice does no harm."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _hooks(parameter: Any) -> Any:
+    """A parameter whose methods torch has not typed."""
+    return parameter
+
+
 class _Inner(nn.Module):
     """What DDP wraps: the net's parameters and its own forward, without the net's hooks, which run outside."""
 
@@ -49,7 +84,7 @@ class _Redirection:
     def __init__(self, net: nn.Module, ddp: nn.Module, inner: nn.Module) -> None:
         self._net = net
         self.ddp: Any = ddp
-        self._inner = inner
+        self.inner: Any = inner
         self._own = net.forward
         self._inside = False
         self.modes: list[bool] = []
@@ -60,7 +95,7 @@ class _Redirection:
         averaged = self.modes[-1:] == [True] and torch.is_grad_enabled()
         self._inside = True
         try:
-            return self.ddp(*args, **kwargs) if averaged else self._inner(*args, **kwargs)
+            return self.ddp(*args, **kwargs) if averaged else self.inner(*args, **kwargs)
         except (RuntimeError, ValueError) as error:
             word_in_terms_of_ranks(error, self._net)
             raise
@@ -97,9 +132,40 @@ class Replica:
             inner = _Inner(net)
             self._redirection = _Redirection(net, world.accelerator.prepare_model(inner), inner)
         world.accelerator._models.clear()  # nobody else's to keep alive
+        self._trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        self._arrivals = _Arrivals(self._trained) if world.size > 2 and self._redirection is not None else None
+
+    @property
+    def layout(self) -> list[int]:
+        """The order in which DDP lays the gradients out after the first step; empty where it does not matter."""
+        return [] if self._arrivals is None else list(self._arrivals.order)
+
+    def lay_out(self, order: list[int]) -> None:
+        """Has DDP lay the gradients out as in the run that `layout` was taken from: by a backward pass of zeros."""
+        if self._arrivals is None or self._redirection is None or sorted(order) != list(range(len(self._trained))):
+            return
+        before = [parameter.grad for parameter in self._trained]
+        own = self._redirection.inner.own_forward
+
+        def chain(zero: torch.Tensor) -> torch.Tensor:
+            for number in reversed(order):  # backward goes through it from its end
+                zero = zero + (self._trained[number] * 0).sum()
+            return zero
+
+        self._redirection.inner.own_forward = chain
+        try:
+            device = self._trained[0].device
+            self._redirection.ddp(torch.zeros((), device=device)).backward()
+        finally:
+            self._redirection.inner.own_forward = own
+        for parameter, grad in zip(self._trained, before, strict=True):
+            parameter.grad = grad
+        self._arrivals.order = order
 
     def close(self) -> None:
         """Lets go of DDP and gives the net back its own forward."""
+        if self._arrivals is not None:
+            self._arrivals.close()
         self._redirection = None
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             self.net.__dict__.pop(name, None)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,25 @@ class Limits:
     train: int | None = None
     valid: int | None = None
     merge: int = 1
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training begins: at the first epoch, or where a checkpoint was saved.
+
+    Attributes:
+        epoch: the first one that is not whole.
+        skip: the rank's shares of it that are done.
+        table: what `MeanTable.state` returned after them, or None.
+        seconds: how long they took.
+        randomness: puts the random streams to where they were.
+    """
+
+    epoch: int = 1
+    skip: int = 0
+    table: Mapping[str, Any] | None = None
+    seconds: float = 0.0
+    randomness: Callable[[], None] | None = None
 
 
 def valid_pass(  # noqa: PLR0913 - keyword-only
@@ -101,7 +120,11 @@ class Engine:
             ends training there.
         save: saves all that is needed to go on from where the engine is, on every rank; called before a
             `StopRequested` leaves the engine.
+        start: where training begins.
         place: where the engine is.
+        table: the values of the train pass that runs; None outside of one.
+        began: when that pass began, by `time.perf_counter()`.
+        order_state: the states of the users' own generators that draw the order, as they were when it began.
         stopping: set by an `after_epoch` function, on every rank alike, to end after that epoch.
     """
 
@@ -120,6 +143,7 @@ class Engine:
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
     after_step: list[Callable[[Place], None]] = field(default_factory=list)
     save: Callable[[], object] | None = None
+    start: Start = field(default_factory=Start)
     stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -127,10 +151,13 @@ class Engine:
         self.place = Place(self.world.rank, heartbeat=own_heartbeat())
         if self.place.heartbeat is not None:
             self.place.heartbeat.computes_on(str(self.world.device))
-        self._names: tuple[str, ...] | None = None
-        self._rate: float | None = None  # of the last optimizer step, where the schedule goes on after each
+        self.table: MeanTable | None = None
+        self.began = 0.0
+        self.order_state: list[torch.Tensor] = []
+        self.names: tuple[str, ...] | None = None
+        self.rate: float | None = None  # of the last optimizer step, where the schedule goes on after each
         self.train_loader = self._sharded(self.task.dl_train)
-        self._valid = valid_pass(
+        self.valid = valid_pass(
             self.task,
             self.world,
             batch=self.batch,
@@ -169,11 +196,13 @@ class Engine:
             Exception: whatever the user's code raises, with a note of rank, epoch and step.
         """
         seed_everything(derive(self.seed, "rank", self.world.rank))
+        if self.start.randomness is not None and self.start.skip == 0:
+            self.start.randomness()
         try:
-            for epoch in range(1, self.epochs + 1):
-                self._run_epoch(epoch)
+            for epoch in range(self.start.epoch, self.epochs + 1):
                 if self.stopping:
                     break
+                self._run_epoch(epoch)
         except StopRequested:
             if self.save is not None:
                 self.save()
@@ -191,7 +220,7 @@ class Engine:
 
     def _run_epoch(self, epoch: int) -> None:
         train = self.train_pass(epoch)
-        valid = None if self._valid is None else self._valid.run(epoch, self.place, self.progress)
+        valid = None if self.valid is None else self.valid.run(epoch, self.place, self.progress)
         row = self._row(epoch, train, valid)
         if epoch == 1:
             self._tell_unused_metrics(row)
@@ -222,7 +251,7 @@ class Engine:
         if valid is not None:
             row |= {f"val_{name}": mean for name, mean in valid.means.items()}
         if self.task.optimizer is not None:
-            row["lr"] = self._rate if self._rate is not None else self._current_rate()
+            row["lr"] = self.rate if self.rate is not None else self._current_rate()
         row["seconds"] = train.seconds + (valid.seconds if valid is not None else 0.0)
         row["samples_per_second"] = train.samples / train.seconds
         return row
@@ -242,10 +271,16 @@ class Engine:
         module.train()
         self.place.enter("train", epoch)
         self.progress.begin("train", epoch, self.train_loader.steps())
-        table = MeanTable("train", self._names, self.task.metrics)
+        start = self.start if epoch == self.start.epoch else Start(epoch)
+        self.order_state = [generator.get_state() for generator in self.generators()]
+        self.table = table = MeanTable("train", self.names, self.task.metrics)
+        if start.table is not None:
+            table.load(start.table, self.world.device)
         by_step = self.task.scheduler is not None and self.task.interval == "step"
-        started = time.perf_counter()
-        for share in shares_on_device(self.train_loader, self.world, self.place):
+        self.began = time.perf_counter() - start.seconds
+        # The streams are put back after the iteration has begun, which draws from them.
+        ready = start.randomness if start.skip else None
+        for share in shares_on_device(self.train_loader, self.world, self.place, start.skip, ready):
             table.add(self.learner.learn(share), share.count)
             if by_step and share.last:
                 self._step_scheduler("step")
@@ -256,11 +291,12 @@ class Engine:
                 self.place.updates += 1
                 if self.after_step:
                     self._tell_step()
-        seconds = seconds_since(started, self.world)
+        self.table = None
+        seconds = seconds_since(self.began, self.world)
         weights = weights_checksum(module, self.world.sum_dtype) if self.world.size > 1 else 0.0
         order = self.train_loader.fingerprint
         result, sums = table.reduce(self.world, seconds, (weights, weights**2, order, order**2))
-        self._names = tuple(result.means)
+        self.names = tuple(result.means)
         self.learner.finite.check_mean(result.means.get("loss"), f"epoch {epoch}, over all ranks,")
         check_order(sums[2], sums[3], self.world.size, "train")
         check_alike(sums[0], sums[1], self.world.size, epoch)
@@ -268,6 +304,12 @@ class Engine:
         # DDP keeps rank 0's buffers (BatchNorm's statistics) for all while it trains; so does what comes after.
         self.world.broadcast_(list(module.buffers()))
         return result
+
+    def generators(self) -> list[torch.Generator]:
+        """Returns the generators that the user gave the loaders or their samplers."""
+        loaders = [self.train_loader] + ([] if self.valid is None else [self.valid.loader])
+        found = [generator for loader in loaders for generator in loader.generators()]
+        return list({id(generator): generator for generator in found}.values())
 
     def _current_rate(self) -> float:
         return float(self.task.optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
@@ -277,7 +319,7 @@ class Engine:
         if scheduler is None or self.task.interval != interval:
             return
         if interval == "step":
-            self._rate = self._current_rate()
+            self.rate = self._current_rate()
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             monitored = None if row is None else row.get("val_loss", row.get("loss"))
             if monitored is None:

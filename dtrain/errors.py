@@ -7,6 +7,7 @@
     │   ├── ConfigError          a key or a value of the config
     │   ├── RecipeError          the user's file: missing, unreadable, incomplete
     │   └── WorldError           the ranks that came up are not the ones asked for
+    ├── CheckpointError          a checkpoint that cannot be written, or is damaged
     ├── DataError                a loader that yields nothing
     ├── StepError                a step that breaks the step contract
     ├── NotFiniteError           a loss that is NaN or infinite
@@ -62,6 +63,10 @@ class RecipeError(UsageError):
 
 class WorldError(UsageError):
     """The ranks that came up are not the ones that were asked for."""
+
+
+class CheckpointError(DtrainError):
+    """A checkpoint cannot be written, or is not as it was written."""
 
 
 class DataError(DtrainError):

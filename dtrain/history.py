@@ -43,6 +43,19 @@ class History:
                 f"{self._path} is there already and is kept as it is. Choose another path (run.name, in a config)."
             )
 
+    @classmethod
+    def resumed(cls, path: Path, rows: list[dict[str, Any]]) -> History:
+        """Returns a history that goes on after these rows; its file then holds these alone, and at no time less."""
+        text = "".join(_line(cells) for cells in ([rows[0].keys()] if rows else []) + [row.values() for row in rows])
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            part = path.with_name(f".{path.name}.part")
+            part.unlink(missing_ok=True)
+            _append(part, text, sync=True)
+            part.replace(path)
+        history = cls()
+        history.rows, history._path = list(rows), path
+        return history
+
     def append(self, row: dict[str, Any]) -> None:
         """Adds one epoch's row; with a file, writes it there, and syncs the file where it last did so a second ago.
 

@@ -67,6 +67,7 @@ class Task:
         scheduler: a torch learning-rate scheduler, or None.
         interval: whether the scheduler counts epochs or optimizer steps.
         metrics: name -> torchmetrics object; a step's value of that name is what the object is updated with.
+        others: name -> more that has a state to go on from (`state_dict`, `load_state_dict`): a weight average, say.
     """
 
     module: nn.Module
@@ -78,6 +79,7 @@ class Task:
     scheduler: Any = None
     interval: Interval = "epoch"
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Takes the optimizer from the net and puts it there, so that steps find it."""
@@ -118,6 +120,7 @@ class Learner:
         if task.optimizer is not None:
             _move_state(task.optimizer)
         self._witness: OptimizerWitness | None = None
+        self._known: list[Optimizer] = []
         self._held: HeldBack | None = None
         self._counted: Tensor | None = None
         self._values_of = StepValues(task.module, "train", task.metrics)
@@ -162,6 +165,7 @@ class Learner:
             return
         self._witness.close()
         stepped, self._witness = self._witness.optimizers, None
+        self.knows(stepped)
         if not stepped:
             raise StepError(
                 "the train step calls backward(), but no optimizer's step() ran in the whole epoch: "
@@ -170,6 +174,21 @@ class Learner:
         check_optimizers(stepped, self._task.module, self._world.size)
         if self._task.optimizer is None:
             self._task.optimizer = stepped[0]
+
+    def optimizers(self) -> list[Optimizer]:
+        """Returns the task's optimizer and those that were seen to step besides."""
+        own = [] if self._task.optimizer is None else [self._task.optimizer]
+        seen = [] if self._witness is None else self._witness.optimizers
+        return list({id(optimizer): optimizer for optimizer in (*own, *self._known, *seen)}.values())
+
+    def knows(self, optimizers: list[Optimizer]) -> None:
+        """Tells of optimizers that step besides the task's."""
+        self._known += optimizers
+
+    @property
+    def replica(self) -> Replica:
+        """The rank's copy of the net."""
+        return self._replica
 
     def close(self) -> None:
         """Lets go of the net and of what watches the optimizers."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from dtrain.errors import DataError, StepError
-from dtrain.synced import compute_all
+from dtrain.errors import DataError, StepError, UsageError
+from dtrain.synced import compute_all, load_metric_state, metric_state
 
 if TYPE_CHECKING:
     from dtrain.world import World
@@ -138,6 +138,31 @@ class MeanTable:
         self.names = tuple(values) if self.names is None else self.names
         self._known = set(values)
 
+    def state(self) -> dict[str, Any]:
+        """Returns all that was added so far, to go on from in another process (`load`)."""
+        return {
+            "names": self.names,
+            "samples": self.samples,
+            "steps": self.steps,
+            "sums": {name: (known.total, known.count) for name, known in self._sums.items()},
+            "metrics": {name: metric_state(metric) for name, metric in self._metrics.items()},
+        }
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Goes on from what `state` returned, on this rank or, added up, on others.
+
+        Args:
+            state: what `state` returned.
+            device: where this rank's values are.
+        """
+        self.names = self.names if state["names"] is None else tuple(state["names"])
+        self.samples, self.steps = state["samples"], state["steps"]
+        for name, (total, count) in state["sums"].items():
+            known = self._sums[name] = _Sum()
+            known.total, known.count = (p.to(device) if isinstance(p, Tensor) else p for p in (total, count))
+        for name, metric in self._metrics.items():
+            load_metric_state(metric, state["metrics"][name])
+
     def running(self) -> dict[str, float]:
         """Returns this rank's means so far, for a person to watch; waits for the device."""
         self.asked = {
@@ -201,6 +226,27 @@ class MeanTable:
 def nothing_yielded(split: str) -> str:
     """The message for a loader without a batch."""
     return f"the {split} loader yielded no batch. Is its dataset empty, or smaller than one batch with drop_last=True?"
+
+
+def add_up(states: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Joins what the `MeanTable.state` of several ranks returned to that of one.
+
+    Raises:
+        UsageError: there is a torchmetrics object among them, whose states only their own ranks can go on from.
+    """
+    if any(state["metrics"] for state in states):
+        raise UsageError(
+            "a checkpoint within an epoch has the state of torchmetrics objects for each rank, and the run has now "
+            "another number of ranks: use as many as before, or a checkpoint of an epoch's end."
+        )
+    sums: dict[str, tuple[float, float]] = {}
+    for state in states:
+        for name, (total, count) in state["sums"].items():
+            before = sums.get(name, (0.0, 0))
+            sums[name] = (before[0] + float(total), before[1] + float(count))
+    names = next((state["names"] for state in states if state["names"] is not None), None)
+    samples = sum(state["samples"] for state in states)
+    return {"names": names, "samples": samples, "steps": states[0]["steps"], "sums": sums, "metrics": {}}
 
 
 class _Sum:

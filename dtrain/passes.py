@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class Place:
     split: str = ""
     step: int = 0
     updates: int = 0  # optimizer steps since the run began; the same number on all ranks
+    compared: bool = False  # whether the ranks' first batches were found equal
     heartbeat: Heartbeat | None = None  # where a supervisor reads the same
 
     def __str__(self) -> str:
@@ -49,17 +50,28 @@ class Place:
             self.heartbeat.step(self.step)
 
 
-def shares_on_device(loader: ShardedLoader, world: World, place: Place) -> Iterator[Share]:
-    """Yields the rank's shares of the epoch that the place names, on its device; keeps the place up to date."""
-    shares = loader.shares(place.epoch)
+def shares_on_device(
+    loader: ShardedLoader, world: World, place: Place, skip: int = 0, ready: Callable[[], None] | None = None
+) -> Iterator[Share]:
+    """Yields the rank's shares of the epoch that the place names, on its device; keeps the place up to date.
+
+    Args:
+        loader: the rank's view of a loader.
+        world: the ranks.
+        place: where the run is.
+        skip: so many of the first shares are left out.
+        ready: called once the iteration has begun, before the first share is fetched.
+    """
+    shares = loader.shares(place.epoch) if ready is None else loader.shares(place.epoch, skip, ready)
+    place.step = skip
     # Once, before the first step, where a difference between the ranks could still hang them.
-    compare = place.split == "train" and place.epoch == 1
+    compare = place.split == "train" and not place.compared
     while True:
         place.advance()  # also while its batch is fetched
         share = next(shares, None)
         if compare:
             check_first_batch(world, loader.fingerprint, place.split)
-            compare = False
+            compare, place.compared = False, True
         if share is None:
             place.step -= 1
             return

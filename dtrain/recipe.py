@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.errors import RecipeError
@@ -149,8 +151,35 @@ def bind(recipe: Recipe, settings: Settings) -> Task:
             raise RecipeError(f"{recipe.path}: the optimizer is {optimizer!r}, not a torch.optim.Optimizer.")
         setattr(module, "optimizer", optimizer)  # noqa: B010 - several, for the step to choose from; the step itself steps them
         optimizer = None
-    metrics = _metrics(recipe)
-    return Task(module, train_step, dl_train, valid_step, dl_valid, optimizer, scheduler, interval, metrics)
+    task = Task(
+        module, train_step, dl_train, valid_step, dl_valid, optimizer, scheduler, interval, metrics=_metrics(recipe)
+    )
+    task.others = _others(recipe, task)
+    return task
+
+
+def _others(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """What else has a state, by its name: objects of the recipe's file, attributes of the net, a map-style dataset.
+
+    Loaders, samplers and iterable datasets that have one are left alone: they are gone through again.
+    """
+    dataset = getattr(task.dl_train, "dataset", None)
+    named = dict(vars(recipe.module)) | {f"model.{name}": thing for name, thing in vars(task.module).items()}
+    named |= {} if isinstance(dataset, IterableDataset) else {"dl_train.dataset": dataset}
+    own = (task.module, task.optimizer, task.scheduler, *task.metrics.values())
+    known = {id(thing) for thing in own}
+    found = {}
+    for name, thing in named.items():
+        if id(thing) not in known and _has_state(thing):
+            known.add(id(thing))
+            found[name] = thing
+    return found
+
+
+def _has_state(thing: Any) -> bool:
+    methods = (getattr(thing, name, None) for name in ("state_dict", "load_state_dict"))
+    elsewhere = (type, ModuleType, Optimizer, DataLoader, Sampler, IterableDataset)
+    return not isinstance(thing, elsewhere) and all(callable(method) for method in methods)
 
 
 def _metrics(recipe: Recipe) -> dict[str, Any]:

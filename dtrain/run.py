@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dtrain.checkpoint import save_epoch
+from dtrain.best import EarlyStopping, stop_early
+from dtrain.checkpoint.folder import Saved
 from dtrain.config import Settings
 from dtrain.engine import Engine
-from dtrain.errors import EXIT_USAGE, AgreedError, UsageError, add_remark
+from dtrain.errors import EXIT_USAGE, AgreedError, StopRequested, add_remark
 from dtrain.errors import Failure as RankFailure
 from dtrain.failures import describe, explain
 from dtrain.history import FILE_NAME, History
@@ -25,6 +26,11 @@ from dtrain.learning import Task
 from dtrain.passes import Place
 from dtrain.progress import choose_progress
 from dtrain.recipe import bind, load_recipe
+from dtrain.resuming.finding import Loaded, load
+from dtrain.resuming.fitting import check_facts, check_ranks, check_shapes, facts_of
+from dtrain.resuming.keeper import Keeper
+from dtrain.resuming.state import restore
+from dtrain.run_folder import CHECKPOINTS, Opened, open_folder, take_up
 from dtrain.seeding import seed_everything
 from dtrain.trackers import Tracker, make_trackers
 from dtrain.world import World
@@ -40,18 +46,21 @@ def load_task(settings: Settings) -> Task:
     return bind(load_recipe(settings.config.recipe, settings.base), settings)
 
 
-def train_run(settings: Settings, world: World) -> Path:
-    """Trains a configured run on this rank.
+def train_run(settings: Settings, world: World, resume: str = "auto") -> Path:
+    """Trains a configured run on this rank, from its beginning or from where it was.
 
     Args:
         settings: the resolved config.
         world: the verified ranks.
+        resume: "auto" goes on with the run that is in the folder, where there is one; "never" does not; else the path
+            of a run, which is gone on with, or of one checkpoint, from which a new run begins.
 
     Returns:
         the run's folder; on ranks other than 0 too, although only rank 0 writes to it.
 
     Raises:
         AgreedError: some rank could not set up; every rank raises it.
+        StopRequested: training was asked to stop; all is saved.
     """
     task = agree(world, lambda: load_task(settings))
     train = settings.config.train
@@ -63,27 +72,120 @@ def train_run(settings: Settings, world: World) -> Path:
         nan=train.nan,
         progress=choose_progress(is_main=world.is_main, epochs=train.epochs, log_step_freq=train.log_step_freq),
     )
-    folder = Path(world.gather_json(agree(world, lambda: _open_folder(settings, world)))[0])
+    folder, ids = begin(engine, settings, resume)
     if world.is_main:
         name_run(folder)
-    trackers = agree(world, lambda: _start_trackers(settings, folder) if world.is_main else [])
-    if world.is_main:
-        engine.history = History(folder / FILE_NAME)
-        engine.after_epoch.append(lambda row: _keep(folder, engine, row))
-        engine.after_epoch += [tracker.log_epoch for tracker in trackers]
-    failed = True
-    try:
-        engine.fit()
-        failed = False
-    except (Exception, SystemExit) as error:
-        if not supervised():  # else the supervisor does, which knows how all ranks ended
-            _leave_word(folder, engine.place, world, error)
-        raise
-    finally:
-        _finish(trackers, failed=failed)
+    if engine.start.epoch > engine.epochs or engine.stopping:
+        if world.is_main:
+            _tell_complete(engine, folder)
+        return folder
+    trackers = agree(world, lambda: _start_trackers(settings, folder, ids) if world.is_main else [])
+    engine.after_epoch += [tracker.log_epoch for tracker in trackers]
+    keeper = _keeper(engine, settings, folder, trackers)
+    _train(engine, keeper, trackers, folder)
     if world.is_main:
         _sum_up(engine.history, folder)
     return folder
+
+
+def begin(engine: Engine, settings: Settings, resume: str) -> tuple[Path, dict[str, str]]:
+    """Opens the run's folder and puts the engine to where the run in it was.
+
+    Args:
+        engine: it has not trained yet.
+        settings: the config.
+        resume: as for `train_run`.
+
+    Returns:
+        the run's folder, and the ids of its trackers' runs.
+
+    Raises:
+        AgreedError: some rank could not; every rank raises it, and what was there is as it was.
+    """
+    world = engine.world
+    opened = agree(world, lambda: _opened(engine, settings, resume) if world.is_main else None)
+    folder, resumes = world.gather_json(None if opened is None else [str(opened.folder), opened.found is not None])[0]
+    loaded = None
+    if resumes:
+        loaded = agree(world, lambda: load(world, opened.found.saved.path if opened and opened.found else None))
+        strict = opened is not None and not opened.explicit
+        agree(world, lambda: _check(engine, settings, loaded, strict=strict))
+    rows = [] if loaded is None else loaded.run["rows"]
+    history = agree(world, lambda: None if opened is None else take_up(opened, settings, rows))
+    engine.history = History() if history is None else history
+    engine.history.rows = list(rows)
+    if loaded is not None:
+        restore(engine, loaded.weights, loaded.run, loaded.ranks)
+        _tell_resumed(opened, loaded)
+    early = settings.config.early_stopping
+    if early.patience is not None:
+        stop_early(engine, EarlyStopping(early.monitor, early.mode, early.patience))
+    return Path(folder), {} if loaded is None else loaded.facts.get("trackers", {})
+
+
+def _opened(engine: Engine, settings: Settings, resume: str) -> Opened:
+    """Rank 0's part: finds what is to be gone on from."""
+
+    def usable(saved: Saved) -> str:
+        change = settings.config.checkpoint.change_ranks and settings.config.train.batch == "per_rank"
+        if change and saved.step is not None and saved.facts["ranks"] != engine.world.size:
+            return f"{saved.path} was saved within an epoch, on another number of ranks"
+        return ""
+
+    return open_folder(settings, resume, usable)
+
+
+def _check(engine: Engine, settings: Settings, loaded: Loaded | None, *, strict: bool) -> None:
+    if loaded is None:
+        return
+    if engine.world.is_main:
+        check_facts(loaded.facts, facts_of(engine, settings), settings, strict=strict)
+        check_ranks(loaded.facts, loaded.run["step"], engine.world.size, settings)
+    check_shapes(engine, loaded.weights, loaded.run, loaded.ranks, str(loaded.path))
+
+
+def _tell_resumed(opened: Opened | None, loaded: Loaded) -> None:
+    if opened is None or opened.found is None:
+        return
+    for word in opened.found.words:
+        print(f"not gone on from: {word}")  # noqa: T201
+    print(f"goes on from {loaded.path}")  # noqa: T201
+
+
+def _tell_complete(engine: Engine, folder: Path) -> None:
+    print(f"{folder} is complete: {len(engine.history.rows)} epochs. Give more epochs, or another run.name.")  # noqa: T201
+    _sum_up(engine.history, folder)
+
+
+def _keeper(engine: Engine, settings: Settings, folder: Path, trackers: list[Tracker]) -> Keeper:
+    """Has the engine saved as the config says."""
+
+    def facts() -> dict[str, Any]:
+        return {**facts_of(engine, settings), "trackers": {tracker.name: tracker.run_id() for tracker in trackers}}
+
+    keeper = Keeper(engine, folder / CHECKPOINTS, settings.config.checkpoint, facts)
+    keeper.attach()
+    return keeper
+
+
+def _train(engine: Engine, keeper: Keeper, trackers: list[Tracker], folder: Path) -> None:
+    """Trains; whatever ends it, the last checkpoint is on the disk and the trackers are told."""
+    failed = True
+    try:
+        engine.fit()
+        keeper.close()
+        failed = False
+    except StopRequested:
+        failed = False
+        raise
+    except (Exception, SystemExit) as error:
+        with contextlib.suppress(Exception):  # what ended the run is told, not this
+            keeper.close()
+        if not supervised():  # else the supervisor does, which knows how all ranks ended
+            _leave_word(folder, engine.place, engine.world, error)
+        raise
+    finally:
+        _finish(trackers, failed=failed)
 
 
 def configured_engine(task: Task, world: World, settings: Settings, **more: Any) -> Engine:
@@ -137,12 +239,13 @@ def _leave_word(folder: Path, place: Place, world: World, error: BaseException) 
         add_remark(error, remark)
 
 
-def _start_trackers(settings: Settings, folder: Path) -> list[Tracker]:
+def _start_trackers(settings: Settings, folder: Path, ids: dict[str, str]) -> list[Tracker]:
     """Starts the trackers; where that fails, no empty run is left behind."""
     try:
-        return make_trackers(settings.config, folder, folder.name)
+        return make_trackers(settings.config, folder, folder.name, ids)
     except BaseException:
-        shutil.rmtree(folder)
+        if not (folder / CHECKPOINTS).exists() and not (folder / FILE_NAME).exists():
+            shutil.rmtree(folder)
         raise
 
 
@@ -175,38 +278,6 @@ def agree(world: World, attempt: Callable[[], T]) -> T:
     if failures:
         raise AgreedError(failures)
     return result  # type: ignore[no-any-return]
-
-
-def _open_folder(settings: Settings, world: World) -> str:
-    """Makes the run's folder, rank 0 alone; a folder that is there already is never written to."""
-    run = settings.config.run
-    if not world.is_main:
-        return ""
-    recipe = settings.config.recipe
-    title = Path(recipe).stem if recipe.endswith(".py") else recipe.rpartition(".")[2]
-    stem = run.name or f"{title}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in range(1, 1000):
-        folder = Path(run.dir).expanduser() / (stem if number == 1 else f"{stem}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            if run.name is not None:
-                raise UsageError(
-                    f"run.name = {run.name!r}: {folder} is there already and is kept as it is. "
-                    "Choose another run.name, or leave it out."
-                ) from None
-            continue
-        except OSError as error:
-            raise UsageError(
-                f"run.dir = {run.dir!r}, run.name = {run.name!r}: cannot make {folder}: {error.strerror}."
-            ) from None
-        (folder / "config.yaml").write_text(settings.to_yaml(), encoding="utf-8")
-        return str(folder)
-    raise UsageError(f"run.dir = {run.dir!r}: a thousand runs named {stem} are there.")
-
-
-def _keep(folder: Path, engine: Engine, row: dict[str, Any]) -> None:
-    save_epoch(folder / "checkpoints", engine.task.module, row)
 
 
 def _sum_up(history: History, folder: Path) -> None:

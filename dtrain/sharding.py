@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -29,8 +30,14 @@ from dtrain.dealing import Dealing, Form, Share, deal
 from dtrain.errors import UsageError
 from dtrain.fetching import RowsOf, fetched_by_batch
 from dtrain.seeding import CommonRandomness, derive
+from dtrain.workers import Seeding
 
 T = TypeVar("T")
+
+
+def _nothing() -> None:
+    """Does nothing."""
+
 
 _SEEDABLE = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _PLAIN = (SequentialSampler,)
@@ -86,16 +93,31 @@ class ShardedLoader:
         """A number that stands for the order of this epoch's first samples; 0 where it is not known."""
         return self._fingerprint if self._indexed is None else self._indexed.fingerprint
 
-    def shares(self, epoch: int) -> Iterator[Share]:
-        """Iterates over the rank's shares of one epoch; epochs count from 1."""
+    def shares(self, epoch: int, skip: int = 0, ready: Callable[[], None] = _nothing) -> Iterator[Share]:
+        """Iterates over the rank's shares of one epoch.
+
+        Args:
+            epoch: counts from 1.
+            skip: so many of the first ones are left out. A map-style loader deals their indices and reads no sample
+                of them; any other is read up to there.
+            ready: called when the iteration has begun, and drawn what it draws, before the first share is fetched.
+        """
         seed = derive(self._seed, "order", self._split, epoch)
         if self._indexed is not None:
-            return self._indexed.shares(seed, epoch)
+            return self._indexed.shares(seed, epoch, skip, ready)
         _set_epoch(self.loader, epoch)
         _set_epoch(getattr(self.loader, "dataset", None), epoch)
         # A list of batches draws nothing at random.
         source = self.loader if isinstance(self.loader, (list, tuple)) else _under(CommonRandomness(seed), self.loader)
-        return deal(self._noted(source), self._how, _NESTED)
+        return _after(deal(self._noted(source), self._how, _NESTED), skip, ready)
+
+    def generators(self) -> list[torch.Generator]:
+        """Returns the random generators that the user gave the loader or its sampler, which go on over epochs."""
+        batches = getattr(self.loader, "batch_sampler", None)
+        holders = (self.loader, getattr(self.loader, "sampler", None), batches, getattr(batches, "sampler", None))
+        found = [getattr(holder, "generator", None) for holder in holders]
+        users = [g for g in found if isinstance(g, torch.Generator) and not getattr(g, "of_dtrain", False)]
+        return list({id(generator): generator for generator in users}.values())
 
     def _noted(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Takes a fingerprint of the first batch on its way; rows that are no tensors leave none."""
@@ -113,7 +135,8 @@ class _IndexedBatches:
         self._how = how
         self._batches = _without_distributed(loader)
         self._dealt: deque[Share] = deque()
-        self._seed = 0
+        self._seed = self._skip = 0
+        self._workers_seed: int | None = None
         self.fingerprint = 0.0
         self._loader = _rebuilt(loader, self, fetch_batches=fetch_batches)
         # Whole batches that are not made elsewhere need nothing of what else a DataLoader does at each of them.
@@ -123,9 +146,9 @@ class _IndexedBatches:
     def __iter__(self) -> Iterator[Any]:
         """Yields the indices of this rank's batches; the DataLoader calls this as its batch sampler."""
         self._dealt.clear()
-        for share in self._index_shares():
+        for number, share in enumerate(islice(self._index_shares(), self._skip, None), self._skip):
             self._dealt.append(share)
-            yield share.batch
+            yield share.batch if self._workers_seed is None else Seeding(share.batch, self._workers_seed, number)
 
     def _index_shares(self) -> Iterator[Share]:
         source, form = self._batches, _INDICES
@@ -147,19 +170,22 @@ class _IndexedBatches:
     def __len__(self) -> int:
         return len(self._batches)  # type: ignore[arg-type]
 
-    def shares(self, seed: int, epoch: int) -> Iterator[Share]:
-        self._seed = seed
+    def shares(self, seed: int, epoch: int, skip: int, ready: Callable[[], None]) -> Iterator[Share]:
+        self._seed, self._skip = seed, skip
+        if self._loader.num_workers > 0:
+            self._workers_seed = derive(seed, "workers", self._how.rank)
         _set_epoch(self._batches, epoch)
         _set_epoch(getattr(self._batches, "sampler", None), epoch)
         _set_epoch(self._loader.dataset, epoch)
+        batches = iter(self._loader)  # draws from the random state, also where it is not used
+        ready()
         if self._rows is None:
-            for batch in self._loader:
+            for batch in batches:
                 share = self._dealt.popleft()
                 share.indices, share.batch = share.batch, batch
                 yield share
             return
-        iter(self._loader)  # draws from the random state what a loop over it draws
-        for share in self._index_shares():
+        for share in islice(self._index_shares(), skip, None):
             share.indices = share.batch
             share.batch = self._rows.__getitems__(share.batch)
             yield share
@@ -176,6 +202,13 @@ def _row_batches(batches: Any, rows_of: RowsOf) -> Iterator[Any]:
         batch = order[start : start + batches.batch_size]
         if len(batch) == batches.batch_size or not batches.drop_last:
             yield batch
+
+
+def _after(shares: Iterator[Share], skip: int, ready: Callable[[], None]) -> Iterator[Share]:
+    """Reads the first shares and drops them."""
+    next(islice(shares, skip, skip), None)
+    ready()
+    yield from shares
 
 
 def _cut(indices: Any, start: int, stop: int) -> Any:

@@ -114,3 +114,17 @@ def _check_gatherable(metrics: Mapping[str, Any], world: World) -> None:
                 f"batches ({', '.join(str(other[state]) for other in told)}). Choose a metric that sums or "
                 "concatenates its states, or run on one rank."
             )
+
+
+def metric_state(metric: Any) -> dict[str, Any]:
+    """Returns what a metric was updated with so far."""
+    return {"updates": metric._update_count, "states": dict(metric.metric_state)}
+
+
+def load_metric_state(metric: Any, state: Mapping[str, Any]) -> None:
+    """Lets a metric go on from what `metric_state` returned."""
+    for name, value in state["states"].items():
+        parts = [part.to(metric.device) for part in value] if isinstance(value, list) else value.to(metric.device)
+        setattr(metric, name, parts)
+    metric._update_count = state["updates"]
+    metric._computed = None

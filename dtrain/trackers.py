@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +11,11 @@ from dtrain.config import RunConfig
 
 class Tracker(Protocol):
     """What the engine tells a tracker."""
+
+    name: str
+
+    def run_id(self) -> str:
+        """What a resumed run needs to go on with the same one."""
 
     def log_epoch(self, row: dict[str, Any]) -> None:
         """Takes one epoch's row of the history."""
@@ -25,9 +31,12 @@ class WandbTracker:
         config: the run's config; `track.wandb` must be set.
         folder: the run's folder, where W&B writes.
         name: the run's name.
+        run_id: of the W&B run that is gone on with, None for a new one.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, name: str) -> None:
+    name = "wandb"
+
+    def __init__(self, config: RunConfig, folder: Path, name: str, run_id: str | None = None) -> None:
         import wandb
 
         options = config.track.wandb
@@ -38,6 +47,8 @@ class WandbTracker:
             entity=options.entity,
             mode=options.mode,
             name=name,
+            id=run_id,
+            resume=None if run_id is None else "allow",
             dir=str(folder),
             config=config.model_dump(mode="json"),
             # x_disable_meta: host, user, command line and git state stay here; so does the console.
@@ -45,6 +56,10 @@ class WandbTracker:
         )
         self._run.define_metric("epoch", hidden=True)
         self._run.define_metric("*", step_metric="epoch")
+
+    def run_id(self) -> str:
+        """Returns W&B's own id of the run."""
+        return str(self._run.id)
 
     def log_epoch(self, row: dict[str, Any]) -> None:
         """Sends one row; the step that W&B counts is the epoch."""
@@ -55,6 +70,13 @@ class WandbTracker:
         self._run.finish(exit_code=int(failed))
 
 
-def make_trackers(config: RunConfig, folder: Path, name: str) -> list[Tracker]:
-    """Starts the trackers that the config names; call it on global rank 0 alone."""
-    return [WandbTracker(config, folder, name)] if config.track.wandb is not None else []
+def make_trackers(config: RunConfig, folder: Path, name: str, ids: Mapping[str, str]) -> list[Tracker]:
+    """Starts the trackers that the config names; call it on global rank 0 alone.
+
+    Args:
+        config: the run's.
+        folder: the run's folder.
+        name: the run's name.
+        ids: tracker's name -> the id of its run, where that is gone on with.
+    """
+    return [WandbTracker(config, folder, name, ids.get("wandb"))] if config.track.wandb is not None else []

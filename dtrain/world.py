@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+_BROADCAST_BYTES = 1 << 26  # at once, so that no device needs room for more
+
+
 @dataclass(frozen=True)
 class World:
     """The ranks that train together, as seen from one of them.
@@ -118,6 +121,24 @@ class World:
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
+
+    def share_bytes(self, data: bytes) -> bytes:
+        """Returns rank 0's bytes on every rank.
+
+        Args:
+            data: on rank 0; on the others it does not matter.
+        """
+        if self.size == 1:
+            return data
+        length = torch.tensor([len(data)], device=self.device)
+        dist.broadcast(length, src=0)
+        received = bytearray(data if self.is_main else int(length))
+        for start in range(0, len(received), _BROADCAST_BYTES):
+            piece = torch.frombuffer(received, dtype=torch.uint8, offset=start)[:_BROADCAST_BYTES]
+            moved = piece.to(self.device)
+            dist.broadcast(moved, src=0)
+            piece.copy_(moved)
+        return bytes(received)
 
     def close(self) -> None:
         """Leaves the process group together with all other ranks; call it where all of them do."""

@@ -109,7 +109,7 @@ def watch(engine: Engine, stopwatch: Stopwatch) -> Callable[[], None]:
     def after(_optimizer: Optimizer, *_: Any) -> None:
         parts.pop().__exit__(None, None, None)
 
-    loader.shares = lambda epoch: stopwatch.fetch(shares(epoch))  # type: ignore[method-assign]
+    loader.shares = lambda *how: stopwatch.fetch(shares(*how))  # type: ignore[method-assign]
     learner.learn = stopwatch.timed(learn, "forward and backward")  # type: ignore[method-assign]
     handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     metric = getattr(task.module, "metric_func", None)

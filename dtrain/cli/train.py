@@ -31,6 +31,14 @@ def train(
         int | None, typer.Option("-n", "--ranks", min=1, help="Start this many ranks on this machine.")
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU, also where there is a GPU.")] = False,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|PATH",
+            help="auto: go on with the run that is in run.name's folder, if any. PATH: with that run; of a checkpoint: "
+            "begin a new run from it.",
+        ),
+    ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and start nothing.")] = False,
 ) -> None:
     """Train. With nothing named: the bundled digits, 3 epochs.
@@ -38,11 +46,11 @@ def train(
     Examples: dtrain train epochs=5 lr=0.003; dtrain train my_recipe.py -n 2 --cpu
     """
     with reported():
-        code = _train(words or [], ranks, cpu, dry_run)
+        code = _train(words or [], ranks, cpu, dry_run, resume)
     raise typer.Exit(code)
 
 
-def _train(words: list[str], ranks: int | None, cpu: bool, dry_run: bool) -> int:
+def _train(words: list[str], ranks: int | None, cpu: bool, dry_run: bool, resume: str) -> int:
     from dtrain.launch.facts import read_rank_facts
 
     settings = read_target(words)
@@ -53,7 +61,7 @@ def _train(words: list[str], ranks: int | None, cpu: bool, dry_run: bool) -> int
     def work(world: World) -> None:
         from dtrain.run import train_run
 
-        folder = train_run(settings, world)
+        folder = train_run(settings, world, resume)
         if world.is_main:
             typer.echo(f"next: {shlex.join(['dtrain', 'evaluate', str(folder)])}")
 

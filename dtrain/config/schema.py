@@ -44,6 +44,29 @@ class TrainConfig(_Section):
     hang_seconds: float = Field(600.0, ge=0, description="ranks of -n N may stand still so long; 0 is for ever")
 
 
+class CheckpointConfig(_Section):
+    """When a run is saved, and which checkpoints stay. The last epoch's end is always saved."""
+
+    every_epochs: int = Field(1, ge=0, description="save after every so many epochs; 0: not for their sake")
+    every_steps: int | None = Field(None, ge=1, description="and after every so many optimizer steps")
+    every_minutes: float | None = Field(None, gt=0, description="and so long after the last one")
+    keep_last: int = Field(2, ge=1, description="so many of the last ones stay")
+    keep_best: int = Field(1, ge=0, description="and so many of the best epochs")
+    monitor: str | None = Field(None, description="the column that says what is best; val_loss, else loss")
+    mode: Literal["min", "max"] = Field("min", description="which end of it is best")
+    asynchronous: bool = Field(True, description="write beside the training, from a copy in memory")
+    on_error: Literal["stop", "warn"] = Field("stop", description="a full disk ends the run, or is a warning")
+    change_ranks: bool = Field(False, description="with batch=per_rank, resume with another number of ranks")
+
+
+class EarlyStoppingConfig(_Section):
+    """An end to training that no longer helps."""
+
+    patience: int | None = Field(None, ge=1, description="epochs without a new best after which training ends")
+    monitor: str | None = Field(None, description="the column that is watched; val_loss, else loss")
+    mode: Literal["min", "max"] = Field("min", description="which end of it is best")
+
+
 class RunFolderConfig(_Section):
     """Where the run's folder lies: DIR/NAME."""
 
@@ -76,6 +99,8 @@ class RunConfig(_Section):
     optimizer: dict[str, Any] = Field(default_factory=dict)
     scheduler: dict[str, Any] = Field(default_factory=dict)
     train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     run: RunFolderConfig = RunFolderConfig()
     track: TrackConfig = TrackConfig()
 

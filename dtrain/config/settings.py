@@ -78,9 +78,14 @@ class Settings:
         A recipe's file is named in full: it may have been given relative to the folder of a config, or to the
         one in which the run was started.
         """
+        return write_yaml(self.plain())
+
+    def plain(self) -> dict[str, Any]:
+        """Returns the resolved config in YAML's and JSON's own kinds, as `to_yaml` writes it."""
         path = locate(self.config.recipe, self.base)
         recipe = self.config.recipe if path is None else str(path.resolve())
-        return write_yaml(_plain(self.config.model_dump() | {"recipe": recipe}))
+        plain: dict[str, Any] = _plain(self.config.model_dump() | {"recipe": recipe})
+        return plain
 
 
 def load_settings(target: str | None, overrides: Sequence[str], environ: Mapping[str, str] | None = None) -> Settings:

@@ -135,10 +135,13 @@ def test_parquet_is_written_or_its_library_is_named(trained: Path, tmp_path: Pat
 def test_missing_and_foreign_weights_are_told(copied: Path) -> None:
     dtrain = Dtrain(copied.parent)
     file = copied / "checkpoints" / "epoch-2" / "model.safetensors"
-    save_file(load_file(file) | {"bias": np.zeros(4, dtype=np.float32)}, file)
-    done = dtrain("evaluate", "small", "--checkpoint", "last", "-n", 2, "--cpu")
+    done = dtrain("evaluate", "small", "--checkpoint", "last", "-n", 2, "--cpu", "model.width=4")
     assert done.code == 2
-    assert done.err.count("bias has shape (4,) in the file, and shape (1,) in the recipe's net") == 1
+    assert done.err.count("weight has shape (1, 3) in the file, and shape (1, 4) in the recipe's net") == 1
+    save_file(load_file(file) | {"bias": np.zeros(1, dtype=np.float32)}, file)
+    done = dtrain("evaluate", "small", "--checkpoint", "last")
+    assert done.code == 2
+    assert f"{file.relative_to(copied.parent)} is damaged" in done.err
     shutil.rmtree(copied / "checkpoints")
     assert "small has no checkpoint" in dtrain("evaluate", "small").err
 

@@ -93,7 +93,7 @@ def calls_a_step(engine: Engine, counter: Counter, kind: str, batches: list[Any]
         counter.on()
         try:
             if kind == "valid":
-                fresh._valid.run(2, Place(0), fresh.progress)
+                fresh.valid.run(2, Place(0), fresh.progress)
             else:
                 fresh.train_pass(2)
         finally:

@@ -79,7 +79,7 @@ class TestCheckpoint:
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("dtrain.checkpoint._sync", full)
+        monkeypatch.setattr("dtrain.checkpoint.folder._sync", full)
         with pytest.raises(OSError, match="No space left"):
             save_epoch(tmp_path, nn.Linear(2, 2), {"epoch": 2, "loss": 0.5})
         assert [path.name for path in tmp_path.iterdir()] == ["epoch-1"]
@@ -240,4 +240,6 @@ def test_train_model_refuses_nonsense_before_it_starts() -> None:
 
 def test_manifests_are_json(tmp_path: Path) -> None:
     save_epoch(tmp_path, nn.Linear(1, 1), {"epoch": 1, "loss": 0.5})
-    assert json.loads((tmp_path / "epoch-1" / "manifest.json").read_text()) == {"row": {"epoch": 1, "loss": 0.5}}
+    manifest = json.loads((tmp_path / "epoch-1" / "manifest.json").read_text())
+    assert manifest["row"] == {"epoch": 1, "loss": 0.5}
+    assert list(manifest["files"]) == ["model.safetensors"]

@@ -1,24 +1,22 @@
-"""Weights on disk: safetensors, written to a temporary name, synced, then renamed."""
+"""A net's weights on disk, as safetensors."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dtrain.errors import UsageError
-from dtrain.history import best_row
+from dtrain.checkpoint.folder import all_saved, name_of, read_manifest, verify_file, write_checkpoint
+from dtrain.checkpoint.keeping import Keeping
+from dtrain.checkpoint.tensors import pieces
+from dtrain.errors import CheckpointError, UsageError
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
-MANIFEST = "manifest.json"
 
 
 def save_epoch(folder: Path, module: nn.Module, row: dict[str, Any]) -> Path:
@@ -34,23 +32,9 @@ def save_epoch(folder: Path, module: nn.Module, row: dict[str, Any]) -> Path:
     Returns:
         the new folder, which holds `model.safetensors` and `manifest.json`.
     """
-    from safetensors.torch import save_file
-
-    final = folder / f"epoch-{row['epoch']}"
-    part = folder / f".{final.name}.part"
-    part.mkdir(parents=True)
-    try:
-        save_file(weights_of(module), part / WEIGHTS)
-        (part / MANIFEST).write_text(json.dumps({"row": row}, indent=1), encoding="utf-8")
-        for path in (part / WEIGHTS, part / MANIFEST, part):
-            _sync(path)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)  # a full disk gets its room back
-        raise
-    part.rename(final)
-    _sync(folder)
-    _prune(folder, keep=final)
-    return final
+    path = write_checkpoint(folder, name_of(row["epoch"], None), {WEIGHTS: pieces(weights_of(module))}, {"row": row})
+    Keeping().prune(folder)
+    return path
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -80,16 +64,27 @@ def load_weights(module: nn.Module, folder: Path) -> None:
         folder: what `save_epoch` returned.
 
     Raises:
-        UsageError: the weights are another net's; the first parameter that differs is named.
+        UsageError: the weights are damaged or another net's; the first parameter that differs is named.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     file = folder / WEIGHTS
     try:
+        verify_file(file, read_manifest(folder)["files"][WEIGHTS])
         saved = load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, CheckpointError) as error:
         raise UsageError(f"{file}: cannot read the weights: {error}.") from None
+    check_fit(module, saved, str(file))
+    module.load_state_dict(saved, strict=False)  # strict would miss the extra state that is no tensor
+
+
+def check_fit(module: nn.Module, saved: dict[str, Tensor], file: str) -> None:
+    """Compares saved weights with a net.
+
+    Raises:
+        UsageError: they are another net's; the first parameter that differs is named.
+    """
     own = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     for name in [*own, *(name for name in saved if name not in own)]:
         here = f"shape {tuple(own[name].shape)}" if name in own else "no such parameter"
@@ -99,30 +94,8 @@ def load_weights(module: nn.Module, folder: Path) -> None:
                 f"{file} does not fit the net: {name} has {there} in the file, and {here} in the recipe's net. "
                 "Was the recipe changed, or a model.* value given that the run was not trained with?"
             )
-    module.load_state_dict(saved, strict=False)  # strict would miss the extra state that is no tensor
 
 
 def saved_epochs(folder: Path) -> dict[Path, dict[str, Any]]:
     """Returns the epochs that are saved whole, in order, with their rows of the history."""
-    found = {
-        path.parent: json.loads(path.read_text(encoding="utf-8"))["row"] for path in folder.glob(f"epoch-*/{MANIFEST}")
-    }
-    return dict(sorted(found.items(), key=lambda item: int(item[1]["epoch"])))
-
-
-def _prune(folder: Path, keep: Path) -> None:
-    saved = saved_epochs(folder)
-    best = best_row(list(saved.values()))
-    for path, row in saved.items():
-        if path != keep and row is not best:
-            gone = path.with_name(f".{path.name}.gone")
-            path.rename(gone)  # a kill in the midst of the next line leaves nothing that looks like a checkpoint
-            shutil.rmtree(gone)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {one.path: one.row for one in all_saved(folder) if one.step is None and one.row is not None}

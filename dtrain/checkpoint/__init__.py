@@ -1,0 +1,14 @@
+"""Checkpoints on disk, in formats that cannot run code; see `dtrain.checkpoint.folder` for what a kill leaves.
+
+::
+
+    tree      any nested state <-> JSON and tensors
+    tensors   tensors as safetensors, in pieces
+    folder    one checkpoint: written whole, sealed, verified; older ones pruned
+    writer    beside the training, or in its way
+    weights   a net's weights alone
+"""
+
+from dtrain.checkpoint.weights import load_weights, save_epoch, saved_epochs, weights_of
+
+__all__ = ["load_weights", "save_epoch", "saved_epochs", "weights_of"]

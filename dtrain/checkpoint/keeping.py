@@ -1,0 +1,75 @@
+"""Which checkpoints stay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dtrain.checkpoint.folder import Saved, all_saved, remove
+from dtrain.errors import UsageError, nearest
+
+Mode = Literal["min", "max"]
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What is kept.
+
+    Attributes:
+        last: so many of the last ones, at least 1; and the last one of an epoch's end.
+        best: so many of the best ones among those of an epoch's end.
+        monitor: the history's column that says what is best; None for `val_loss`, else `loss`.
+        mode: whether its lowest or its highest value is best.
+    """
+
+    last: int = 1
+    best: int = 1
+    monitor: str | None = None
+    mode: Mode = "min"
+
+    def ranked(self, saved: list[Saved]) -> list[Saved]:
+        """Returns the checkpoints that have a value of the monitor, the best first; of equal ones, the earlier."""
+        ends = [one for one in saved if one.row is not None]
+        for column in ("val_loss", "loss") if self.monitor is None else (self.monitor,):
+            having = [one for one in ends if _number((one.row or {}).get(column))]
+            if having:
+                sign = 1 if self.mode == "min" else -1
+                return sorted(having, key=lambda one: sign * (one.row or {})[column])
+        return []
+
+    def prune(self, folder: Path) -> None:
+        """Removes what is not kept; call it after a new one has its name."""
+        saved = all_saved(folder)
+        ends = [one for one in saved if one.step is None]
+        kept = {one.path for one in (*saved[-self.last :], *ends[-1:], *self.ranked(saved)[: self.best])}
+        for one in saved:
+            if one.path not in kept:
+                remove(one.path)
+
+    def check(self, row: dict[str, Any]) -> None:
+        """Compares the monitor with a row of the history.
+
+        Raises:
+            UsageError: the history has no such column.
+        """
+        check_monitor(self.monitor, row, "checkpoint.monitor")
+
+
+def check_monitor(monitor: str | None, row: dict[str, Any], key: str) -> None:
+    """Compares the name of a column with a row of the history.
+
+    Raises:
+        UsageError: the history has no such column.
+    """
+    if monitor is not None and monitor not in row:
+        columns = [name for name in row if name != "epoch"]
+        raise UsageError(
+            f"{key} = {monitor!r}: the history has no such column.{nearest(monitor, columns)} "
+            f"It has {', '.join(columns)}."
+        )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not math.isnan(value)

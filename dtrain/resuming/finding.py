@@ -1,0 +1,135 @@
+"""The last checkpoint that is good, read by rank 0 and told to all: no rank needs to see the folder but that one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dtrain.checkpoint.folder import MANIFEST, Saved, named, verify
+from dtrain.checkpoint.tree import unflatten
+from dtrain.checkpoint.weights import WEIGHTS
+from dtrain.errors import CheckpointError, UsageError
+from dtrain.resuming.state import State
+from dtrain.world import World
+
+RUN, RANKS = "state", "ranks"
+FILES = (WEIGHTS, *(f"{part}.{kind}" for part in (RUN, RANKS) for kind in ("json", "safetensors")))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is gone on from.
+
+    Attributes:
+        saved: the checkpoint.
+        newer: those after it, which are damaged or not gone on from.
+        words: what a person shall be told of them.
+    """
+
+    saved: Saved
+    newer: tuple[Path, ...] = ()
+    words: tuple[str, ...] = ()
+
+
+def find_good(folder: Path, usable: Callable[[Saved], str] = lambda _: "") -> Found | None:
+    """Returns the last good checkpoint of a folder, None where there is none at all.
+
+    Args:
+        folder: of all checkpoints.
+        usable: returns why one that is whole is not gone on from, or nothing.
+
+    Raises:
+        CheckpointError: there are some, and none is good; each is named with what is wrong.
+    """
+    newer: list[Path] = []
+    words: list[str] = []
+    for path, place in reversed(named(folder).items()):
+        try:
+            saved = read_saved(path, *place)
+            reason = usable(saved)
+        except CheckpointError as error:
+            reason = str(error)
+        if not reason:
+            return Found(saved, tuple(newer), tuple(words))
+        newer.append(path)
+        words.append(reason)
+    if newer:
+        raise CheckpointError(f"there is no good checkpoint in {folder}, which is left as it is: {'; '.join(words)}.")
+    return None
+
+
+def read_saved(path: Path, epoch: int, step: int | None) -> Saved:
+    """Verifies one checkpoint, all its bytes.
+
+    Raises:
+        CheckpointError: it is damaged, or holds weights alone.
+    """
+    facts = verify(path)
+    missing = [name for name in FILES if name not in facts["files"]]
+    if missing or facts.get("format") != 1:
+        raise CheckpointError(f"{path} holds no state to go on from ({', '.join(missing) or 'another format'})")
+    return Saved(path, epoch, step, facts)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory, on every rank: the manifest, and the parts of `dtrain.resuming.state`."""
+
+    path: Path
+    facts: dict[str, Any]
+    weights: dict[str, Tensor]
+    run: State
+    ranks: list[State]
+
+
+def load(world: World, path: Path | None) -> Loaded:
+    """Reads a verified checkpoint on rank 0 and hands it to all ranks.
+
+    Args:
+        world: the ranks.
+        path: the checkpoint; rank 0's counts.
+
+    Raises:
+        CheckpointError: it is not what dtrain writes; every rank raises it.
+    """
+    where = Path(world.gather_json(str(path))[0])
+    parts = [world.share_bytes((where / name).read_bytes() if world.is_main else b"") for name in (MANIFEST, *FILES)]
+    facts, weights = json.loads(parts[0]), _tensors(parts[1])
+    run, ranks = (_tree(parts[n], _tensors(parts[n + 1])) for n in (2, 4))
+    return Loaded(where, facts, weights, run, ranks)
+
+
+def _tensors(data: bytes) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load as load_tensors
+
+    try:
+        loaded = load_tensors(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"a checkpoint holds tensors that are none: {error}") from None
+    return {name: tensor.clone() for name, tensor in loaded.items()}  # memory of torch's own making
+
+
+def _tree(data: bytes, tensors: dict[str, Tensor]) -> Any:
+    try:
+        return unflatten(json.loads(data), tensors)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"a checkpoint holds a state that is none: {error}") from None
+
+
+def checkpoint_at(path: Path) -> Saved:
+    """Returns the one checkpoint that a path names, verified.
+
+    Raises:
+        UsageError: the path is none.
+        CheckpointError: it is damaged.
+    """
+    place = named(path.parent).get(path)
+    if place is None:
+        raise UsageError(f"--resume {path}: there is neither a run nor a checkpoint here.")
+    return read_saved(path, *place)

@@ -1,0 +1,195 @@
+"""When a run is saved, and how: gathered from the ranks, copied, written beside the training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtrain.checkpoint.folder import name_of, write_checkpoint
+from dtrain.checkpoint.keeping import Keeping
+from dtrain.checkpoint.tensors import pieces
+from dtrain.checkpoint.tree import flatten
+from dtrain.checkpoint.weights import WEIGHTS
+from dtrain.checkpoint.writer import Snapshot, Writer, fits_beside
+from dtrain.config.schema import CheckpointConfig
+from dtrain.engine import Engine
+from dtrain.errors import CheckpointError
+from dtrain.passes import Place
+from dtrain.resuming.clock import AgreedClock
+from dtrain.resuming.finding import RANKS, RUN
+from dtrain.resuming.state import rank_state, run_state, weights_state
+
+logger = logging.getLogger(__name__)
+
+# Rank 0 writes all, also what the others have of their own: it comes through the process group, a few kilobytes a
+# rank. So nodes need no file system in common, and no rank's file can be missing when the checkpoint is sealed.
+
+
+class Keeper:
+    """Saves an engine's state where the policy says so; every rank has one.
+
+    Args:
+        engine: what is saved.
+        folder: of all checkpoints; rank 0 writes there.
+        policy: when, and what is kept.
+        facts: what the manifests say of the run; asked once it has begun.
+    """
+
+    def __init__(self, engine: Engine, folder: Path, policy: CheckpointConfig, facts: Callable[[], Mapping[str, Any]]):
+        self.stalls: list[float] = []
+        self._engine = engine
+        self._folder = folder
+        self._policy = policy
+        self._facts = facts
+        self._keeping = Keeping(policy.keep_last, policy.keep_best, policy.monitor, policy.mode)
+        self._writer = Writer(beside=policy.asynchronous)
+        self._snapshot = Snapshot()
+        self._clock = None if policy.every_minutes is None else AgreedClock(policy.every_minutes * 60, engine.world)
+        self._saved: tuple[int, int | None] | None = None
+        self._told_no_room = False
+
+    def attach(self) -> None:
+        """From now on the engine's steps and epochs are followed."""
+        self._engine.after_step.append(self.look)
+        self._engine.save = self.save_now
+        if self._clock is not None:
+            self._clock.restart(self._engine.place.updates)
+
+    def look(self, place: Place) -> None:
+        """Saves where it is due.
+
+        Raises:
+            OSError: the checkpoint before could not be written, and the policy says stop.
+        """
+        self._check()
+        if self._due(place):
+            self._save(place)
+
+    def save_now(self) -> None:
+        """Saves where the engine is, and returns once that is on the disk.
+
+        Raises:
+            OSError: it cannot be written, whatever the policy says of errors.
+        """
+        if self._saved == _position(self._engine.place):
+            self._writer.wait()
+            return
+        self._save(self._engine.place, beside=False)
+
+    def close(self) -> None:
+        """Waits until the last one is on the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self._tolerating(self._writer.wait)
+
+    def _due(self, place: Place) -> bool:
+        policy, engine = self._policy, self._engine
+        minutes = self._clock is not None and self._clock.due(place.updates)
+        if place.split != "train":
+            ends = place.epoch == engine.epochs or engine.stopping
+            return minutes or ends or (policy.every_epochs > 0 and place.epoch % policy.every_epochs == 0)
+        return minutes or (policy.every_steps is not None and place.updates % policy.every_steps == 0)
+
+    def _save(self, place: Place, *, beside: bool | None = None) -> None:
+        engine, world = self._engine, self._engine.world
+        started = time.perf_counter()
+        position = _position(place)
+        mine = _packed(rank_state(engine), world.rank)
+        ranks = world.gather_tensors(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
+        if world.is_main:
+            if position[1] is None:
+                self._keeping.check(engine.history.rows[-1])
+            self._tolerating(lambda: self._write(ranks, position, started, beside), always=beside is False)
+        self._saved = position
+        if self._clock is not None:
+            self._clock.restart(place.updates)
+
+    def _write(
+        self, ranks: list[Tensor | None], position: tuple[int, int | None], started: float, beside: bool | None
+    ) -> None:
+        self._writer.wait()  # the copy's memory is in use until then
+        structure, tensors = flatten(run_state(self._engine), RUN)
+        weights = weights_state(self._engine.task.module)
+        named = {f"{WEIGHTS}:{name}": tensor for name, tensor in weights.items()} | tensors
+        beside = self._writer.beside and self._has_room(named) if beside is None else beside
+        copied = self._snapshot.take(named) if beside else {name: _plain(tensor) for name, tensor in named.items()}
+        row = self._engine.history.rows[-1] if position[1] is None else None
+        stall = time.perf_counter() - started
+        facts = {**self._facts(), "epoch": position[0], "step": position[1], "row": row, "stall_seconds": stall}
+        self.stalls.append(stall)
+
+        def job() -> None:
+            begun = time.perf_counter()
+            files = _files(structure, copied, ranks)
+            path = write_checkpoint(self._folder, name_of(*position), files, facts)
+            self._keeping.prune(self._folder)
+            spent = time.perf_counter() - begun
+            logger.info("%s: training waited %.3f s, written in %.3f s", path.name, stall, spent)
+
+        self._writer.submit(job, beside=beside)
+        if not beside:
+            self.stalls[-1] = time.perf_counter() - started
+
+    def _has_room(self, tensors: Mapping[str, Tensor]) -> bool:
+        room = fits_beside(tensors)
+        if not room and not self._told_no_room:
+            self._told_no_room = True
+            logger.warning("too little memory for a copy of the state: training waits while a checkpoint is written")
+        return room
+
+    def _check(self) -> None:
+        self._tolerating(self._writer.check)
+
+    def _tolerating(self, attempt: Callable[[], None], *, always: bool = False) -> None:
+        """Runs something that may fail to write; by policy that is a warning."""
+        try:
+            attempt()
+        except (OSError, CheckpointError) as error:
+            if always or self._policy.on_error == "stop":
+                raise
+            logger.warning("a checkpoint could not be written, and training goes on without it: %s", error)
+
+
+def _position(place: Place) -> tuple[int, int | None]:
+    return place.epoch, place.step if place.split == "train" else None
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").contiguous()
+
+
+def _packed(state: Any, rank: int) -> bytes:
+    """One rank's state as bytes that travel: the length of its JSON, the JSON, its tensors."""
+    structure, tensors = flatten(state, f"rank-{rank}")
+    text = json.dumps(structure).encode()
+    plain = {name: _plain(tensor) for name, tensor in tensors.items()}
+    return b"".join([len(text).to_bytes(8, "little"), text, *pieces(plain)])
+
+
+def _files(structure: Any, tensors: Mapping[str, Tensor], ranks: list[Tensor | None]) -> dict[str, Any]:
+    from safetensors.torch import load as load_tensors
+
+    structures: list[Any] = []
+    of_ranks: dict[str, Tensor] = {}
+    for packed in ranks:
+        data = b"" if packed is None else packed.cpu().numpy().tobytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        structures.append(json.loads(data[8:end]))
+        of_ranks |= load_tensors(data[end:])
+    prefix = f"{WEIGHTS}:"
+    return {
+        WEIGHTS: pieces({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}),
+        f"{RUN}.json": [json.dumps(structure).encode()],
+        f"{RUN}.safetensors": pieces({n: t for n, t in tensors.items() if not n.startswith(prefix)}),
+        f"{RANKS}.json": [json.dumps({"list": structures}).encode()],
+        f"{RANKS}.safetensors": pieces(of_ranks),
+    }

@@ -1,0 +1,220 @@
+"""Everything that a run goes on from: taken from an engine, and put back into one.
+
+Three parts: the net's weights; what is the same on all ranks (optimizers, schedules, history, place); and what each
+rank has of its own (random streams, sums of the epoch that runs).
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtrain.engine import Engine, Start
+from dtrain.errors import CheckpointError, UsageError
+from dtrain.learning import Task
+from dtrain.metrics import add_up
+from dtrain.seeding import derive, seed_everything
+
+State = dict[str, Any]
+
+
+# --- taken ----------------------------------------------------------------------------------------------
+
+
+def run_state(engine: Engine) -> State:
+    """Returns what is the same on all ranks besides the weights; as rank 0 has it."""
+    task, place = engine.task, engine.place
+    return {
+        "epoch": place.epoch,
+        "step": place.step if place.split == "train" else None,
+        "updates": place.updates,
+        "seconds": time.perf_counter() - engine.began,
+        "rows": engine.history.rows,
+        "names": engine.names,
+        "valid_names": None if engine.valid is None else engine.valid.names,
+        "rate": engine.rate,
+        "layout": engine.learner.replica.layout,
+        "optimizers": [_optimizer_state(optimizer, task) for optimizer in engine.learner.optimizers()],
+        "scheduler": None if task.scheduler is None else _kept(task.scheduler),
+        "others": {name: _kept(other) for name, other in task.others.items()},
+        "buffers": _other_buffers(task.module),
+    }
+
+
+def rank_state(engine: Engine) -> State:
+    """Returns what this rank has of its own."""
+    within = engine.place.split == "train" and engine.table is not None
+    return {
+        "random": random_state(engine.world.device),
+        "order": engine.order_state if within else [generator.get_state() for generator in engine.generators()],
+        "table": engine.table.state() if within and engine.table is not None else None,
+    }
+
+
+def weights_state(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the net's weights and buffers, where they are."""
+    return {name: value.detach() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+def random_state(device: torch.device) -> State:
+    """Returns the states of the process's random streams: Python's, NumPy's, torch's on the CPU and the device."""
+    version, numbers, gauss = random.getstate()
+    return {
+        "python": (version, np.array(numbers, dtype=np.uint32), gauss),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
+    }
+
+
+def _kept(thing: Any) -> State:
+    return {"kind": type(thing).__qualname__, "state": thing.state_dict()}
+
+
+def _optimizer_state(optimizer: Optimizer, task: Task) -> State:
+    return {**_kept(optimizer), "holds": holds(optimizer, task.module), "own": optimizer is task.optimizer}
+
+
+def holds(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
+    """Returns the names of an optimizer's parameters, group by group; shapes, of those that are not the net's."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [
+        [names.get(id(p), f"a parameter of shape {tuple(p.shape)}") for p in group["params"]]
+        for group in optimizer.param_groups
+    ]
+
+
+def _other_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the buffers that are not in the net's `state_dict()`, which training may have changed all the same."""
+    kept = module.state_dict().keys()
+    return {name: buffer.detach() for name, buffer in module.named_buffers() if name not in kept}
+
+
+# --- put back -------------------------------------------------------------------------------------------
+
+
+def restore(engine: Engine, weights: Mapping[str, Tensor], run: State, ranks: list[State]) -> None:
+    """Puts a saved state into an engine that fits it (`dtrain.resuming.fitting`).
+
+    Args:
+        engine: it has not trained yet.
+        weights: the net's.
+        run: what `run_state` returned.
+        ranks: what `rank_state` returned, of each rank that there was.
+    """
+    task = engine.task
+    task.module.load_state_dict(weights, strict=False)
+    buffers = dict(task.module.named_buffers())
+    for name, value in run["buffers"].items():
+        if name in buffers and buffers[name].shape == value.shape:
+            buffers[name].copy_(value)
+    optimizers = find_optimizers(run["optimizers"], task)
+    for optimizer, saved in zip(optimizers, run["optimizers"], strict=True):
+        load_optimizer(optimizer, saved["state"])
+    engine.learner.knows(optimizers)
+    if task.optimizer is None and optimizers:  # as at the end of the first epoch
+        task.optimizer = optimizers[0]
+    if task.scheduler is not None:
+        task.scheduler.load_state_dict(run["scheduler"]["state"])
+    for name, saved in run["others"].items():
+        task.others[name].load_state_dict(saved["state"])
+    engine.names, engine.rate = run["names"], run["rate"]
+    if engine.valid is not None:
+        engine.valid.names = run["valid_names"]
+    engine.learner.replica.lay_out(run["layout"])
+    engine.place.updates = run["updates"]
+    engine.start = _start(engine, run, ranks)
+
+
+def _start(engine: Engine, run: State, ranks: list[State]) -> Start:
+    world, within = engine.world, run["step"] is not None
+    epoch, skip = (run["epoch"], run["step"]) if within else (run["epoch"] + 1, 0)
+    same = len(ranks) == world.size
+    mine = ranks[world.rank] if same else ranks[0]
+    for generator, state in zip(engine.generators(), mine["order"], strict=True):
+        generator.set_state(state)
+    table = mine["table"]
+    if not same and within:
+        table = add_up([rank["table"] for rank in ranks])
+        table |= {} if world.is_main else {"samples": 0, "sums": {}}
+
+    def randomness() -> None:
+        if same:
+            load_random_state(mine["random"], world.device)
+        else:  # the streams are each rank's own; those of other ranks are nobody's
+            seed_everything(derive(engine.seed, "rank", world.rank, "of", world.size, "from", epoch, skip))
+
+    return Start(epoch, skip, table, run["seconds"] if within else 0.0, randomness)
+
+
+def load_random_state(state: State, device: torch.device) -> None:
+    """Puts back what `random_state` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss))
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["device"] is not None and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device"])
+
+
+def load_optimizer(optimizer: Optimizer, state: State) -> None:
+    """Loads an optimizer's state as it was, to the last bit.
+
+    torch gives a floating-point state its parameter's type, which would round one that was kept more exactly.
+    """
+    optimizer.load_state_dict(state)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for name, saved in state["state"].get(number, {}).items():
+            loaded = optimizer.state[parameter][name]
+            if isinstance(saved, Tensor) and loaded.dtype != saved.dtype:
+                optimizer.state[parameter][name] = saved.to(loaded.device)
+
+
+def find_optimizers(saved: list[State], task: Task) -> list[Optimizer]:
+    """Returns the optimizers that were saved, in that order: the task's own, and those that its step alone knows.
+
+    Raises:
+        CheckpointError: one is not to be found, or there are two of a kind that hold the same parameters.
+    """
+    return [task.optimizer if one["own"] and task.optimizer is not None else _found(one, task) for one in saved]
+
+
+def _found(saved: State, task: Task) -> Optimizer:
+    alike = [
+        thing
+        for thing in gc.get_objects()
+        if issubclass(type(thing), Optimizer)  # not isinstance, which runs the code of whatever there is
+        and type(thing).__qualname__ == saved["kind"]
+        and holds(thing, task.module) == saved["holds"]
+    ]
+    if len(alike) != 1:
+        names = [name for group in saved["holds"] for name in group]
+        raise CheckpointError(
+            f"the checkpoint has the state of an optimizer {saved['kind']} of {', '.join(names[:3])}"
+            f"{', ...' * (len(names) > 3)}, and the recipe has {len(alike) or 'none'} of this kind. "
+            "Make one, before training begins: as model.optimizer, or when the recipe is imported."
+        )
+    return alike[0]
+
+
+def check_order(engine: Engine, rank: State) -> None:
+    """Compares the number of the loaders' own generators with the saved one.
+
+    Raises:
+        UsageError: they differ, so that the order of the samples would.
+    """
+    here, there = len(engine.generators()), len(rank["order"])
+    if here != there:
+        raise UsageError(
+            f"the checkpoint was saved with {there} generators given to the loaders, and the recipe now gives {here}."
+        )
