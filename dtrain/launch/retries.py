@@ -1,0 +1,125 @@
+"""Starts a whole job again, with new processes, after a rank failed; a run goes on from its last checkpoint.
+
+In-place restarts of single ranks, as torchrun's `--max-restarts` makes them, can hang on what the old ones left.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, WorldError
+from dtrain.launch.local import Ending
+from dtrain.launch.postmortem import FILE_NAME, STACKS_NAME
+from dtrain.launch.stopping import signals_caught
+
+_FINAL = (EXIT_OK, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED)  # starting again would change nothing, or is not wanted
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds
+_POLL_SECONDS = 0.05
+_CHECKPOINT = re.compile(r"epoch-(\d+)(?:-step-(\d+))?")
+
+Progress = tuple[float, float, int]
+
+
+def run_with_retries(attempt: Callable[[Path | None], Ending], most: float, *, follows: bool = False) -> Ending:
+    """Makes attempts until one does not fail, or too many have failed one after the other without progress.
+
+    Progress is a row more in the run's history, or a later checkpoint. Each failure's `failure.json` is kept under a
+    name of its own.
+
+    Args:
+        attempt: starts the job and waits for its end; gets the folder of the run that is to go on, None at first.
+        most: so many failures without progress are followed by another attempt.
+        follows: whether this is not the first of several nodes: that one decides, and this one comes back as long as
+            it does.
+
+    Returns:
+        how the last attempt ended.
+    """
+    run: Path | None = None
+    failures, best = 0, (0.0, 0.0, 0)
+    last: Ending | None = None
+    for number in itertools.count(1):
+        try:
+            ending = attempt(run)
+        except WorldError:
+            if last is None or not follows:
+                raise
+            return last  # the first node has not come back
+        if not may_try_again(ending) or not most:
+            return ending
+        run = ending.run or run
+        now = progress(run)
+        failures = 1 if now > best else failures + 1
+        best = max(best, now)
+        if failures > most and not follows:
+            return replace(ending, text=f"{ending.text}\n{_given_up(failures)}")
+        set_aside(run, number)
+        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (failures - 1))
+        print(f"{ending.text}\ndtrain: attempt {number} failed; the next one begins in {pause:g} s.", file=sys.stderr)  # noqa: T201
+        stopped = _pause(pause)
+        if stopped is not None:
+            return stopped
+        last = ending
+    raise AssertionError  # itertools.count() has no end
+
+
+def may_try_again(ending: Ending) -> bool:
+    """Whether a job failed in a way that another attempt may not: not where it was misused, or somebody ended it."""
+    return ending.signal is None and ending.exit_code not in _FINAL
+
+
+def progress(run: Path | None) -> Progress:
+    """Returns what grows as a run goes on: its newest checkpoint's epoch and step, and the rows of its history."""
+    if run is None:
+        return (0.0, 0.0, 0)
+    names = (_CHECKPOINT.fullmatch(path.name) for path in (run / "checkpoints").glob("epoch-*"))
+    saved = [(float(name[1]), float(name[2] or math.inf)) for name in names if name is not None]
+    try:
+        rows = (run / "history.csv").read_bytes().count(b"\n")
+    except OSError:
+        rows = 0
+    return (*max(saved, default=(0.0, 0.0)), rows)
+
+
+def goes_on(argv: Sequence[str]) -> list[str]:
+    """Returns a command line of `dtrain train` that goes on with what there is in the run's folder."""
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    return [*argv[:end], "--resume", "auto", *argv[end:]]  # the last --resume holds
+
+
+def run_variables(run: Path) -> dict[str, str]:
+    """Returns the variables that name a run's folder, for a config that leaves the name to the time of the start."""
+    return {"DTRAIN_RUN__NAME": run.name}
+
+
+def set_aside(run: Path | None, number: int) -> None:
+    """Gives what an attempt's failure left a name that no later one takes: failure-1.json."""
+    for name in (FILE_NAME, STACKS_NAME):
+        if run is not None and (run / name).exists():
+            stem, _, suffix = name.partition(".")
+            free = (run / f"{stem}-{taken}.{suffix}" for taken in itertools.count(number))
+            (run / name).rename(next(path for path in free if not path.exists()))
+
+
+def _given_up(failures: int) -> str:
+    return f"dtrain: given up after {failures} failure{'s' if failures > 1 else ''} without progress in between."
+
+
+def _pause(seconds: float) -> Ending | None:
+    """Waits; returns how the job ends where a signal came meanwhile."""
+    until = time.monotonic() + seconds
+    with signals_caught(stoppable=True) as caught:
+        while not caught:
+            if time.monotonic() >= until:
+                return None
+            time.sleep(_POLL_SECONDS)
+    name = signal.Signals(caught[0]).name
+    return Ending(128 + caught[0], f"dtrain: stopped by {name} before the next attempt.", caught[0])

@@ -1,0 +1,113 @@
+"""Which failures are followed by another attempt, how often, after what pause, and what is kept of each."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dtrain.errors import WorldError
+from dtrain.launch import retries
+from dtrain.launch.local import Ending
+from dtrain.launch.retries import goes_on, may_try_again, progress, run_with_retries
+
+FAILED = Ending(1, "a rank failed")
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """No test waits; what would have been waited is noted."""
+    noted: list[float] = []
+    monkeypatch.setattr(retries, "_pause", noted.append)
+    return noted
+
+
+def attempts(endings: list[Ending | Callable[[], Ending]], runs: list[Path | None]) -> Callable[[Path | None], Ending]:
+    left = iter(endings)
+
+    def attempt(run: Path | None) -> Ending:
+        runs.append(run)
+        ending = next(left)
+        return ending if isinstance(ending, Ending) else ending()
+
+    return attempt
+
+
+@pytest.mark.parametrize("code", [1, 76, 7, 139])
+def test_failures_are_tried_again_until_one_ends_well(code: int, pauses: list[float]) -> None:
+    runs: list[Path | None] = []
+    ending = run_with_retries(attempts([Ending(code), Ending(code), Ending(0)], runs), 2)
+    assert (ending.exit_code, len(runs), pauses) == (0, 3, [1.0, 2.0])
+
+
+@pytest.mark.parametrize("ending", [Ending(0), Ending(2), Ending(75), Ending(130), Ending(143, "", signal.SIGTERM)])
+def test_what_is_no_failure_is_not_tried_again(ending: Ending) -> None:
+    runs: list[Path | None] = []
+    assert not may_try_again(ending)
+    assert run_with_retries(attempts([ending], runs), 5) is ending
+    assert len(runs) == 1
+
+
+def test_given_up_after_so_many_without_progress(pauses: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    runs: list[Path | None] = []
+    ending = run_with_retries(attempts([FAILED] * 9, runs), 7)
+    assert len(runs) == 8
+    assert pauses == [1, 2, 4, 8, 16, 32, 60]
+    assert ending.exit_code == 1
+    assert ending.text == "a rank failed\ndtrain: given up after 8 failures without progress in between."
+    assert capsys.readouterr().err.count("a rank failed\ndtrain: attempt ") == 7
+
+
+def test_progress_begins_the_count_anew_and_each_failure_is_kept(tmp_path: Path, pauses: list[float]) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "failure-2.json").write_text("of an earlier start")
+
+    def fails(number: int, *saved: str, rows: int = 0) -> Callable[[], Ending]:
+        def attempt() -> Ending:
+            for name in saved:
+                (tmp_path / "checkpoints" / name).mkdir()
+            (tmp_path / "history.csv").write_text("row\n" * rows)
+            (tmp_path / "failure.json").write_text(json.dumps(number))
+            return Ending(1, run=tmp_path)
+
+        return attempt
+
+    runs: list[Path | None] = []
+    steps = [
+        fails(1),
+        fails(2, "epoch-1-step-5"),  # progress
+        fails(3, ".epoch-1-step-7.part"),
+        fails(4, "epoch-1"),  # progress: an epoch's end comes after all of its steps
+        fails(5, "epoch-1-step-9"),
+        fails(6, rows=2),  # progress
+        fails(7, rows=2),
+        fails(8, rows=2),
+    ]
+    ending = run_with_retries(attempts([*steps], runs), 2)
+    assert ending.exit_code == 1
+    assert runs == [None, *[tmp_path] * 7]
+    assert pauses == [1, 1, 2, 1, 2, 1, 2]
+    kept = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("failure-[!2]*.json")}
+    assert json.loads((tmp_path / "failure.json").read_text()) == 8, "the last one has the usual name"
+    assert sorted(kept.values()) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_another_node_follows_the_first(pauses: list[float]) -> None:
+    runs: list[Path | None] = []
+
+    def gone() -> Ending:
+        raise WorldError("node 0 did not come")
+
+    ending = run_with_retries(attempts([FAILED, FAILED, FAILED, gone], runs), 1, follows=True)
+    assert ending is FAILED, "it does not count by itself, and ends as the last attempt that all took part in"
+    with pytest.raises(WorldError):
+        run_with_retries(attempts([gone], runs), 1, follows=True)
+
+
+def test_the_command_line_of_what_goes_on() -> None:
+    assert goes_on(["x", "train", "a.py", "--resume", "never"])[-2:] == ["--resume", "auto"]
+    assert goes_on(["x", "train", "--", "a.py"]) == ["x", "train", "--resume", "auto", "--", "a.py"]
+    assert progress(None) == (0, 0, 0)
