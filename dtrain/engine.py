@@ -37,6 +37,7 @@ from dtrain.passes import Place, ValidPass, seconds_since, shares_on_device
 from dtrain.progress import Progress, Silent
 from dtrain.seeding import derive, seed_everything
 from dtrain.sharding import ShardedLoader
+from dtrain.stopping import Stopping
 from dtrain.synced import ready
 from dtrain.world import World
 
@@ -61,6 +62,19 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """An epoch's train pass that is done.
+
+    Attributes:
+        result: what it came to.
+        steps: the rank's shares of it; as many on every rank.
+    """
+
+    result: PassResult
+    steps: int
+
+
+@dataclass(frozen=True)
 class Start:
     """Where training begins: at the first epoch, or where a checkpoint was saved.
 
@@ -70,6 +84,7 @@ class Start:
         table: what `MeanTable.state` returned after them, or None.
         seconds: how long they took.
         randomness: puts the random streams to where they were.
+        trained: the epoch's train pass, where it is done and only validation is left; None else.
     """
 
     epoch: int = 1
@@ -77,6 +92,7 @@ class Start:
     table: Mapping[str, Any] | None = None
     seconds: float = 0.0
     randomness: Callable[[], None] | None = None
+    trained: Trained | None = None
 
 
 def valid_pass(  # noqa: PLR0913 - keyword-only
@@ -118,6 +134,7 @@ class Engine:
         after_step: called on every rank after each optimizer step and once after each epoch, where `place.split` is
             no longer "train": at the same places on all ranks. One that raises `StopRequested`, on all ranks alike,
             ends training there.
+        after_train: called on every rank after each epoch's train pass, before validation.
         save: saves all that is needed to go on from where the engine is, on every rank; called before a
             `StopRequested` leaves the engine.
         start: where training begins.
@@ -142,6 +159,7 @@ class Engine:
     progress: Progress = field(default_factory=Silent)
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
     after_step: list[Callable[[Place], None]] = field(default_factory=list)
+    after_train: Callable[[Trained], None] | None = None
     save: Callable[[], object] | None = None
     start: Start = field(default_factory=Start)
     stopping: bool = False
@@ -218,8 +236,24 @@ class Engine:
             self.place.heartbeat.enter(DONE)  # what comes now is the caller's own
         return self.history
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the last epoch has been run to its end."""
+        return self.place.split == "checkpoint" and (self.stopping or self.place.epoch == self.epochs)
+
+    def heed(self, stopping: Stopping) -> None:
+        """Lets a request to stop end training: after an optimizer step or an epoch, or within validation."""
+        self.after_step.insert(0, stopping.step)
+        if self.valid is not None:
+            self.valid.stopping = stopping
+
     def _run_epoch(self, epoch: int) -> None:
-        train = self.train_pass(epoch)
+        trained = self.start.trained if epoch == self.start.epoch else None
+        if trained is None:
+            trained = Trained(self.train_pass(epoch), self.place.step)
+        if self.after_train is not None:
+            self.after_train(trained)
+        train = trained.result
         valid = None if self.valid is None else self.valid.run(epoch, self.place, self.progress)
         row = self._row(epoch, train, valid)
         if epoch == 1:

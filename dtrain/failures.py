@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.errors import EXIT_FAILED, DtrainError, NotFiniteError, notes_of
+from dtrain.errors import EXIT_FAILED, DtrainError, NotFiniteError, StopRequested, notes_of
 from dtrain.launch.reports import PEER, Told
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -55,6 +55,8 @@ def explain(error: BaseException) -> Description:
     Accelerate are counted in one line.
     """
     at = "".join(f"\n  {note}" for note in notes_of(error))
+    if isinstance(error, StopRequested):
+        return _described(error, f"dtrain: {error}", error.exit_code)
     if isinstance(error, DtrainError):
         return _described(error, f"dtrain: error: {error}{at}", error.exit_code)
     if isinstance(error, SystemExit):

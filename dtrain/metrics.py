@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from dtrain.errors import DataError, StepError, UsageError
+from dtrain.errors import DataError, StepError, StopRequested, UsageError
 from dtrain.synced import compute_all, load_metric_state, metric_state
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class MeanTable:
         self.samples = 0
         self.steps = 0
         self.asked: dict[str, float] | None = None  # what `running` returned last
+        self.left = False  # whether this rank left the pass before its end, since it was asked to stop
         self._sums: dict[str, _Sum] = {}
 
     def add(self, values: Mapping[str, Value], count: int) -> None:
@@ -184,13 +185,16 @@ class MeanTable:
         Raises:
             DataError: no rank had a sample, or a value's count is zero.
             StepError: ranks return different names.
+            StopRequested: some rank left the pass before its end; all ranks raise it.
         """
         names = self.names = self._agree(world)
         averaged = [name for name in names if name not in self._metrics]
         own = [self._sums.get(name, _Sum()) for name in averaged]
         pairs = [float(part) for known in own for part in (known.total, known.count)]
-        sums = world.all_reduce([*pairs, float(self.samples), seconds, *extras])
-        samples, total_seconds, *extra_sums = sums[len(pairs) :]
+        sums = world.all_reduce([*pairs, float(self.left), float(self.samples), seconds, *extras])
+        left, samples, total_seconds, *extra_sums = sums[len(pairs) :]
+        if left:
+            raise StopRequested(f"on request, in the {self.split} pass")
         if samples == 0:
             raise DataError(nothing_yielded(self.split))
         means = {}
@@ -210,7 +214,9 @@ class MeanTable:
         """Returns the names that all ranks use; a rank that had no sample learns them here."""
         if self._agreed and self.names is not None:
             return self.names
-        told = world.gather_json(None if self.names is None else list(self.names))
+        told, left = zip(*world.gather_json([self.names, self.left]), strict=True)
+        if any(left):
+            raise StopRequested(f"on request, in the {self.split} pass")
         known = next((names for names in told if names is not None), None)
         if known is None:
             raise DataError(nothing_yielded(self.split))

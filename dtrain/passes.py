@@ -17,6 +17,7 @@ from dtrain.metrics import MeanTable, PassResult
 from dtrain.progress import Progress
 from dtrain.sharding import ShardedLoader
 from dtrain.steps import Step, StepValues, no_grad_step
+from dtrain.stopping import Stopping
 from dtrain.world import World
 
 
@@ -113,6 +114,7 @@ class ValidPass:
         world: the ranks.
         metrics: name -> torchmetrics object; the step's value of that name is what the object is updated with.
         names: the values' names, known after the first pass.
+        stopping: tells whether a rank was asked to stop; a pass is then left before its end.
     """
 
     module: nn.Module
@@ -121,6 +123,7 @@ class ValidPass:
     world: World
     metrics: Mapping[str, Any] = field(default_factory=dict)
     names: tuple[str, ...] | None = None
+    stopping: Stopping | None = None
 
     def run(self, epoch: int, place: Place, progress: Progress) -> PassResult:
         """Validates once.
@@ -136,6 +139,7 @@ class ValidPass:
         Raises:
             StepError: the step breaks the contract.
             DataError: the loader yields nothing.
+            StopRequested: a rank was asked to stop meanwhile; all ranks raise it.
         """
         self.module.eval()
         place.enter("valid", epoch)
@@ -149,6 +153,9 @@ class ValidPass:
             returned = no_grad_step(self.step, self.module, share.batch)
             table.add(values_of(returned), share.count)
             progress.step(table)
+            if self.stopping is not None and self.stopping.asked:
+                table.left = True
+                break
         order = self.loader.fingerprint
         result, sums = table.reduce(self.world, seconds_since(started, self.world), (order, order**2))
         self.names = tuple(result.means)

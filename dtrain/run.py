@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import shutil
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,14 +17,17 @@ from dtrain.best import EarlyStopping, stop_early
 from dtrain.checkpoint.folder import Saved
 from dtrain.config import Settings
 from dtrain.engine import Engine
-from dtrain.errors import EXIT_USAGE, AgreedError, StopRequested, add_remark
+from dtrain.errors import EXIT_USAGE, AgreedError, StopRequested, UsageError, add_remark
 from dtrain.errors import Failure as RankFailure
 from dtrain.failures import describe, explain
 from dtrain.history import FILE_NAME, History
 from dtrain.launch.heartbeat import SETUP
 from dtrain.launch.postmortem import Failure, last_checkpoint, read_failure, remarks
 from dtrain.launch.reports import PEER, name_run, supervised
+from dtrain.launch.requests import FILE_NAME as STOP_FILE
+from dtrain.launch.requests import StopRequest
 from dtrain.learning import Task
+from dtrain.lock import owned
 from dtrain.passes import Place
 from dtrain.progress import choose_progress
 from dtrain.recipe import bind, load_recipe
@@ -32,6 +37,7 @@ from dtrain.resuming.keeper import Keeper
 from dtrain.resuming.state import restore
 from dtrain.run_folder import CHECKPOINTS, Opened, open_folder, take_up
 from dtrain.seeding import seed_everything
+from dtrain.stopping import Stopping, check_not_asked
 from dtrain.trackers import Tracker, make_trackers
 from dtrain.world import World
 
@@ -46,7 +52,7 @@ def load_task(settings: Settings) -> Task:
     return bind(load_recipe(settings.config.recipe, settings.base), settings)
 
 
-def train_run(settings: Settings, world: World, resume: str = "auto") -> Path:
+def train_run(settings: Settings, world: World, resume: str = "auto", request: StopRequest | None = None) -> Path:
     """Trains a configured run on this rank, from its beginning or from where it was.
 
     Args:
@@ -54,14 +60,25 @@ def train_run(settings: Settings, world: World, resume: str = "auto") -> Path:
         world: the verified ranks.
         resume: "auto" goes on with the run that is in the folder, where there is one; "never" does not; else the path
             of a run, which is gone on with, or of one checkpoint, from which a new run begins.
+        request: hears what asks this process to stop.
 
     Returns:
         the run's folder; on ranks other than 0 too, although only rank 0 writes to it.
 
     Raises:
         AgreedError: some rank could not set up; every rank raises it.
-        StopRequested: training was asked to stop; all is saved.
+        StopRequested: some rank was asked to stop; every rank raises it, once all is saved.
     """
+    request = StopRequest() if request is None else request
+    with contextlib.ExitStack() as owner:
+        try:
+            return _train(settings, world, resume, request, owner)
+        except StopRequested:
+            world.close()  # none leaves, and has the launcher end the others, before all have saved
+            raise
+
+
+def _train(settings: Settings, world: World, resume: str, request: StopRequest, owner: contextlib.ExitStack) -> Path:
     task = agree(world, lambda: load_task(settings))
     train = settings.config.train
     engine = configured_engine(
@@ -72,7 +89,8 @@ def train_run(settings: Settings, world: World, resume: str = "auto") -> Path:
         nan=train.nan,
         progress=choose_progress(is_main=world.is_main, epochs=train.epochs, log_step_freq=train.log_step_freq),
     )
-    folder, ids = begin(engine, settings, resume)
+    check_not_asked(world, request)
+    folder, ids = begin(engine, settings, resume, lambda folder: owner.enter_context(_taken(folder)))
     if world.is_main:
         name_run(folder)
     if engine.start.epoch > engine.epochs or engine.stopping:
@@ -82,19 +100,26 @@ def train_run(settings: Settings, world: World, resume: str = "auto") -> Path:
     trackers = agree(world, lambda: _start_trackers(settings, folder, ids) if world.is_main else [])
     engine.after_epoch += [tracker.log_epoch for tracker in trackers]
     keeper = _keeper(engine, settings, folder, trackers)
-    _train(engine, keeper, trackers, folder)
+    stopping = Stopping(world, request, folder / STOP_FILE, lambda: engine.is_over)
+    engine.heed(stopping)
+    try:
+        with stopping:
+            _fit(engine, keeper, trackers, folder)
+    except StopRequested:
+        raise StopRequested(_stopped(stopping.why(), engine.place, folder, settings)) from None
     if world.is_main:
         _sum_up(engine.history, folder)
     return folder
 
 
-def begin(engine: Engine, settings: Settings, resume: str) -> tuple[Path, dict[str, str]]:
+def begin(engine: Engine, settings: Settings, resume: str, own: Callable[[Path], None]) -> tuple[Path, dict[str, str]]:
     """Opens the run's folder and puts the engine to where the run in it was.
 
     Args:
         engine: it has not trained yet.
         settings: the config.
         resume: as for `train_run`.
+        own: takes a run's folder, before anything in it is looked at; called by rank 0.
 
     Returns:
         the run's folder, and the ids of its trackers' runs.
@@ -103,7 +128,7 @@ def begin(engine: Engine, settings: Settings, resume: str) -> tuple[Path, dict[s
         AgreedError: some rank could not; every rank raises it, and what was there is as it was.
     """
     world = engine.world
-    opened = agree(world, lambda: _opened(engine, settings, resume) if world.is_main else None)
+    opened = agree(world, lambda: _opened(engine, settings, resume, own) if world.is_main else None)
     folder, resumes = world.gather_json(None if opened is None else [str(opened.folder), opened.found is not None])[0]
     loaded = None
     if resumes:
@@ -123,7 +148,7 @@ def begin(engine: Engine, settings: Settings, resume: str) -> tuple[Path, dict[s
     return Path(folder), {} if loaded is None else loaded.facts.get("trackers", {})
 
 
-def _opened(engine: Engine, settings: Settings, resume: str) -> Opened:
+def _opened(engine: Engine, settings: Settings, resume: str, own: Callable[[Path], None]) -> Opened:
     """Rank 0's part: finds what is to be gone on from."""
 
     def usable(saved: Saved) -> str:
@@ -132,7 +157,7 @@ def _opened(engine: Engine, settings: Settings, resume: str) -> Opened:
             return f"{saved.path} was saved within an epoch, on another number of ranks"
         return ""
 
-    return open_folder(settings, resume, usable)
+    return open_folder(settings, resume, usable, own)
 
 
 def _check(engine: Engine, settings: Settings, loaded: Loaded | None, *, strict: bool) -> None:
@@ -168,7 +193,7 @@ def _keeper(engine: Engine, settings: Settings, folder: Path, trackers: list[Tra
     return keeper
 
 
-def _train(engine: Engine, keeper: Keeper, trackers: list[Tracker], folder: Path) -> None:
+def _fit(engine: Engine, keeper: Keeper, trackers: list[Tracker], folder: Path) -> None:
     """Trains; whatever ends it, the last checkpoint is on the disk and the trackers are told."""
     failed = True
     try:
@@ -207,6 +232,25 @@ def configured_engine(task: Task, world: World, settings: Settings, **more: Any)
         sync_batchnorm=train.sync_batchnorm,
         fetch_batches=train.fetch_batches,
         **more,
+    )
+
+
+@contextlib.contextmanager
+def _taken(folder: Path) -> Iterator[None]:
+    """Has the run's folder for the time being; not one where training is to stop."""
+    with owned(folder):
+        if (folder / STOP_FILE).exists():
+            raise UsageError(f"{folder / STOP_FILE} is there, by which somebody ended this run. Remove it to go on.")
+        yield
+
+
+def _stopped(why: str, place: Place, folder: Path, settings: Settings) -> str:
+    """What a person shall read of a run that stopped on request: where it stands, and how it goes on."""
+    where = f"epoch {place.epoch}, after {place.updates} optimizer steps" if place.epoch else "the beginning"
+    name = "" if settings.config.run.name else f" run.name={folder.name}"
+    return (
+        f"stopped {why}, in {where}; checkpoint: {last_checkpoint(folder) or 'none yet'}\n"
+        f"go on with: {shlex.join(['dtrain', *sys.argv[1:]])}{name} --resume auto"
     )
 
 

@@ -14,6 +14,7 @@ from dtrain.config import Settings, load_settings
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.history import FILE_NAME, History
 from dtrain.launch.reports import write_whole
+from dtrain.lock import FILE_NAME as OWNER
 from dtrain.resuming.finding import Found, checkpoint_at, find_good
 from dtrain.resuming.fitting import config_differences
 
@@ -39,29 +40,40 @@ class Opened:
     explicit: bool = False
 
 
-def open_folder(settings: Settings, resume: str, usable: Callable[[Saved], str]) -> Opened:
+def open_folder(settings: Settings, resume: str, usable: Callable[[Saved], str], own: Callable[[Path], None]) -> Opened:
     """Makes a run's folder or finds the run in it; nothing in a folder that was there is changed yet.
 
     Args:
         settings: the config.
         resume: "auto", "never", or the path of a run or of one of its checkpoints.
         usable: returns why a checkpoint that is whole is not gone on from, or nothing.
+        own: takes the run's folder, before anything in it is looked at.
 
     Raises:
-        UsageError: the folder cannot be made, or holds something else.
+        UsageError: the folder cannot be made, holds something else, or another process has it.
         CheckpointError: it has checkpoints, and none is good.
     """
     if resume not in ("auto", "never"):
-        return _named_by_user(settings, Path(resume).expanduser(), usable)
+        return _named_by_user(settings, Path(resume).expanduser(), usable, own)
     run = settings.config.run
     folder = None if run.name is None else Path(run.dir).expanduser() / run.name
     if resume == "auto" and folder is not None and folder.is_dir():
+        own(folder)
         return _again(folder, settings, usable)
-    return Opened(make_folder(settings))
+    return Opened(_made(settings, own))
 
 
-def _named_by_user(settings: Settings, path: Path, usable: Callable[[Saved], str]) -> Opened:
+def _made(settings: Settings, own: Callable[[Path], None]) -> Path:
+    folder = make_folder(settings)
+    own(folder)
+    return folder
+
+
+def _named_by_user(
+    settings: Settings, path: Path, usable: Callable[[Saved], str], own: Callable[[Path], None]
+) -> Opened:
     if (path / CHECKPOINTS).is_dir():
+        own(path)
         found = find_good(path / CHECKPOINTS, usable)
         if found is not None:
             return Opened(path, found, again=True, explicit=True)
@@ -70,7 +82,7 @@ def _named_by_user(settings: Settings, path: Path, usable: Callable[[Saved], str
             f"--resume {path}: there is no checkpoint here. Give a run's folder, or one of its checkpoints."
         )
     saved = checkpoint_at(path)
-    return Opened(make_folder(settings), Found(saved), explicit=True)
+    return Opened(_made(settings, own), Found(saved), explicit=True)
 
 
 def _again(folder: Path, settings: Settings, usable: Callable[[Saved], str]) -> Opened:
@@ -85,7 +97,7 @@ def _check_begins_anew(folder: Path, settings: Settings) -> None:
     kept = "Choose another run.name, or leave it out."
     refusal = f"run.name = {settings.config.run.name!r}: {folder} is there already and is kept as it is"
     if not (folder / CONFIG).is_file():
-        if any(folder.iterdir()):
+        if any(path.name != OWNER for path in folder.iterdir()):
             raise UsageError(f"{refusal}; it holds no run. {kept}")
         return
     before = load_settings(str(folder / CONFIG), [], environ={})

@@ -29,6 +29,7 @@ from dtrain.batches import count_samples, cut_batch, first_rows, join_batches, t
 from dtrain.dealing import Dealing, Form, Share, deal
 from dtrain.errors import UsageError
 from dtrain.fetching import RowsOf, fetched_by_batch
+from dtrain.launch.shield import shielded
 from dtrain.seeding import CommonRandomness, derive
 from dtrain.workers import Seeding
 
@@ -270,7 +271,7 @@ def _rebuilt(loader: DataLoader[Any], batch_sampler: Any, *, fetch_batches: bool
         num_workers=loader.num_workers,
         collate_fn=collate_fn,
         pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
+        worker_init_fn=shielded(loader.worker_init_fn),
         generator=loader.generator,
         **workers,
     )

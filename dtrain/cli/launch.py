@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from dtrain.cli.guard import reported
 
 if TYPE_CHECKING:
+    from dtrain.config import Settings
     from dtrain.launch.options import Asked
 
 VERBS = ("train", "evaluate", "predict")
@@ -48,6 +50,16 @@ def launch(
         typer.Option("--profile", metavar="FILE", help="An Accelerate config file, such as launch/multi_gpu.yaml."),
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Hide the GPUs from the ranks.")] = False,
+    retries: Annotated[
+        int,
+        typer.Option(
+            "--retries",
+            min=0,
+            metavar="K",
+            help="After a failure start all again, up to K times without progress in between.",
+            show_default=False,
+        ),
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started, and start nothing.")] = False,
 ) -> None:
     """Run any Python script, or `dtrain train`, as N ranks on this machine or on each of several.
@@ -69,23 +81,36 @@ def launch(
             from dtrain.share import find
 
             asked = asked.over(read_profile(find(profile)))
-        code = _launch(program, arguments or [], asked, dry_run)
+        code = _launch(program, arguments or [], asked, dry_run, retries)
     raise typer.Exit(code)
 
 
-def _launch(program: str, arguments: list[str], asked: Asked, dry_run: bool) -> int:
-    from dtrain.launch.local import dtrain_argv, run_job, script_argv, told
+def _launch(program: str, arguments: list[str], asked: Asked, dry_run: bool, retries: int) -> int:
+    from dtrain.launch.local import Ending, dtrain_argv, run_job, script_argv, told
     from dtrain.launch.options import dry_run_text, make_job, must_agree
 
     is_verb = program in VERBS and not Path(program).is_file()
-    files = _verbs_files(program, arguments) if is_verb else _scripts_file(program)
+    settings = _settings(arguments) if is_verb and program == "train" else None
+    files = _recipes_file(settings) if is_verb else _scripts_file(program)
+    stop_seconds = _stop_seconds(settings) if is_verb and program == "train" else None
     _check_not_launched(program)
     job = make_job(asked)
+    if retries and job.nodes > 1 and stop_seconds is not None:
+        _check_named(arguments)
     argv = dtrain_argv([program, *arguments]) if is_verb else script_argv(program, arguments)
     if dry_run:
         typer.echo(dry_run_text(job, argv))
         return 0
-    return told(run_job(argv, job, must_agree(asked, job, [program, *arguments], files)))
+    from dtrain.launch.retries import goes_on, run_variables, run_with_retries
+
+    def attempt(run: Path | None) -> Ending:
+        again, words = replace(make_job(asked), stop_seconds=stop_seconds), argv
+        if run is not None and program == "train":
+            again = replace(again, environment=again.environment | run_variables(run))
+            words = goes_on(argv)
+        return run_job(words, again, must_agree(asked, again, [program, *arguments], files))
+
+    return told(run_with_retries(attempt, retries, follows=job.node_rank > 0))
 
 
 def _check_not_launched(program: str) -> None:
@@ -100,16 +125,36 @@ def _check_not_launched(program: str) -> None:
         )
 
 
-def _verbs_files(verb: str, words: list[str]) -> dict[str, Path]:
-    """Checks what `train` is given, as far as can be without torch, and returns its recipe's file."""
-    if verb != "train" or any(word.startswith("-") for word in words):
-        return {}  # each rank checks
+def _settings(words: list[str]) -> Settings | None:
+    """Checks what `train` is given, as far as can be without torch; with options among it, each rank does."""
+    if any(word.startswith("-") for word in words):
+        return None
     from dtrain.cli.train import read_target
+
+    return read_target(words)
+
+
+def _recipes_file(settings: Settings | None) -> dict[str, Path]:
+    if settings is None:
+        return {}
     from dtrain.recipe_file import locate
 
-    settings = read_target(words)
     path = locate(settings.config.recipe, settings.base)
     return {} if path is None else {path.name: path}
+
+
+def _stop_seconds(settings: Settings | None) -> float:
+    from dtrain.launch.job import DEFAULT_STOP_SECONDS
+
+    return DEFAULT_STOP_SECONDS if settings is None else settings.config.train.stop_seconds
+
+
+def _check_named(words: list[str]) -> None:
+    """On several nodes all must know the folder that the next attempt goes on with, before one has made it."""
+    from dtrain.errors import UsageError
+
+    if not any(word.startswith("run.name=") for word in words):
+        raise UsageError("--retries with several nodes needs run.name=NAME among what train is given.")
 
 
 def _scripts_file(script: str) -> dict[str, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dtrain.world import World
@@ -17,6 +17,7 @@ def on_ranks(
     *,
     claims: Callable[[], Mapping[str, str]] | None = None,
     hang_seconds: float = 0.0,
+    **more: Any,
 ) -> int:
     """Runs a verb's work as one rank; or, asked for several and not launched as one of them, starts them.
 
@@ -25,6 +26,7 @@ def on_ranks(
         cpu: compute on the CPU also where there is a GPU.
         work: what a rank does in the verified world.
         hang_seconds: how long a rank that is started here may stand still; 0 is for ever.
+        more: as for `launch.local.run_local_ranks`.
         claims: returns what must be the same on all ranks, asked only where there are several.
 
     Returns:
@@ -37,7 +39,7 @@ def on_ranks(
     if ranks is not None and ranks > 1 and not facts.launched:
         from dtrain.launch.local import dtrain_argv, start_local_ranks
 
-        return start_local_ranks(dtrain_argv(sys.argv[1:]), ranks, hang_seconds=hang_seconds)
+        return start_local_ranks(dtrain_argv(sys.argv[1:]), ranks, hang_seconds=hang_seconds, **more)
     set_threads(facts.local_size)
     from dtrain.launch.heartbeat import DONE, SETUP, own_heartbeat
     from dtrain.launch.lifeline import hold_on

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import TYPE_CHECKING, Annotated
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,10 +29,21 @@ def train(
             show_default=False,
         ),
     ] = None,
+    *,
     ranks: Annotated[
         int | None, typer.Option("-n", "--ranks", min=1, help="Start this many ranks on this machine.")
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU, also where there is a GPU.")] = False,
+    retries: Annotated[
+        int,
+        typer.Option(
+            "--retries",
+            min=0,
+            metavar="K",
+            help="After a failure start again from the last checkpoint, up to K times without progress in between.",
+            show_default=False,
+        ),
+    ] = 0,
     resume: Annotated[
         str,
         typer.Option(
@@ -46,26 +59,69 @@ def train(
     Examples: dtrain train epochs=5 lr=0.003; dtrain train my_recipe.py -n 2 --cpu
     """
     with reported():
-        code = _train(words or [], ranks, cpu, dry_run, resume)
+        code = _train(words or [], ranks, cpu, dry_run, retries, resume)
     raise typer.Exit(code)
 
 
-def _train(words: list[str], ranks: int | None, cpu: bool, dry_run: bool, resume: str) -> int:
+def _train(  # noqa: PLR0917 - the options
+    words: list[str], ranks: int | None, cpu: bool, dry_run: bool, retries: int, resume: str
+) -> int:
     from dtrain.launch.facts import read_rank_facts
+    from dtrain.launch.requests import hear_no_more, request_of_this_process
 
+    request = request_of_this_process() if not dry_run else None
     settings = read_target(words)
-    if dry_run:
+    if request is None:
         _show_plan(settings, ranks or read_rank_facts().size)
         return 0
 
     def work(world: World) -> None:
         from dtrain.run import train_run
 
-        folder = train_run(settings, world, resume)
+        folder = train_run(settings, world, resume, request)
         if world.is_main:
             typer.echo(f"next: {shlex.join(['dtrain', 'evaluate', str(folder)])}")
 
-    return on_ranks(ranks, cpu, work, claims=lambda: _claims(settings), hang_seconds=settings.config.train.hang_seconds)
+    train = settings.config.train
+    watch: dict[str, Any] = {
+        "hang_seconds": train.hang_seconds,
+        "stop_seconds": train.stop_seconds,
+        "caught": request.numbers,
+    }
+    try:
+        if retries and not _is_rank():
+            return _retried(ranks or 1, retries, watch)
+        return on_ranks(ranks, cpu, work, claims=lambda: _claims(settings), **watch)
+    finally:
+        hear_no_more()
+
+
+def _is_rank() -> bool:
+    """Whether this process is a rank of a dtrain supervisor, which is the one to start it again."""
+    from dtrain.errors import UsageError
+    from dtrain.launch.facts import read_rank_facts
+    from dtrain.launch.reports import supervised
+
+    if read_rank_facts().launched and not supervised():
+        raise UsageError(
+            "--retries: another launcher has started this rank, and only what starts all of them can start them again. "
+            "Leave it out here, or use `dtrain launch --retries K -- train ...`."
+        )
+    return supervised()
+
+
+def _retried(ranks: int, retries: int, watch: dict[str, Any]) -> int:
+    from dtrain.launch.local import Ending, dtrain_argv, run_local_ranks, told
+    from dtrain.launch.retries import goes_on, run_variables, run_with_retries
+
+    argv = dtrain_argv(sys.argv[1:])
+
+    def attempt(run: Path | None) -> Ending:
+        if run is None:
+            return run_local_ranks(argv, ranks, **watch)
+        return run_local_ranks(goes_on(argv), ranks, run_variables(run), **watch)
+
+    return told(run_with_retries(attempt, retries))
 
 
 def _claims(settings: Settings) -> dict[str, str]:

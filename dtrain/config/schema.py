@@ -42,6 +42,9 @@ class TrainConfig(_Section):
         "stop", description="a train loss that is NaN or infinite stops the run, has its batch left out, or goes on"
     )
     hang_seconds: float = Field(600.0, ge=0, description="ranks of -n N may stand still so long; 0 is for ever")
+    stop_seconds: float = Field(
+        600.0, ge=0, description="ranks of -n N may take so long to stop on request, their checkpoint included"
+    )
 
 
 class CheckpointConfig(_Section):

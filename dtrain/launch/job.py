@@ -15,6 +15,7 @@ from dtrain.launch.threads import usable_cores
 NONCE = "DTRAIN_JOB"
 TIMEOUT = "DTRAIN_RDZV_TIMEOUT"
 DEFAULT_TIMEOUT = 120.0
+DEFAULT_STOP_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Job:
         nonce: tells this job from any other; made by the first node's launcher.
         environment: further variables for every rank.
         hang_seconds: how long a rank may stand still; 0 is for ever. See `dtrain.launch.hangs`.
+        stop_seconds: how long ranks may take to stop on request; None where they do not know how to. See
+            `dtrain.launch.stopping`.
     """
 
     ranks: int
@@ -44,6 +47,7 @@ class Job:
     nonce: str = field(default_factory=lambda: secrets.token_hex(8))
     environment: dict[str, str] = field(default_factory=dict)
     hang_seconds: float = 0.0
+    stop_seconds: float | None = None
 
     @property
     def first_rank(self) -> int:

@@ -8,21 +8,21 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
-from dtrain.errors import EXIT_OK
+from dtrain.errors import EXIT_OK, EXIT_STOPPED
 from dtrain.launch.hangs import HangWatch
 from dtrain.launch.job import Job
 from dtrain.launch.meeting import Meeting, Stopped, Word, meet
 from dtrain.launch.ports import free_port
 from dtrain.launch.postmortem import PostMortem, Seen
 from dtrain.launch.relay import RELAYED_ENVIRONMENT, Relay
-from dtrain.launch.reports import read_reports
+from dtrain.launch.reports import named_run, read_reports
+from dtrain.launch.stopping import Orders, signals_caught
 
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
@@ -34,17 +34,19 @@ class Ending:
     """How a job of local ranks ended.
 
     Attributes:
-        exit_code: 0 where all ranks ended with 0, else that of the rank that failed first; 130 after Ctrl-C,
-            128 + N after another signal.
+        exit_code: 0 where all ranks ended with 0, 75 where they stopped on request, else that of the rank that failed
+            first; 130 after Ctrl-C, 128 + N after another signal that ended them.
         text: what a person shall read of it; empty where all went well.
         signal: what stopped the job from outside, or None.
         when: seconds since the epoch.
+        run: the folder of the run that the ranks worked on, where they named one.
     """
 
     exit_code: int
     text: str = ""
     signal: int | None = None
     when: float = field(default_factory=time.time)
+    run: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,12 @@ def script_argv(script: str, arguments: Sequence[str]) -> list[str]:
     return [str(_LAUNCH / "script_runner.py"), script, *arguments]
 
 
-def start_local_ranks(
-    argv: Sequence[str], size: int, environment: dict[str, str] | None = None, *, hang_seconds: float = 0.0
-) -> int:
+def start_local_ranks(argv: Sequence[str], size: int, environment: dict[str, str] | None = None, **more: Any) -> int:
     """Runs `python ARGV` as ranks here, prints why they failed where they did, and returns the exit code.
 
     The arguments are those of `run_local_ranks`.
     """
-    return told(run_local_ranks(argv, size, environment, hang_seconds=hang_seconds))
+    return told(run_local_ranks(argv, size, environment, **more))
 
 
 def told(ending: Ending) -> int:
@@ -93,13 +93,15 @@ def told(ending: Ending) -> int:
     return ending.exit_code
 
 
-def run_local_ranks(
+def run_local_ranks(  # noqa: PLR0913 - keyword-only
     argv: Sequence[str],
     size: int,
     environment: dict[str, str] | None = None,
     *,
     relayed: bool = False,
     hang_seconds: float = 0.0,
+    stop_seconds: float | None = None,
+    caught: Sequence[int] = (),
 ) -> Ending:
     """Runs `python ARGV` as ranks 0 to size - 1 here and waits for them.
 
@@ -111,12 +113,23 @@ def run_local_ranks(
         relayed: the ranks' output goes through this process's sys.stdout and sys.stderr, and they have no input;
             else they share its file descriptors.
         hang_seconds: how long a rank may stand still; 0 is for ever. See `dtrain.launch.hangs`.
+        stop_seconds: how long ranks may take to stop on request; None where the program does not know how to.
+        caught: signals that came before this.
     """
-    job = Job(size, port=free_port(), environment=environment or {}, hang_seconds=hang_seconds)
-    return run_job(argv, job, relayed=relayed)
+    job = Job(
+        size, port=free_port(), environment=environment or {}, hang_seconds=hang_seconds, stop_seconds=stop_seconds
+    )
+    return run_job(argv, job, relayed=relayed, caught=caught)
 
 
-def run_job(argv: Sequence[str], job: Job, about: Mapping[str, str] | None = None, *, relayed: bool = False) -> Ending:
+def run_job(
+    argv: Sequence[str],
+    job: Job,
+    about: Mapping[str, str] | None = None,
+    *,
+    relayed: bool = False,
+    caught: Sequence[int] = (),
+) -> Ending:
     """Runs this node's part of a job: meets the other nodes, starts the ranks, and waits until all have ended.
 
     Args:
@@ -124,27 +137,31 @@ def run_job(argv: Sequence[str], job: Job, about: Mapping[str, str] | None = Non
         job: this node's part; of several nodes' job the port of rank 0's store is chosen here.
         about: what must be the same on all nodes; see `meeting.meet`.
         relayed: as for `run_local_ranks`.
+        caught: signals that came before this.
 
     Raises:
         WorldError: the nodes did not come together.
     """
-    with signals_caught() as caught:
+    with signals_caught(stoppable=job.stop_seconds is not None, before=caught) as signals:
         if job.nodes == 1:
-            return _run_part(argv, job, None, caught, relayed=relayed)
+            return _run_part(argv, job, None, signals, relayed=relayed)
         try:
-            meeting = meet(job, about or {}, caught)
+            meeting = meet(job, about or {}, signals)
         except Stopped:
-            return _stopped(caught)
+            return _stopped(signals[0])
         with contextlib.closing(meeting):
-            return _run_part(argv, meeting.job, meeting, caught, relayed=relayed)
+            return _run_part(argv, meeting.job, meeting, signals, relayed=relayed)
 
 
-def _run_part(argv: Sequence[str], job: Job, meeting: Meeting | None, caught: list[int], *, relayed: bool) -> Ending:
+def _run_part(
+    argv: Sequence[str], job: Job, meeting: Meeting | None, caught: Sequence[int], *, relayed: bool
+) -> Ending:
     relay = Relay() if relayed else None
     more = RELAYED_ENVIRONMENT if relayed else {}
     with tempfile.TemporaryDirectory(prefix="dtrain-") as name:
         ranks = Ranks(job.first_rank, [], Path(name))
         hangs = HangWatch(ranks.reports, job.hang_seconds)
+        orders = Orders(caught, job.stop_seconds, ranks.reports)
         post_mortem = PostMortem(ranks.reports, range(job.first_rank, job.first_rank + job.ranks))
         try:
             for local_rank in range(job.ranks):
@@ -152,13 +169,14 @@ def _run_part(argv: Sequence[str], job: Job, meeting: Meeting | None, caught: li
                 ranks.processes.append(process)
                 if relay is not None:
                     relay.add(job.first_rank + local_rank, process)
-            seen, word = _watch(ranks, caught, meeting, hangs, relay.wait if relay else time.sleep)
+            seen, word = _watch(ranks, orders, meeting, hangs, relay.wait if relay else time.sleep)
         finally:
-            _end(ranks.processes)
+            _end(ranks.processes, politely=job.stop_seconds is None)
             if relay is not None:
                 relay.close()
-        ending = _ending(seen, post_mortem, caught)
-        return ending if meeting is None else _joint_ending(ending, word, meeting)
+        ending = _ending(seen, post_mortem, orders, ranks)
+        ending = ending if meeting is None else _joint_ending(ending, word, meeting)
+        return replace(ending, run=named_run(ranks.reports))
 
 
 def rank_environment(rank: int, size: int, port: int, reports: str) -> dict[str, str]:
@@ -179,32 +197,9 @@ def _start(argv: Sequence[str], environment: Mapping[str, str], *, piped: bool) 
     )
 
 
-@contextlib.contextmanager
-def signals_caught() -> Iterator[list[int]]:
-    """Notes SIGINT, SIGTERM and SIGHUP instead of dying of them.
-
-    Signals are the main thread's alone; in any other there is nothing to note.
-    """
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        caught.append(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _watch(
     ranks: Ranks,
-    caught: list[int],
+    orders: Orders,
     meeting: Meeting | None,
     hangs: HangWatch,
     wait: Callable[[float], None],
@@ -213,7 +208,7 @@ def _watch(
 
     Args:
         ranks: this node's.
-        caught: gets the signals that come.
+        orders: what the signals that come ask for.
         meeting: the other nodes' launchers, or None without other nodes.
         hangs: tells when this node's ranks stand still.
         wait: lets some seconds pass, at most.
@@ -222,13 +217,13 @@ def _watch(
         what was seen of this node's ranks; and how another node's part failed, if that is what ended the job.
     """
     done, all_ran = False, 0.0
-    while not caught:
+    while not orders.end_now({rank: one for rank, one in ranks.numbered() if one.poll() is None}):
         now = time.time()
         ended = {rank: code for rank, one in ranks.numbered() if (code := one.poll()) is not None}
         heard = {report.rank for report in read_reports(ranks.reports)}
         # Each rank leaves word, well or not: one that ended without it did not end well.
         silent = tuple(rank for rank in ended if rank not in heard)
-        if silent or any(ended.values()):
+        if silent or not all(orders.ended_well(code) for code in ended.values()):
             return Seen(ended, silent, all_ran=all_ran), None
         if len(ended) == len(ranks.processes) and not done:
             if meeting is None:
@@ -245,11 +240,14 @@ def _watch(
     return Seen(), None
 
 
-def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """Ends what still runs: SIGTERM, and SIGKILL to the whole process group after a grace."""
+def _end(ranks: list[subprocess.Popen[bytes]], *, politely: bool) -> None:
+    """Ends what still runs: SIGTERM, and SIGKILL to the whole process group after a grace.
+
+    A rank that takes SIGTERM for a request to stop gets SIGKILL at once.
+    """
     for rank in ranks:
         if rank.poll() is None:
-            rank.terminate()
+            rank.send_signal(signal.SIGTERM if politely else signal.SIGKILL)
             rank.send_signal(signal.SIGCONT)  # one that is stopped would not hear the other
     deadline = time.monotonic() + _GRACE_SECONDS
     for rank in ranks:
@@ -260,28 +258,32 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
         rank.wait()
 
 
-def _ending(seen: Seen, post_mortem: PostMortem, caught: list[int]) -> Ending:
+def _ending(seen: Seen, post_mortem: PostMortem, orders: Orders, ranks: Ranks) -> Ending:
     """Tells why this node's ranks ended, with the exit code of the first cause."""
-    if caught:
-        return _stopped(caught)
+    if orders.ended_by is not None:
+        return _stopped(orders.ended_by, late=orders.late)
+    codes = {one.poll() for one in ranks.processes}
+    if EXIT_STOPPED in codes and all(orders.ended_well(code) for code in codes):
+        return Ending(EXIT_STOPPED, next(report.text for report in read_reports(ranks.reports) if report.text))
     verdict = post_mortem.verdict(seen)
     return Ending(verdict.exit_code, verdict.text, when=verdict.when)
 
 
-def _stopped(caught: list[int]) -> Ending:
-    name = signal.Signals(caught[0]).name
-    return Ending(128 + caught[0], f"dtrain: stopped by {name}; all ranks are ended.", caught[0])
+def _stopped(number: int, *, late: bool = False) -> Ending:
+    why = "; they did not stop by themselves in time (train.stop_seconds)" if late else ""
+    return Ending(128 + number, f"dtrain: stopped by {signal.Signals(number).name}; all ranks are ended{why}.", number)
 
 
 def _joint_ending(ending: Ending, word: Word | None, meeting: Meeting) -> Ending:
     """Tells the other nodes how this one ended, and puts what another one said before it where that came first."""
-    if ending.signal is None and ending.exit_code != EXIT_OK:
+    well = ending.exit_code in (EXIT_OK, EXIT_STOPPED)  # each node's own ranks have stopped
+    if ending.signal is None and not well:
         word = meeting.last_words()
-    if ending.exit_code != EXIT_OK:
+    if not well:
         meeting.tell(ending.exit_code, ending.text, ending.when)
     elif word is not None:
         meeting.pass_on(word)
-    if word is None or (ending.exit_code != EXIT_OK and word.when >= ending.when):
+    if word is None or (not well and word.when >= ending.when):
         return ending
     text = f"on node {word.node}: {word.text}"
     return Ending(word.exit_code, f"{text}\non this node: {ending.text}" if ending.text else text)

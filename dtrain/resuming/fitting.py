@@ -27,6 +27,7 @@ FREE = (
     "train.epochs",
     "train.log_step_freq",
     "train.hang_seconds",
+    "train.stop_seconds",
     "train.nan",
     "checkpoint.",
     "early_stopping.",

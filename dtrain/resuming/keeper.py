@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from dtrain.checkpoint.tree import flatten
 from dtrain.checkpoint.weights import WEIGHTS
 from dtrain.checkpoint.writer import Snapshot, Writer, fits_beside
 from dtrain.config.schema import CheckpointConfig
-from dtrain.engine import Engine
+from dtrain.engine import Engine, Trained
 from dtrain.errors import CheckpointError
 from dtrain.passes import Place
 from dtrain.resuming.clock import AgreedClock
 from dtrain.resuming.finding import RANKS, RUN
-from dtrain.resuming.state import rank_state, run_state, weights_state
+from dtrain.resuming.state import State, rank_state, run_state, weights_state
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,17 @@ class Keeper:
         self._snapshot = Snapshot()
         self._clock = None if policy.every_minutes is None else AgreedClock(policy.every_minutes * 60, engine.world)
         self._saved: tuple[int, int | None] | None = None
+        self._trained: tuple[Trained, State] | None = None  # the epoch's train pass, and the rank's state after it
         self._told_no_room = False
 
     def attach(self) -> None:
         """From now on the engine's steps and epochs are followed."""
         self._engine.after_step.append(self.look)
         self._engine.save = self.save_now
+        self._engine.after_train = self.note_trained
+        start = self._engine.start
+        if start.trained is not None:
+            self._saved = start.epoch, start.trained.steps
         if self._clock is not None:
             self._clock.restart(self._engine.place.updates)
 
@@ -72,13 +78,17 @@ class Keeper:
         if self._due(place):
             self._save(place)
 
+    def note_trained(self, trained: Trained) -> None:
+        """Keeps what a stop in validation needs: that is left in its midst, and done again by the run that goes on."""
+        self._trained = trained, rank_state(self._engine)
+
     def save_now(self) -> None:
         """Saves where the engine is, and returns once that is on the disk.
 
         Raises:
             OSError: it cannot be written, whatever the policy says of errors.
         """
-        if self._saved == _position(self._engine.place):
+        if self._saved == self._position():
             self._writer.wait()
             return
         self._save(self._engine.place, beside=False)
@@ -102,8 +112,8 @@ class Keeper:
     def _save(self, place: Place, *, beside: bool | None = None) -> None:
         engine, world = self._engine, self._engine.world
         started = time.perf_counter()
-        position = _position(place)
-        mine = _packed(rank_state(engine), world.rank)
+        position = self._position()
+        mine = _packed(self._rank_state(), world.rank)
         ranks = world.gather_tensors(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
         if world.is_main:
             if position[1] is None:
@@ -117,7 +127,7 @@ class Keeper:
         self, ranks: list[Tensor | None], position: tuple[int, int | None], started: float, beside: bool | None
     ) -> None:
         self._writer.wait()  # the copy's memory is in use until then
-        structure, tensors = flatten(run_state(self._engine), RUN)
+        structure, tensors = flatten(self._run_state(), RUN)
         weights = weights_state(self._engine.task.module)
         named = {f"{WEIGHTS}:{name}": tensor for name, tensor in weights.items()} | tensors
         beside = self._writer.beside and self._has_room(named) if beside is None else beside
@@ -139,6 +149,25 @@ class Keeper:
         if not beside:
             self.stalls[-1] = time.perf_counter() - started
 
+    def _position(self) -> tuple[int, int | None]:
+        """Returns the epoch, and the train steps of it that are done; None for all that belongs to it."""
+        place = self._engine.place
+        if place.split == "valid" and self._trained is not None:
+            return place.epoch, self._trained[0].steps
+        return place.epoch, place.step if place.split == "train" else None
+
+    def _rank_state(self) -> State:
+        if self._engine.place.split == "valid" and self._trained is not None:
+            return self._trained[1]
+        return rank_state(self._engine)
+
+    def _run_state(self) -> State:
+        state = run_state(self._engine)
+        if self._engine.place.split != "valid" or self._trained is None:
+            return state
+        trained = self._trained[0]
+        return state | {"step": trained.steps, "trained": asdict(trained)}
+
     def _has_room(self, tensors: Mapping[str, Tensor]) -> bool:
         room = fits_beside(tensors)
         if not room and not self._told_no_room:
@@ -157,10 +186,6 @@ class Keeper:
             if always or self._policy.on_error == "stop":
                 raise
             logger.warning("a checkpoint could not be written, and training goes on without it: %s", error)
-
-
-def _position(place: Place) -> tuple[int, int | None]:
-    return place.epoch, place.step if place.split == "train" else None
 
 
 def _plain(tensor: Tensor) -> Tensor:

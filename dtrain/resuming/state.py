@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.engine import Engine, Start
+from dtrain.engine import Engine, Start, Trained
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.learning import Task
-from dtrain.metrics import add_up
+from dtrain.metrics import PassResult, add_up
 from dtrain.seeding import derive, seed_everything
 
 State = dict[str, Any]
@@ -137,6 +137,9 @@ def restore(engine: Engine, weights: Mapping[str, Tensor], run: State, ranks: li
 def _start(engine: Engine, run: State, ranks: list[State]) -> Start:
     world, within = engine.world, run["step"] is not None
     epoch, skip = (run["epoch"], run["step"]) if within else (run["epoch"] + 1, 0)
+    trained = _trained(run.get("trained"))
+    if trained is not None:
+        within, skip = False, 0
     same = len(ranks) == world.size
     mine = ranks[world.rank] if same else ranks[0]
     for generator, state in zip(engine.generators(), mine["order"], strict=True):
@@ -152,7 +155,11 @@ def _start(engine: Engine, run: State, ranks: list[State]) -> Start:
         else:  # the streams are each rank's own; those of other ranks are nobody's
             seed_everything(derive(engine.seed, "rank", world.rank, "of", world.size, "from", epoch, skip))
 
-    return Start(epoch, skip, table, run["seconds"] if within else 0.0, randomness)
+    return Start(epoch, skip, table, run["seconds"] if within else 0.0, randomness, trained)
+
+
+def _trained(saved: State | None) -> Trained | None:
+    return None if saved is None else Trained(PassResult(**saved["result"]), saved["steps"])
 
 
 def load_random_state(state: State, device: torch.device) -> None:

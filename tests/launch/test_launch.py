@@ -100,3 +100,26 @@ def test_a_script_with_torch_distributed_of_its_own(dtrain: Dtrain, words: list[
     assert done.code == 0, done.text
     assert done.out.splitlines() == ["sum 29.0 False"] * 2
     assert "terminate called" not in done.err
+
+
+ONCE = """
+import os, pathlib, sys
+tried = pathlib.Path(f"tried-{os.environ['RANK']}")
+tried.write_text(tried.read_text() + "x" if tried.exists() else "x")
+print("attempt", len(tried.read_text()), os.environ["MASTER_PORT"], os.environ["DTRAIN_JOB"], flush=True)
+if len(tried.read_text()) <= int(sys.argv[1]) and os.environ["RANK"] == "1":
+    raise ValueError("a fault")
+"""
+
+
+@pytest.mark.parametrize(("faults", "code"), [(1, 0), (2, 1)])
+def test_retries_start_all_again(dtrain: Dtrain, faults: int, code: int) -> None:
+    script(dtrain, ONCE)
+    done = dtrain("launch", "-n", 2, "--retries", 1, "mine/script.py", faults, timeout=60)
+    assert done.code == code, done.text
+    assert (dtrain.folder / "tried-1").read_text() == "xx"
+    assert done.err.count("ValueError: a fault") == faults
+    assert "dtrain: attempt 1 failed; the next one begins in 1 s." in done.err
+    assert ("given up after 2 failures without progress" in done.err) == (code == 1)
+    jobs = {line.split()[3] for line in done.out.splitlines()}
+    assert len(jobs) == 2, "each attempt is a job of its own"

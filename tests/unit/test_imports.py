@@ -28,10 +28,10 @@ LAYERS = [
         "dtrain.failures",
         "dtrain.seeding",
     ],
-    ["dtrain.identity", "dtrain.profiles"],
+    ["dtrain.identity", "dtrain.profiles", "dtrain.lock"],
     ["dtrain.arrival"],
     ["dtrain.world"],
-    ["dtrain.spawn"],
+    ["dtrain.spawn", "dtrain.stopping"],
     ["dtrain.batches", "dtrain.dealing", "dtrain.fetching"],
     [
         "dtrain.synced",

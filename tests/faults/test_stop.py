@@ -1,0 +1,222 @@
+"""Stopping on request, in real processes: by signals to the launcher or to one rank, at any time, and by a file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from helpers.commands import BIN, Dtrain
+from helpers.running import Running, running, wait_for
+from safetensors.torch import load_file
+
+FULL = os.environ.get("DTRAIN_TEST_SWEEP") == "full"
+AT_ONCE = 10  # seconds; a rank that ends well still leaves its process group and the interpreter
+
+
+@pytest.fixture
+def train(recipes: Path) -> list[object]:
+    return ["train", recipes / "long.py", "--cpu", "epochs=1000", "run.name=it"]
+
+
+def marks(where: str, ranks: int) -> list[str]:
+    return [f"{where}-{rank}" for rank in range(ranks)]
+
+
+def assert_stopped(run: Running, by: str, code: int = 75) -> None:
+    assert run.end() == code, run.text
+    assert run.text.count(f"dtrain: stopping on request ({by}), with a checkpoint") <= 1
+    assert run.text.count(f"dtrain: stopped on request ({by})") == 1, run.text
+    assert "Traceback" not in run.text
+    assert "error" not in run.text
+    folder = run.folder / "runs/it"
+    assert not (folder / "failure.json").exists()
+    assert not (folder / "owner.lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGINT), (3, signal.SIGUSR1)]
+)
+def test_a_signal_to_the_launcher(tmp_path: Path, train: list[object], ranks: int, number: signal.Signals) -> None:
+    words = [*train, "-n", ranks, "model.imperative=true"] if ranks > 1 else train
+    with running(tmp_path, *words) as run:
+        run.until(*marks("train", ranks))
+        run.send(number)
+        assert_stopped(run, number.name)
+        assert f"dtrain: stopping on request ({number.name}), with a checkpoint; Ctrl-C again ends at once." in run.text
+        assert "go on with: dtrain train" in run.text
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_storm_of_signals(tmp_path: Path, train: list[object], ranks: int) -> None:
+    with running(tmp_path, *train, "-n", ranks) as run:
+        run.until(*marks("train", ranks))
+        draw = random.Random(ranks)
+        while run.process.poll() is None:
+            run.send(draw.choice([signal.SIGTERM, signal.SIGUSR1]))
+            if ranks > 1:
+                with contextlib.suppress(AssertionError, ProcessLookupError):  # it has ended
+                    run.send(draw.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]), draw.randrange(ranks))
+            time.sleep(0.001)
+        assert run.end() == 75, run.text
+        assert "Traceback" not in run.text
+
+
+@pytest.mark.parametrize("after", [0.15, 0.5, 1.5] if not FULL else [number * 0.1 for number in range(40)])
+def test_in_start_up(tmp_path: Path, train: list[object], after: float) -> None:
+    with running(tmp_path, *train, "-n", 2, "model.setup=1") as run:
+        wait_for(lambda: listens(run.process.pid), "the launcher listens")
+        time.sleep(after)
+        run.send(signal.SIGTERM)
+        assert run.end() == 75, run.text
+        assert "stopped on request (SIGTERM), before the first step; nothing is to be saved" in run.text
+        assert not (tmp_path / "runs").exists()
+
+
+def listens(pid: int) -> bool:
+    from dtrain.launch.processes import catches
+
+    return catches(pid, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("program", ["torchrun", "accelerate"])
+def test_one_rank_alone_under_another_launcher(tmp_path: Path, train: list[object], program: str) -> None:
+    how = (
+        ["--nproc-per-node", "2"] if program == "torchrun" else ["launch", "--multi_gpu", "--num_processes", "2"]
+    )  # which on a machine without GPUs starts two processes all the same
+    with running(tmp_path, *how, "-m", "dtrain", *train, program=program, ACCELERATE_USE_CPU="true") as run:
+        run.until(*marks("train", 2))
+        run.send(signal.SIGTERM, rank=1)
+        assert run.end() == 1, run.text  # that launcher's own code
+        assert run.text.count("dtrain: stopped on request (SIGTERM), in epoch") == 1, run.text
+        assert "exitcode  : 75" in run.text
+        assert "Ctrl-C again" not in run.text
+        assert run.text.count("dtrain: stopping on request (SIGTERM), with a checkpoint.") == 1
+
+
+def test_one_rank_alone_here_and_srun_like(tmp_path: Path, train: list[object]) -> None:
+    with running(tmp_path, *train, "-n", 3) as run:
+        run.until(*marks("train", 3))
+        run.send(signal.SIGUSR1, rank=2)
+        assert_stopped(run, "SIGUSR1")
+
+
+def test_the_file(tmp_path: Path, train: list[object]) -> None:
+    with running(tmp_path, *train, "-n", 2) as run:
+        run.until(*marks("train", 2))
+        (tmp_path / "runs/it/STOP").touch()
+        assert_stopped(run, "runs/it/STOP")
+    assert (tmp_path / "runs/it/STOP").exists()
+
+
+def test_ctrl_c_twice_ends_at_once(tmp_path: Path, train: list[object]) -> None:
+    for ranks in (1, 2):
+        for mark in marks("train", ranks):
+            (tmp_path / mark).unlink(missing_ok=True)
+        with running(tmp_path, *train[:-1], "-n", ranks, "model.pause=600") as run:
+            run.until(*marks("train", ranks))
+            run.send(signal.SIGINT)
+            wait_for(lambda run=run: "Ctrl-C again ends at once" in run.text, "it says so")
+            assert run.process.poll() is None
+            time.sleep(0.5)  # as a person's second one would come; within 0.3 s it counts as the first
+            run.send(signal.SIGINT)
+            began = time.monotonic()
+            assert run.end() == 130, run.text
+            assert time.monotonic() - began < AT_ONCE
+
+
+def test_ranks_that_do_not_stop_in_time_are_ended(tmp_path: Path, train: list[object]) -> None:
+    with running(tmp_path, *train, "-n", 2, "model.pause=600", "stop_seconds=1") as run:
+        run.until(*marks("train", 2))
+        run.send(signal.SIGTERM)
+        assert run.end(AT_ONCE) == 143, run.text
+        assert "they did not stop by themselves in time (train.stop_seconds)" in run.text
+
+
+def test_validation_is_left(tmp_path: Path, train: list[object]) -> None:
+    # In all it would take a minute.
+    with running(tmp_path, *train, "-n", 2, "valid_pause=1", "n_valid=240") as run:
+        run.until(*marks("valid", 2))
+        began = time.monotonic()
+        run.send(signal.SIGTERM, rank=1)
+        assert_stopped(run, "SIGTERM")
+        assert time.monotonic() - began < AT_ONCE
+        assert "in epoch 1, after 12 optimizer steps" in run.text
+    assert not (tmp_path / "runs/it/history.csv").exists()
+
+
+def test_at_the_end_nobody_needs_to_stop(tmp_path: Path, recipes: Path) -> None:
+    with running(tmp_path, "train", recipes / "long.py", "--cpu", "-n", 2, "epochs=1", "valid_pause=0.4") as run:
+        run.until(*marks("valid", 2))
+        # Validation is over for rank 1, which waits for rank 0 in the reduction at its end.
+        assert run.end() == 0, run.text
+
+
+def test_a_terminal_that_closes_ends_at_once_and_nohup_keeps_it(tmp_path: Path, train: list[object]) -> None:
+    with running(tmp_path, *train, "-n", 2) as run:
+        run.until(*marks("train", 2))
+        run.send(signal.SIGHUP)
+        assert run.end(AT_ONCE) == 129, run.text
+        assert "stopped by SIGHUP" in run.text
+    for mark in marks("train", 2):
+        (tmp_path / mark).unlink()
+    script = tmp_path / "nohup"
+    script.write_text(f"#!/bin/sh\ntrap '' HUP\nexec {BIN / 'dtrain'} \"$@\"\n")
+    script.chmod(0o755)
+    with running(tmp_path, *train[:-1], "-n", 2, program=str(script)) as run:
+        run.until(*marks("train", 2))
+        run.send(signal.SIGHUP)
+        run.send(signal.SIGTERM)
+        assert run.end() == 75, run.text
+        assert "SIGHUP" not in run.text
+
+
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGUSR1)])
+def test_a_signal_to_every_process(tmp_path: Path, train: list[object], ranks: int, number: signal.Signals) -> None:
+    """As SLURM sends it: to the launcher, each rank, and their DataLoader workers."""
+    with running(tmp_path, *train, "-n", ranks, "workers=2") as run:
+        run.until(*marks("train", ranks))
+        family = psutil.Process(run.process.pid).children(recursive=True)
+        assert len(family) >= 2 * ranks
+        for process in [*family, psutil.Process(run.process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        assert_stopped(run, number.name)
+        assert run.text.count("stopping on request") == 1, "workers do not speak"
+
+
+def weights_and_rows(folder: Path) -> tuple[dict[str, Any], list[list[str]]]:
+    last = max((folder / "checkpoints").glob("epoch-?"))
+    rows = [line.split(",")[:3] for line in (folder / "history.csv").read_text().splitlines()]
+    return {name: value.tolist() for name, value in load_file(last / "model.safetensors").items()}, rows
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stopped_again_and_again_it_ends_as_if_it_had_not_been(dtrain: Dtrain, recipes: Path, ranks: int) -> None:
+    """In training, in validation, at whatever moment: bitwise, dropout and AdamW included."""
+    words = ["train", recipes / "long.py", "--cpu", "-n", ranks, "epochs=2", "n_valid=24", "batch_size=4", "pause=0"]
+    words, stops = [*words, "data.workers=1"], 8 if FULL else 2
+    whole = dtrain(*words, "run.name=whole")
+    assert whole.code == 0, whole.text
+    draw = random.Random(ranks)
+    codes: list[int] = []
+    while not codes or codes[-1] != 0:
+        assert len(codes) < 15, codes
+        for mark in [*marks("train", ranks), *marks("valid", ranks)]:
+            (dtrain.folder / mark).unlink(missing_ok=True)
+        slow = {"SLOW": "0.1"} if len(codes) < stops else {}
+        with running(dtrain.folder, *words, "run.name=it", **slow) as run:
+            if slow:
+                run.until(*marks("valid" if len(codes) % 2 else "train", ranks))
+                time.sleep(draw.uniform(0, 0.3))
+                run.send(signal.SIGTERM, rank=draw.randrange(ranks) if ranks > 1 else None)
+            codes.append(run.end())
+            assert codes[-1] in (0, 75), run.text
+    assert codes == [75] * stops + [0]
+    assert weights_and_rows(dtrain.folder / "runs/it") == weights_and_rows(dtrain.folder / "runs/whole")
