@@ -21,6 +21,7 @@ from dtrain.launch.job import Job
 from dtrain.launch.meeting import Meeting, Stopped, Word, meet
 from dtrain.launch.ports import free_port
 from dtrain.launch.postmortem import PostMortem, Seen
+from dtrain.launch.reaper import Reaper
 from dtrain.launch.relay import RELAYED_ENVIRONMENT, Relay
 from dtrain.launch.reports import read_reports
 
@@ -142,6 +143,7 @@ def run_job(argv: Sequence[str], job: Job, about: Mapping[str, str] | None = Non
 def _run_part(argv: Sequence[str], job: Job, meeting: Meeting | None, caught: list[int], *, relayed: bool) -> Ending:
     relay = Relay() if relayed else None
     more = RELAYED_ENVIRONMENT if relayed else {}
+    reaper: Reaper | None = None
     with tempfile.TemporaryDirectory(prefix="dtrain-") as name:
         ranks = Ranks(job.first_rank, [], Path(name))
         hangs = HangWatch(ranks.reports, job.hang_seconds)
@@ -152,9 +154,12 @@ def _run_part(argv: Sequence[str], job: Job, meeting: Meeting | None, caught: li
                 ranks.processes.append(process)
                 if relay is not None:
                     relay.add(job.first_rank + local_rank, process)
+            reaper = Reaper([process.pid for process in ranks.processes])
             seen, word = _watch(ranks, caught, meeting, hangs, relay.wait if relay else time.sleep)
         finally:
             _end(ranks.processes)
+            if reaper is not None:
+                reaper.dismiss()
             if relay is not None:
                 relay.close()
         ending = _ending(seen, post_mortem, caught)
@@ -283,5 +288,5 @@ def _joint_ending(ending: Ending, word: Word | None, meeting: Meeting) -> Ending
         meeting.pass_on(word)
     if word is None or (ending.exit_code != EXIT_OK and word.when >= ending.when):
         return ending
-    text = f"on node {word.node}: {word.text}"
+    text = word.text if word.lost else f"on node {word.node}: {word.text}"
     return Ending(word.exit_code, f"{text}\non this node: {ending.text}" if ending.text else text)

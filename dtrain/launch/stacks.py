@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain.errors import keep_reserve
 from dtrain.launch.processes import catches, family
 from dtrain.launch.reports import REPORT_DIR
 
@@ -47,10 +48,14 @@ class Frame:
 
 
 def listen() -> None:
-    """Makes this rank write its stacks when asked, or when it crashes; does nothing without a supervisor."""
+    """Makes this rank write its stacks when asked, or when it crashes, and able to tell of its end without memory.
+
+    Does nothing without a supervisor.
+    """
     folder, rank = os.environ.get(REPORT_DIR), os.environ.get("RANK")
     if folder is None or rank is None:
         return
+    keep_reserve()
     # Descriptors, not file objects: they stay open until the process is gone.
     faulthandler.enable(_opened(_crash_file(Path(folder), int(rank))), all_threads=False)
     if ASK is not None:

@@ -40,9 +40,9 @@ def limit_memory(more=64 << 20):
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more,) * 2)
 
 
-def fill(make):
+def fill(make, more=64 << 20):
     """Takes memory until there is none, and keeps it."""
-    limit_memory()
+    limit_memory(more)
     kept = []
     while True:
         kept.append(make())
@@ -51,9 +51,9 @@ def fill(make):
 def note_time(path):
     """Tells whoever watches when it happened; whole or not at all."""
     if path:
-        part = f"{path}.{os.getpid()}"
-        Path(part).write_text(repr(time.time()))
-        os.replace(part, path)
+        part = Path(f"{path}.{os.getpid()}")
+        part.write_text(repr(time.time()))
+        part.replace(path)
 
 
 FAULTS = {
@@ -62,7 +62,7 @@ FAULTS = {
     "go on": lambda: None,
     "memory": lambda: bytearray(1 << 60),
     "memory of torch": lambda: fill(lambda: torch.ones(1 << 18)),
-    "memory of objects": lambda: fill(lambda: [object() for _ in range(100)]),
+    "memory of objects": lambda: fill(lambda: [object() for _ in range(100)], more=8 << 20),
     "memory of text": lambda: fill(lambda: "x" * (1 << 20)),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "term": lambda: os.kill(os.getpid(), signal.SIGTERM),

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
 from faults.sweep.table import BATCH, Case
 
-TOKEN = "SWEEP_CASE"
+MARK = "SWEEP_CASE"
 _PATIENCE_SECONDS = 30.0
 
 
@@ -53,7 +52,7 @@ def running(token: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(TOKEN) == token and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get(MARK) == token and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.Error, OSError):
             continue
@@ -81,7 +80,7 @@ def judge_screen(verdict: Verdict, texts: list[str], more: Mapping[str, object] 
         for pattern in case.kind.says:
             filled = pattern.format(**values) if "{" in pattern else pattern
             verdict.check(re.search(filled, text) is not None, f"the screen lacks {filled!r}")
-    told = [line for line in texts[0].splitlines() if re.match(r"(on node \d+: )?dtrain: ", line)]
+    told = [line for line in texts[0].splitlines() if re.match(r"(on node \d+: |\[rank \d+\] )?dtrain: ", line)]
     verdict.said = told[-1] if told else ""
 
 

@@ -13,11 +13,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from faults.sweep.judge import MARK, Verdict, judge_failure, judge_screen, judge_time, wait_for_end
+from faults.sweep.table import Case
 from helpers.commands import BIN, clean_environment
 from helpers.hosts import Host, two_hosts
-
-from faults.sweep.judge import TOKEN, Verdict, judge_failure, judge_screen, judge_time, wait_for_end
-from faults.sweep.table import Case
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "faults.py"
 _START_SECONDS, _END_SECONDS = 120.0, 60.0
@@ -38,7 +37,7 @@ class Stage:
     def start(self, *words: object, folder: Path | None = None, host: Host | None = None, **env: str) -> Screened:
         folder = folder or self.folder
         output = (folder / "screen.txt").open("w+")
-        env |= {TOKEN: self.token}
+        env |= {MARK: self.token}
         if host is not None:
             return Screened(host.start(*words, output=output, **env), folder)
         argv = [str(BIN / "dtrain"), *map(str, words)]

@@ -46,7 +46,9 @@ class Fault:
 
 def _hang(does: str, *phases: str, says: str = "") -> Fault:
     hang = (f"hang_seconds={HANG_SECONDS}",)
-    return Fault("recipe", (does,), phases, "hang", 76, tuple(filter(None, (STUCK, says))), HANGING + HANG_SECONDS, hang)
+    return Fault(
+        "recipe", (does,), phases, "hang", 76, tuple(filter(None, (STUCK, says))), HANGING + HANG_SECONDS, hang
+    )
 
 
 def _launcher(signal: str, code: int) -> Fault:
@@ -68,7 +70,7 @@ FAULTS = {
         "recipe",
         ("memory", "memory of torch", "memory of objects", "memory of text"),
         cause="out_of_memory",
-        says=("at " + PLACE,),
+        says=("raised by your code", "at " + PLACE),
     ),
     "sleep in train": _hang("sleep", "train", says="fall_silent"),
     "sleep in valid": _hang("sleep", "valid", says="fall_silent"),
