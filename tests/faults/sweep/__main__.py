@@ -13,11 +13,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,10 +22,11 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from faults.sweep.load import busy_cores
 from faults.sweep.play import play
 from faults.sweep.table import FAULTS, Case
 
-_BUSY_AT_ONCE = 3  # cases; the load is there anyway, and most of a case's time is start-up or waiting
+_BUSY_AT_ONCE = 2  # cases; the load is there anyway, and most of a case's time is start-up or waiting
 
 
 def main() -> int:
@@ -66,19 +64,6 @@ def _run(asked: argparse.Namespace) -> None:
                 print(f"{mark} {number}/{len(cases)} {verdict.seconds:5.1f} s  {verdict.case.again()}", flush=True)
                 for problem in verdict.problems:
                     print(f"      {problem}", flush=True)
-
-
-@contextlib.contextmanager
-def busy_cores() -> Iterator[None]:
-    """Keeps every core busy meanwhile."""
-    argv = [sys.executable, "-S", "-c", "while True: pass"]
-    burners = [subprocess.Popen(argv) for _ in range(os.cpu_count() or 1)]
-    try:
-        yield
-    finally:
-        for burner in burners:
-            burner.kill()
-            burner.wait()
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 STEPS, BATCH, EPOCHS = 4, 4, 2  # of the recipe, on each rank
 HANG_SECONDS = 2
 SUDDEN, HANGING, LAUNCHER, NODES = 10.0, 15.0, 5.0, 15.0  # seconds to the end
+MEETING = 30.0  # from the start of the processes, whose imports take their time on a busy machine
 
 PLACE = r"rank {rank}, epoch {epoch}, {phase} step {step}"
 STUCK = r"a hang was ended: rank {rank} has been in epoch {epoch}, {phase} step {step} for \d+ s"
@@ -90,15 +91,18 @@ FAULTS = {
     "network cut": Fault("nodes", ("cut",), says=(LOST,), within=NODES),
     "node's launcher SIGKILL": Fault("nodes", ("SIGKILL",), says=(LOST,), within=NODES),
     "foreign process on the port": Fault(
-        "meeting", ("foreign",), code=2, says=(r"no dtrain (launcher|rank)", "220 a foreign service"), within=SUDDEN
+        "meeting", ("foreign",), code=2, says=(r"no dtrain (launcher|rank)", "220 a foreign service"), within=MEETING
     ),
     "another recipe on node 2": Fault(
         "meeting",
         ("recipe",),
         code=2,
         says=(r"the content of mine.py is not the same on all nodes: \w{{12}} on node 0, \w{{12}} on node 1",),
+        within=MEETING,
     ),
-    "port in use": Fault("meeting", ("port",), code=2, says=(r"port \d+ is in use by process {holder} \(",)),
+    "port in use": Fault(
+        "meeting", ("port",), code=2, within=MEETING, says=(r"port \d+ is in use by process {holder} \(",)
+    ),
     "8 s checkpoint": Fault("healthy", ("write 8 s",), ("checkpoint",), code=0),
     "8 s validation batch": Fault("healthy", ("work 8 s",), ("valid",), code=0),
 }
