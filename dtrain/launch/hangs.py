@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain.launch.heartbeat import DONE, Beat, read_beat
+from dtrain.launch.heartbeat import DONE, SCRIPT, Beat, read_beat
 from dtrain.launch.processes import Activity, activity
 from dtrain.launch.stacks import Frame, ask_for_stacks, busy_worker, main_stack, waits_for_others
 
@@ -82,11 +82,16 @@ class HangWatch:
         folder: of the reports.
         limit: seconds that a rank may stand still; 0 watches nothing.
         clock: seconds, monotonic.
+        alone: whether these are all ranks of the job. Else they may all wait for one elsewhere that works, and are
+            given as long as one that works here.
     """
 
-    def __init__(self, folder: Path, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, folder: Path, limit: float, clock: Callable[[], float] = time.monotonic, *, alone: bool = True
+    ) -> None:
         self._folder = folder
         self._limit = limit
+        self._alone = alone
         self._clock = clock
         self._pulses: dict[int, _Pulse] = {}
         self._pause = min(10.0, max(0.1, limit / 20))
@@ -114,7 +119,12 @@ class HangWatch:
         return found
 
     def _too_long(self, pulse: _Pulse, now: float) -> bool:
-        return now - pulse.worked > self._limit or now - pulse.moved > max(_SPINNING * self._limit, _SPINNING_LEAST)
+        return now - pulse.worked > self._limit or self._far_too_long(pulse, now)
+
+    def _far_too_long(self, pulse: _Pulse, now: float) -> bool:
+        if pulse.beat.phase == SCRIPT and now - pulse.worked < self._limit:
+            return False
+        return now - pulse.moved > max(_SPINNING * self._limit, _SPINNING_LEAST)
 
     def _judge(self, watched: Mapping[int, _Pulse], pids: Mapping[int, int], now: float) -> Hang | None:
         stacks = ask_for_stacks(self._folder, {rank: pids[rank] for rank in watched})
@@ -127,6 +137,8 @@ class HangWatch:
         still = {rank for rank, pulse in watched.items() if self._too_long(pulse, now)}
         culprits = still - waiting
         if not culprits and still != set(watched):
+            return None
+        if not culprits and not self._alone and not all(self._far_too_long(pulse, now) for pulse in watched.values()):
             return None
         # All wait for all (each in another collective): the one that is furthest behind is named.
         suspects = culprits or still

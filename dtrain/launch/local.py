@@ -147,7 +147,7 @@ def _run_part(argv: Sequence[str], job: Job, meeting: Meeting | None, caught: li
     with tempfile.TemporaryDirectory(prefix="dtrain-") as name:
         ranks = Ranks(job.first_rank, [], Path(name))
         output = Relayed() if relayed else Output(lambda: job.log_dir or _runs_logs(ranks.reports), caught)
-        hangs = HangWatch(ranks.reports, job.hang_seconds)
+        hangs = HangWatch(ranks.reports, job.hang_seconds, alone=job.nodes == 1)
         post_mortem = PostMortem(ranks.reports, range(job.first_rank, job.first_rank + job.ranks))
         try:
             for local_rank in range(job.ranks):
