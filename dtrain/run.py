@@ -64,7 +64,7 @@ def train_run(settings: Settings, world: World) -> Path:
         progress=choose_progress(is_main=world.is_main, epochs=train.epochs, log_step_freq=train.log_step_freq),
     )
     folder = Path(world.gather_json(agree(world, lambda: _open_folder(settings, world)))[0])
-    if world.is_main:
+    if world.local_rank == 0:  # on each node, for the ranks' logs
         name_run(folder)
     trackers = agree(world, lambda: _start_trackers(settings, folder) if world.is_main else [])
     if world.is_main:

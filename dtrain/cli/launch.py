@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,6 +49,14 @@ def launch(
         typer.Option("--profile", metavar="FILE", help="An Accelerate config file, such as launch/multi_gpu.yaml."),
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Hide the GPUs from the ranks.")] = False,
+    hang_seconds: Annotated[
+        float | None,
+        typer.Option("--hang-seconds", min=0, help="How long a rank may stand still; else train's own, or for ever."),
+    ] = None,
+    log_dir: Annotated[
+        Path | None,
+        typer.Option("--log-dir", metavar="DIR", help="Keep each rank's output in DIR; else in the run's folder."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started, and start nothing.")] = False,
 ) -> None:
     """Run any Python script, or `dtrain train`, as N ranks on this machine or on each of several.
@@ -63,7 +72,7 @@ def launch(
         from dtrain.launch.options import Asked
 
         environment = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if cpu else {}
-        asked = Asked(ranks, nodes, node_rank, rdzv, rdzv_timeout, job_id, environment)
+        asked = Asked(ranks, nodes, node_rank, rdzv, rdzv_timeout, job_id, environment, hang_seconds, log_dir)
         if profile is not None:
             from dtrain.profiles import read_profile
             from dtrain.share import find
@@ -78,7 +87,9 @@ def _launch(program: str, arguments: list[str], asked: Asked, dry_run: bool) -> 
     from dtrain.launch.options import dry_run_text, make_job, must_agree
 
     is_verb = program in VERBS and not Path(program).is_file()
-    files = _verbs_files(program, arguments) if is_verb else _scripts_file(program)
+    files, own_limit = _verbs_files(program, arguments) if is_verb else (_scripts_file(program), None)
+    if asked.hang_seconds is None:
+        asked = replace(asked, hang_seconds=own_limit)
     _check_not_launched(program)
     job = make_job(asked)
     argv = dtrain_argv([program, *arguments]) if is_verb else script_argv(program, arguments)
@@ -100,16 +111,16 @@ def _check_not_launched(program: str) -> None:
         )
 
 
-def _verbs_files(verb: str, words: list[str]) -> dict[str, Path]:
-    """Checks what `train` is given, as far as can be without torch, and returns its recipe's file."""
+def _verbs_files(verb: str, words: list[str]) -> tuple[dict[str, Path], float | None]:
+    """Checks what `train` is given, as far as can be without torch; returns its recipe's file, and its hang_seconds."""
     if verb != "train" or any(word.startswith("-") for word in words):
-        return {}  # each rank checks
+        return {}, None  # each rank checks
     from dtrain.cli.train import read_target
     from dtrain.recipe_file import locate
 
     settings = read_target(words)
     path = locate(settings.config.recipe, settings.base)
-    return {} if path is None else {path.name: path}
+    return {} if path is None else {path.name: path}, settings.config.train.hang_seconds
 
 
 def _scripts_file(script: str) -> dict[str, Path]:

@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dtrain.launch.hardware import interface_to
 from dtrain.launch.lifeline import PARENT
@@ -32,6 +33,7 @@ class Job:
         nonce: tells this job from any other; made by the first node's launcher.
         environment: further variables for every rank.
         hang_seconds: how long a rank may stand still; 0 is for ever. See `dtrain.launch.hangs`.
+        log_dir: the folder of the ranks' logs; None for that of the run, if it has one.
     """
 
     ranks: int
@@ -44,6 +46,7 @@ class Job:
     nonce: str = field(default_factory=lambda: secrets.token_hex(8))
     environment: dict[str, str] = field(default_factory=dict)
     hang_seconds: float = 0.0
+    log_dir: Path | None = None
 
     @property
     def first_rank(self) -> int:

@@ -19,10 +19,13 @@ from dtrain.errors import EXIT_OK
 from dtrain.launch.hangs import HangWatch
 from dtrain.launch.job import Job
 from dtrain.launch.meeting import Meeting, Stopped, Word, meet
+from dtrain.launch.output import Output
 from dtrain.launch.ports import free_port
 from dtrain.launch.postmortem import PostMortem, Seen
-from dtrain.launch.relay import RELAYED_ENVIRONMENT, Relay
-from dtrain.launch.reports import read_reports
+from dtrain.launch.reaper import Reaper
+from dtrain.launch.relay import Relayed
+from dtrain.launch.reports import named_run, read_reports
+from dtrain.launch.stacks import raw_crash_text
 
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
@@ -109,7 +112,7 @@ def run_local_ranks(
         size: number of ranks, at least 1.
         environment: further variables for every rank.
         relayed: the ranks' output goes through this process's sys.stdout and sys.stderr, and they have no input;
-            else they share its file descriptors.
+            else through its file descriptors, and rank 0 has its input.
         hang_seconds: how long a rank may stand still; 0 is for ever. See `dtrain.launch.hangs`.
     """
     job = Job(size, port=free_port(), environment=environment or {}, hang_seconds=hang_seconds)
@@ -140,25 +143,36 @@ def run_job(argv: Sequence[str], job: Job, about: Mapping[str, str] | None = Non
 
 
 def _run_part(argv: Sequence[str], job: Job, meeting: Meeting | None, caught: list[int], *, relayed: bool) -> Ending:
-    relay = Relay() if relayed else None
-    more = RELAYED_ENVIRONMENT if relayed else {}
+    reaper: Reaper | None = None
     with tempfile.TemporaryDirectory(prefix="dtrain-") as name:
         ranks = Ranks(job.first_rank, [], Path(name))
-        hangs = HangWatch(ranks.reports, job.hang_seconds)
+        output = Relayed() if relayed else Output(lambda: job.log_dir or _runs_logs(ranks.reports), caught)
+        hangs = HangWatch(ranks.reports, job.hang_seconds, alone=job.nodes == 1)
         post_mortem = PostMortem(ranks.reports, range(job.first_rank, job.first_rank + job.ranks))
         try:
             for local_rank in range(job.ranks):
-                process = _start(argv, job.rank_environment(local_rank, name) | more, piped=relayed)
-                ranks.processes.append(process)
-                if relay is not None:
-                    relay.add(job.first_rank + local_rank, process)
-            seen, word = _watch(ranks, caught, meeting, hangs, relay.wait if relay else time.sleep)
+                stdout, stderr = output.channels(job.first_rank + local_rank)
+                environment = job.rank_environment(local_rank, name) | dict(output.environment)
+                ranks.processes.append(_start(argv, environment, stdout, stderr, has_input=not relayed))
+            output.start(ranks.processes)
+            reaper = Reaper([process.pid for process in ranks.processes])
+            seen, word = _watch(ranks, caught, meeting, hangs, output.wait)
         finally:
             _end(ranks.processes)
-            if relay is not None:
-                relay.close()
+            if reaper is not None:
+                reaper.dismiss()
+            output.close({rank: raw_crash_text(ranks.reports, rank) for rank, _ in ranks.numbered()})
         ending = _ending(seen, post_mortem, caught)
-        return ending if meeting is None else _joint_ending(ending, word, meeting)
+        ending = ending if meeting is None else _joint_ending(ending, word, meeting)
+        if ending.text:
+            output.end_lines()
+        return ending
+
+
+def _runs_logs(reports: Path) -> Path | None:
+    """Returns the folder of the ranks' logs in the run's folder, as soon as the run has one on this machine."""
+    run = named_run(reports)
+    return run / "logs" if run is not None and run.is_dir() else None
 
 
 def rank_environment(rank: int, size: int, port: int, reports: str) -> dict[str, str]:
@@ -166,14 +180,15 @@ def rank_environment(rank: int, size: int, port: int, reports: str) -> dict[str,
     return Job(size, port=port).rank_environment(rank, reports)
 
 
-def _start(argv: Sequence[str], environment: Mapping[str, str], *, piped: bool) -> subprocess.Popen[bytes]:
-    output = subprocess.PIPE if piped else None
+def _start(
+    argv: Sequence[str], environment: Mapping[str, str], stdout: int, stderr: int, *, has_input: bool
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, *argv],
         env=dict(environment),
-        stdin=None if environment["RANK"] == "0" and not piped else subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
+        stdin=None if environment["RANK"] == "0" and has_input else subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
         # A terminal's Ctrl-C must come through the supervisor once, not to every rank besides.
         start_new_session=True,
     )
@@ -283,5 +298,5 @@ def _joint_ending(ending: Ending, word: Word | None, meeting: Meeting) -> Ending
         meeting.pass_on(word)
     if word is None or (ending.exit_code != EXIT_OK and word.when >= ending.when):
         return ending
-    text = f"on node {word.node}: {word.text}"
+    text = word.text if word.lost else f"on node {word.node}: {word.text}"
     return Ending(word.exit_code, f"{text}\non this node: {ending.text}" if ending.text else text)
