@@ -176,7 +176,7 @@ def _row_batches(batches: Any, rows_of: RowsOf) -> Iterator[Any]:
     if batches.drop_last:
         order = order[: len(order) // size * size]
     if isinstance(order, torch.Tensor):
-        yield from order.split(size)
+        yield from torch.split(order, size)
     else:
         yield from (order[start : start + size] for start in range(0, len(order), size))
 
