@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -17,8 +20,11 @@ from dtrain.errors import WorldError
 from dtrain.identity import Said, check_identities
 from dtrain.launch.facts import RankFacts
 from dtrain.launch.job import DEFAULT_TIMEOUT, TIMEOUT
+from dtrain.launch.ports import words_of
 
 _POLL_SECONDS = 0.02
+_PROBE_SECONDS = 1.0
+_PATIENCE_SECONDS = 5.0  # torch's own limit comes first where it holds
 _COUNT = "arrivals"
 
 
@@ -67,16 +73,15 @@ def _open_store(facts: RankFacts, limit: timedelta) -> TCPStore:
     """Opens the store that env:// will use: with several tenants in this process they share one server."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has a server of its own
-    try:
+    serves = facts.rank == 0 and not agents
+
+    def make() -> TCPStore:
         return TCPStore(
-            host,
-            port,
-            facts.size,
-            is_master=facts.rank == 0 and not agents,
-            timeout=limit,
-            wait_for_workers=False,
-            multi_tenant=True,
+            host, port, facts.size, is_master=serves, timeout=limit, wait_for_workers=False, multi_tenant=True
         )
+
+    try:
+        return make() if serves else _made_in_time(make, host, port, limit)
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
             from dtrain.launch.ports import holder_of
@@ -86,6 +91,39 @@ def _open_store(facts: RankFacts, limit: timedelta) -> TCPStore:
             f"rank {facts.rank} did not find rank 0 at {host}:{port} within {limit.total_seconds():g} s. See on the "
             f"first node whether it runs, and whether this address can be reached from here. ({_first_line(error)})"
         ) from None
+
+
+def _made_in_time(make: Callable[[], TCPStore], host: str, port: int, limit: timedelta) -> TCPStore:
+    """Makes a store's client; torch waits for ever for an answer of a program that is no store.
+
+    Raises:
+        WorldError: what listens there says something before it is asked, as no store does, or nothing in time.
+    """
+    made: queue.Queue[TCPStore | Exception] = queue.Queue()
+
+    def try_it() -> None:
+        try:
+            made.put(make())
+        except Exception as error:  # noqa: BLE001 - raised below
+            made.put(error)
+
+    threading.Thread(target=try_it, daemon=True).start()
+    deadline = time.monotonic() + limit.total_seconds() + _PATIENCE_SECONDS
+    while True:
+        try:
+            store = made.get(timeout=_PROBE_SECONDS)
+        except queue.Empty:
+            words = words_of(host, port)
+            if words or (words is not None and time.monotonic() > deadline):
+                does = f"answered {words!r}" if words else "says nothing"
+                raise WorldError(
+                    f"what listens at {host}:{port} is no dtrain rank: it {does}. "
+                    "Another program uses this port: choose another one (MASTER_PORT), the same for all ranks."
+                ) from None
+            continue
+        if isinstance(store, Exception):
+            raise store
+        return store
 
 
 def _first_line(error: Exception) -> str:

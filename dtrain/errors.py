@@ -22,6 +22,7 @@ traceback and gets a note that says where it happened (`add_place`).
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -133,9 +134,32 @@ def add_place(error: BaseException, place: str) -> None:
         error: the exception; it is changed in place.
         place: words such as "rank 1, epoch 2, train step 7".
     """
+    make_room(error)
     if place_of(error) is not None:
         return
     _add_note(error, f"at {place}")
+
+
+_reserve: list[bytearray] = []  # address space alone, until somebody writes to it
+
+
+def keep_reserve() -> None:
+    """Sets some memory aside, so that there is enough to tell of it when there is none left."""
+    _reserve[:] = [bytearray(8 << 20)]
+
+
+def make_room(error: BaseException) -> None:
+    """Gives back the reserve, and what the failed calls hold, where memory has run out."""
+    if ran_out_of_memory(error):
+        _reserve.clear()
+        traceback.clear_frames(error.__traceback__)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that there is no memory left, on this machine or on a device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "bad_alloc" in str(error))
 
 
 def add_remark(error: BaseException, remark: str) -> None:

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.errors import EXIT_FAILED, DtrainError, NotFiniteError, StopRequested, notes_of
+from dtrain.errors import (
+    EXIT_FAILED,
+    DtrainError,
+    NotFiniteError,
+    StopRequested,
+    make_room,
+    notes_of,
+    ran_out_of_memory,
+)
 from dtrain.launch.reports import PEER, Told
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -54,6 +62,7 @@ def explain(error: BaseException) -> Description:
     Of the user's own exception the traceback is kept, without the frames of dtrain that led to it; those of torch and
     Accelerate are counted in one line.
     """
+    make_room(error)
     at = "".join(f"\n  {note}" for note in notes_of(error))
     if isinstance(error, StopRequested):
         return _described(error, f"dtrain: {error}", error.exit_code)
@@ -83,7 +92,7 @@ def cause_of(error: BaseException) -> str:
         return "nan"
     if isinstance(error, SystemExit):
         return "exit"
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    if ran_out_of_memory(error):
         return "out_of_memory"
     if (name in _PEER_ERRORS or isinstance(error, ConnectionError)) and _PEER_GONE.search(str(error)):
         return PEER

@@ -38,7 +38,7 @@ class RowsOf(Dataset[Any]):
         rows = indices if isinstance(indices, Tensor) else self.rows(indices)
         if not isinstance(rows, Tensor):
             return default_collate([self.dataset[index] for index in rows])  # type: ignore[no-any-return]
-        return [tensor.index_select(0, rows.to(tensor.device)) for tensor in self._tensors()]
+        return [tensor.index_select(0, rows if tensor.is_cpu else rows.to(tensor.device)) for tensor in self._tensors()]
 
     def rows(self, indices: Sequence[Any]) -> Tensor | Sequence[Any]:
         """Returns where samples lie in the tensors, in a form of which a part is quickly taken.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dtrain.dealing import BatchMode, Dealing, Share
 from dtrain.engine import valid_pass
 from dtrain.errors import DataError, StepError, UsageError, add_place
+from dtrain.launch.heartbeat import own_heartbeat
 from dtrain.learning import Task
 from dtrain.metrics import PassResult, nothing_yielded
 from dtrain.passes import Place, shares_on_device
@@ -55,7 +56,7 @@ def evaluate_task(  # noqa: PLR0913 - a task and how its loader is dealt
     if validation is None:
         raise UsageError("there is no validation loader, so there is nothing to evaluate. Define dl_valid.")
     ready(task.metrics, world)
-    place, progress = Place(world.rank), progress or Silent()
+    place, progress = Place(world.rank, heartbeat=own_heartbeat()), progress or Silent()
     _place_net(task.module, world)
     try:
         return validation.run(epoch, place, progress)
@@ -99,7 +100,7 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
         StepError: the step returns something else, or another number of rows than the batch has samples.
         DataError: the loader yields nothing.
     """
-    place, progress = Place(world.rank), progress or Silent()
+    place, progress = Place(world.rank, heartbeat=own_heartbeat()), progress or Silent()
     try:
         how = Dealing(world.rank, world.size, batch, fill=False)
         shares = ShardedLoader(in_data_order(loader), how, seed, "predict", fetch_batches=fetch_batches)

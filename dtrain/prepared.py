@@ -29,7 +29,8 @@ from dtrain.checks import check_alike, check_optimizers, check_order, weights_ch
 from dtrain.ddp import Replica
 from dtrain.dealing import BatchMode, Dealing, Share
 from dtrain.errors import StepError, UsageError
-from dtrain.passes import to_device
+from dtrain.launch.heartbeat import SCRIPT, own_heartbeat
+from dtrain.passes import Place, to_device
 from dtrain.sharding import ShardedLoader
 from dtrain.steps import scaled_gradients
 from dtrain.world import World, bring_up
@@ -177,6 +178,7 @@ class PreparedLoader:
         self._world = process.joined(cpu=False)
         self._views: dict[bool, ShardedLoader] = {}
         self._epochs = {True: 0, False: 0}
+        self._place = Place(self._world.rank, heartbeat=own_heartbeat())  # for the watch of `dtrain launch`
 
     def __len__(self) -> int:
         """Number of steps of a training pass; in validation, ranks may take one less.
@@ -206,19 +208,23 @@ class PreparedLoader:
         self._process.passes.append(current)
         try:
             with self._replica.training() if current.train else self._replica.evaluating():
+                self._place.enter("train" if current.train else "valid", self._epochs[current.train])
                 yield from self._batches(current, view.shares(self._epochs[current.train]))
         finally:
+            self._place.enter(SCRIPT, self._epochs[True])
             self._process.passes.remove(current)
             self._process.trained |= current.train
         if current.train:
             self._check(view)
 
     def _batches(self, current: Pass, shares: Iterator[Share]) -> Iterator[Any]:
+        self._place.advance()  # also while its batch is fetched
         for share in shares:
             current.share = share
             with scaled_gradients(self._replica.net.parameters(), share.scale if current.train else 1.0):
                 yield to_device(share.batch, self._world)
             current.share = None
+            self._place.advance()
 
     def _view(self, *, train: bool) -> ShardedLoader:
         if train not in self._views:

@@ -91,7 +91,7 @@ def _train(settings: Settings, world: World, resume: str, request: StopRequest, 
     )
     check_not_asked(world, request)
     folder, ids = begin(engine, settings, resume, lambda folder: owner.enter_context(_taken(folder)))
-    if world.is_main:
+    if world.local_rank == 0:  # on each node, for the ranks' logs
         name_run(folder)
     if engine.start.epoch > engine.epochs or engine.stopping:
         if world.is_main:

@@ -198,11 +198,14 @@ def _row_batches(batches: Any, rows_of: RowsOf) -> Iterator[Any]:
     An order that is no such tensor comes in lists.
     """
     sampler = batches.sampler
+    size = batches.batch_size
     order = rows_of.rows(range(len(sampler)) if type(sampler) is SequentialSampler else list(sampler))
-    for start in range(0, len(order), batches.batch_size):
-        batch = order[start : start + batches.batch_size]
-        if len(batch) == batches.batch_size or not batches.drop_last:
-            yield batch
+    if batches.drop_last:
+        order = order[: len(order) // size * size]
+    if isinstance(order, torch.Tensor):
+        yield from torch.split(order, size)
+    else:
+        yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
 def _after(shares: Iterator[Share], skip: int, ready: Callable[[], None]) -> Iterator[Share]:

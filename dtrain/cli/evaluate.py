@@ -60,7 +60,7 @@ def evaluate(
                 for name, mean in result.means.items():
                     typer.echo(f"val_{name} = {mean!r}")
 
-        code = on_ranks(ranks, cpu, work)
+        code = on_ranks(ranks, cpu, work, hang_seconds=settings.config.train.hang_seconds)
     raise typer.Exit(code)
 
 
@@ -96,7 +96,7 @@ def predict(
             if world.is_main:
                 typer.echo(f"predictions of epoch {restored.row['epoch']} of {run}: {output}")
 
-        code = on_ranks(ranks, cpu, work)
+        code = on_ranks(ranks, cpu, work, hang_seconds=settings.config.train.hang_seconds)
     raise typer.Exit(code)
 
 

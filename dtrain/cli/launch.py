@@ -60,6 +60,14 @@ def launch(
             show_default=False,
         ),
     ] = 0,
+    hang_seconds: Annotated[
+        float | None,
+        typer.Option("--hang-seconds", min=0, help="How long a rank may stand still; else train's own, or for ever."),
+    ] = None,
+    log_dir: Annotated[
+        Path | None,
+        typer.Option("--log-dir", metavar="DIR", help="Keep each rank's output in DIR; else in the run's folder."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started, and start nothing.")] = False,
 ) -> None:
     """Run any Python script, or `dtrain train`, as N ranks on this machine or on each of several.
@@ -75,7 +83,7 @@ def launch(
         from dtrain.launch.options import Asked
 
         environment = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if cpu else {}
-        asked = Asked(ranks, nodes, node_rank, rdzv, rdzv_timeout, job_id, environment)
+        asked = Asked(ranks, nodes, node_rank, rdzv, rdzv_timeout, job_id, environment, hang_seconds, log_dir)
         if profile is not None:
             from dtrain.profiles import read_profile
             from dtrain.share import find
@@ -93,10 +101,10 @@ def _launch(program: str, arguments: list[str], asked: Asked, dry_run: bool, ret
     settings = _settings(arguments) if is_verb and program == "train" else None
     files = _recipes_file(settings) if is_verb else _scripts_file(program)
     stop_seconds = _stop_seconds(settings) if is_verb and program == "train" else None
+    if asked.hang_seconds is None and settings is not None:
+        asked = replace(asked, hang_seconds=settings.config.train.hang_seconds)
     _check_not_launched(program)
     job = make_job(asked)
-    if retries and job.nodes > 1 and stop_seconds is not None:
-        _check_named(arguments)
     argv = dtrain_argv([program, *arguments]) if is_verb else script_argv(program, arguments)
     if dry_run:
         typer.echo(dry_run_text(job, argv))
@@ -147,14 +155,6 @@ def _stop_seconds(settings: Settings | None) -> float:
     from dtrain.launch.job import DEFAULT_STOP_SECONDS
 
     return DEFAULT_STOP_SECONDS if settings is None else settings.config.train.stop_seconds
-
-
-def _check_named(words: list[str]) -> None:
-    """On several nodes all must know the folder that the next attempt goes on with, before one has made it."""
-    from dtrain.errors import UsageError
-
-    if not any(word.startswith("run.name=") for word in words):
-        raise UsageError("--retries with several nodes needs run.name=NAME among what train is given.")
 
 
 def _scripts_file(script: str) -> dict[str, Path]:

@@ -54,6 +54,9 @@ def on_ranks(
 
     said = claims() if claims is not None and facts.size > 1 else None
     world = bring_up(cpu=cpu, asked=ranks, facts=facts, claims=said)
+    from dtrain.deferred import defer_dynamo
+
+    defer_dynamo()
     work(world)
     if heartbeat is not None:
         heartbeat.enter(DONE)

@@ -1,8 +1,9 @@
 """Tells a hang from slow work.
 
 A rank stands still when its heartbeat does not move and neither it, its threads nor its DataLoader workers use CPU
-time, read or write; a rank that works on without moving is given ten times as long. Who stands still is asked for its
-stack: a rank that waits for the others in a collective is no culprit, as long as one of them still works.
+time, read or write; a rank that works on without moving is given ten times as long, at least a minute. Who stands
+still is asked for its stack: a rank that waits for the others in a collective is no culprit, as long as one of them
+still works.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain.launch.heartbeat import DONE, Beat, read_beat
+from dtrain.launch.heartbeat import DONE, SCRIPT, Beat, read_beat
 from dtrain.launch.processes import Activity, activity
 from dtrain.launch.stacks import Frame, ask_for_stacks, busy_worker, main_stack, waits_for_others
 
 _SPINNING = 10  # times the limit, for a rank that works without moving
+_SPINNING_LEAST = 60.0  # seconds: on a busy machine the imports alone may take that long
+_CONFIRM_SECONDS = 0.3
 # What a sleeping process uses all the same: threads that poll, log lines. Less than this is no work.
 _IDLE_SHARE = 0.01  # of one core
 _IDLE_SECONDS = 0.05
@@ -79,11 +82,16 @@ class HangWatch:
         folder: of the reports.
         limit: seconds that a rank may stand still; 0 watches nothing.
         clock: seconds, monotonic.
+        alone: whether these are all ranks of the job. Else they may all wait for one elsewhere that works, and are
+            given as long as one that works here.
     """
 
-    def __init__(self, folder: Path, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, folder: Path, limit: float, clock: Callable[[], float] = time.monotonic, *, alone: bool = True
+    ) -> None:
         self._folder = folder
         self._limit = limit
+        self._alone = alone
         self._clock = clock
         self._pulses: dict[int, _Pulse] = {}
         self._pause = min(10.0, max(0.1, limit / 20))
@@ -111,15 +119,26 @@ class HangWatch:
         return found
 
     def _too_long(self, pulse: _Pulse, now: float) -> bool:
-        return now - pulse.worked > self._limit or now - pulse.moved > _SPINNING * self._limit
+        return now - pulse.worked > self._limit or self._far_too_long(pulse, now)
+
+    def _far_too_long(self, pulse: _Pulse, now: float) -> bool:
+        if pulse.beat.phase == SCRIPT and now - pulse.worked < self._limit:
+            return False
+        return now - pulse.moved > max(_SPINNING * self._limit, _SPINNING_LEAST)
 
     def _judge(self, watched: Mapping[int, _Pulse], pids: Mapping[int, int], now: float) -> Hang | None:
         stacks = ask_for_stacks(self._folder, {rank: pids[rank] for rank in watched})
+        # To ask takes time. Who has left a collective meanwhile, since the slow one came, is no culprit.
+        time.sleep(_CONFIRM_SECONDS)
+        if any(read_beat(self._folder, rank).count != pulse.beat.count for rank, pulse in watched.items()):
+            return None
         frames = {rank: main_stack(text) for rank, text in stacks.items()}
         waiting = {rank for rank in watched if waits_for_others(frames[rank])}
         still = {rank for rank, pulse in watched.items() if self._too_long(pulse, now)}
         culprits = still - waiting
         if not culprits and still != set(watched):
+            return None
+        if not culprits and not self._alone and not all(self._far_too_long(pulse, now) for pulse in watched.values()):
             return None
         # All wait for all (each in another collective): the one that is furthest behind is named.
         suspects = culprits or still

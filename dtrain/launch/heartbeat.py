@@ -20,6 +20,7 @@ _DEVICE_AT = 32
 _SIZE = 64
 
 SETUP, DONE = "setup", "done"
+SCRIPT = "script"  # a program of the user's own, outside of loops over prepared loaders: it may work without beats
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dtrain.launch.hardware import interface_to
 from dtrain.launch.lifeline import PARENT
@@ -35,6 +36,7 @@ class Job:
         hang_seconds: how long a rank may stand still; 0 is for ever. See `dtrain.launch.hangs`.
         stop_seconds: how long ranks may take to stop on request; None where they do not know how to. See
             `dtrain.launch.stopping`.
+        log_dir: the folder of the ranks' logs; None for that of the run, if it has one.
     """
 
     ranks: int
@@ -48,6 +50,7 @@ class Job:
     environment: dict[str, str] = field(default_factory=dict)
     hang_seconds: float = 0.0
     stop_seconds: float | None = None
+    log_dir: Path | None = None
 
     @property
     def first_rank(self) -> int:

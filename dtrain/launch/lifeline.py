@@ -14,7 +14,7 @@ _PR_SET_PDEATHSIG = 1
 def hold_on() -> None:
     """Asks the kernel to kill this rank when its supervisor dies; does nothing without a supervisor.
 
-    Linux only (prctl(2), PR_SET_PDEATHSIG); elsewhere a supervisor's SIGKILL leaves its ranks alive.
+    Linux only (prctl(2), PR_SET_PDEATHSIG); elsewhere `dtrain.launch.reaper` alone does it.
     """
     parent = os.environ.get(PARENT)
     if parent is None or sys.platform != "linux":

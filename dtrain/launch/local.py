@@ -18,10 +18,13 @@ from dtrain.errors import EXIT_OK, EXIT_STOPPED
 from dtrain.launch.hangs import HangWatch
 from dtrain.launch.job import Job
 from dtrain.launch.meeting import Meeting, Stopped, Word, meet
+from dtrain.launch.output import Output
 from dtrain.launch.ports import free_port
 from dtrain.launch.postmortem import PostMortem, Seen
-from dtrain.launch.relay import RELAYED_ENVIRONMENT, Relay
+from dtrain.launch.reaper import Reaper
+from dtrain.launch.relay import Relayed
 from dtrain.launch.reports import named_run, read_reports
+from dtrain.launch.stacks import raw_crash_text
 from dtrain.launch.stopping import Orders, signals_caught
 
 _GRACE_SECONDS = 5.0
@@ -111,7 +114,7 @@ def run_local_ranks(  # noqa: PLR0913 - keyword-only
         size: number of ranks, at least 1.
         environment: further variables for every rank.
         relayed: the ranks' output goes through this process's sys.stdout and sys.stderr, and they have no input;
-            else they share its file descriptors.
+            else through its file descriptors, and rank 0 has its input.
         hang_seconds: how long a rank may stand still; 0 is for ever. See `dtrain.launch.hangs`.
         stop_seconds: how long ranks may take to stop on request; None where the program does not know how to.
         caught: signals that came before this.
@@ -156,27 +159,37 @@ def run_job(
 def _run_part(
     argv: Sequence[str], job: Job, meeting: Meeting | None, caught: Sequence[int], *, relayed: bool
 ) -> Ending:
-    relay = Relay() if relayed else None
-    more = RELAYED_ENVIRONMENT if relayed else {}
+    reaper: Reaper | None = None
     with tempfile.TemporaryDirectory(prefix="dtrain-") as name:
         ranks = Ranks(job.first_rank, [], Path(name))
-        hangs = HangWatch(ranks.reports, job.hang_seconds)
         orders = Orders(caught, job.stop_seconds, ranks.reports)
+        output = Relayed() if relayed else Output(lambda: job.log_dir or _runs_logs(ranks.reports), orders.ends)
+        hangs = HangWatch(ranks.reports, job.hang_seconds, alone=job.nodes == 1)
         post_mortem = PostMortem(ranks.reports, range(job.first_rank, job.first_rank + job.ranks))
         try:
             for local_rank in range(job.ranks):
-                process = _start(argv, job.rank_environment(local_rank, name) | more, piped=relayed)
-                ranks.processes.append(process)
-                if relay is not None:
-                    relay.add(job.first_rank + local_rank, process)
-            seen, word = _watch(ranks, orders, meeting, hangs, relay.wait if relay else time.sleep)
+                stdout, stderr = output.channels(job.first_rank + local_rank)
+                environment = job.rank_environment(local_rank, name) | dict(output.environment)
+                ranks.processes.append(_start(argv, environment, stdout, stderr, has_input=not relayed))
+            output.start(ranks.processes)
+            reaper = Reaper([process.pid for process in ranks.processes])
+            seen, word = _watch(ranks, orders, meeting, hangs, output.wait)
         finally:
             _end(ranks.processes, politely=job.stop_seconds is None)
-            if relay is not None:
-                relay.close()
+            if reaper is not None:
+                reaper.dismiss()
+            output.close({rank: raw_crash_text(ranks.reports, rank) for rank, _ in ranks.numbered()})
         ending = _ending(seen, post_mortem, orders, ranks)
         ending = ending if meeting is None else _joint_ending(ending, word, meeting)
+        if ending.text:
+            output.end_lines()
         return replace(ending, run=named_run(ranks.reports))
+
+
+def _runs_logs(reports: Path) -> Path | None:
+    """Returns the folder of the ranks' logs in the run's folder, as soon as the run has one on this machine."""
+    run = named_run(reports)
+    return run / "logs" if run is not None and run.is_dir() else None
 
 
 def rank_environment(rank: int, size: int, port: int, reports: str) -> dict[str, str]:
@@ -184,14 +197,15 @@ def rank_environment(rank: int, size: int, port: int, reports: str) -> dict[str,
     return Job(size, port=port).rank_environment(rank, reports)
 
 
-def _start(argv: Sequence[str], environment: Mapping[str, str], *, piped: bool) -> subprocess.Popen[bytes]:
-    output = subprocess.PIPE if piped else None
+def _start(
+    argv: Sequence[str], environment: Mapping[str, str], stdout: int, stderr: int, *, has_input: bool
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, *argv],
         env=dict(environment),
-        stdin=None if environment["RANK"] == "0" and not piped else subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
+        stdin=None if environment["RANK"] == "0" and has_input else subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
         # A terminal's Ctrl-C must come through the supervisor once, not to every rank besides.
         start_new_session=True,
     )
@@ -260,8 +274,8 @@ def _end(ranks: list[subprocess.Popen[bytes]], *, politely: bool) -> None:
 
 def _ending(seen: Seen, post_mortem: PostMortem, orders: Orders, ranks: Ranks) -> Ending:
     """Tells why this node's ranks ended, with the exit code of the first cause."""
-    if orders.ended_by is not None:
-        return _stopped(orders.ended_by, late=orders.late)
+    if orders.ends:
+        return _stopped(orders.ends[0], late=orders.late)
     codes = {one.poll() for one in ranks.processes}
     if EXIT_STOPPED in codes and all(orders.ended_well(code) for code in codes):
         return Ending(EXIT_STOPPED, next(report.text for report in read_reports(ranks.reports) if report.text))
@@ -285,5 +299,5 @@ def _joint_ending(ending: Ending, word: Word | None, meeting: Meeting) -> Ending
         meeting.pass_on(word)
     if word is None or (not well and word.when >= ending.when):
         return ending
-    text = f"on node {word.node}: {word.text}"
+    text = word.text if word.lost else f"on node {word.node}: {word.text}"
     return Ending(word.exit_code, f"{text}\non this node: {ending.text}" if ending.text else text)

@@ -45,12 +45,14 @@ class Word:
         exit_code: 0 where all its ranks ended well.
         text: what a person shall read of it.
         when: seconds since the epoch.
+        lost: whether it is another node that says so, since this one is gone.
     """
 
     node: int
     exit_code: int
     text: str
     when: float
+    lost: bool = False
 
 
 class Meeting:
@@ -103,7 +105,7 @@ class Meeting:
             f"dtrain: error: node {node} is lost ({why}): its launcher or its machine has ended, or the network is "
             "cut. Look at that node's own output."
         )
-        self._words.setdefault(node, Word(node, EXIT_FAILED, text, time.time()))
+        self._words.setdefault(node, Word(node, EXIT_FAILED, text, time.time(), lost=True))
 
 
 class _Host(Meeting):

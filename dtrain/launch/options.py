@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dtrain.errors import WorldError
+from dtrain.errors import UsageError, WorldError
 from dtrain.launch.fingerprint import code_hash, file_hash
 from dtrain.launch.hardware import gpu_count
 from dtrain.launch.job import DEFAULT_TIMEOUT, NONCE, Job
@@ -28,6 +28,8 @@ class Asked:
         timeout: seconds for all nodes and ranks to come.
         job_id: any word that tells this job from another one.
         environment: further variables for every rank.
+        hang_seconds: how long a rank may stand still; 0 is for ever.
+        log_dir: where each rank's output is kept.
     """
 
     ranks: int | None = None
@@ -37,6 +39,8 @@ class Asked:
     timeout: float | None = None
     job_id: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    hang_seconds: float | None = None
+    log_dir: Path | None = None
 
     def over(self, below: Asked) -> Asked:
         """Returns these values, and `below`'s where there are none; both environments."""
@@ -53,20 +57,28 @@ def make_job(asked: Asked) -> Job:
     nodes = asked.nodes or 1
     ranks = asked.ranks or gpu_count(os.environ | asked.environment) or 1
     timeout = DEFAULT_TIMEOUT if asked.timeout is None else asked.timeout
-    if nodes == 1:
-        port = _one_nodes_port(asked)
-        return Job(ranks, port=port, timeout=timeout, environment=asked.environment)
-    node_rank = _node_rank(asked, nodes)
-    host, port = _rdzv(asked)
-    return Job(
+    common = Job(
         ranks,
-        nodes=nodes,
-        node_rank=node_rank,
-        host=host,
-        rdzv_port=port,
         timeout=timeout,
         environment=asked.environment,
+        hang_seconds=asked.hang_seconds or 0.0,
+        log_dir=_made(asked.log_dir),
     )
+    if nodes == 1:
+        port = _one_nodes_port(asked)
+        return replace(common, port=port)
+    node_rank = _node_rank(asked, nodes)
+    host, port = _rdzv(asked)
+    return replace(common, nodes=nodes, node_rank=node_rank, host=host, rdzv_port=port)
+
+
+def _made(folder: Path | None) -> Path | None:
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--log-dir {folder}: cannot be made: {error.strerror}.") from None
+    return folder
 
 
 def _node_rank(asked: Asked, nodes: int) -> int:

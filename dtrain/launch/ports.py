@@ -59,6 +59,18 @@ def family_of(host: str) -> socket.AddressFamily:
         ) from None
 
 
+def words_of(host: str, port: int) -> bytes | None:
+    """Returns the first bytes of what a service says by itself; none where it waits; None where nothing listens."""
+    try:
+        with socket.create_connection((host, port), timeout=0.5) as connection:
+            try:
+                return connection.recv(60)
+            except TimeoutError:
+                return b""
+    except OSError:
+        return None
+
+
 def holder_of(port: int) -> str:
     """Returns " by process PID (COMMAND)" for the process that listens on a port, or why that cannot be told."""
     inodes = {inode for table in ("tcp", "tcp6") for inode in _listeners(_PROC / "net" / table, port)}

@@ -10,6 +10,7 @@ import os
 import selectors
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from typing import IO, Any, Literal
 
 # Python holds back what it writes to a pipe, and may write it in another encoding.
@@ -17,6 +18,41 @@ RELAYED_ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:backs
 _CHUNK = 65536
 
 Stream = Literal["stdout", "stderr"]
+
+
+class Relayed:
+    """`Relay` in the form that a supervisor uses, in place of `dtrain.launch.output`.
+
+    Attributes:
+        environment: further variables for every rank.
+    """
+
+    environment: Mapping[str, str] = RELAYED_ENVIRONMENT
+
+    def __init__(self) -> None:
+        self._relay = Relay()
+        self._ranks: list[int] = []
+
+    def channels(self, rank: int) -> tuple[int, int]:
+        """Returns what a rank shall have as its standard output and error."""
+        self._ranks.append(rank)
+        return subprocess.PIPE, subprocess.PIPE
+
+    def start(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        """All ranks are started."""
+        for rank, process in zip(self._ranks, processes, strict=True):
+            self._relay.add(rank, process)
+
+    def wait(self, seconds: float) -> None:
+        """Passes on what comes, some seconds at most."""
+        self._relay.wait(seconds)
+
+    def close(self, _last_words: Mapping[int, str]) -> None:
+        """Passes on what is left once the ranks have ended."""
+        self._relay.close()
+
+    def end_lines(self) -> None:
+        """Each rank's lines have ended already."""
 
 
 class Relay:

@@ -18,6 +18,7 @@ from pathlib import Path
 from dtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, WorldError
 from dtrain.launch.local import Ending
 from dtrain.launch.postmortem import FILE_NAME, STACKS_NAME
+from dtrain.launch.requests import STOP_SIGNALS
 from dtrain.launch.stopping import signals_caught
 
 _FINAL = (EXIT_OK, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED)  # starting again would change nothing, or is not wanted
@@ -46,7 +47,7 @@ def run_with_retries(attempt: Callable[[Path | None], Ending], most: float, *, f
     run: Path | None = None
     failures, best = 0, (0.0, 0.0, 0)
     last: Ending | None = None
-    for number in itertools.count(1):
+    for count in itertools.count(1):
         try:
             ending = attempt(run)
         except WorldError:
@@ -61,12 +62,12 @@ def run_with_retries(attempt: Callable[[Path | None], Ending], most: float, *, f
         best = max(best, now)
         if failures > most and not follows:
             return replace(ending, text=f"{ending.text}\n{_given_up(failures)}")
-        set_aside(run, number)
+        set_aside(run, count)
         pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (failures - 1))
-        print(f"{ending.text}\ndtrain: attempt {number} failed; the next one begins in {pause:g} s.", file=sys.stderr)  # noqa: T201
-        stopped = _pause(pause)
-        if stopped is not None:
-            return stopped
+        print(f"{ending.text}\ndtrain: attempt {count} failed; the next one begins in {pause:g} s.", file=sys.stderr)  # noqa: T201
+        number = _pause(pause)
+        if number is not None:
+            return _stopped(number, run)
         last = ending
     raise AssertionError  # itertools.count() has no end
 
@@ -113,13 +114,18 @@ def _given_up(failures: int) -> str:
     return f"dtrain: given up after {failures} failure{'s' if failures > 1 else ''} without progress in between."
 
 
-def _pause(seconds: float) -> Ending | None:
-    """Waits; returns how the job ends where a signal came meanwhile."""
+def _stopped(number: int, run: Path | None) -> Ending:
+    """How the job ends for a signal that comes between two attempts; a run can be started again, as it is."""
+    code = EXIT_STOPPED if run is not None and number in STOP_SIGNALS else 128 + number
+    return Ending(code, f"dtrain: stopped by {signal.Signals(number).name} before the next attempt.", number)
+
+
+def _pause(seconds: float) -> int | None:
+    """Waits; returns the signal that came meanwhile, if one did."""
     until = time.monotonic() + seconds
     with signals_caught(stoppable=True) as caught:
         while not caught:
             if time.monotonic() >= until:
                 return None
             time.sleep(_POLL_SECONDS)
-    name = signal.Signals(caught[0]).name
-    return Ending(128 + caught[0], f"dtrain: stopped by {name} before the next attempt.", caught[0])
+    return caught[0]

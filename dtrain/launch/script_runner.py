@@ -20,6 +20,7 @@ from pathlib import Path  # noqa: E402
 
 from dtrain.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, DtrainError, add_place  # noqa: E402
 from dtrain.failures import explain, users_line  # noqa: E402
+from dtrain.launch.heartbeat import SCRIPT, own_heartbeat  # noqa: E402
 from dtrain.launch.leaving import leave, must_leave_at_once  # noqa: E402
 from dtrain.launch.lifeline import hold_on  # noqa: E402
 from dtrain.launch.reports import Told, write_report  # noqa: E402
@@ -30,6 +31,9 @@ def main() -> None:
     """Runs the script that the command line names, and ends the process with its exit code."""
     hold_on()
     listen()
+    heartbeat = own_heartbeat()
+    if heartbeat is not None:
+        heartbeat.enter(SCRIPT)
     rank = int(os.environ["RANK"])
     text, code, told = run_script(sys.argv[1], sys.argv[2:])
     write_report(rank, code, text, told)

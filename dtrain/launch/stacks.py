@@ -6,14 +6,17 @@ faulthandler writes them from a signal handler in C, so that also a rank that ha
 from __future__ import annotations
 
 import faulthandler
+import io
 import itertools
 import os
 import re
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain.errors import keep_reserve
 from dtrain.launch.processes import catches, family
 from dtrain.launch.reports import REPORT_DIR
 
@@ -47,10 +50,17 @@ class Frame:
 
 
 def listen() -> None:
-    """Makes this rank write its stacks when asked, or when it crashes; does nothing without a supervisor."""
+    """Makes this rank write its stacks when asked, or when it crashes, and whole lines; able to tell of lack of memory.
+
+    Does nothing without a supervisor.
+    """
     folder, rank = os.environ.get(REPORT_DIR), os.environ.get("RANK")
     if folder is None or rank is None:
         return
+    keep_reserve()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # what a rank has printed is seen, and not lost when it is killed
     # Descriptors, not file objects: they stay open until the process is gone.
     faulthandler.enable(_opened(_crash_file(Path(folder), int(rank))), all_threads=False)
     if ASK is not None:
@@ -106,7 +116,9 @@ def _is_ours(file: str) -> bool:
 
 
 def _frames(text: str) -> list[Frame]:
-    return [Frame(**match.groupdict()) for line in text.splitlines() if (match := _FRAME.match(line))]
+    # Without those of Python's import system: a module that hangs while it is imported is what matters.
+    found = (Frame(**match.groupdict()) for line in text.splitlines() if (match := _FRAME.match(line)))
+    return [frame for frame in found if not frame.file.startswith("<frozen importlib.")]
 
 
 def waits_for_others(frames: list[Frame]) -> bool:
@@ -114,12 +126,17 @@ def waits_for_others(frames: list[Frame]) -> bool:
     return bool(frames) and _WAITING.search(frames[0].file) is not None
 
 
-def crash_text(folder: Path, rank: int) -> str:
-    """Returns what faulthandler wrote as a rank crashed, in the user's frames; empty where it did not."""
+def raw_crash_text(folder: Path, rank: int) -> str:
+    """Returns what faulthandler wrote as a rank crashed; empty where it did not."""
     try:
-        text = _crash_file(folder, rank).read_text(encoding="utf-8", errors="replace")
+        return _crash_file(folder, rank).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def crash_text(folder: Path, rank: int) -> str:
+    """Returns the same in the user's frames."""
+    text = raw_crash_text(folder, rank)
     return f"{text.splitlines()[0]}, innermost frame first:\n{users_part(_frames(text))}" if text.strip() else ""
 
 

@@ -59,12 +59,13 @@ class Orders:
         reports: where the ranks' heartbeats are.
 
     Attributes:
-        ended_by: the signal for which the ranks are to be ended; None as long as they are not.
+        ends: gets the signal for which the ranks are to be ended, instead of being asked to stop.
+        late: whether they were asked, and did not stop in time.
     """
 
     def __init__(self, caught: Sequence[int], seconds: float | None, reports: Path) -> None:
-        self.ended_by: int | None = None
-        self.late = False  # whether they were to stop on request, and did not in time
+        self.ends: list[int] = []
+        self.late = False
         self._caught = caught
         self._seconds = seconds
         self._reports = reports
@@ -85,18 +86,20 @@ class Orders:
             return False
         first = self._caught[0]
         if self._seconds is None or first not in STOP_SIGNALS:
-            self.ended_by = first
+            self.ends.append(first)
             return True
         for number in self._caught[1:]:
             if number == signal.SIGINT or number not in STOP_SIGNALS:
-                self.ended_by = number
+                self.ends.append(number)
                 return True
         if self._deadline is None:
             self._deadline = time.monotonic() + self._seconds
-            print(request_heard(signal.Signals(first).name), file=sys.stderr, flush=True)  # noqa: T201
+            line_before = "\n" if sys.stderr.isatty() else ""  # which shows ^C, or a bar
+            print(line_before + request_heard(signal.Signals(first).name), file=sys.stderr, flush=True)  # noqa: T201
         self._pass_on(first, ranks)
         if time.monotonic() > self._deadline:
-            self.ended_by, self.late = first, True
+            self.ends.append(first)
+            self.late = True
         return self.late
 
     def _pass_on(self, number: int, ranks: Mapping[int, subprocess.Popen[bytes]]) -> None:

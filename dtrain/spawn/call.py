@@ -20,6 +20,7 @@ from dtrain.world import World, computes_on_cpu
 if TYPE_CHECKING:
     import pandas as pd
 
+_HANG_SECONDS = 600.0  # as for `dtrain train`
 _PROGRAM = Path(__file__).with_name("rank.py")
 
 
@@ -78,7 +79,7 @@ def call_on_ranks(
         folder = Path(name)
         changing = write_parcel(folder, function, arguments)
         check_returnable(changing)
-        _raise_failure(run_local_ranks([str(_PROGRAM), name], ranks, relayed=True), ranks)
+        _raise_failure(run_local_ranks([str(_PROGRAM), name], ranks, relayed=True, hang_seconds=_HANG_SECONDS), ranks)
         history: pd.DataFrame = pd.DataFrame(read_results(folder, changing))
         return history
 

@@ -73,6 +73,18 @@ class Dtrain:
         )
         return Done(done.returncode, done.stdout, done.stderr)
 
+    def start(self, *arguments: object, **env: str) -> subprocess.Popen[str]:
+        """Starts `dtrain ARGUMENTS`, and leaves it to the caller to end it; what it prints is not kept."""
+        return subprocess.Popen(
+            [str(BIN / "dtrain"), *map(str, arguments)],
+            cwd=self.folder,
+            env=clean_environment(**env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
     def run_folder(self) -> Path:
         """The one run's folder."""
         (folder,) = (self.folder / "runs").iterdir()

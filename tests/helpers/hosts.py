@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from helpers.commands import BIN, clean_environment
+
+_PAIRS = itertools.count()
 
 
 def missing() -> str | None:
@@ -63,10 +66,11 @@ class Host:
 @contextlib.contextmanager
 def two_hosts(folder: Path) -> Iterator[list[Host]]:
     """Makes two hosts that see each other and nothing else, each with a folder of its own."""
-    hosts = []
+    hosts: list[Host] = []
+    pair = next(_PAIRS)  # several may be there at once; each pair sees itself alone
     try:
         for number in (0, 1):
-            host = Host(f"dtn{number}-{os.getpid()}", f"10.213.77.{number + 1}", folder / f"node{number}")
+            host = Host(f"dtn{pair}-{number}-{os.getpid()}", f"10.213.77.{number + 1}", folder / f"node{number}")
             host.folder.mkdir()
             _ip("netns", "add", host.name)
             hosts.append(host)

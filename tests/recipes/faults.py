@@ -2,9 +2,11 @@
 
 import ctypes
 import os
+import resource
 import signal
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -32,10 +34,36 @@ def work(seconds):
         sum(range(1000))
 
 
+def limit_memory(more=64 << 20):
+    """Allows this process some bytes more than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more,) * 2)
+
+
+def fill(make, more=64 << 20):
+    """Takes memory until there is none, and keeps it."""
+    limit_memory(more)
+    kept = []
+    while True:
+        kept.append(make())
+
+
+def note_time(path):
+    """Tells whoever watches when it happened; whole or not at all."""
+    if path:
+        part = Path(f"{path}.{os.getpid()}")
+        part.write_text(repr(time.time()))
+        part.replace(path)
+
+
 FAULTS = {
     "raise": lambda: 1 / 0,
     "shape": lambda: nn.Linear(2, 2)(torch.ones(3, 3)),
+    "go on": lambda: None,
     "memory": lambda: bytearray(1 << 60),
+    "memory of torch": lambda: fill(lambda: torch.ones(1 << 18)),
+    "memory of objects": lambda: fill(lambda: [object() for _ in range(100)], more=8 << 20),
+    "memory of text": lambda: fill(lambda: "x" * (1 << 20)),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "exit": lambda: os._exit(0),
@@ -43,16 +71,18 @@ FAULTS = {
     "sleep": fall_silent,
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "work": lambda: work(4),
+    "work 8 s": lambda: work(8),
     "write": lambda: write_slowly(4),
+    "write 8 s": lambda: write_slowly(8),
 }
 
 
 class Rows(Dataset):
     """y = mean of x; sample `bad` is a fault of the worker that fetches it."""
 
-    def __init__(self, length, fault, bad):
+    def __init__(self, length, fault, bad, mark=""):
         self.x = torch.randn(length, 3, generator=torch.Generator().manual_seed(0))
-        self.fault, self.bad = fault, bad
+        self.fault, self.bad, self.mark = fault, bad, mark
 
     def __len__(self):
         return len(self.x)
@@ -60,6 +90,7 @@ class Rows(Dataset):
     def __getitem__(self, index):
         x = self.x[index]
         if index == self.bad:
+            note_time(self.mark)
             if self.fault == "nan":
                 x = x * torch.nan
             else:
@@ -67,20 +98,17 @@ class Rows(Dataset):
         return x, self.x[index].mean(0, keepdim=True)
 
 
-def build_model(fault="", rank=0, phase="train", step=1, epoch=1, imperative=False):
+def build_model(fault="", rank=0, phase="train", step=1, epoch=1, imperative=False, mark=""):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-    model.plan, model.calls, model.imperative = (
-        (fault, str(rank), phase, step + (epoch - 1) * (1 if phase == "checkpoint" else 4)),
-        {},
-        imperative,
-    )
+    number = step + (epoch - 1) * (1 if phase == "checkpoint" else 4)
+    model.plan, model.calls, model.imperative, model.mark = (fault, str(rank), phase, number), {}, imperative, mark
     # What writes the checkpoint asks for the state.
     model.register_state_dict_pre_hook(lambda *_: at("checkpoint", model))
     return model
 
 
-def build_dataloaders(length=32, batch_size=4, workers=0, fault="", bad=-1):
-    train, valid = Rows(length, fault, bad), Rows(length, "", -1)
+def build_dataloaders(length=32, batch_size=4, workers=0, fault="", bad=-1, mark=""):
+    train, valid = Rows(length, fault, bad, mark), Rows(length, "", -1)
     return DataLoader(train, batch_size, num_workers=workers), DataLoader(valid, batch_size)
 
 
@@ -92,6 +120,7 @@ def at(phase, model):
     fault, rank, where, step = model.plan
     model.calls[phase] = model.calls.get(phase, 0) + 1
     if fault and (RANK, phase, model.calls[phase]) == (rank, where, step):
+        note_time(model.mark)
         return float("nan") if fault == "nan" else FAULTS[fault]() or 1.0
     return 1.0
 

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,14 +85,17 @@ class Bench:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, stacks: dict[int, str], limit: float) -> None:
         self.now, self.used, self.asked = 0.0, dict.fromkeys(stacks, Activity()), 0
+        self.as_they_answer: Callable[[], None] = lambda: None
         self.beats = {rank: Heartbeat(folder / f"rank-{rank}.beat") for rank in stacks}
         for beat in self.beats.values():
             beat.enter("train", 1)
         self.watch = HangWatch(folder, limit, clock=lambda: self.now)
         monkeypatch.setattr(hangs, "activity", lambda pid: self.used[pid])
+        monkeypatch.setattr(hangs, "_CONFIRM_SECONDS", 0.0)
 
         def ask(_folder: Path, ranks: dict[int, int]) -> dict[int, str]:
             self.asked += 1
+            self.as_they_answer()
             return {rank: stacks[rank] for rank in ranks}
 
         monkeypatch.setattr(hangs, "ask_for_stacks", ask)
@@ -142,6 +146,13 @@ def test_a_little_use_is_no_work_and_a_beat_is(monkeypatch: pytest.MonkeyPatch, 
     found = bench.until(110, polls)
     assert found is not None
     assert "train step 1" in found.why[0]
+
+
+def test_who_goes_on_while_the_ranks_are_asked_is_no_culprit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bench = Bench(monkeypatch, tmp_path, {0: SLEEPS, 1: WAITS}, 60)
+    bench.as_they_answer = lambda: bench.beats[0].step(bench.asked)
+    assert bench.until(300) is None
+    assert bench.asked
 
 
 def test_all_waiting_for_each_other_is_a_hang_and_done_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

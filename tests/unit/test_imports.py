@@ -27,6 +27,7 @@ LAYERS = [
         "dtrain.recipe_file",
         "dtrain.failures",
         "dtrain.seeding",
+        "dtrain.deferred",
     ],
     ["dtrain.identity", "dtrain.profiles", "dtrain.lock"],
     ["dtrain.arrival"],

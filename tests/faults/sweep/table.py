@@ -1,0 +1,161 @@
+"""The faults of the sweep: what is done, what must be said, and how long the end may take.
+
+Where dtrain's words or exit codes change, this is the place.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+STEPS, BATCH, EPOCHS = 4, 4, 2  # of the recipe, on each rank
+HANG_SECONDS = 2
+SUDDEN, HANGING, LAUNCHER, NODES = 10.0, 15.0, 5.0, 15.0  # seconds to the end
+MEETING = 30.0  # from the start of the processes, whose imports take their time on a busy machine
+
+PLACE = r"rank {rank}, epoch {epoch}, {phase} step {step}"
+STUCK = r"a hang was ended: rank {rank} has been in epoch {epoch}, {phase} step {step} for \d+ s"
+STOPPED = r"dtrain: stopped by {signal}; all ranks are ended\."
+LOST = r"node \d is lost"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row of the table.
+
+    Attributes:
+        how: which part of the sweep does it: "recipe", "launcher", "nodes", "meeting" or "healthy".
+        does: what the recipe does, or other ways to do it; one is drawn.
+        phases: where; one is drawn.
+        cause: in failure.json, None where there is none to be.
+        code: exit code of the launcher.
+        says: patterns that the screen must have.
+        within: seconds from the fault to the end of the last process.
+        more: further words of the command line.
+    """
+
+    how: str
+    does: Sequence[str] = ("",)
+    phases: Sequence[str] = ("train", "valid")
+    cause: str | None = None
+    code: int = 1
+    says: Sequence[str] = ()
+    within: float = SUDDEN
+    more: Sequence[str] = ()
+
+
+def _hang(does: str, *phases: str, says: str = "") -> Fault:
+    hang = (f"hang_seconds={HANG_SECONDS}",)
+    return Fault(
+        "recipe", (does,), phases, "hang", 76, tuple(filter(None, (STUCK, says))), HANGING + HANG_SECONDS, hang
+    )
+
+
+def _launcher(signal: str, code: int) -> Fault:
+    says = () if signal == "SIGKILL" else (STOPPED.replace("{signal}", signal),)
+    return Fault("launcher", (signal,), code=code, says=says, within=LAUNCHER)
+
+
+FAULTS = {
+    "exception": Fault("recipe", ("raise", "shape"), cause="exception", says=("raised by your code", "at " + PLACE)),
+    "SIGKILL": Fault("recipe", ("kill",), cause="killed", says=("rank {rank} was killed by SIGKILL", "at " + PLACE)),
+    "os._exit(0)": Fault("recipe", ("exit",), cause="exit", says=("rank {rank} left with exit code 0", "at " + PLACE)),
+    "segfault": Fault(
+        "recipe",
+        ("segfault",),
+        cause="segfault",
+        says=("Fatal Python error: Segmentation fault", "rank {rank} was killed by SIGSEGV", "at " + PLACE),
+    ),
+    "memory limit": Fault(
+        "recipe",
+        ("memory", "memory of torch", "memory of objects", "memory of text"),
+        cause="out_of_memory",
+        says=("raised by your code", "at " + PLACE),
+    ),
+    "sleep in train": _hang("sleep", "train", says="fall_silent"),
+    "sleep in valid": _hang("sleep", "valid", says="fall_silent"),
+    "sleep in a worker": _hang("worker", "train", says="__getitem__"),
+    "SIGSTOP": _hang("stop", "train", "valid", says="is stopped"),
+    "NaN": Fault(
+        "recipe",
+        ("nan",),
+        ("train",),
+        "nan",
+        says=("the loss of this step is nan", "have the indices {indices} in the dataset", "at " + PLACE),
+    ),
+    "launcher SIGTERM": _launcher("SIGTERM", 128 + 15),
+    "launcher SIGINT": _launcher("SIGINT", 128 + 2),
+    "launcher SIGHUP": _launcher("SIGHUP", 128 + 1),
+    "launcher SIGKILL": _launcher("SIGKILL", -9),
+    "network cut": Fault("nodes", ("cut",), says=(LOST,), within=NODES),
+    "node's launcher SIGKILL": Fault("nodes", ("SIGKILL",), says=(LOST,), within=NODES),
+    "foreign process on the port": Fault(
+        "meeting", ("foreign",), code=2, says=(r"no dtrain (launcher|rank)", "220 a foreign service"), within=MEETING
+    ),
+    "another recipe on node 2": Fault(
+        "meeting",
+        ("recipe",),
+        code=2,
+        says=(r"the content of mine.py is not the same on all nodes: \w{{12}} on node 0, \w{{12}} on node 1",),
+        within=MEETING,
+    ),
+    "port in use": Fault(
+        "meeting", ("port",), code=2, within=MEETING, says=(r"port \d+ is in use by process {holder} \(",)
+    ),
+    "8 s checkpoint": Fault("healthy", ("write 8 s",), ("checkpoint",), code=0),
+    "8 s validation batch": Fault("healthy", ("work 8 s",), ("valid",), code=0),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault at one place; the seed draws the place."""
+
+    fault: str
+    ranks: int
+    load: str
+    seed: int
+    place: dict[str, object] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        fault, draw = FAULTS[self.fault], random.Random(f"{self.fault} {self.ranks} {self.seed}")
+        drawn = {
+            "does": draw.choice(fault.does),
+            "phase": draw.choice(fault.phases),
+            "rank": draw.randrange(self.ranks),
+            "epoch": draw.randint(1, EPOCHS),
+            "step": draw.randint(1, STEPS),
+            "imperative": draw.random() < 0.5,
+            "workers": draw.randint(0, 1),
+            "node": draw.randrange(2),
+        }
+        if drawn["does"] == "worker":
+            drawn |= {"workers": 1, "epoch": 1}
+        if drawn["phase"] == "checkpoint":
+            drawn |= {"rank": 0, "step": 1}  # rank 0 writes, once an epoch
+        object.__setattr__(self, "place", drawn)
+
+    @property
+    def kind(self) -> Fault:
+        return FAULTS[self.fault]
+
+    @property
+    def length(self) -> int:
+        """Samples of either data set."""
+        return STEPS * BATCH * self.ranks
+
+    def first_sample(self) -> int:
+        """The index of the first sample of the batch of the place."""
+        return ((int(str(self.place["step"])) - 1) * self.ranks + int(str(self.place["rank"]))) * BATCH
+
+    def words(self) -> list[str]:
+        """What `dtrain train` is given for the place, besides the fault."""
+        place = [f"model.{name}={self.place[name]}" for name in ("rank", "epoch", "step", "phase")]
+        style = f"model.imperative={str(self.place['imperative']).lower()}"
+        run = [f"epochs={EPOCHS}", "run.name=it", f"length={self.length}", f"workers={self.place['workers']}"]
+        return [*place, style, *run, *self.kind.more]
+
+    def again(self) -> str:
+        """The words that run this case alone."""
+        return f"--only '{self.fault}' --ranks {self.ranks} --load {self.load} --seed {self.seed}"
