@@ -211,7 +211,8 @@ def _found(saved: State, task: Task) -> Optimizer:
             f"{', ...' * (len(names) > 3)}, and the recipe has {len(alike) or 'none'} of this kind. "
             "Make one, before training begins: as model.optimizer, or when the recipe is imported."
         )
-    return alike[0]
+    found: Optimizer = alike[0]
+    return found
 
 
 def check_order(engine: Engine, rank: State) -> None:

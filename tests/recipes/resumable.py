@@ -1,0 +1,79 @@
+"""A recipe with all that a resumed run must get right: shuffle, dropout, augmentation, BatchNorm, a weight average."""
+
+import os
+import random
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+average = None  # of the weights: an object of the file's own, with a state
+
+
+class Noisy(Dataset):
+    """Augments from all three random streams."""
+
+    def __init__(self, n):
+        self.x = torch.randn(n, 4, generator=torch.Generator().manual_seed(1))
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        noise = torch.randn(4) + random.random() + float(np.random.rand())
+        return index, self.x[index] + 0.1 * noise, self.x[index].sum().reshape(1)
+
+
+class Net(nn.Module):
+    def __init__(self, hidden, dropout):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(4, hidden), nn.BatchNorm1d(hidden), nn.Dropout(dropout), nn.Tanh(), nn.Linear(hidden, 1)
+        )
+        self.register_buffer("order", torch.zeros((), dtype=torch.int64))  # of the samples that rank 0 saw
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def build_model(hidden: int = 6, dropout: float = 0.2, pause: float = 0.0, fault: str = ""):
+    global average  # noqa: PLW0603 - as notebooks do
+    model = Net(hidden, dropout)
+    model.pause, model.fault, model.hidden_stream = pause, fault, random.Random(5)
+    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=lambda old, new, _: 0.9 * old + 0.1 * new)
+    return model
+
+
+def build_dataloaders(n: int = 48, batch_size: int = 4, workers: int = 0):
+    return (
+        DataLoader(Noisy(n), batch_size=batch_size, shuffle=True, num_workers=workers),
+        DataLoader(Noisy(9), batch_size=batch_size),
+    )
+
+
+def build_optimizer(model, lr: float = 0.01):
+    return torch.optim.AdamW(model.parameters(), lr=lr)
+
+
+def build_scheduler(optimizer):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100), "step"
+
+
+def train_step(model, index, x, y):
+    time.sleep(model.pause)
+    for number in index.tolist():
+        model.order.mul_(31).add_(number + 1)
+    if model.fault == "stream":
+        x = x + model.hidden_stream.random()
+    if model.fault == "process":
+        x = x + os.getpid() % 1000 / 1000
+    loss = (model(x) - y).square().mean()
+    average.update_parameters(model)
+    return loss, loss.detach().sqrt()
+
+
+def valid_step(model, index, x, y):
+    loss = (model(x) - y).square().mean()
+    return loss, loss.sqrt()
