@@ -40,9 +40,7 @@ def assert_stopped(run: Running, by: str, code: int = 75) -> None:
     assert not (folder / "owner.lock").exists()
 
 
-@pytest.mark.parametrize(
-    ("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGINT), (3, signal.SIGUSR1)]
-)
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT), (3, signal.SIGUSR1)])
 def test_a_signal_to_the_launcher(tmp_path: Path, train: list[object], ranks: int, number: signal.Signals) -> None:
     words = [*train, "-n", ranks, "model.imperative=true"] if ranks > 1 else train
     with running(tmp_path, *words) as run:
@@ -68,7 +66,7 @@ def test_a_storm_of_signals(tmp_path: Path, train: list[object], ranks: int) -> 
         assert "Traceback" not in run.text
 
 
-@pytest.mark.parametrize("after", [0.15, 0.5, 1.5] if not FULL else [number * 0.1 for number in range(40)])
+@pytest.mark.parametrize("after", [0.15, 1.5] if not FULL else [number * 0.1 for number in range(40)])
 def test_in_start_up(tmp_path: Path, train: list[object], after: float) -> None:
     with running(tmp_path, *train, "-n", 2, "model.setup=1") as run:
         wait_for(lambda: listens(run.process.pid), "the launcher listens")
@@ -151,13 +149,6 @@ def test_validation_is_left(tmp_path: Path, train: list[object]) -> None:
     assert not (tmp_path / "runs/it/history.csv").exists()
 
 
-def test_at_the_end_nobody_needs_to_stop(tmp_path: Path, recipes: Path) -> None:
-    with running(tmp_path, "train", recipes / "long.py", "--cpu", "-n", 2, "epochs=1", "valid_pause=0.4") as run:
-        run.until(*marks("valid", 2))
-        # Validation is over for rank 1, which waits for rank 0 in the reduction at its end.
-        assert run.end() == 0, run.text
-
-
 def test_a_terminal_that_closes_ends_at_once_and_nohup_keeps_it(tmp_path: Path, train: list[object]) -> None:
     with running(tmp_path, *train, "-n", 2) as run:
         run.until(*marks("train", 2))
@@ -177,7 +168,7 @@ def test_a_terminal_that_closes_ends_at_once_and_nohup_keeps_it(tmp_path: Path, 
         assert "SIGHUP" not in run.text
 
 
-@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGUSR1)])
+@pytest.mark.parametrize(("ranks", "number"), [(2, signal.SIGTERM), (1, signal.SIGUSR1)])
 def test_a_signal_to_every_process(tmp_path: Path, train: list[object], ranks: int, number: signal.Signals) -> None:
     """As SLURM sends it: to the launcher, each rank, and their DataLoader workers."""
     with running(tmp_path, *train, "-n", ranks, "workers=2") as run:

@@ -89,7 +89,7 @@ def forget(world: World) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_all_ranks_stop_after_the_same_step(size: int, tmp_path: Path) -> None:
-    seeds = list(range(12 if os.environ.get("DTRAIN_TEST_SWEEP") != "full" else 200))
+    seeds = list(range(8 if os.environ.get("DTRAIN_TEST_SWEEP") != "full" else 200))
     ranks = (
         [many(bring_up(cpu=True), seeds, str(tmp_path))]
         if size == 1
