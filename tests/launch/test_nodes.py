@@ -155,3 +155,29 @@ def test_a_script_that_differs_is_refused_on_both(hosts: list[Host]) -> None:
         assert re.search(
             r"the content of s.py is not the same on all nodes: \w{12} on node 0, \w{12} on node 1\.", text
         )
+
+
+def test_a_request_to_one_launcher_stops_all_nodes_ranks_with_one_checkpoint(hosts: list[Host], recipes: Path) -> None:
+    launchers = start(hosts, "train", recipes / "long.py", "epochs=1000", "run.name=r")
+    deadline = time.monotonic() + 60
+    while not all((host.folder / f"train-{node}").exists() for node, host in enumerate(hosts)):
+        assert time.monotonic() < deadline, ended(launchers, 1)
+        time.sleep(0.05)
+    launchers[1].send_signal(signal.SIGTERM)
+    texts = ended(launchers, 60)
+    assert [launcher.returncode for launcher in launchers] == [75, 75], texts
+    for text in texts:
+        assert "dtrain: stopped on request (SIGTERM), in epoch" in text
+    assert not (hosts[0].folder / "runs/r/failure.json").exists()
+
+
+def test_all_nodes_start_again_after_a_failure(hosts: list[Host], recipes: Path) -> None:
+    fault = ["model.fault=raise", "model.rank=1", "model.epoch=2", "model.step=2"]
+    words = ["train", recipes / "faults.py", "epochs=2", "asynchronous=false", *fault]
+    launchers = start(hosts, *words, options=("--retries", 1))
+    texts = ended(launchers)
+    assert [launcher.returncode for launcher in launchers] == [0, 0], texts
+    for text in texts:
+        assert "dtrain: attempt 1 failed; the next one begins in 1 s." in text
+    (folder,) = (hosts[0].folder / "runs").iterdir()
+    assert [line.split(",")[0] for line in (folder / "history.csv").read_text().splitlines()] == ["epoch", "1", "2"]
