@@ -75,9 +75,12 @@ def read_failure(run: Path) -> dict[str, Any] | None:
 
 def last_checkpoint(run: Path) -> str | None:
     """Returns the last whole checkpoint of a run's folder, None where there is none."""
-    # A folder has this name once all that is in it is on the disk.
-    whole = [path for path in (run / "checkpoints").glob("epoch-*") if re.fullmatch(r"epoch-\d+", path.name)]
-    return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
+    # A folder has this name once all that is in it is on the disk. Of one epoch, its end comes last.
+    whole: dict[tuple[int, float], Path] = {}
+    for path in (run / "checkpoints").glob("epoch-*"):
+        if match := re.fullmatch(r"epoch-(\d+)(?:-step-(\d+))?", path.name):
+            whole[int(match[1]), float(match[2] or "inf")] = path
+    return str(whole[max(whole)]) if whole else None
 
 
 def remarks(run: Path) -> list[str]:

@@ -274,6 +274,9 @@ def test_the_last_whole_checkpoint(tmp_path: Path) -> None:
     for name in ("epoch-2", "epoch-10", ".epoch-11.part", "epoch-x"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoints/epoch-10")
+    for name, last in (("epoch-11-step-9", True), ("epoch-11-step-10", True), ("epoch-10-step-30", False)):
+        (tmp_path / "checkpoints" / name).mkdir()
+        assert (last_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / name)) == last
 
 
 # --- exceptions in words ----------------------------------------------------------------------------------

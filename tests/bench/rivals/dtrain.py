@@ -59,11 +59,14 @@ _MEANS = ("loss", "accuracy", "val_loss", "val_accuracy")
 
 
 def _fit(problem: Any, epochs: int, between: Any, net: Any, train_step: Any, valid_step: Any) -> None:
-    """As `dtrain train` does it, without its checkpoints: exact means, history file, plain lines every ten steps."""
+    """As `dtrain train` does it, without its checkpoints: exact means, history file, plain lines every ten steps, an
+    ear for requests to stop."""
     from dtrain.engine import Engine
     from dtrain.history import History
+    from dtrain.launch.requests import StopRequest
     from dtrain.learning import Task
     from dtrain.progress import choose_progress
+    from dtrain.stopping import Stopping
     from dtrain.world import bring_up
 
     world = bring_up(cpu=True)
@@ -71,7 +74,9 @@ def _fit(problem: Any, epochs: int, between: Any, net: Any, train_step: Any, val
     shown = choose_progress(is_main=world.is_main, epochs=epochs, log_step_freq=10)
     engine = Engine(task, world, epochs=epochs, history=History("history.csv"), progress=shown)
     engine.after_epoch.append(lambda row: between(**{name: row[name] for name in _MEANS}))
-    engine.fit()
+    with Stopping(world, StopRequest()) as stopping:
+        engine.heed(stopping)
+        engine.fit()
 
 
 def _net(problem: Any) -> Any:
