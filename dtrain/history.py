@@ -47,7 +47,8 @@ class History:
     def resumed(cls, path: Path, rows: list[dict[str, Any]]) -> History:
         """Returns a history that goes on after these rows; its file then holds these alone, and at no time less."""
         text = "".join(_line(cells) for cells in ([rows[0].keys()] if rows else []) + [row.values() for row in rows])
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        if before != text:
             part = path.with_name(f".{path.name}.part")
             part.unlink(missing_ok=True)
             _append(part, text, sync=True)

@@ -148,14 +148,14 @@ def take_up(opened: Opened, settings: Settings, rows: list[dict[str, Any]]) -> H
     """
     folder = opened.folder
     if not opened.again:
-        return History.resumed(folder / FILE_NAME, rows) if rows else History(folder / FILE_NAME)
+        return History.resumed(folder / FILE_NAME, rows)
     remove_leftovers(folder / CHECKPOINTS)
     for path in () if opened.found is None else opened.found.newer:
         _out_of_the_way(path)
     if opened.found is None and (folder / FILE_NAME).exists():
         _keep_aside(folder / FILE_NAME)
     write_whole(folder / CONFIG, settings.to_yaml())
-    return History.resumed(folder / FILE_NAME, rows) if rows else History(folder / FILE_NAME)
+    return History.resumed(folder / FILE_NAME, rows)
 
 
 def _out_of_the_way(path: Path) -> None:
