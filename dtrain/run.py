@@ -31,7 +31,7 @@ from dtrain.lock import owned
 from dtrain.passes import Place
 from dtrain.progress import choose_progress
 from dtrain.recipe import bind, load_recipe
-from dtrain.resuming.finding import Loaded, load
+from dtrain.resuming.finding import Loaded, Parts, read
 from dtrain.resuming.fitting import check_facts, check_ranks, check_shapes, facts_of
 from dtrain.resuming.keeper import Keeper
 from dtrain.resuming.state import restore
@@ -132,7 +132,9 @@ def begin(engine: Engine, settings: Settings, resume: str, own: Callable[[Path],
     folder, resumes = world.gather_json(None if opened is None else [str(opened.folder), opened.found is not None])[0]
     loaded = None
     if resumes:
-        loaded = agree(world, lambda: load(world, opened.found.saved.path if opened and opened.found else None))
+        parts = agree(world, lambda: read(opened.found.saved.path) if opened and opened.found else Parts())
+        shared = parts.shared(world)
+        loaded = agree(world, shared.loaded)
         strict = opened is not None and not opened.explicit
         agree(world, lambda: _check(engine, settings, loaded, strict=strict))
     rows = [] if loaded is None else loaded.run["rows"]

@@ -87,21 +87,36 @@ class Loaded:
     ranks: list[State]
 
 
-def load(world: World, path: Path | None) -> Loaded:
-    """Reads a verified checkpoint on rank 0 and hands it to all ranks.
+@dataclass(frozen=True)
+class Parts:
+    """A checkpoint's files as they are, on rank 0; nothing yet elsewhere."""
 
-    Args:
-        world: the ranks.
-        path: the checkpoint; rank 0's counts.
+    path: str = ""
+    files: tuple[bytes, ...] = (b"",) * (1 + len(FILES))
+
+    def shared(self, world: World) -> Parts:
+        """Returns rank 0's parts on every rank."""
+        path = world.share_bytes(self.path.encode()).decode()
+        return Parts(path, tuple(world.share_bytes(data) for data in self.files))
+
+    def loaded(self) -> Loaded:
+        """Makes tensors and states of the files.
+
+        Raises:
+            CheckpointError: they are not what dtrain writes.
+        """
+        manifest, weights, *states = self.files
+        run, ranks = (_tree(states[n], _tensors(states[n + 1])) for n in (0, 2))
+        return Loaded(Path(self.path), json.loads(manifest), _tensors(weights), run, ranks)
+
+
+def read(path: Path) -> Parts:
+    """Reads a verified checkpoint.
 
     Raises:
-        CheckpointError: it is not what dtrain writes; every rank raises it.
+        OSError: a file cannot be read.
     """
-    where = Path(world.gather_json(str(path))[0])
-    parts = [world.share_bytes((where / name).read_bytes() if world.is_main else b"") for name in (MANIFEST, *FILES)]
-    facts, weights = json.loads(parts[0]), _tensors(parts[1])
-    run, ranks = (_tree(parts[n], _tensors(parts[n + 1])) for n in (2, 4))
-    return Loaded(where, facts, weights, run, ranks)
+    return Parts(str(path), tuple((path / name).read_bytes() for name in (MANIFEST, *FILES)))
 
 
 def _tensors(data: bytes) -> dict[str, Tensor]:

@@ -105,7 +105,8 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(dtrain: Dtrain, r
     common = ["train", recipes / "resumable.py", "--cpu", "epochs=2", "model.dropout=0", "train.batch=global"]
     common += ["sync_batchnorm=true", "checkpoint.every_steps=5", "checkpoint.keep_last=9", "run.name=it", "data.n=47"]
     recipe = dtrain.folder / "plain.py"
-    text = (recipes / "resumable.py").read_text().replace("+ 0.1 * noise", "")
+    # Adam would make whole steps of gradients that are zero but for rounding, as that of a bias before BatchNorm.
+    text = (recipes / "resumable.py").read_text().replace("+ 0.1 * noise", "").replace("AdamW", "SGD")
     recipe.write_text(text)
     common[1] = recipe
     whole = dtrain(*common, "-n", 2, "run.name=whole")

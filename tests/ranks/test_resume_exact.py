@@ -25,7 +25,7 @@ from dtrain.config.schema import CheckpointConfig
 from dtrain.engine import Engine
 from dtrain.errors import StopRequested
 from dtrain.learning import Task
-from dtrain.resuming.finding import find_good, load
+from dtrain.resuming.finding import Parts, find_good, read
 from dtrain.resuming.keeper import Keeper
 from dtrain.resuming.state import restore
 from dtrain.world import World
@@ -125,9 +125,8 @@ def train(world: World, case: dict[str, Any], folder: Path | None, stop_at: int 
     skipped = 0
     if folder is not None:
         found = find_good(folder) if world.is_main else None
-        here = world.gather_json(None if found is None else str(found.saved.path))[0]
-        if here is not None:
-            loaded = load(world, Path(here))
+        if world.gather_json(found is not None)[0]:
+            loaded = (Parts() if found is None else read(found.saved.path)).shared(world).loaded()
             engine.history.rows = list(loaded.run["rows"])
             restore(engine, loaded.weights, loaded.run, loaded.ranks)
             skipped = engine.start.skip

@@ -30,8 +30,7 @@ from dtrain.checkpoint.tensors import pieces
 from dtrain.checkpoint.weights import WEIGHTS
 from dtrain.checkpoint.writer import Snapshot, Writer
 from dtrain.errors import CheckpointError, UsageError
-from dtrain.resuming.finding import FILES, find_good, load
-from dtrain.world import bring_up
+from dtrain.resuming.finding import FILES, find_good, read
 
 # What a save and the pruning after it ask of the system.
 CALLS = ("mkdir", "open", "write", "fsync", "rename", "unlink", "rmdir", "close")
@@ -219,7 +218,7 @@ def test_pickles_in_every_file_run_nothing(tmp_path: Path) -> None:
     found = find_good(folder)
     assert found is not None
     with pytest.raises(CheckpointError):
-        load(bring_up(cpu=True), found.saved.path)
+        read(found.saved.path).loaded()
     for name in ("manifest.json", *FILES):
         (path / name).write_bytes(bomb)
     with pytest.raises(CheckpointError):
