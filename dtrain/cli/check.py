@@ -1,15 +1,23 @@
-"""`dtrain check parity`."""
+"""`dtrain check parity` and `dtrain check resume`."""
 
 from __future__ import annotations
 
+import random
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dtrain.cli.guard import reported
 from dtrain.cli.train import METAVAR, read_target
+
+if TYPE_CHECKING:
+    from dtrain.world import World
+
+_EPOCHS = 2
 
 app = typer.Typer(help="Prove, on your own recipe, what dtrain promises.", no_args_is_help=True)
 
@@ -66,6 +74,89 @@ def _tell(alone: Path, together: Path, ranks: int, accumulation: int, tolerance:
     typer.echo(f"different: {ranks} ranks part from 1 at {parting.where}")
     typer.echo(f"  1 rank:   {parting.alone}\n  {ranks} ranks:  {parting.together}\n  likely cause: {parting.cause}")
     return 1
+
+
+@app.command()
+def resume(
+    words: Annotated[list[str] | None, typer.Argument(metavar=METAVAR, show_default=False)] = None,
+    ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, help="On this many CPU ranks.")] = 1,
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of each of two epochs.")] = 8,
+) -> None:
+    """Kill a run at a random step, resume it, and compare it with one that was not killed, to the last bit.
+
+    Exit code 0 where they are equal, 1 where they part.
+
+    Example: dtrain check resume digits -n 2
+    """
+    with reported():
+        code = _resume(words or [], ranks, steps)
+    raise typer.Exit(code)
+
+
+def _resume(words: list[str], ranks: int, steps: int) -> int:
+    from dtrain.check.resume import compare, read_record
+
+    read_target(words)  # what is wrong with it is told once
+    many = f"{ranks} rank{'s' * (ranks > 1)}"
+    with tempfile.TemporaryDirectory(prefix="dtrain-resume-") as folder:
+        out = Path(folder)
+        typer.echo(f"2 epochs of up to {steps} optimizer steps on {many} ...")
+        if (code := _rehearsed(words, out, "whole", ranks, steps)) != 0:
+            return code
+        whole = read_record(out / "whole")
+        total = whole[0][-1]["updates"]
+        kill_at = random.SystemRandom().randint(1, total)
+        typer.echo(f"the same, killed after step {kill_at} of {total} ...")
+        _rehearsed(words, out, "killed", ranks, steps, kill_at)
+        typer.echo("resumed ...")
+        if (code := _rehearsed(words, out, "resumed", ranks, steps)) != 0:
+            return code
+        found = compare(whole, read_record(out / "resumed"))
+    if found is None:
+        typer.echo(f"equal: samples, losses, weights, optimizer and history, to the last bit, on {many}.")
+        return 0
+    typer.echo(f"different: the resumed run parts from the uninterrupted one at {found.where}")
+    typer.echo(f"  uninterrupted: {found.whole}\n  resumed:       {found.resumed}\n  likely cause: {found.cause}")
+    return 1
+
+
+def _rehearsed(words: list[str], out: Path, name: str, ranks: int, steps: int, kill_at: int = 0) -> int:  # noqa: PLR0917
+    """Runs `rehearse` in a process of its own; its output is shown where it fails without having been asked to."""
+    from dtrain.launch.local import dtrain_argv
+
+    (out / name).mkdir()
+    options = ["--out", str(out), "--name", name, "--steps", str(steps), "--kill-at", str(kill_at), "-n", str(ranks)]
+    argv = [sys.executable, *dtrain_argv(["check", "rehearse", *options, "--", *words])]
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode != 0 and kill_at == 0:
+        typer.echo(done.stderr, err=True, nl=False)
+        typer.echo("no comparison: the run failed, see above.")
+    return done.returncode
+
+
+@app.command(hidden=True)
+def rehearse(  # noqa: PLR0917 - options
+    words: Annotated[list[str] | None, typer.Argument()] = None,
+    out: Annotated[Path, typer.Option()] = Path(),
+    name: Annotated[str, typer.Option()] = "",
+    steps: Annotated[int, typer.Option()] = 8,
+    kill_at: Annotated[int, typer.Option()] = 0,
+    ranks: Annotated[int, typer.Option("-n")] = 1,
+) -> None:
+    """One run for `resume`."""
+    from dtrain.cli.ranks import on_ranks
+
+    run = "whole" if name == "whole" else "cut"  # the killed run, and the one that goes on with it
+    settings = read_target([*(words or []), f"run.dir={out / 'runs'}", f"run.name={run}", f"epochs={_EPOCHS}"])
+
+    def work(world: World) -> None:
+        from dtrain.check.rehearsal import rehearse
+
+        rehearse(settings, world, out / name, steps=steps, kill_at=kill_at)
+
+    with reported():
+        code = on_ranks(ranks, True, work)
+    raise typer.Exit(code)
 
 
 @app.command(hidden=True)

@@ -82,6 +82,11 @@ class Keeper:
         """Keeps what a stop in validation needs: that is left in its midst, and done again by the run that goes on."""
         self._trained = trained, rank_state(self._engine)
 
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._writer.busy
+
     def save_now(self) -> None:
         """Saves where the engine is, and returns once that is on the disk.
 

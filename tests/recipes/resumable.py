@@ -1,13 +1,12 @@
 """A recipe with all that a resumed run must get right: shuffle, dropout, augmentation, BatchNorm, a weight average."""
 
-import os
 import random
 import time
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 
 average = None  # of the weights: an object of the file's own, with a state
 
@@ -46,9 +45,34 @@ def build_model(hidden: int = 6, dropout: float = 0.2, pause: float = 0.0, fault
     return model
 
 
-def build_dataloaders(n: int = 48, batch_size: int = 4, workers: int = 0):
+class OwnStream(Noisy):
+    """Augments from a random stream of its own, which nobody can know of."""
+
+    stream = random.Random(5)
+
+    def __getitem__(self, index):
+        index, x, y = super().__getitem__(index)
+        return index, x + self.stream.random(), y
+
+
+class OwnOrder(Sampler):
+    """Draws the order from a stream of its own."""
+
+    def __init__(self, data):
+        self.data, self.stream = data, random.Random(5)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __iter__(self):
+        return iter(self.stream.sample(range(len(self.data)), len(self.data)))
+
+
+def build_dataloaders(n: int = 48, batch_size: int = 4, workers: int = 0, own: str = ""):
+    data = OwnStream(n) if own == "stream" else Noisy(n)
+    sampler = OwnOrder(data) if own == "order" else RandomSampler(data)
     return (
-        DataLoader(Noisy(n), batch_size=batch_size, shuffle=True, num_workers=workers),
+        DataLoader(data, batch_size=batch_size, sampler=sampler, num_workers=workers),
         DataLoader(Noisy(9), batch_size=batch_size),
     )
 
@@ -65,11 +89,9 @@ def train_step(model, index, x, y):
     time.sleep(model.pause)
     for number in index.tolist():
         model.order.mul_(31).add_(number + 1)
-    if model.fault == "stream":
-        x = x + model.hidden_stream.random()
-    if model.fault == "process":
-        x = x + os.getpid() % 1000 / 1000
     loss = (model(x) - y).square().mean()
+    if model.fault == "stream":
+        loss = loss * model.hidden_stream.random()
     average.update_parameters(model)
     return loss, loss.detach().sqrt()
 
