@@ -20,12 +20,13 @@ import select
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from dtrain.errors import EXIT_FAILED, EXIT_OK, WorldError
+from dtrain.errors import EXIT_FAILED, WorldError
 from dtrain.launch.job import Job
 from dtrain.launch.ports import family_of, free_port, listen_on
+from dtrain.launch.postmortem import Failure
 from dtrain.launch.wire import Wire
 
 _POLL_SECONDS = 0.1
@@ -43,9 +44,11 @@ class Word:
     Attributes:
         node: which node.
         exit_code: 0 where all its ranks ended well.
-        text: what a person shall read of it.
+        text: what a person shall read of it; empty where it ended well, or because of another part.
         when: seconds since the epoch.
         lost: whether it is another node that says so, since this one is gone.
+        failure: what `failure.json` shall hold of it; None where there is nothing.
+        ended: rank -> how it ended, of this node's ranks.
     """
 
     node: int
@@ -53,6 +56,13 @@ class Word:
     text: str
     when: float
     lost: bool = False
+    failure: dict[str, Any] | None = None
+    ended: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        """What comes first is the cause: what tells of nothing but another rank's end comes last."""
+        return self.failure is not None and Failure(**self.failure).echo, self.when
 
 
 class Meeting:
@@ -65,21 +75,29 @@ class Meeting:
     def news(self) -> Word | None:
         """Returns how another node's part ended badly, once one has; never waits."""
         self._listen()
-        bad = [word for word in self._words.values() if word.exit_code != EXIT_OK and word.node != self.job.node_rank]
-        return min(bad, key=lambda word: word.when, default=None)
+        # One without words was ended because of another, and tells how its ranks fared.
+        bad = [word for word in self._words.values() if word.text and word.node != self.job.node_rank]
+        return min(bad, key=lambda word: word.order, default=None)
 
-    def last_words(self) -> Word | None:
+    def ended(self, seconds: float) -> dict[str, str]:
+        """Returns how ranks of the other nodes ended, as far as their launchers tell within some seconds."""
+        deadline = time.monotonic() + seconds
+        while len(self._words) < self.job.nodes and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            self._listen()
+        return {rank: how for word in self._words.values() for rank, how in word.ended.items()}
+
+    def last_words(self, seconds: float = _LAST_WORDS_SECONDS) -> Word | None:
         """Waits a moment for what other nodes have to say, after this node's ranks failed; returns as `news`."""
-        deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        deadline = time.monotonic() + seconds
         while (word := self.news()) is None and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         return word
 
-    def tell(self, exit_code: int, text: str = "", when: float | None = None) -> None:
+    def tell(self, word: Word) -> None:
         """Tells the other nodes how this node's part ended."""
-        mine = Word(self.job.node_rank, exit_code, text, time.time() if when is None else when)
-        self._words[mine.node] = mine
-        self._send(mine)
+        self._words[word.node] = word
+        self._send(word)
 
     def pass_on(self, word: Word) -> None:
         """Tells the other nodes what ended the job on one of them."""
@@ -105,7 +123,9 @@ class Meeting:
             f"dtrain: error: node {node} is lost ({why}): its launcher or its machine has ended, or the network is "
             "cut. Look at that node's own output."
         )
-        self._words.setdefault(node, Word(node, EXIT_FAILED, text, time.time(), lost=True))
+        ranks = range(node * self.job.ranks, (node + 1) * self.job.ranks)
+        failure = asdict(Failure.of_lost_node(node, ranks))
+        self._words.setdefault(node, Word(node, EXIT_FAILED, text, time.time(), lost=True, failure=failure))
 
 
 class _Host(Meeting):

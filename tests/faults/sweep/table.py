@@ -25,7 +25,8 @@ class Fault:
     """One row of the table.
 
     Attributes:
-        how: which part of the sweep does it: "recipe", "launcher", "nodes", "meeting" or "healthy".
+        how: which part of the sweep does it: "recipe", "launcher", "nodes", "spread" (the recipe on two nodes),
+            "meeting" or "healthy".
         does: what the recipe does, or other ways to do it; one is drawn.
         phases: where; one is drawn.
         cause: in failure.json, None where there is none to be.
@@ -90,6 +91,15 @@ FAULTS = {
     "launcher SIGKILL": _launcher("SIGKILL", -9),
     "network cut": Fault("nodes", ("cut",), says=(LOST,), within=NODES),
     "node's launcher SIGKILL": Fault("nodes", ("SIGKILL",), says=(LOST,), within=NODES),
+    "exception, two nodes": Fault(
+        "spread", ("raise", "shape"), cause="exception", says=("raised by your code", "at " + PLACE), within=NODES
+    ),
+    "SIGKILL, two nodes": Fault(
+        "spread", ("kill",), cause="killed", says=("rank {rank} was killed by SIGKILL", "at " + PLACE), within=NODES
+    ),
+    "sleep, two nodes": Fault(
+        "spread", ("sleep",), cause="hang", code=76, says=(STUCK,), within=NODES, more=(f"hang_seconds={HANG_SECONDS}",)
+    ),
     "foreign process on the port": Fault(
         "meeting", ("foreign",), code=2, says=(r"no dtrain (launcher|rank)", "220 a foreign service"), within=MEETING
     ),
