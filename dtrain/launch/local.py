@@ -292,7 +292,7 @@ def _ending(seen: Seen, post_mortem: PostMortem, orders: Orders, ranks: Ranks) -
     if EXIT_STOPPED in codes and all(orders.ended_well(code) for code in codes):
         return Ending(EXIT_STOPPED, next(report.text for report in read_reports(ranks.reports) if report.text))
     verdict = post_mortem.verdict(seen)
-    return Ending(verdict.exit_code, verdict.text, None, verdict.when, verdict.failure, verdict.ended)
+    return Ending(verdict.exit_code, verdict.text, when=verdict.when, failure=verdict.failure, ended=verdict.ended)
 
 
 def _stopped(number: int, *, late: bool = False) -> Ending:

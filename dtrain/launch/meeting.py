@@ -10,6 +10,8 @@
             how a part of the job ended               <->  how a part of the job ended
             "over", once every part ended well         ->
 
+Without --node-rank, the node that has the address of --rdzv is node 0, and the others are numbered as they come.
+
 A launcher that vanishes is noticed by its connection's end, or by keep-alive probes where the network is cut.
 """
 
@@ -24,8 +26,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dtrain.errors import EXIT_FAILED, WorldError
-from dtrain.launch.job import Job
-from dtrain.launch.ports import family_of, free_port, listen_on
+from dtrain.launch.job import BY_ARRIVAL, Job
+from dtrain.launch.ports import PortBusyError, family_of, free_port, is_own_address, listen_on
 from dtrain.launch.postmortem import Failure
 from dtrain.launch.wire import Wire
 
@@ -161,8 +163,8 @@ class _Host(Meeting):
             raise
         self._started = True
         self.job = replace(self.job, port=free_port(""))
-        for wire in self._nodes.values():
-            wire.send({"start": {"port": self.job.port, "nonce": self.job.nonce}})
+        for node, wire in self._nodes.items():
+            wire.send({"start": {"port": self.job.port, "nonce": self.job.nonce, "node_rank": node}})
 
     def over(self) -> bool:
         ended = len(self._words) == self.job.nodes
@@ -210,6 +212,8 @@ class _Host(Meeting):
             wire.close()
             return
         node, theirs = int(hello["node"]), dict(hello["hello"])
+        if node == BY_ARRIVAL:
+            node = next(number for number in range(1, self.job.nodes + 1) if number not in self._nodes)
         stranger = self._about["--rdzv and --job-id"] != theirs.get("--rdzv and --job-id")
         problem = _difference(self._about, theirs, node) or self._unfit(node)
         if problem is None:
@@ -237,8 +241,9 @@ class _Host(Meeting):
         strangers = f" Others came: {'; '.join(self._strangers[:3])}." if self._strangers else ""
         return (
             f"node {', '.join(map(str, missing))} of {self.job.nodes} (ranks {ranks}) did not come to "
-            f"{_place(self.job)} within {self.job.timeout:g} s.{strangers} Start the same command there with its own "
-            "--node-rank, see that this address can be reached from it, or allow more time: --rdzv-timeout."
+            f"{_place(self.job)} within {self.job.timeout:g} s.{strangers} Start the same command there (with its own "
+            "--node-rank, if you give them), see that this address can be reached from it, or allow more time: "
+            "--rdzv-timeout."
         )
 
 
@@ -317,8 +322,9 @@ def meet(job: Job, about: Mapping[str, str], stop: Sequence[int]) -> Meeting:
         WorldError: a node is missing, differs, or what listens there is something else.
         Stopped: a signal came.
     """
-    if job.node_rank == 0:
-        host = _Host(job, about, listen_on(job.host, job.rdzv_port))
+    listener = _listener(job)
+    if listener is not None:
+        host = _Host(replace(job, node_rank=0), about, listener)
         with _closed_on_failure(host):
             host.gather(stop)
         return host
@@ -326,6 +332,18 @@ def meet(job: Job, about: Mapping[str, str], stop: Sequence[int]) -> Meeting:
     with _closed_on_failure(guest):
         guest.join(about, stop)
     return guest
+
+
+def _listener(job: Job) -> socket.socket | None:
+    """Returns where the first node waits for the others; None on any other node."""
+    if job.node_rank == 0:
+        return listen_on(job.host, job.rdzv_port)
+    if job.node_rank != BY_ARRIVAL or not is_own_address(job.host):
+        return None
+    try:
+        return listen_on(job.host, job.rdzv_port)
+    except PortBusyError:  # by another launcher of this job on the same machine; if not, that will show
+        return None
 
 
 def _closed_on_failure(meeting: Meeting) -> contextlib.ExitStack:
@@ -346,9 +364,12 @@ def _connect(job: Job, stop: Sequence[int]) -> Wire:
         except OSError as error:
             why = (error.strerror or str(error)).lower()
             time.sleep(_POLL_SECONDS)
+    how = "with --node-rank 0"
+    if job.node_rank == BY_ARRIVAL:
+        how = "(or give each node its --node-rank, where that machine does not know this address as its own)"
     raise WorldError(
         f"node 0 of {job.nodes} (ranks 0 to {job.ranks - 1}) did not come: nothing listened at {_place(job)} for "
-        f"{job.timeout:g} s ({why}). Start the same command there with --node-rank 0, see that this address can be "
+        f"{job.timeout:g} s ({why}). Start the same command there {how}, see that this address can be "
         "reached from here, or allow more time: --rdzv-timeout."
     )
 
