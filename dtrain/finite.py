@@ -6,7 +6,9 @@ means to wait for it, so that the running mean is looked at where it is printed,
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,6 +21,8 @@ from dtrain.world import World
 
 WhenNan = Literal["stop", "skip", "ignore"]
 _MOST_INDICES = 32
+
+logger = logging.getLogger(__name__)
 _REMEDY = "Look at these samples, or lower the learning rate; train.nan=skip leaves such batches out, ignore goes on."
 
 
@@ -112,6 +116,22 @@ class FiniteLoss:
                 "train.nan=skip: the train step calls backward() and optimizer.step() itself, so that dtrain cannot "
                 "leave a step out. Return the loss and leave the rest to dtrain, or use train.nan=stop."
             )
+
+
+def tell_validation(row: Mapping[str, Any]) -> None:
+    """Warns of a validation loss that is not finite; training goes on.
+
+    Args:
+        row: an epoch's row of the history.
+    """
+    loss = row.get("val_loss")
+    if isinstance(loss, float) and not math.isfinite(loss):
+        logger.warning(
+            "epoch %s: val_loss is %s. It changes no weights, and training goes on: look at the validation data "
+            "and at valid_step.",
+            row["epoch"],
+            loss,
+        )
 
 
 def _samples(share: Share) -> str:

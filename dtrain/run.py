@@ -20,6 +20,7 @@ from dtrain.engine import Engine
 from dtrain.errors import EXIT_USAGE, AgreedError, StopRequested, UsageError, add_remark
 from dtrain.errors import Failure as RankFailure
 from dtrain.failures import describe, explain
+from dtrain.finite import tell_validation
 from dtrain.history import FILE_NAME, History
 from dtrain.launch.heartbeat import SETUP
 from dtrain.launch.postmortem import Failure, last_checkpoint, read_failure, remarks
@@ -98,6 +99,8 @@ def _train(settings: Settings, world: World, resume: str, request: StopRequest, 
             _tell_complete(engine, folder)
         return folder
     trackers = agree(world, lambda: _start_trackers(settings, folder, ids) if world.is_main else [])
+    if world.is_main and train.nan != "ignore":
+        engine.after_epoch.append(tell_validation)
     engine.after_epoch += [tracker.log_epoch for tracker in trackers]
     keeper = _keeper(engine, settings, folder, trackers)
     stopping = Stopping(world, request, folder / STOP_FILE, lambda: engine.is_over)

@@ -32,7 +32,8 @@ def launch(
     ] = None,
     nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Number of nodes.", show_default=False)] = None,
     node_rank: Annotated[
-        int | None, typer.Option("--node-rank", min=0, help="Which of them this is, from 0.", show_default=False)
+        int | None,
+        typer.Option("--node-rank", min=0, help="Which of them this is, from 0; else by arrival.", show_default=False),
     ] = None,
     rdzv: Annotated[
         str | None,
@@ -72,8 +73,8 @@ def launch(
 ) -> None:
     """Run any Python script, or `dtrain train`, as N ranks on this machine or on each of several.
 
-    On several nodes the same command is given on each, with its own --node-rank. Each rank gets RANK, WORLD_SIZE,
-    LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which dtrain.prepare, Accelerate and
+    On several nodes the same command is given on each; each may have a --node-rank of its own. Each rank gets RANK,
+    WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which dtrain.prepare, Accelerate and
     torch.distributed.init_process_group() all read. When one rank fails, all others are ended, on every node.
 
     Examples: dtrain launch -n 2 --cpu -- my_loop.py --epochs 3;

@@ -16,6 +16,7 @@ from dtrain.launch.threads import usable_cores
 NONCE = "DTRAIN_JOB"
 TIMEOUT = "DTRAIN_RDZV_TIMEOUT"
 DEFAULT_TIMEOUT = 120.0
+BY_ARRIVAL = -1
 DEFAULT_STOP_SECONDS = 600.0
 
 
@@ -26,7 +27,7 @@ class Job:
     Attributes:
         ranks: ranks on each node.
         nodes: number of nodes.
-        node_rank: which of them this is, from 0.
+        node_rank: which of them this is, from 0; `BY_ARRIVAL` before it is known, where nodes number themselves.
         host: the first node's name or address, where rank 0's store is.
         port: the port of that store; 0 before it is chosen.
         rdzv_port: the port where the nodes' launchers meet.

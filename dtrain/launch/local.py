@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dtrain.launch.job import Job
 from dtrain.launch.meeting import Meeting, Stopped, Word, meet
 from dtrain.launch.output import Output
 from dtrain.launch.ports import free_port
-from dtrain.launch.postmortem import PostMortem, Seen
+from dtrain.launch.postmortem import Failure, PostMortem, Seen
 from dtrain.launch.reaper import Reaper
 from dtrain.launch.relay import Relayed
 from dtrain.launch.reports import named_run, read_reports
@@ -29,6 +29,7 @@ from dtrain.launch.stopping import Orders, signals_caught
 
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
+_ECHO_SECONDS = _GRACE_SECONDS + 1.0
 _LAUNCH = Path(__file__).resolve().parent
 
 
@@ -43,6 +44,8 @@ class Ending:
         signal: what stopped the job from outside, or None.
         when: seconds since the epoch.
         run: the folder of the run that the ranks worked on, where they named one.
+        failure: what `failure.json` shall hold, None where there is nothing.
+        ended: rank -> how it ended, of this node's.
     """
 
     exit_code: int
@@ -50,6 +53,13 @@ class Ending:
     signal: int | None = None
     when: float = field(default_factory=time.time)
     run: Path | None = None
+    failure: Failure | None = None
+    ended: Mapping[str, str] = field(default_factory=dict)
+
+    def word(self, node: int) -> Word:
+        """Returns the same for the launchers of the other nodes."""
+        failure = None if self.failure is None else asdict(self.failure)
+        return Word(node, self.exit_code, self.text, self.when, failure=failure, ended=dict(self.ended))
 
 
 @dataclass(frozen=True)
@@ -181,6 +191,8 @@ def _run_part(
             output.close({rank: raw_crash_text(ranks.reports, rank) for rank, _ in ranks.numbered()})
         ending = _ending(seen, post_mortem, orders, ranks)
         ending = ending if meeting is None else _joint_ending(ending, word, meeting)
+        if ending.failure is not None and job.first_rank == 0:  # rank 0's node has the run's folder
+            ending = replace(ending, text="\n".join([ending.text, *post_mortem.leave(ending.failure)]))
         if ending.text:
             output.end_lines()
         return replace(ending, run=named_run(ranks.reports))
@@ -242,7 +254,7 @@ def _watch(
         if len(ended) == len(ranks.processes) and not done:
             if meeting is None:
                 break
-            meeting.tell(EXIT_OK)
+            meeting.tell(Word(meeting.job.node_rank, EXIT_OK, "", now))
             done = True
         if meeting is not None and ((word := meeting.news()) is not None or (done and meeting.over())):
             return Seen(), word
@@ -280,7 +292,7 @@ def _ending(seen: Seen, post_mortem: PostMortem, orders: Orders, ranks: Ranks) -
     if EXIT_STOPPED in codes and all(orders.ended_well(code) for code in codes):
         return Ending(EXIT_STOPPED, next(report.text for report in read_reports(ranks.reports) if report.text))
     verdict = post_mortem.verdict(seen)
-    return Ending(verdict.exit_code, verdict.text, when=verdict.when)
+    return Ending(verdict.exit_code, verdict.text, when=verdict.when, failure=verdict.failure, ended=verdict.ended)
 
 
 def _stopped(number: int, *, late: bool = False) -> Ending:
@@ -290,14 +302,31 @@ def _stopped(number: int, *, late: bool = False) -> Ending:
 
 def _joint_ending(ending: Ending, word: Word | None, meeting: Meeting) -> Ending:
     """Tells the other nodes how this one ended, and puts what another one said before it where that came first."""
+    mine = ending.word(meeting.job.node_rank)
     well = ending.exit_code in (EXIT_OK, EXIT_STOPPED)  # each node's own ranks have stopped
-    if ending.signal is None and not well:
-        word = meeting.last_words()
     if not well:
-        meeting.tell(ending.exit_code, ending.text, ending.when)
-    elif word is not None:
-        meeting.pass_on(word)
-    if word is None or (not well and word.when >= ending.when):
+        meeting.tell(mine)
+        if ending.signal is None:  # where this is an echo, the cause comes once that node has ended its ranks
+            word = meeting.last_words(_ECHO_SECONDS) if mine.order[0] else meeting.last_words()
+    elif word is None:
         return ending
+    else:
+        meeting.pass_on(word)
+        meeting.tell(replace(mine, exit_code=word.exit_code, text=""))
+    others = {**(meeting.ended(_ECHO_SECONDS) if mine.node == 0 else {}), **ending.ended}
+    if word is None or (not well and word.order >= mine.order):
+        return replace(ending, failure=_with_others(ending.failure, others))
     text = word.text if word.lost else f"on node {word.node}: {word.text}"
-    return Ending(word.exit_code, f"{text}\non this node: {ending.text}" if ending.text else text)
+    failure = None if word.failure is None else _with_others(Failure(**word.failure), others)
+    if ending.text and not mine.order[0]:
+        text = f"{text}\non this node: {ending.text}"
+    return Ending(word.exit_code, text, when=word.when, failure=failure)
+
+
+def _with_others(failure: Failure | None, others: Mapping[str, str]) -> Failure | None:
+    """Adds how ranks of all nodes ended."""
+    if failure is None:
+        return None
+    told = {**others, **failure.others}
+    told.pop(str(failure.rank), None)
+    return replace(failure, others=dict(sorted(told.items(), key=lambda one: int(one[0]))))

@@ -10,6 +10,8 @@
             how a part of the job ended               <->  how a part of the job ended
             "over", once every part ended well         ->
 
+Without --node-rank, the node that has the address of --rdzv is node 0, and the others are numbered as they come.
+
 A launcher that vanishes is noticed by its connection's end, or by keep-alive probes where the network is cut.
 """
 
@@ -20,12 +22,13 @@ import select
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from dtrain.errors import EXIT_FAILED, EXIT_OK, WorldError
-from dtrain.launch.job import Job
-from dtrain.launch.ports import family_of, free_port, listen_on
+from dtrain.errors import EXIT_FAILED, WorldError
+from dtrain.launch.job import BY_ARRIVAL, Job
+from dtrain.launch.ports import PortBusyError, family_of, free_port, is_own_address, listen_on
+from dtrain.launch.postmortem import Failure
 from dtrain.launch.wire import Wire
 
 _POLL_SECONDS = 0.1
@@ -43,9 +46,11 @@ class Word:
     Attributes:
         node: which node.
         exit_code: 0 where all its ranks ended well.
-        text: what a person shall read of it.
+        text: what a person shall read of it; empty where it ended well, or because of another part.
         when: seconds since the epoch.
         lost: whether it is another node that says so, since this one is gone.
+        failure: what `failure.json` shall hold of it; None where there is nothing.
+        ended: rank -> how it ended, of this node's ranks.
     """
 
     node: int
@@ -53,6 +58,13 @@ class Word:
     text: str
     when: float
     lost: bool = False
+    failure: dict[str, Any] | None = None
+    ended: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        """What comes first is the cause: what tells of nothing but another rank's end comes last."""
+        return self.failure is not None and Failure(**self.failure).echo, self.when
 
 
 class Meeting:
@@ -65,21 +77,29 @@ class Meeting:
     def news(self) -> Word | None:
         """Returns how another node's part ended badly, once one has; never waits."""
         self._listen()
-        bad = [word for word in self._words.values() if word.exit_code != EXIT_OK and word.node != self.job.node_rank]
-        return min(bad, key=lambda word: word.when, default=None)
+        # One without words was ended because of another, and tells how its ranks fared.
+        bad = [word for word in self._words.values() if word.text and word.node != self.job.node_rank]
+        return min(bad, key=lambda word: word.order, default=None)
 
-    def last_words(self) -> Word | None:
+    def ended(self, seconds: float) -> dict[str, str]:
+        """Returns how ranks of the other nodes ended, as far as their launchers tell within some seconds."""
+        deadline = time.monotonic() + seconds
+        while len(self._words) < self.job.nodes and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            self._listen()
+        return {rank: how for word in self._words.values() for rank, how in word.ended.items()}
+
+    def last_words(self, seconds: float = _LAST_WORDS_SECONDS) -> Word | None:
         """Waits a moment for what other nodes have to say, after this node's ranks failed; returns as `news`."""
-        deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        deadline = time.monotonic() + seconds
         while (word := self.news()) is None and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         return word
 
-    def tell(self, exit_code: int, text: str = "", when: float | None = None) -> None:
+    def tell(self, word: Word) -> None:
         """Tells the other nodes how this node's part ended."""
-        mine = Word(self.job.node_rank, exit_code, text, time.time() if when is None else when)
-        self._words[mine.node] = mine
-        self._send(mine)
+        self._words[word.node] = word
+        self._send(word)
 
     def pass_on(self, word: Word) -> None:
         """Tells the other nodes what ended the job on one of them."""
@@ -105,7 +125,9 @@ class Meeting:
             f"dtrain: error: node {node} is lost ({why}): its launcher or its machine has ended, or the network is "
             "cut. Look at that node's own output."
         )
-        self._words.setdefault(node, Word(node, EXIT_FAILED, text, time.time(), lost=True))
+        ranks = range(node * self.job.ranks, (node + 1) * self.job.ranks)
+        failure = asdict(Failure.of_lost_node(node, ranks))
+        self._words.setdefault(node, Word(node, EXIT_FAILED, text, time.time(), lost=True, failure=failure))
 
 
 class _Host(Meeting):
@@ -141,8 +163,8 @@ class _Host(Meeting):
             raise
         self._started = True
         self.job = replace(self.job, port=free_port(""))
-        for wire in self._nodes.values():
-            wire.send({"start": {"port": self.job.port, "nonce": self.job.nonce}})
+        for node, wire in self._nodes.items():
+            wire.send({"start": {"port": self.job.port, "nonce": self.job.nonce, "node_rank": node}})
 
     def over(self) -> bool:
         ended = len(self._words) == self.job.nodes
@@ -190,6 +212,8 @@ class _Host(Meeting):
             wire.close()
             return
         node, theirs = int(hello["node"]), dict(hello["hello"])
+        if node == BY_ARRIVAL:
+            node = next(number for number in range(1, self.job.nodes + 1) if number not in self._nodes)
         stranger = self._about["--rdzv and --job-id"] != theirs.get("--rdzv and --job-id")
         problem = _difference(self._about, theirs, node) or self._unfit(node)
         if problem is None:
@@ -217,8 +241,9 @@ class _Host(Meeting):
         strangers = f" Others came: {'; '.join(self._strangers[:3])}." if self._strangers else ""
         return (
             f"node {', '.join(map(str, missing))} of {self.job.nodes} (ranks {ranks}) did not come to "
-            f"{_place(self.job)} within {self.job.timeout:g} s.{strangers} Start the same command there with its own "
-            "--node-rank, see that this address can be reached from it, or allow more time: --rdzv-timeout."
+            f"{_place(self.job)} within {self.job.timeout:g} s.{strangers} Start the same command there (with its own "
+            "--node-rank, if you give them), see that this address can be reached from it, or allow more time: "
+            "--rdzv-timeout."
         )
 
 
@@ -297,8 +322,9 @@ def meet(job: Job, about: Mapping[str, str], stop: Sequence[int]) -> Meeting:
         WorldError: a node is missing, differs, or what listens there is something else.
         Stopped: a signal came.
     """
-    if job.node_rank == 0:
-        host = _Host(job, about, listen_on(job.host, job.rdzv_port))
+    listener = _listener(job)
+    if listener is not None:
+        host = _Host(replace(job, node_rank=0), about, listener)
         with _closed_on_failure(host):
             host.gather(stop)
         return host
@@ -306,6 +332,18 @@ def meet(job: Job, about: Mapping[str, str], stop: Sequence[int]) -> Meeting:
     with _closed_on_failure(guest):
         guest.join(about, stop)
     return guest
+
+
+def _listener(job: Job) -> socket.socket | None:
+    """Returns where the first node waits for the others; None on any other node."""
+    if job.node_rank == 0:
+        return listen_on(job.host, job.rdzv_port)
+    if job.node_rank != BY_ARRIVAL or not is_own_address(job.host):
+        return None
+    try:
+        return listen_on(job.host, job.rdzv_port)
+    except PortBusyError:  # by another launcher of this job on the same machine; if not, that will show
+        return None
 
 
 def _closed_on_failure(meeting: Meeting) -> contextlib.ExitStack:
@@ -326,9 +364,12 @@ def _connect(job: Job, stop: Sequence[int]) -> Wire:
         except OSError as error:
             why = (error.strerror or str(error)).lower()
             time.sleep(_POLL_SECONDS)
+    how = "with --node-rank 0"
+    if job.node_rank == BY_ARRIVAL:
+        how = "(or give each node its --node-rank, where that machine does not know this address as its own)"
     raise WorldError(
         f"node 0 of {job.nodes} (ranks 0 to {job.ranks - 1}) did not come: nothing listened at {_place(job)} for "
-        f"{job.timeout:g} s ({why}). Start the same command there with --node-rank 0, see that this address can be "
+        f"{job.timeout:g} s ({why}). Start the same command there {how}, see that this address can be "
         "reached from here, or allow more time: --rdzv-timeout."
     )
 

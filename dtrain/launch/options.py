@@ -12,7 +12,7 @@ from pathlib import Path
 from dtrain.errors import UsageError, WorldError
 from dtrain.launch.fingerprint import code_hash, file_hash
 from dtrain.launch.hardware import gpu_count
-from dtrain.launch.job import DEFAULT_TIMEOUT, NONCE, Job
+from dtrain.launch.job import BY_ARRIVAL, DEFAULT_TIMEOUT, NONCE, Job
 from dtrain.launch.ports import check_free, free_port
 
 
@@ -83,10 +83,7 @@ def _made(folder: Path | None) -> Path | None:
 
 def _node_rank(asked: Asked, nodes: int) -> int:
     if asked.node_rank is None:
-        raise WorldError(
-            f"--nodes {nodes} needs --node-rank on every node: 0 on the first, whose address --rdzv names, up to "
-            f"{nodes - 1}. (Nodes are not numbered by themselves.)"
-        )
+        return BY_ARRIVAL
     if not 0 <= asked.node_rank < nodes:
         raise WorldError(f"--node-rank {asked.node_rank} of --nodes {nodes}: should be 0 to {nodes - 1}.")
     return asked.node_rank
@@ -132,6 +129,7 @@ def must_agree(asked: Asked, job: Job, command: Sequence[str], files: Mapping[st
     return {
         "--rdzv and --job-id": shlex.join([f"{job.host}:{job.rdzv_port}", *([asked.job_id] if asked.job_id else [])]),
         "--nodes": str(job.nodes),
+        "--node-rank": "not given" if job.node_rank == BY_ARRIVAL else "given",
         "-n": str(job.ranks),
         "dtrain's version": __version__,
         "dtrain's code": code_hash(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 import socket
@@ -20,6 +21,24 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
+class PortBusyError(WorldError):
+    """Another process listens on a port."""
+
+
+def is_own_address(host: str) -> bool:
+    """Whether a host's name or address is this machine's.
+
+    Raises:
+        WorldError: no such host.
+    """
+    family_of(host)
+    for family, _, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
+        with socket.socket(family, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+            probe.bind((address[0], 0))  # to any port: only an address of one's own can be had
+            return True
+    return False
+
+
 def listen_on(host: str, port: int) -> socket.socket:
     """Returns a socket that listens on a port of all this machine's addresses.
 
@@ -28,14 +47,15 @@ def listen_on(host: str, port: int) -> socket.socket:
         port: 1 to 65535.
 
     Raises:
-        WorldError: another process listens there, and who it is where that can be seen; or it is not allowed.
+        PortBusyError: another process listens there, and who it is where that can be seen.
+        WorldError: it is not allowed.
     """
     try:
         return socket.create_server(("", port), family=family_of(host))
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise WorldError(f"port {port} cannot be listened on: {error.strerror}. Choose another one.") from None
-        raise WorldError(
+        raise PortBusyError(
             f"port {port} is in use{holder_of(port)}. Choose another port, the same on every node, or end that process."
         ) from None
 

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dtrain.launch.stacks import crash_text, users_part
 
 FILE_NAME = "failure.json"
 STACKS_NAME = "stacks.txt"
+LOST = "lost"
 _CRASHES = {signal.SIGSEGV: "segfault", signal.SIGBUS: "segfault", signal.SIGKILL: "killed"}
 
 
@@ -36,7 +37,8 @@ class Failure:
         epoch: None before the first one.
         step: None outside of the passes.
         phase: setup, train, valid or checkpoint.
-        cause: exception, out_of_memory, nan, exit, killed, signal, segfault, hang, or peer (a rank elsewhere went).
+        cause: exception, out_of_memory, nan, exit, killed, signal, segfault, hang, peer (a rank elsewhere went), or
+            lost (a whole node).
         exception: its type and message; None where there was none.
         traceback: the user's own frames; empty where there are none.
         others: rank -> how it ended.
@@ -57,6 +59,17 @@ class Failure:
     others: Mapping[str, str] = field(default_factory=dict)
     checkpoint: str | None = None
     resume: str | None = None
+
+    @classmethod
+    def of_lost_node(cls, node: int, ranks: range) -> Failure:
+        """What is left to say of a node that is gone without a word."""
+        others = dict.fromkeys(map(str, ranks[1:]), "lost with its node")
+        return cls(ranks[0], 0, f"node {node}", None, None, None, "", LOST, others=others)
+
+    @property
+    def echo(self) -> bool:
+        """Whether it tells of nothing but another rank's end."""
+        return self.cause == PEER
 
     def write(self, run: Path) -> Path:
         """Writes `failure.json` into a run's folder."""
@@ -113,11 +126,15 @@ class Verdict:
         exit_code: what the supervisor ends with.
         text: what a person shall read, empty where all went well.
         when: the first cause, in seconds since the epoch.
+        failure: for `failure.json`, None where there is none to be.
+        ended: rank -> how it ended.
     """
 
     exit_code: int = EXIT_OK
     text: str = ""
     when: float = field(default_factory=time.time)
+    failure: Failure | None = None
+    ended: Mapping[str, str] = field(default_factory=dict)
 
 
 class PostMortem:
@@ -134,7 +151,7 @@ class PostMortem:
         self._kills_before = out_of_memory_kills()
 
     def verdict(self, seen: Seen) -> Verdict:
-        """Tells how the job ended; leaves `failure.json` in the run's folder where it did not end well."""
+        """Tells how the job ended."""
         failed = [report for report in read_reports(self._folder) if report.exit_code != EXIT_OK]
         first = _first(seen, failed)
         if seen.hang is not None:
@@ -144,22 +161,25 @@ class PostMortem:
         elif first is not None:
             code, text, failure = self._silent(first, seen.ended[first])
         else:
-            return Verdict()
-        others = self._others(failure.rank, seen, failed)
+            return Verdict(ended=_by_name(self._fates(seen, failed)))
+        fates = self._fates(seen, failed)
+        others = {rank: how for rank, how in fates.items() if rank != failure.rank}
         when = first.when if seen.hang is None and isinstance(first, Report) else time.time()
-        return Verdict(code, "\n".join([text, *self._left(failure, others, code)]), when)
+        if named_run(self._folder) is None or code == EXIT_USAGE:
+            return Verdict(code, text, when)
+        lines = [text, f"  on {failure.host}, device {failure.device or 'not known yet'}"]
+        if failure.cause != "hang" and others:  # which tells of all ranks by itself
+            lines.append(f"  the others: {_joined(others)}")
+        failure = replace(failure, others=_by_name(others))
+        return Verdict(code, "\n".join(lines), when, failure, _by_name(fates))
 
-    def _left(self, failure: Failure, others: Mapping[int, str], code: int) -> list[str]:
-        """Leaves word in the run's folder, where there is one; returns further lines for a person."""
+    def leave(self, failure: Failure) -> list[str]:
+        """Leaves `failure.json` in the run's folder, where there is one here; returns further lines for a person."""
         run = named_run(self._folder)
-        if run is None or not run.is_dir() or code == EXIT_USAGE:
+        if run is None or not run.is_dir():
             return []
-        told = {str(rank): how for rank, how in others.items()}
-        Failure(**asdict(failure) | {"others": told, "checkpoint": last_checkpoint(run)}).write(run)
-        lines = [f"  on {failure.host}, device {failure.device or 'not known yet'}"]
-        if failure.cause != "hang":  # which tells of all ranks by itself
-            lines += [f"  the others: {_joined(others)}"] if others else []
-        return lines + [f"  {remark}" for remark in remarks(run)]
+        replace(failure, checkpoint=last_checkpoint(run)).write(run)
+        return [f"  {remark}" for remark in remarks(run)]
 
     def _reported(self, report: Report) -> tuple[int, str, Failure]:
         told = report.told
@@ -222,14 +242,13 @@ class PostMortem:
             traceback=trace,
         )
 
-    def _others(self, rank: int, seen: Seen, failed: list[Report]) -> dict[int, str]:
+    def _fates(self, seen: Seen, failed: list[Report]) -> dict[int, str]:
+        """Returns how each rank of this machine ended."""
         if seen.hang is not None:
-            return {other: why for other, why in seen.hang.why.items() if other != rank}
+            return dict(seen.hang.why)
         reports = {report.rank: report for report in failed}
         return {
-            other: _how(reports.get(other), seen.ended.get(other), read_beat(self._folder, other))
-            for other in self._ranks
-            if other != rank
+            rank: _how(reports.get(rank), seen.ended.get(rank), read_beat(self._folder, rank)) for rank in self._ranks
         }
 
 
@@ -247,6 +266,11 @@ def _first(seen: Seen, failed: list[Report]) -> Report | int | None:
         aborted = seen.ended[silent[0]] == -signal.SIGABRT
         return causes[0] if causes and aborted else silent[0]
     return next(iter(causes or failed), None)
+
+
+def _by_name(others: Mapping[int, str]) -> dict[str, str]:
+    """The same as JSON has it."""
+    return {str(rank): how for rank, how in others.items()}
 
 
 def _how(report: Report | None, code: int | None, beat: Beat) -> str:

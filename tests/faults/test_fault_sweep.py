@@ -28,6 +28,7 @@ FEW = [
     ("launcher SIGHUP", 2, "idle"),
     ("launcher SIGKILL", 2, "idle"),
     ("network cut", 2, "idle"),
+    ("SIGKILL, two nodes", 2, "idle"),
     ("foreign process on the port", 4, "idle"),
     ("another recipe on node 2", 2, "idle"),
     ("port in use", 2, "idle"),
@@ -38,7 +39,7 @@ ALL = [(fault, ranks, load) for fault in FAULTS for ranks in (2, 4) for load in 
 @pytest.mark.timeout(3600 if FULL else 120)
 @pytest.mark.parametrize(("fault", "ranks", "load"), ALL if FULL else FEW)
 def test_a_fault_is_named_and_nothing_is_left(fault: str, ranks: int, load: str) -> None:
-    if FAULTS[fault].how == "nodes" and (lack := missing()):
+    if FAULTS[fault].how in ("nodes", "spread") and (lack := missing()):
         pytest.skip(lack)
     with busy_cores() if load == "busy" else contextlib.nullcontext():
         verdicts = [play(Case(fault, ranks, load, seed)) for seed in range(20 if FULL else 1)]

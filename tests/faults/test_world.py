@@ -177,6 +177,29 @@ def test_two_nodes_with_one_node_rank_are_refused(tmp_path: Path) -> None:
         assert "as node 1. Give each node a --node-rank of its own, 0 to 2" in one.text
 
 
+def test_nodes_number_themselves_in_order_of_arrival(tmp_path: Path) -> None:
+    port = free_port("")
+    (tmp_path / "s.py").write_text("import os\nprint('rank', os.environ['RANK'], os.environ['NODE_RANK'])")
+    words = ("launch", "-n", 1, "--nodes", 3, "--rdzv", f"127.0.0.1:{port}", "--", "s.py")
+    with running(tmp_path, *words) as first, running(tmp_path, *words) as second, running(tmp_path, *words) as third:
+        done = [finished(one) for one in (first, second, third)]
+    assert [one.code for one in done] == [0, 0, 0], done
+    assert sorted(one.text for one in done) == [f"rank {number} {number}\n" for number in range(3)]
+
+
+def test_a_numbered_node_among_others_without_numbers_is_refused(tmp_path: Path) -> None:
+    port = free_port("")
+    (tmp_path / "s.py").write_text("")
+    words = ("launch", "-n", 1, "--nodes", 2, "--rdzv", f"127.0.0.1:{port}")
+    with running(tmp_path, *words, "s.py") as first:
+        connected(port).close()
+        with running(tmp_path, *words, "--node-rank", 1, "s.py") as second:
+            done = [finished(one) for one in (first, second)]
+    for one in done:
+        assert one.code == 2
+        assert "--node-rank is not the same on all nodes: not given on node 0, given on node 1" in one.text
+
+
 def test_garbage_is_named_where_a_node_does_not_come(tmp_path: Path) -> None:
     port = free_port("")
     with node(tmp_path, 0, port, "--rdzv-timeout", 3) as first, connected(port) as foreign:
@@ -188,7 +211,7 @@ def test_garbage_is_named_where_a_node_does_not_come(tmp_path: Path) -> None:
 
 
 ASKED = {
-    "no node rank": (["--nodes", "2", "--rdzv", "h:1"], "--nodes 2 needs --node-rank on every node"),
+    "no such place": (["--nodes", "2", "--rdzv", "no.such.invalid:1"], "no such host"),
     "node rank": (
         ["--nodes", "2", "--node-rank", "2", "--rdzv", "h:1"],
         "--node-rank 2 of --nodes 2: should be 0 to 1",

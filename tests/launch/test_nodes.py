@@ -71,6 +71,15 @@ def test_two_nodes_of_two_ranks_train_as_four_ranks_here(dtrain: Dtrain, hosts: 
     pd.testing.assert_frame_equal(*frames, rtol=1e-9)
 
 
+def test_nodes_without_numbers_are_numbered_as_they_come(hosts: list[Host]) -> None:
+    for host in hosts:
+        (host.folder / "s.py").write_text("import os\nprint('rank', os.environ['RANK'])")
+    words = ("launch", "-n", 1, "--nodes", 2, "--rdzv", f"{hosts[0].address}:{PORT}", "--", "s.py")
+    launchers = [host.start(*words) for host in reversed(hosts)]  # the first node comes last
+    assert ended(launchers) == ["rank 1\n", "rank 0\n"]
+    assert [launcher.returncode for launcher in launchers] == [0, 0]
+
+
 STEPPING = """
 import os, pathlib, torch, torch.distributed as dist
 dist.init_process_group("gloo")

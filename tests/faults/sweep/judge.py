@@ -81,7 +81,7 @@ def judge_screen(verdict: Verdict, texts: list[str], more: Mapping[str, object] 
             filled = pattern.format(**values) if "{" in pattern else pattern
             verdict.check(re.search(filled, text) is not None, f"the screen lacks {filled!r}")
     told = [line for line in texts[0].splitlines() if re.match(r"(on node \d+: |\[rank \d+\] )?dtrain: ", line)]
-    verdict.said = told[-1] if told else ""
+    verdict.said = told[0] if told else ""
 
 
 def judge_failure(verdict: Verdict, run: Path) -> None:

@@ -90,6 +90,7 @@ def play(case: Case) -> Verdict:
             "recipe": _recipe,
             "launcher": _launcher,
             "nodes": _nodes,
+            "spread": _spread,
             "meeting": _meeting,
             "healthy": _healthy,
         }[case.kind.how](stage)
@@ -141,16 +142,30 @@ def _launcher(stage: Stage) -> Verdict:
     return verdict
 
 
+def _on_both(stage: Stage, hosts: list[Host], words: list[object]) -> list[Screened]:
+    launch = ("launch", "-n", stage.case.ranks // 2, "--nodes", 2, "--rdzv", f"{hosts[0].address}:29511", "--cpu")
+    return [
+        stage.start(*launch, "--node-rank", number, *words, folder=host.folder, host=host)
+        for number, host in enumerate(hosts)
+    ]
+
+
+def _spread(stage: Stage) -> Verdict:
+    """A rank's fault on one of two virtual hosts: both screens tell of it, and the run's folder on the first."""
+    with two_hosts(stage.folder) as hosts:
+        nodes = _on_both(stage, hosts, _train(stage, str(stage.case.place["does"])))
+        verdict = stage.finish(stage.await_mark(*nodes), *nodes)
+        for one in nodes:
+            _check_code(stage, one, stage.case.kind.code)
+        judge_failure(verdict, hosts[0].folder / "runs/it")
+    return verdict
+
+
 def _nodes(stage: Stage) -> Verdict:
     """Two virtual hosts; the fault is one node's, and the other one must know."""
     case, node = stage.case, int(str(stage.case.place["node"]))
     with two_hosts(stage.folder) as hosts:
-        launch = ("launch", "-n", case.ranks // 2, "--nodes", 2, "--rdzv", f"{hosts[0].address}:29511", "--cpu")
-        words = _train(stage, "go on", "epochs=100000")
-        nodes = [
-            stage.start(*launch, "--node-rank", number, *words, folder=host.folder, host=host)
-            for number, host in enumerate(hosts)
-        ]
+        nodes = _on_both(stage, hosts, _train(stage, "go on", "epochs=100000"))
         stage.await_mark(*nodes)
         since = time.time()
         if case.place["does"] == "cut":

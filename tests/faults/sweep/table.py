@@ -9,6 +9,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dtrain.errors import EXIT_STOPPED
+
 STEPS, BATCH, EPOCHS = 4, 4, 2  # of the recipe, on each rank
 HANG_SECONDS = 2
 SUDDEN, HANGING, LAUNCHER, NODES = 10.0, 15.0, 5.0, 15.0  # seconds to the end
@@ -16,7 +18,8 @@ MEETING = 30.0  # from the start of the processes, whose imports take their time
 
 PLACE = r"rank {rank}, epoch {epoch}, {phase} step {step}"
 STUCK = r"a hang was ended: rank {rank} has been in epoch {epoch}, {phase} step {step} for \d+ s"
-STOPPED = r"dtrain: stopped by {signal}; all ranks are ended\."
+ENDED = r"dtrain: stopped by {signal}; all ranks are ended\."
+STOPPED = r"stopped on request \({signal}\), in epoch \d+"
 LOST = r"node \d is lost"
 
 
@@ -25,7 +28,8 @@ class Fault:
     """One row of the table.
 
     Attributes:
-        how: which part of the sweep does it: "recipe", "launcher", "nodes", "meeting" or "healthy".
+        how: which part of the sweep does it: "recipe", "launcher", "nodes", "spread" (the recipe on two nodes),
+            "meeting" or "healthy".
         does: what the recipe does, or other ways to do it; one is drawn.
         phases: where; one is drawn.
         cause: in failure.json, None where there is none to be.
@@ -52,9 +56,12 @@ def _hang(does: str, *phases: str, says: str = "") -> Fault:
     )
 
 
-def _launcher(signal: str, code: int) -> Fault:
-    says = () if signal == "SIGKILL" else (STOPPED.replace("{signal}", signal),)
-    return Fault("launcher", (signal,), code=code, says=says, within=LAUNCHER)
+def _launcher(signal: str, code: int, *says: str) -> Fault:
+    # One that stops on request finishes its step and saves a checkpoint first.
+    within = SUDDEN if code == EXIT_STOPPED else LAUNCHER
+    return Fault(
+        "launcher", (signal,), code=code, says=[one.replace("{signal}", signal) for one in says], within=within
+    )
 
 
 FAULTS = {
@@ -84,12 +91,21 @@ FAULTS = {
         "nan",
         says=("the loss of this step is nan", "have the indices {indices} in the dataset", "at " + PLACE),
     ),
-    "launcher SIGTERM": _launcher("SIGTERM", 128 + 15),
-    "launcher SIGINT": _launcher("SIGINT", 128 + 2),
-    "launcher SIGHUP": _launcher("SIGHUP", 128 + 1),
+    "launcher SIGTERM": _launcher("SIGTERM", EXIT_STOPPED, STOPPED),
+    "launcher SIGINT": _launcher("SIGINT", EXIT_STOPPED, STOPPED),
+    "launcher SIGHUP": _launcher("SIGHUP", 128 + 1, ENDED),
     "launcher SIGKILL": _launcher("SIGKILL", -9),
     "network cut": Fault("nodes", ("cut",), says=(LOST,), within=NODES),
     "node's launcher SIGKILL": Fault("nodes", ("SIGKILL",), says=(LOST,), within=NODES),
+    "exception, two nodes": Fault(
+        "spread", ("raise", "shape"), cause="exception", says=("raised by your code", "at " + PLACE), within=NODES
+    ),
+    "SIGKILL, two nodes": Fault(
+        "spread", ("kill",), cause="killed", says=("rank {rank} was killed by SIGKILL", "at " + PLACE), within=NODES
+    ),
+    "sleep, two nodes": Fault(
+        "spread", ("sleep",), cause="hang", code=76, says=(STUCK,), within=NODES, more=(f"hang_seconds={HANG_SECONDS}",)
+    ),
     "foreign process on the port": Fault(
         "meeting", ("foreign",), code=2, says=(r"no dtrain (launcher|rank)", "220 a foreign service"), within=MEETING
     ),
