@@ -104,7 +104,7 @@ def rehearse(settings: Settings, world: World, record: Path, *, steps: int, kill
     batches = steps * train.accumulation * (world.size if train.batch == "per_rank" else 1)
     limits = Limits(train=batches, valid=batches)
     engine = configured_engine(task, world, settings, epochs=EPOCHS, limits=limits)
-    folder, _ = begin(engine, settings, "auto")
+    folder, _ = begin(engine, settings, "auto", lambda _: None)  # nobody else knows of this folder
     # Every second step, so that a kill mostly takes something that must be done again.
     keeper = Keeper(engine, folder / CHECKPOINTS, CheckpointConfig(every_steps=2), lambda: facts_of(engine, settings))
     recorder = Recorder(record / f"rank-{world.rank}.jsonl", engine)
