@@ -56,7 +56,8 @@ class Ranks:
         self.folder: Path | None = None
         self.mode = 0
 
-    def __call__(self, argv: list[str], size: int, *, relayed: bool) -> Ending:
+    def __call__(self, argv: list[str], size: int, *, relayed: bool, hang_seconds: float) -> Ending:
+        assert relayed and hang_seconds > 0
         self.folder = Path(argv[1])
         self.mode = self.folder.stat().st_mode & 0o777
         _, _, changing = read_parcel(self.folder)
