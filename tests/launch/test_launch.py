@@ -123,3 +123,34 @@ def test_retries_start_all_again(dtrain: Dtrain, faults: int, code: int) -> None
     assert ("given up after 2 failures without progress" in done.err) == (code == 1)
     jobs = {line.split()[3] for line in done.out.splitlines()}
     assert len(jobs) == 2, "each attempt is a job of its own"
+
+
+def test_a_script_that_stands_still_is_ended_where_that_is_asked_for(dtrain: Dtrain) -> None:
+    work = "end = time.monotonic() + 4\nwhile time.monotonic() < end: pass\n"
+    script(dtrain, f"import os, time\n{work}if os.environ['RANK'] == '1':\n    time.sleep(600)\n")
+    done = dtrain("launch", "-n", 2, "--hang-seconds", 2, "mine/script.py", timeout=60)
+    assert done.code == 76, done.text
+    assert "a hang was ended: rank 1 has been in script for" in done.err  # and not while it worked
+    assert "script.py:5, in <module>" in done.err
+
+
+PREPARED = """
+import time, torch, dtrain
+from torch.utils.data import DataLoader, TensorDataset
+
+net = torch.nn.Linear(1, 1)
+net, loader = dtrain.prepare(net, DataLoader(TensorDataset(torch.ones(16, 1)), 2))
+for epoch in (1, 2):
+    for step, (x,) in enumerate(loader, 1):
+        net(x).sum().backward()
+        if (dtrain.rank(), epoch, step) == (1, 2, 3):
+            time.sleep(600)
+"""
+
+
+def test_a_loop_over_a_prepared_loader_is_watched_step_by_step(dtrain: Dtrain) -> None:
+    script(dtrain, PREPARED)
+    done = dtrain("launch", "-n", 2, "--cpu", "--hang-seconds", 2, "mine/script.py", timeout=90)
+    assert done.code == 76, done.text
+    assert "a hang was ended: rank 1 has been in epoch 2, train step 3 for" in done.err
+    assert "the others: rank 0: in epoch 2, train step" in done.err

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dtrain.dealing import Dealing, Share
 from dtrain.errors import NotFiniteError, UsageError, add_place
 from dtrain.failures import cause_of, explain
-from dtrain.finite import FiniteLoss
+from dtrain.finite import FiniteLoss, tell_validation
 from dtrain.launch import hangs, postmortem, processes
 from dtrain.launch.hangs import HangWatch
 from dtrain.launch.heartbeat import DONE, Beat, Heartbeat, own_heartbeat, read_beat
@@ -346,6 +346,21 @@ def test_other_devices_are_looked_at_where_a_line_is_printed(world: World) -> No
     with pytest.raises(NotFiniteError, match="epoch 3"):
         finite.check_mean(math.inf, "epoch 3")
     finite.check_mean(None, "epoch 3")
+
+
+def test_a_validation_loss_that_is_no_number_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    for loss in (1.0, None, math.nan, math.inf):
+        tell_validation({"epoch": 3, "val_loss": loss})
+    tell_validation({"epoch": 4})
+    told = [message.partition(".")[0] for message in caplog.messages]
+    assert told == ["epoch 3: val_loss is nan", "epoch 3: val_loss is inf"]
+
+
+def test_ranks_of_one_node_may_all_wait_for_another_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bench = Bench(monkeypatch, tmp_path, {0: WAITS, 1: WAITS}, 60)
+    bench.watch = HangWatch(tmp_path, 60, clock=lambda: bench.now, alone=False)
+    assert bench.until(590) is None
+    assert bench.until(700) is not None
 
 
 def test_skip_leaves_the_step_and_the_buffers_out(world: World) -> None:

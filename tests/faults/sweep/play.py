@@ -36,15 +36,15 @@ class Stage:
 
     def start(self, *words: object, folder: Path | None = None, host: Host | None = None, **env: str) -> Screened:
         folder = folder or self.folder
-        output = (folder / "screen.txt").open("w+")
-        env |= {MARK: self.token}
-        if host is not None:
-            return Screened(host.start(*words, output=output, **env), folder)
         argv = [str(BIN / "dtrain"), *map(str, words)]
-        environment = clean_environment(**env)
-        process = subprocess.Popen(
-            argv, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True
-        )
+        env |= {MARK: self.token}
+        with (folder / "screen.txt").open("w") as output:
+            if host is not None:
+                return Screened(host.start(*words, output=output, **env), folder)
+            environment = clean_environment(**env)
+            process = subprocess.Popen(
+                argv, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True
+            )
         return Screened(process, folder)
 
     def await_mark(self, *processes: Screened) -> float:
