@@ -256,11 +256,14 @@ def test_a_kill_for_want_of_memory_is_told(
     run = tmp_path / "run"
     run.mkdir()
     (tmp_path / "run.txt").write_text(str(run))
-    text = PostMortem(tmp_path, range(1)).verdict(Seen({0: -9}, (0,))).text
+    post_mortem = PostMortem(tmp_path, range(1))
+    verdict = post_mortem.verdict(Seen({0: -9}, (0,)))
+    assert verdict.failure is not None
+    assert f"  all of this: {run / 'failure.json'}" in post_mortem.leave(verdict.failure)
     found = postmortem.read_failure(run)
     assert found is not None
     assert found["cause"] == ("out_of_memory" if told else "killed")
-    assert told in text
+    assert told in verdict.text
 
 
 def test_the_kernel_counts_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
