@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain.batches import first_rows, tensor_bytes
+from dtrain.batches import tensor_bytes
 from dtrain.config import Settings
 from dtrain.config.schema import CheckpointConfig
 from dtrain.dealing import Share
@@ -64,7 +64,7 @@ class Recorder:
         self._file.close()
 
     def _followed(self, share: Share) -> dict[str, Value]:
-        rows = [zlib.crc32(tensor_bytes(row)) for row in first_rows(share.batch)]
+        rows = [zlib.crc32(tensor_bytes(part)) for part in _tensors(share.batch).values()]
         values = self._learn(share)
         indices = None if share.indices is None else repr(share.indices)
         self._shares.append({"rows": rows, "indices": indices, "values": {n: _number(v) for n, v in values.items()}})
