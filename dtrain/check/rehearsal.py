@@ -26,6 +26,8 @@ from dtrain.run_folder import CHECKPOINTS
 from dtrain.world import World
 
 EPOCHS = 2
+# Every second step, so that a kill mostly takes something that must be done again; on the disk before the next step.
+_POLICY = CheckpointConfig(every_steps=2, asynchronous=False)
 
 
 class Recorder:
@@ -105,8 +107,7 @@ def rehearse(settings: Settings, world: World, record: Path, *, steps: int, kill
     limits = Limits(train=batches, valid=batches)
     engine = configured_engine(task, world, settings, epochs=EPOCHS, limits=limits)
     folder, _ = begin(engine, settings, "auto", lambda _: None)  # nobody else knows of this folder
-    # Every second step, so that a kill mostly takes something that must be done again.
-    keeper = Keeper(engine, folder / CHECKPOINTS, CheckpointConfig(every_steps=2), lambda: facts_of(engine, settings))
+    keeper = Keeper(engine, folder / CHECKPOINTS, _POLICY, lambda: facts_of(engine, settings))
     recorder = Recorder(record / f"rank-{world.rank}.jsonl", engine)
     engine.after_step.append(recorder.note)
     keeper.attach()
