@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain.batches import first_rows, tensor_bytes
+from dtrain.batches import tensor_bytes
 from dtrain.config import Settings
 from dtrain.config.schema import CheckpointConfig
 from dtrain.dealing import Share
@@ -26,6 +26,8 @@ from dtrain.run_folder import CHECKPOINTS
 from dtrain.world import World
 
 EPOCHS = 2
+# Every second step, so that a kill mostly takes something that must be done again; on the disk before the next step.
+_POLICY = CheckpointConfig(every_steps=2, asynchronous=False)
 
 
 class Recorder:
@@ -64,7 +66,7 @@ class Recorder:
         self._file.close()
 
     def _followed(self, share: Share) -> dict[str, Value]:
-        rows = [zlib.crc32(tensor_bytes(row)) for row in first_rows(share.batch)]
+        rows = [zlib.crc32(tensor_bytes(part)) for part in _tensors(share.batch).values()]
         values = self._learn(share)
         indices = None if share.indices is None else repr(share.indices)
         self._shares.append({"rows": rows, "indices": indices, "values": {n: _number(v) for n, v in values.items()}})
@@ -105,8 +107,7 @@ def rehearse(settings: Settings, world: World, record: Path, *, steps: int, kill
     limits = Limits(train=batches, valid=batches)
     engine = configured_engine(task, world, settings, epochs=EPOCHS, limits=limits)
     folder, _ = begin(engine, settings, "auto", lambda _: None)  # nobody else knows of this folder
-    # Every second step, so that a kill mostly takes something that must be done again.
-    keeper = Keeper(engine, folder / CHECKPOINTS, CheckpointConfig(every_steps=2), lambda: facts_of(engine, settings))
+    keeper = Keeper(engine, folder / CHECKPOINTS, _POLICY, lambda: facts_of(engine, settings))
     recorder = Recorder(record / f"rank-{world.rank}.jsonl", engine)
     engine.after_step.append(recorder.note)
     keeper.attach()

@@ -101,6 +101,9 @@ def task_of(case: dict[str, Any], order: list[int]) -> Task:
         return {"loss": loss.detach() if case["imperative"] else loss, "error": loss.detach().sqrt()}
 
     def valid_step(model: Any, x: Any, y: Any) -> Any:
+        torch.randn(3)  # a stop within it must take the streams back
+        if case.get("stop_in_valid"):
+            raise StopRequested("saved")
         return {"loss": (model(x) - y).square().mean()}
 
     valid = DataLoader(Noisy(7), batch_size=3)
@@ -159,6 +162,8 @@ def resume_example(world: World, case: dict[str, Any]) -> dict[str, Any]:
     folder = Path(shared) / "checkpoints"
     parts: list[int] = []
     try:
+        if case["in_valid"]:  # after the first epoch's train pass
+            train(world, {**case, "stop_in_valid": True}, folder)
         for stop_at in (*case["stops"], 0):
             last = train(world, case, folder, stop_at)
             parts.append(len(last["order"]))
@@ -208,6 +213,7 @@ def cases(ranks: int) -> list[dict[str, Any]]:
                 "every_epochs": draw.choice([0, 1, 2]),
                 "saved": draw.random() < 0.7,
                 "stops": sorted(draw.sample(range(1, 12), 2)),
+                "in_valid": draw.random() < 0.3,
             }
         )
     for case in found:
