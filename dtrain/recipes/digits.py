@@ -64,12 +64,12 @@ def build_dataloaders(
     )
 
 
-def build_optimizer(model: nn.Module, lr: float = 0.01) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, lr: float = 0.004) -> torch.optim.Optimizer:
     """Adam over all weights."""
     return torch.optim.Adam(model.parameters(), lr=lr)
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, gamma: float = 0.4) -> torch.optim.lr_scheduler.LRScheduler:
+def build_scheduler(optimizer: torch.optim.Optimizer, gamma: float = 0.6) -> torch.optim.lr_scheduler.LRScheduler:
     """Multiplies the learning rate by `gamma` after each epoch."""
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
 
