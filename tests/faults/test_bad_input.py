@@ -155,7 +155,8 @@ def test_a_run_is_never_written_over(dtrain: Dtrain, recipes: Path) -> None:
     words = ["train", recipes / "small.py", "epochs=1", "run.name=mine"]
     assert dtrain(*words).code == 0
     before = (dtrain.folder / "runs/mine/history.csv").read_text()
-    assert_told_once(dtrain(*words), 2, ["runs/mine is there already", "run.name"])
+    assert_told_once(dtrain(*words, "--resume", "never"), 2, ["runs/mine is there already", "run.name"])
+    assert_told_once(dtrain(*words, "optimizer.lr=0.3"), 2, ["optimizer.lr was 'not given' and is 0.3", "run.name"])
     assert (dtrain.folder / "runs/mine/history.csv").read_text() == before
 
 
