@@ -107,4 +107,4 @@ def test_an_epoch_costs_rank_0_as_much_at_1024_ranks_as_at_2(tmp_path) -> None:
         for size in (2, 1024)
     ]
     assert told[0] == told[1]
-    assert told[0].startswith("[64] ")  # bytes: two sums and counts, the samples, the seconds, two extras
+    assert told[0].startswith("[72] ")  # bytes: two sums and counts, who left, samples, seconds, two extras
