@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -92,6 +92,9 @@ def _pickler(changing: list[Any]) -> type[cloudpickle.Pickler]:
 
 def _reduced(thing: Any) -> Any:
     """How to pickle what would else lose something, or cannot be pickled although nothing is lost."""
+    if isinstance(thing, CodeType):  # newer cloudpickles drop the file, by which a traceback finds its lines
+        make, parts = cloudpickle.Pickler.dispatch_table[CodeType](thing)[:2]
+        return make, tuple(thing.co_filename if part == "<dynamic-code>" else part for part in parts)
     if isinstance(thing, Optimizer):
         # torch's own way drops what a subclass keeps (LBFGS its parameters); "step" is a scheduler's wrapper.
         state = {name: value for name, value in vars(thing).items() if name != "step"}
