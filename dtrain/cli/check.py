@@ -105,9 +105,9 @@ def _resume(words: list[str], ranks: int, steps: int) -> int:
             return code
         whole = read_record(out / "whole")
         total = whole[0][-1]["updates"]
-        kill_at = random.SystemRandom().randint(
-            total // 2 + 1, total
-        )  # in the second epoch: what the first left counts, too
+        # In the second epoch, since what the first left counts, too; before its last step, which is then compared.
+        first = total // 2 + 1
+        kill_at = random.SystemRandom().randint(first, max(first, total - 1))
         typer.echo(f"the same, killed after step {kill_at} of {total} ...")
         _rehearsed(words, out, "killed", ranks, steps, kill_at)
         typer.echo("resumed ...")
