@@ -23,7 +23,7 @@ from helpers.hosts import missing
 FULL = os.environ.get("DTRAIN_TEST_SWEEP") == "full"
 # What tests/faults/test_failures.py does not play, or not on a busy machine.
 FEW = [
-    ("memory limit", 2, "idle"),
+    ("memory limit", 2, "busy"),
     ("exception", 4, "busy"),
     ("launcher SIGHUP", 2, "idle"),
     ("launcher SIGKILL", 2, "idle"),

@@ -170,20 +170,23 @@ def started(dtrain: Dtrain, recipe: Path, *words: str) -> subprocess.Popen[str]:
     raise AssertionError("the run did not start")
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])  # others ask to stop: tests/faults/test_stop.py
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_no_rank_outlives_its_supervisor(dtrain: Dtrain, recipes: Path, number: signal.Signals) -> None:
     process = started(dtrain, recipes / "small.py")
     ranks = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks) == 3  # two ranks, and what ends their workers
+    assert process.stdout is not None
     process.send_signal(number)
+    if number in (signal.SIGTERM, signal.SIGINT):  # a request, which a step that never ends does not heed
+        assert any("Ctrl-C again ends at once" in line for line in process.stdout)  # reads until it comes
+        process.send_signal(signal.SIGINT)
     _, alive = psutil.wait_procs(ranks, timeout=15)
     for rank in alive:
         rank.kill()
     process.wait(15)
-    assert process.stdout is not None
     process.stdout.close()
     assert alive == []
-    expected = -9 if number == signal.SIGKILL else 128 + number
+    expected = {signal.SIGKILL: -9, signal.SIGHUP: 129}.get(number, 130)
     assert process.returncode == expected
 
 
