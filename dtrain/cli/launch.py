@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dtrain.cli.guard import reported
+from dtrain.cli.train import Retries, read_target
 
 if TYPE_CHECKING:
     from dtrain.config import Settings
@@ -51,16 +52,7 @@ def launch(
         typer.Option("--profile", metavar="FILE", help="An Accelerate config file, such as launch/multi_gpu.yaml."),
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Hide the GPUs from the ranks.")] = False,
-    retries: Annotated[
-        int,
-        typer.Option(
-            "--retries",
-            min=0,
-            metavar="K",
-            help="After a failure start all again, up to K times without progress in between.",
-            show_default=False,
-        ),
-    ] = 0,
+    retries: Retries = 0,
     hang_seconds: Annotated[
         float | None,
         typer.Option("--hang-seconds", min=0, help="How long a rank may stand still; else train's own, or for ever."),
@@ -138,7 +130,6 @@ def _settings(words: list[str]) -> Settings | None:
     """Checks what `train` is given, as far as can be without torch; with options among it, each rank does."""
     if any(word.startswith("-") for word in words):
         return None
-    from dtrain.cli.train import read_target
 
     return read_target(words)
 

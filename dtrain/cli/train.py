@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from dtrain.config import Settings
     from dtrain.world import World
 
+Retries = Annotated[
+    int,
+    typer.Option(
+        "--retries",
+        min=0,
+        metavar="K",
+        help="After a failure start all again, a run from its checkpoint; up to K times without progress in between.",
+        show_default=False,
+    ),
+]
 METAVAR = "[CONFIG | RECIPE.py] [KEY=VALUE ...]"
 
 
@@ -34,16 +44,7 @@ def train(
         int | None, typer.Option("-n", "--ranks", min=1, help="Start this many ranks on this machine.")
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU, also where there is a GPU.")] = False,
-    retries: Annotated[
-        int,
-        typer.Option(
-            "--retries",
-            min=0,
-            metavar="K",
-            help="After a failure start again from the last checkpoint, up to K times without progress in between.",
-            show_default=False,
-        ),
-    ] = 0,
+    retries: Retries = 0,
     resume: Annotated[
         str,
         typer.Option(
