@@ -130,7 +130,6 @@ def _settings(words: list[str]) -> Settings | None:
     """Checks what `train` is given, as far as can be without torch; with options among it, each rank does."""
     if any(word.startswith("-") for word in words):
         return None
-
     return read_target(words)
 
 

@@ -210,6 +210,16 @@ def test_wandb_gets_one_run_with_metrics_and_config_and_no_environment(dtrain: D
     ]
 
 
+def test_a_run_that_goes_on_goes_on_with_its_wandb_run(dtrain: Dtrain, recipes: Path) -> None:
+    words = ("train", recipes / "small.py", "run.name=mine", "track.wandb.project=mine", "track.wandb.mode=offline")
+    for epochs in (1, 2):
+        assert dtrain(*words, f"epochs={epochs}").code == 0
+    first, second = sorted((dtrain.run_folder() / "wandb").glob("offline-run-*"))
+    assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2], "two runs of W&B's"
+    epochs_of = [[row["epoch"] for row in wandb_rows(next(part.glob("run-*.wandb")))] for part in (first, second)]
+    assert epochs_of == [[1], [2]]
+
+
 def test_without_wandb_it_is_not_loaded(dtrain: Dtrain, recipes: Path) -> None:
     (dtrain.folder / "mine.py").write_text(
         f"import sys\nsys.path.insert(0, {str(recipes)!r})\nfrom small import *\n"
