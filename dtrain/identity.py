@@ -14,7 +14,7 @@ from dtrain import __version__
 from dtrain.errors import WorldError
 from dtrain.launch.facts import RankFacts
 from dtrain.launch.fingerprint import code_hash, file_hash
-from dtrain.launch.job import NONCE
+from dtrain.launch.slurm_step import NONCE
 
 Said = dict[str, Any]
 
@@ -57,9 +57,11 @@ def introduce(facts: RankFacts, *, cpu: bool, claims: Mapping[str, str]) -> Said
 
 def _device_name(local_rank: int) -> str | None:
     """Names a GPU so that two ranks that share one can be told; None where it has no such name."""
-    if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
+    if not torch.cuda.is_available():
         return None
-    uuid = getattr(torch.cuda.get_device_properties(local_rank), "uuid", None)
+    # As Accelerate chooses it: with srun's --gpus-per-task each rank sees one GPU, its own.
+    device = local_rank % torch.cuda.device_count()
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     return None if uuid is None else str(uuid)
 
 

@@ -34,6 +34,11 @@ def locate(reference: str, base: Path) -> Path | None:
     )
 
 
+def title_of(reference: str) -> str:
+    """Returns the short name of a recipe, after which its runs are named."""
+    return Path(reference).stem if reference.endswith(".py") else reference.rpartition(".")[2]
+
+
 def check_syntax(path: Path) -> None:
     """Parses a recipe.
 

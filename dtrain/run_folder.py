@@ -15,12 +15,15 @@ from dtrain.errors import CheckpointError, UsageError
 from dtrain.history import FILE_NAME, History
 from dtrain.launch.reports import write_whole
 from dtrain.lock import FILE_NAME as OWNER
+from dtrain.recipe_file import title_of
 from dtrain.resuming.finding import Found, checkpoint_at, find_good
 from dtrain.resuming.fitting import config_differences
+from dtrain.slurm.record import FOLDER as SLURM
 
 logger = logging.getLogger(__name__)
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+_NOT_OF_A_RUN = (OWNER, SLURM)  # what may be there before a run is: a job is submitted first
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def _check_begins_anew(folder: Path, settings: Settings) -> None:
     kept = "Choose another run.name, or leave it out."
     refusal = f"run.name = {settings.config.run.name!r}: {folder} is there already and is kept as it is"
     if not (folder / CONFIG).is_file():
-        if any(path.name != OWNER for path in folder.iterdir()):
+        if any(path.name not in _NOT_OF_A_RUN for path in folder.iterdir()):
             raise UsageError(f"{refusal}; it holds no run. {kept}")
         return
     before = load_settings(str(folder / CONFIG), [], environ={})
@@ -112,9 +115,8 @@ def make_folder(settings: Settings) -> Path:
     Raises:
         UsageError: there is one of this name, or it cannot be made.
     """
-    run, recipe = settings.config.run, settings.config.recipe
-    title = Path(recipe).stem if recipe.endswith(".py") else recipe.rpartition(".")[2]
-    stem = run.name or f"{title}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = settings.config.run
+    stem = run.name or f"{title_of(settings.config.recipe)}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in range(1, 1000):
         folder = Path(run.dir).expanduser() / (stem if number == 1 else f"{stem}-{number}")
         try:

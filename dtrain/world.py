@@ -199,6 +199,8 @@ def computes_on_cpu(cpu: bool) -> bool:
 
 def _refuse_shared_gpus(facts: RankFacts) -> None:
     count = torch.accelerator.device_count()
+    if count == 1 and "SLURM_LOCALID" in os.environ:
+        return  # with srun's --gpus-per-task each rank sees its own alone; two that share one are found as they meet
     if facts.local_size > count:
         raise WorldError(
             f"{facts.local_size} ranks were started on this machine, which has {count} "

@@ -11,6 +11,7 @@ from dtrain.cli import check
 from dtrain.cli.bench import bench, bench_rank
 from dtrain.cli.evaluate import evaluate, predict, summary
 from dtrain.cli.launch import launch
+from dtrain.cli.slurm_job import slurm_job
 from dtrain.cli.train import train
 from dtrain.launch.leaving import leave, must_leave_at_once
 
@@ -26,6 +27,7 @@ for _verb in (train, evaluate, predict, summary, bench):
 app.command(name="bench-rank", hidden=True)(bench_rank)
 # What follows the script is the script's, options included.
 app.command(context_settings={"allow_interspersed_args": False})(launch)
+app.command(name="slurm-job", hidden=True)(slurm_job)
 app.add_typer(check.app, name="check")
 
 

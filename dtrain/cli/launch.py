@@ -65,7 +65,8 @@ def launch(
 ) -> None:
     """Run any Python script, or `dtrain train`, as N ranks on this machine or on each of several.
 
-    On several nodes the same command is given on each; each may have a --node-rank of its own. Each rank gets RANK,
+    On several nodes the same command is given on each; each may have a --node-rank of its own; where srun starts it,
+    one task a node, nodes and meeting place come from SLURM. Each rank gets RANK,
     WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which dtrain.prepare, Accelerate and
     torch.distributed.init_process_group() all read. When one rank fails, all others are ended, on every node.
 
@@ -73,7 +74,8 @@ def launch(
     dtrain launch --nodes 2 --node-rank 0 --rdzv node1:29500 -- train digits epochs=5
     """
     with reported():
-        from dtrain.launch.options import Asked
+        from dtrain.launch.options import Asked, among_tasks
+        from dtrain.launch.slurm_step import read_step
 
         environment = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if cpu else {}
         asked = Asked(ranks, nodes, node_rank, rdzv, rdzv_timeout, job_id, environment, hang_seconds, log_dir)
@@ -82,6 +84,7 @@ def launch(
             from dtrain.share import find
 
             asked = asked.over(read_profile(find(profile)))
+        asked = among_tasks(asked, read_step())
         code = _launch(program, arguments or [], asked, dry_run, retries)
     raise typer.Exit(code)
 
@@ -116,10 +119,10 @@ def _launch(program: str, arguments: list[str], asked: Asked, dry_run: bool, ret
 
 def _check_not_launched(program: str) -> None:
     from dtrain.errors import UsageError
-    from dtrain.launch.facts import read_rank_facts
+    from dtrain.launch.facts import launched, read_rank_facts
 
-    facts = read_rank_facts()
-    if facts.launched:
+    if launched():
+        facts = read_rank_facts()
         raise UsageError(
             f"this process is rank {facts.rank} of {facts.size} already (RANK, WORLD_SIZE): start {program} itself "
             "under that launcher, or unset both."

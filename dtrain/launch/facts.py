@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.errors import WorldError
+from dtrain.launch.slurm_step import rank_variables, read_step
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,15 @@ class RankFacts:
 def read_rank_facts(environ: Mapping[str, str] | None = None) -> RankFacts:
     """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, as torchrun, Accelerate and dtrain set them.
 
+    For a task of srun's, which has others beside it and no launcher, they are set first, as a launcher would have.
+
     Raises:
         WorldError: a variable is no number, or rank and size do not fit together, or Accelerate was
             asked for several CPU processes and started one.
     """
     env = os.environ if environ is None else environ
+    if "RANK" not in env and "WORLD_SIZE" not in env:
+        env = _with_srun(env)
     if "RANK" not in env and "WORLD_SIZE" not in env:
         _refuse_silent_single(env)
         _refuse_unknown_launcher(env)
@@ -50,6 +55,11 @@ def read_rank_facts(environ: Mapping[str, str] | None = None) -> RankFacts:
             "together: ranks count from 0 and are less than the size. Correct them, or unset all four to run alone."
         )
     return RankFacts(rank, size, local_rank, local_size, launched=True)
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as a rank; srun, which starts launchers too, is not counted."""
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -86,18 +96,28 @@ def _refuse_silent_single(env: Mapping[str, str]) -> None:
     )
 
 
-_OTHER_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+def _with_srun(env: Mapping[str, str]) -> Mapping[str, str]:
+    """Returns the variables with those of a rank, for a task of several of srun's."""
+    step = read_step(env)
+    if step is None or step.tasks == 1:
+        return env
+    variables = rank_variables(env, step)
+    if env is os.environ:
+        os.environ.update(variables)  # Accelerate and torch read them there
+    return {**env, **variables}
+
+
+_OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
 
 
 def _refuse_unknown_launcher(env: Mapping[str, str]) -> None:
-    """Under srun or mpirun with several tasks, each would train alone, all of them rank 0."""
+    """Under mpirun with several tasks, each would train alone, all of them rank 0."""
     for name, launcher in _OTHER_LAUNCHERS.items():
         tasks = env.get(name, "1")
         if tasks.isdigit() and int(tasks) > 1:
             raise WorldError(
                 f"{launcher} started {tasks} tasks ({name}={tasks}), but neither RANK nor WORLD_SIZE is set, so that "
-                "each would train alone. Start one launcher a node, as slurm/train.sbatch does with torchrun, or "
-                f"unset {name} to train in one process."
+                f"each would train alone. Start one `dtrain launch` a node, or unset {name} to train in one process."
             )
 
 

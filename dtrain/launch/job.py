@@ -11,9 +11,9 @@ from pathlib import Path
 from dtrain.launch.hardware import interface_to
 from dtrain.launch.lifeline import PARENT
 from dtrain.launch.reports import REPORT_DIR
+from dtrain.launch.slurm_step import NONCE
 from dtrain.launch.threads import usable_cores
 
-NONCE = "DTRAIN_JOB"
 TIMEOUT = "DTRAIN_RDZV_TIMEOUT"
 DEFAULT_TIMEOUT = 120.0
 BY_ARRIVAL = -1

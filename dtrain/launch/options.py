@@ -14,6 +14,7 @@ from dtrain.launch.fingerprint import code_hash, file_hash
 from dtrain.launch.hardware import gpu_count
 from dtrain.launch.job import BY_ARRIVAL, DEFAULT_TIMEOUT, NONCE, Job
 from dtrain.launch.ports import check_free, free_port
+from dtrain.launch.slurm_step import Step
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,38 @@ class Asked:
         """Returns these values, and `below`'s where there are none; both environments."""
         mine = {name: value for name, value in vars(self).items() if value not in (None, "")}
         return replace(below, **mine | {"environment": below.environment | self.environment})
+
+
+def among_tasks(asked: Asked, step: Step | None, environ: Mapping[str, str] | None = None) -> Asked:
+    """Returns what was asked for with what srun says, where it started this launcher among several, one a node.
+
+    Args:
+        asked: what the command line says.
+        step: srun's step, or None outside of one.
+        environ: where a MASTER_ADDR and MASTER_PORT of the user's are looked for.
+
+    Raises:
+        WorldError: srun's tasks are not one a node, or the command line says something else.
+    """
+    if step is None or step.tasks == 1:
+        return asked
+    env = os.environ if environ is None else environ
+    nodes = len(step.tasks_of_node)
+    if step.tasks != nodes:
+        raise WorldError(
+            f"srun started {step.tasks} launchers on {nodes} nodes, {step.tasks_of_node[step.node]} on this one: start "
+            "one a node (--ntasks-per-node=1), and give it the number of ranks with -n; or leave `dtrain launch` out, "
+            "so that each task is a rank: srun dtrain train ..."
+        )
+    for option, value, theirs in (("--nodes", asked.nodes, nodes), ("--node-rank", asked.node_rank, step.node)):
+        if value not in (None, theirs):
+            raise WorldError(
+                f"{option} {value}, but srun started this launcher as node {step.node} of {nodes}: leave {option} out."
+            )
+    address = f"{env.get('MASTER_ADDR') or step.first_host}:{env.get('MASTER_PORT') or step.port}"
+    return replace(
+        asked, nodes=nodes, node_rank=step.node, rdzv=asked.rdzv or address, job_id=asked.job_id or step.nonce
+    )
 
 
 def make_job(asked: Asked) -> Job:

@@ -29,7 +29,7 @@ LAYERS = [
         "dtrain.seeding",
         "dtrain.deferred",
     ],
-    ["dtrain.identity", "dtrain.profiles", "dtrain.lock"],
+    ["dtrain.identity", "dtrain.profiles", "dtrain.lock", "dtrain.slurm"],
     ["dtrain.arrival"],
     ["dtrain.world"],
     ["dtrain.spawn", "dtrain.stopping"],
@@ -56,7 +56,15 @@ LAYERS = [
     ["dtrain.cli"],
     ["dtrain.__main__"],
 ]
-WITHOUT_TORCH = ("dtrain.config", "dtrain.launch", "dtrain.here", "dtrain.errors", "dtrain.share", "dtrain.recipe_file")
+WITHOUT_TORCH = (
+    "dtrain.config",
+    "dtrain.launch",
+    "dtrain.slurm",
+    "dtrain.here",
+    "dtrain.errors",
+    "dtrain.share",
+    "dtrain.recipe_file",
+)
 
 
 def modules() -> dict[str, Path]:

@@ -1,0 +1,228 @@
+"""What a job's batch script runs on the first node: srun, and what is due when SLURM wants the job to end.
+
+::
+
+    SLURM: SIGUSR1 to this process, ahead of the time limit        (--signal=B:USR1@120; dtrain requeue, dtrain cancel)
+    this process: SIGUSR1 to srun, which sends it to every task    (again and again: one that starts up may miss it)
+    the ranks: stop after one and the same step, save, exit code 75
+    this process: scontrol requeue
+    SLURM: starts the job again, which goes on from the checkpoint
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dtrain.errors import EXIT_FAILED, DtrainError
+from dtrain.launch.postmortem import read_failure
+from dtrain.launch.requests import FILE_NAME as STOP_FILE
+from dtrain.launch.retries import progress, set_aside
+from dtrain.slurm.client import run_client
+from dtrain.slurm.record import CANCEL_NAME, FOLDER, Incarnation, Record, read_record, write_record
+from dtrain.slurm.verdict import AWAIT, CANCEL, REQUEUE, Ended, Verdict, given_up, verdict
+
+_POLL_SECONDS = 0.2
+_AGAIN_SECONDS = 10.0  # between requests to ranks that have not stopped yet
+_GONE_SECONDS = 60.0  # a job that has asked SLURM to end it waits for that
+_NODE_LIMIT_SECONDS = 300.0  # SLURM's own default for finding that a node is lost
+
+
+@dataclass(frozen=True)
+class Place:
+    """What SLURM says of the job that this process is the batch script of.
+
+    Attributes:
+        job_id: its number, which scontrol and scancel take; a task of an array has one of its own.
+        name: as a person knows it: "123", or "123_4" for a task of an array.
+        restart: how often it was started before.
+        nodes: where it runs.
+    """
+
+    job_id: str
+    name: str
+    restart: int
+    nodes: str
+
+    @classmethod
+    def read(cls, env: Mapping[str, str]) -> Place | None:
+        """Returns it, or None outside of a job."""
+        if not env.get("SLURM_JOB_ID", "").isdigit():
+            return None
+        array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+        return cls(
+            job_id=env["SLURM_JOB_ID"],
+            name=f"{array}_{task}" if array and task else env["SLURM_JOB_ID"],
+            restart=int(env.get("SLURM_RESTART_COUNT") or 0),
+            nodes=env.get("SLURM_JOB_NODELIST", ""),
+        )
+
+
+@dataclass
+class Signals:
+    """What SLURM asked of the batch script so far.
+
+    Attributes:
+        asked: to stop, and to start again: SIGUSR1.
+        terminated: SLURM is ending the job: SIGTERM.
+    """
+
+    asked: bool = False
+    terminated: bool = False
+    _kept: dict[int, object] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[Signals]:
+        """Notes them instead of dying of them."""
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            self._kept[number] = signal.signal(number, self._note)
+        try:
+            yield self
+        finally:
+            for number, handler in self._kept.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, _frame: object) -> None:
+        if number == signal.SIGUSR1:
+            self.asked = True
+        else:
+            self.terminated = True
+
+
+def run_incarnation(  # noqa: PLR0913 - keyword-only
+    command: Sequence[str],
+    run: Path,
+    place: Place,
+    *,
+    cap: int,
+    environment: Mapping[str, str],
+    say: Callable[[str], None],
+) -> int:
+    """Runs a job's ranks once, and does what is due when they have ended.
+
+    Args:
+        command: srun with all that it shall run.
+        run: the folder of the run that they work on; the record of its job is kept there.
+        place: the job.
+        cap: so many incarnations without progress are followed by another one.
+        environment: the whole environment of srun.
+        say: shows a line in the job's output.
+
+    Returns:
+        the exit code of the job.
+    """
+    record = read_record(run) or Record(place.name, name=run.name)
+    if record.job != place.name:
+        record = replace(record, job=place.name, forgiven=len(record.incarnations))
+    before = progress(run)
+    vain = record.without_progress(before)
+    one = Incarnation(place.restart, place.job_id, place.nodes, time.time(), progress=before)
+    if vain > cap:
+        return _refused(run, record, one, vain, say)
+    record = record.with_incarnation(one)
+    write_record(run, record)
+    set_aside(run, 1)
+    say(f"job {place.name}, start {place.restart + 1}, on {place.nodes}: run {run}")
+    with Signals().heard() as signals:
+        code = _follow(command, environment, signals, say)
+        ended = _how(code, run, signals, record, cap)
+        what = verdict(ended)
+        say(f"{what.why} (exit code {code})")
+        write_record(run, record.with_incarnation(replace(one, ended=time.time(), code=code, why=what.why)))
+        _carry_out(what, place, signals, say)
+    return code
+
+
+def _refused(run: Path, record: Record, one: Incarnation, vain: int, say: Callable[[str], None]) -> int:
+    why = f"given up: {given_up(vain)}"
+    write_record(run, record.with_incarnation(replace(one, ended=time.time(), code=EXIT_FAILED, why=why)))
+    say(f"{why}. Look for the reason, then: dtrain requeue {record.job}")
+    return EXIT_FAILED
+
+
+def _follow(
+    command: Sequence[str], environment: Mapping[str, str], signals: Signals, say: Callable[[str], None]
+) -> int:
+    """Runs srun; passes requests to stop on; returns its exit code, as a shell would."""
+    try:
+        process = subprocess.Popen(list(command), env=dict(environment))
+    except OSError as error:
+        raise DtrainError(f"{command[0]}: cannot be started: {error.strerror}. Is it on PATH on this node?") from None
+    next_time = 0.0
+    while process.poll() is None:
+        if signals.asked and not signals.terminated and time.monotonic() >= next_time:
+            if not next_time:
+                say("asked to stop (SIGUSR1): the ranks save, then the job starts again")
+            next_time = time.monotonic() + _AGAIN_SECONDS
+            process.send_signal(signal.SIGUSR1)
+        time.sleep(_POLL_SECONDS)
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _how(code: int, run: Path, signals: Signals, record: Record, cap: int) -> Ended:
+    return Ended(
+        code,
+        asked=signals.asked,
+        terminated=signals.terminated,
+        stop_file=(run / STOP_FILE).exists(),
+        cancel_file=(run / FOLDER / CANCEL_NAME).exists(),
+        failure=read_failure(run),
+        without_progress=record.without_progress(progress(run)),
+        cap=cap,
+    )
+
+
+def _carry_out(what: Verdict, place: Place, signals: Signals, say: Callable[[str], None]) -> None:
+    if what.action == AWAIT:
+        _wait_for(lambda: signals.terminated, node_limit())
+        if signals.terminated:
+            return
+    if what.action in (AWAIT, REQUEUE):
+        _ask_slurm(["scontrol", "requeue", place.job_id], place, signals, say)
+    elif what.action == CANCEL:
+        _ask_slurm(["scancel", place.job_id], place, signals, say)
+
+
+def _ask_slurm(argv: Sequence[str], place: Place, signals: Signals, say: Callable[[str], None]) -> None:
+    """Has SLURM end this job, and waits for that; where SLURM refuses, the job just ends."""
+    try:
+        run_client(argv, needed_for="a job that is to be started again")
+    except DtrainError as error:
+        say(f"{error}\ngo on with: dtrain requeue {place.name}")
+        return
+    _wait_for(lambda: signals.terminated, _GONE_SECONDS)
+
+
+def node_limit() -> float:
+    """Returns how many seconds SLURM may take to find that a node is lost."""
+    try:
+        found = re.search(
+            r"^SlurmdTimeout\s*=\s*(\d+)", run_client(["scontrol", "show", "config"], needed_for=""), re.M
+        )
+    except DtrainError:
+        found = None
+    # SLURM looks in turns that take up to a third of the limit.
+    return 1.5 * (float(found[1]) if found else _NODE_LIMIT_SECONDS)
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
+def environment_of(run: Path, *, named: bool) -> dict[str, str]:
+    """Returns the environment for srun; the run's name goes along where the config leaves it to the time of the start.
+
+    Args:
+        run: the run's folder.
+        named: whether config or command line name the run.
+    """
+    return dict(os.environ) | ({} if named else {"DTRAIN_RUN__NAME": run.name})

@@ -1,0 +1,89 @@
+"""What becomes of a job when its ranks have ended: a pure function of how they ended and of what was asked."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+from dtrain.errors import EXIT_OK, EXIT_STOPPED
+from dtrain.launch.postmortem import LOST
+from dtrain.launch.reports import PEER
+
+_DIED_OF_THE_REQUEST = 128 + signal.SIGUSR1  # it came before they could hear it, or they did not stop in time
+
+END, REQUEUE, CANCEL, AWAIT = "end", "requeue", "cancel", "await"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one incarnation of a job ended.
+
+    Attributes:
+        code: the exit code of its ranks, as srun passes it on.
+        asked: whether the batch shell was asked to stop, and to have the job started again (SIGUSR1).
+        terminated: whether SLURM was ending the job meanwhile (SIGTERM).
+        stop_file: whether the run's STOP file is there.
+        cancel_file: whether `dtrain cancel` was asked for.
+        failure: what the run's failure.json says of this incarnation, None where there is none.
+        without_progress: how many incarnations, this one included, the run has stood still for.
+        cap: so many of these are followed by another one.
+    """
+
+    code: int
+    asked: bool = False
+    terminated: bool = False
+    stop_file: bool = False
+    cancel_file: bool = False
+    failure: dict[str, Any] | None = None
+    without_progress: int = 0
+    cap: int = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be done.
+
+    Attributes:
+        action: `END`; `REQUEUE`; `CANCEL`, of its own, so that SLURM tells it from a failure; `AWAIT`: SLURM will find
+            that a node is lost and start the job again by itself, or, if it does not, the job asks for that.
+        why: in words.
+    """
+
+    action: str
+    why: str
+
+
+def verdict(ended: Ended) -> Verdict:
+    """Returns what is to be done with a job whose ranks have ended."""
+    if ended.code == EXIT_OK:
+        return Verdict(END, "complete")
+    if ended.terminated:
+        return Verdict(END, "ended by SLURM, which starts it again where it preempted the job or lost a node")
+    if ended.code in (EXIT_STOPPED, _DIED_OF_THE_REQUEST):
+        return _stopped(ended)
+    cause = None if ended.failure is None else ended.failure["cause"]
+    if cause in (LOST, PEER):
+        return _again(ended, AWAIT, "a node, or a rank on another one, was lost")
+    return Verdict(END, f"failed ({cause or f'exit code {ended.code}'})")
+
+
+def _stopped(ended: Ended) -> Verdict:
+    if ended.stop_file:
+        return Verdict(CANCEL, "stopped for good by the run's STOP file")
+    if ended.cancel_file:
+        return Verdict(CANCEL, "cancelled, with a checkpoint")
+    if ended.asked:
+        return _again(ended, REQUEUE, "stopped ahead of a limit, with a checkpoint")
+    return Verdict(END, "stopped on request, with a checkpoint")
+
+
+def _again(ended: Ended, action: str, why: str) -> Verdict:
+    if ended.without_progress > ended.cap:
+        return Verdict(END, f"{why}; given up: {given_up(ended.without_progress)}")
+    return Verdict(action, why)
+
+
+def given_up(without_progress: int) -> str:
+    """Returns why a job is not started again."""
+    return f"{without_progress} starts one after the other have brought neither a new row nor a new checkpoint"
