@@ -12,6 +12,7 @@
     ├── StepError                a step that breaks the step contract
     ├── NotFiniteError           a loss that is NaN or infinite
     ├── RankError                a rank that a notebook's call started failed
+    ├── SlurmError               one of SLURM's own commands failed, or its answer makes no sense
     ├── StopRequested            exit code 75: asked to stop; what is needed to go on is saved
     └── AgreedError            a failure that every rank knows of; rank 0 speaks
 
@@ -88,6 +89,10 @@ class RankError(DtrainError):
     def _render_traceback_(self) -> list[str]:
         """What IPython shows: the rank's report, with the user's lines, and not how dtrain came to raise it here."""
         return [f"{type(self).__name__}: {self}"]
+
+
+class SlurmError(DtrainError):
+    """One of SLURM's own commands failed, or answered what cannot be made sense of."""
 
 
 class StopRequested(DtrainError):  # noqa: N818 - no error: somebody asked for it
