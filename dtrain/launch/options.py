@@ -12,9 +12,9 @@ from pathlib import Path
 from dtrain.errors import UsageError, WorldError
 from dtrain.launch.fingerprint import code_hash, file_hash
 from dtrain.launch.hardware import gpu_count
-from dtrain.launch.job import BY_ARRIVAL, DEFAULT_TIMEOUT, NONCE, Job
+from dtrain.launch.job import BY_ARRIVAL, DEFAULT_TIMEOUT, Job
 from dtrain.launch.ports import check_free, free_port
-from dtrain.launch.slurm_step import Step
+from dtrain.launch.slurm_step import NONCE, Step
 
 
 @dataclass(frozen=True)

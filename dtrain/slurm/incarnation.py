@@ -18,7 +18,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dtrain.errors import EXIT_FAILED, DtrainError
@@ -76,18 +76,17 @@ class Signals:
 
     asked: bool = False
     terminated: bool = False
-    _kept: dict[int, object] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[Signals]:
         """Notes them instead of dying of them."""
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-            self._kept[number] = signal.signal(number, self._note)
+        numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+        before = [signal.signal(one, self._note) for one in numbers]
         try:
             yield self
         finally:
-            for number, handler in self._kept.items():
-                signal.signal(number, handler)  # type: ignore[arg-type]
+            for one, handler in zip(numbers, before, strict=True):
+                signal.signal(one, handler)
 
     def _note(self, number: int, _frame: object) -> None:
         if number == signal.SIGUSR1:
