@@ -62,8 +62,12 @@ def explain(error: BaseException) -> Description:
     Of the user's own exception the traceback is kept, without the frames of dtrain that led to it; those of torch and
     Accelerate are counted in one line.
     """
-    make_room(error)
-    at = "".join(f"\n  {note}" for note in notes_of(error))
+    shortages = _shortages(error)
+    for one in shortages:
+        make_room(one)
+    notes = next((found for one in shortages if (found := notes_of(one))), [])
+    error = shortages[-1]
+    at = "".join(f"\n  {note}" for note in notes)
     if isinstance(error, StopRequested):
         return _described(error, f"dtrain: {error}", error.exit_code)
     if isinstance(error, DtrainError):
@@ -79,6 +83,17 @@ def explain(error: BaseException) -> Description:
     text = "".join(told.format()).rstrip("\n")
     whole = f"{text}\ndtrain: error: {type(error).__name__}, raised {_origin(files)}{at}"
     return _described(error, whole, EXIT_FAILED, text)
+
+
+def _shortages(error: BaseException) -> list[BaseException]:
+    """Returns an exception and, of a MemoryError, those that it came on top of; the last one tells what needed memory.
+
+    Whatever is tried after the first one may fail the same way.
+    """
+    found = [error]
+    while isinstance(found[-1], MemoryError) and isinstance(found[-1].__context__, MemoryError):
+        found.append(found[-1].__context__)
+    return found
 
 
 def _described(error: BaseException, text: str, exit_code: int, trace: str = "") -> Description:

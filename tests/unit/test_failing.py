@@ -16,8 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dtrain.dealing import Dealing, Share
-from dtrain.errors import NotFiniteError, UsageError, add_place
-from dtrain.failures import cause_of, explain
+from dtrain.errors import NotFiniteError, UsageError
 from dtrain.finite import FiniteLoss, tell_validation
 from dtrain.launch import hangs, postmortem, processes
 from dtrain.launch.hangs import HangWatch
@@ -280,44 +279,6 @@ def test_the_last_whole_checkpoint(tmp_path: Path) -> None:
     for name, last in (("epoch-11-step-9", True), ("epoch-11-step-10", True), ("epoch-10-step-30", False)):
         (tmp_path / "checkpoints" / name).mkdir()
         assert (last_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / name)) == last
-
-
-# --- exceptions in words ----------------------------------------------------------------------------------
-
-
-class OutOfMemoryError(RuntimeError):
-    """Named as torch's own."""
-
-
-@pytest.mark.parametrize(
-    ("error", "cause"),
-    [
-        (ValueError("Connection closed by peer"), "exception"),
-        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"), "peer"),
-        (ConnectionResetError("Connection reset by peer"), "peer"),
-        (MemoryError(), "out_of_memory"),
-        (OutOfMemoryError("CUDA out of memory"), "out_of_memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out_of_memory"),
-        (NotFiniteError("nan"), "nan"),
-        (SystemExit(3), "exit"),
-    ],
-)
-def test_one_word_for_an_exception(error: BaseException, cause: str) -> None:
-    assert cause_of(error) == cause
-
-
-def test_frames_of_torch_are_counted_and_the_place_is_told_once() -> None:
-    try:
-        nn.Linear(2, 2)(torch.ones(3, 3))
-    except RuntimeError as error:
-        add_place(error, "rank 1, epoch 2, train step 3")
-        found = explain(error)
-        assert explain(error) == found, "to describe an exception does not change it"
-    assert "frames of torch\n" in found.told.traceback
-    assert "torch/nn" not in found.told.traceback
-    assert Path(__file__).name in found.told.traceback
-    assert found.text.count("rank 1, epoch 2") == 1
-    assert found.told.type == "RuntimeError"
 
 
 # --- losses that are no numbers ---------------------------------------------------------------------------
