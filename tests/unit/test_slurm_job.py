@@ -1,0 +1,165 @@
+"""What a job's batch script does: asks the ranks to stop, starts the job again or not, and keeps a record of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from helpers.commands import BIN, clean_environment
+
+from dtrain.slurm.record import Incarnation, Record, read_record, write_record
+from dtrain.slurm.verdict import AWAIT, CANCEL, END, REQUEUE, Ended, verdict
+
+JOB = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-2]"}
+
+
+@pytest.mark.parametrize(
+    ("ended", "action"),
+    [
+        (Ended(0), END),
+        (Ended(0, asked=True), END),
+        (Ended(75, asked=True), REQUEUE),
+        (Ended(75, asked=True, without_progress=3), REQUEUE),
+        (Ended(75, asked=True, without_progress=4), END),
+        (Ended(138, asked=True), REQUEUE),  # the request came before it could be heard
+        (Ended(75), END),  # somebody asked the ranks, not the job
+        (Ended(75, asked=True, stop_file=True), CANCEL),
+        (Ended(75, asked=True, cancel_file=True), CANCEL),
+        (Ended(75, asked=True, terminated=True), END),  # SLURM decides
+        (Ended(1, asked=True), END),
+        (Ended(1, failure={"cause": "exception"}), END),
+        (Ended(137, failure={"cause": "killed"}), END),
+        (Ended(76, failure={"cause": "hang"}), END),
+        (Ended(1, failure={"cause": "lost"}), AWAIT),
+        (Ended(1, failure={"cause": "peer"}), AWAIT),
+        (Ended(1, failure={"cause": "lost"}, without_progress=4), END),
+    ],
+)
+def test_what_becomes_of_a_job(ended: Ended, action: str) -> None:
+    assert verdict(ended).action == action
+
+
+def test_starts_that_achieved_nothing_are_counted_from_the_last_one_back() -> None:
+    starts = [(0, 0, 0), (1, 4, 1), (2, 4, 2), (2, 4, 2)]
+    record = Record("7", incarnations=tuple(Incarnation(i, "7", "", 0.0, progress=p) for i, p in enumerate(starts)))
+    assert record.without_progress((2, 4, 2)) == 2
+    assert record.without_progress((3, 4, 3)) == 0
+    assert Record("7", incarnations=record.incarnations, forgiven=3).without_progress((2, 4, 2)) == 1
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    record = Record("7_3", 1.5, "a b.sbatch", None, "ü", (Incarnation(0, "9", "n1", 2.0, 3.0, 75, "why", (1, 2, 3)),))
+    assert read_record(tmp_path) is None
+    write_record(tmp_path, record)
+    assert read_record(tmp_path) == record
+
+
+class TestJob:
+    """With programs of ours in the place of srun and of SLURM's commands."""
+
+    @pytest.fixture(autouse=True)
+    def slurm(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "bin").mkdir()
+        for name in ("scontrol", "scancel"):
+            # It ends the job, as SLURM does: whoever asks is the process above.
+            self.program(
+                f"bin/{name}", "open('asked.txt', 'a').write(' '.join(sys.argv[1:]) + NL); os.kill(os.getppid(), 15)"
+            )
+        (tmp_path / "mine.py").write_text("def train_step(): ...\ndef valid_step(): ...\n")
+
+    def program(self, name: str, body: str) -> Path:
+        path = Path(name)
+        path.write_text(f"#!{sys.executable}\nimport os, signal, sys, time\nNL = chr(10)\n{body}\n")
+        path.chmod(0o755)
+        return path.resolve()
+
+    def start(self, srun: str, *options: str, words: tuple[str, ...] = (), **env: str) -> subprocess.Popen[str]:
+        command = [str(BIN / "dtrain"), "slurm-job", *options, "mine.py", *words, "--", str(self.program("srun", srun))]
+        environment = clean_environment() | JOB | env
+        environment["PATH"] = f"{Path('bin').resolve()}{os.pathsep}{environment['PATH']}"
+        command += ["a b", "--cpu"]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def asked(self) -> list[str]:
+        path = Path("asked.txt")
+        return path.read_text().splitlines() if path.exists() else []
+
+    def record(self, name: str = "mine-job77") -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(Path("runs", name, "slurm/job.json").read_text())
+        return found
+
+    def test_it_passes_everything_on_and_names_the_run(self) -> None:
+        process = self.start("open('got.txt', 'w').write(NL.join([*sys.argv[1:], os.environ['DTRAIN_RUN__NAME']]))")
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, out
+        assert Path("got.txt").read_text().splitlines() == ["a b", "--cpu", "mine-job77"]
+        (one,) = self.record()["incarnations"]
+        assert (one["code"], one["why"], one["nodes"], self.record()["job"]) == (0, "complete", "n[1-2]", "77")
+        assert self.asked() == []
+
+    def test_asked_to_stop_it_asks_srun_and_has_the_job_started_again(self) -> None:
+        srun = "signal.signal(signal.SIGUSR1, lambda *_: os._exit(75)); print('up', flush=True); time.sleep(60)"
+        process = self.start(srun, words=("run.name=it",))
+        assert process.stdout is not None
+        next(line for line in process.stdout if line == "up\n")
+        process.send_signal(signal.SIGUSR1)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 75, out
+        assert self.asked() == ["requeue 77"]
+        (one,) = self.record("it")["incarnations"]
+        assert (one["code"], one["why"]) == (75, "stopped ahead of a limit, with a checkpoint")
+
+    @pytest.mark.parametrize(("file", "asked"), [("STOP", ["77"]), ("slurm/cancel", ["77"])])
+    def test_it_ends_for_good_where_somebody_wants_that(self, file: str, asked: list[str]) -> None:
+        srun = f"open('runs/it/{file}', 'w'); os.kill(os.getppid(), signal.SIGUSR1); time.sleep(1); os._exit(75)"
+        process = self.start("signal.signal(signal.SIGUSR1, lambda *_: None); " + srun, words=("run.name=it",))
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 75, out
+        assert self.asked() == asked, out
+
+    def test_a_failure_is_no_reason_to_start_again(self) -> None:
+        process = self.start("sys.exit(1)")
+        out, _ = process.communicate(timeout=60)
+        assert (process.returncode, self.asked()) == (1, []), out
+        assert "failed (exit code 1)" in out
+
+    def test_terminated_it_waits_for_the_ranks_to_save_and_leaves_the_rest_to_slurm(self) -> None:
+        srun = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), os._exit(75))); print('up', flush=True); "
+        srun += "time.sleep(60)"
+        process = self.start(srun)
+        assert process.stdout is not None
+        next(line for line in process.stdout if line == "up\n")
+        for one in (process, *psutil.Process(process.pid).children()):
+            one.send_signal(signal.SIGTERM)  # as SLURM sends it to all
+        out, _ = process.communicate(timeout=60)
+        assert (process.returncode, self.asked()) == (75, []), out
+
+    def test_starts_that_bring_nothing_come_to_an_end(self) -> None:
+        for restart in range(3):
+            srun = "signal.signal(signal.SIGUSR1, lambda *_: None); os.kill(os.getppid(), signal.SIGUSR1); "
+            srun += "time.sleep(1); os._exit(75)"
+            process = self.start(srun, "--requeues", "1", SLURM_RESTART_COUNT=str(restart))
+            out, _ = process.communicate(timeout=60)
+            assert process.returncode == (75 if restart < 2 else 1), out
+        assert self.asked() == ["requeue 77"], "the second one has given up, the third one has not begun"
+        assert [one["code"] for one in self.record()["incarnations"]] == [75, 75, 1]
+
+    def test_outside_of_a_job_it_says_so(self) -> None:
+        done = subprocess.run(
+            [str(BIN / "dtrain"), "slurm-job", "mine.py", "--", "srun"],
+            env=clean_environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert "this is no job of SLURM's" in done.stderr
