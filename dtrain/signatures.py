@@ -92,6 +92,7 @@ def check_parameters(builders: dict[str, Builder], path: Path, settings: Setting
             ]
             continue
         problems += _check_section(section, builder, given, settings)
+        settings.defaults |= {f"{section}.{key}": value for key, value in builder.defaults().items()}
     if problems:
         raise ConfigError("\n".join(problems))
 

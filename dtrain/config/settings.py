@@ -32,6 +32,7 @@ class Settings:
             builder, to be placed once the recipe's signatures are known (`place`).
         bare: bare key -> the schema's key it was taken for, to find ambiguity with a builder's parameter.
         base: folder that a relative recipe path starts from.
+        defaults: dotted key -> what a builder takes where the config says nothing; once its signature is known.
     """
 
     config: RunConfig
@@ -40,6 +41,7 @@ class Settings:
     unplaced: dict[str, Value] = field(default_factory=dict)
     bare: dict[str, str] = field(default_factory=dict)
     base: Path = field(default_factory=Path)
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     def place_of(self, key: str) -> str:
         """Returns where a key's value came from, "default" where nothing set it."""

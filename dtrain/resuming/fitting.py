@@ -107,7 +107,8 @@ def check_facts(there: Mapping[str, Any], here: Mapping[str, Any], settings: Set
 
 def config_differences(there: Mapping[str, Any], here: Mapping[str, Any], settings: Settings) -> list[str]:
     """Returns, in words, the values that differ and that the numbers depend on."""
-    before, now = _flat(there), _flat(here)
+    # A builder's default counts as given: the recipe's content, compared besides, says what it was.
+    before, now = ({**settings.defaults, **_flat(values)} for values in (there, here))
     return [
         f"{key} was {before.get(key, 'not given')!r} and is {now.get(key, 'not given')!r} ({settings.place_of(key)})"
         for key in dict.fromkeys((*before, *now))

@@ -156,7 +156,7 @@ def test_a_run_is_never_written_over(dtrain: Dtrain, recipes: Path) -> None:
     assert dtrain(*words).code == 0
     before = (dtrain.folder / "runs/mine/history.csv").read_text()
     assert_told_once(dtrain(*words, "--resume", "never"), 2, ["runs/mine is there already", "run.name"])
-    assert_told_once(dtrain(*words, "optimizer.lr=0.3"), 2, ["optimizer.lr was 'not given' and is 0.3", "run.name"])
+    assert_told_once(dtrain(*words, "optimizer.lr=0.3"), 2, ["optimizer.lr was 0.1 and is 0.3", "run.name"])
     assert (dtrain.folder / "runs/mine/history.csv").read_text() == before
 
 

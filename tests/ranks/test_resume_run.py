@@ -47,8 +47,8 @@ def run(trained: Path, tmp_path: Path) -> Path:
     ("words", "told"),
     [
         (["seed=7"], "train.seed was 42 and is 7 (command line)"),
-        (["optimizer.lr=0.5"], "optimizer.lr was 'not given' and is 0.5 (command line)"),
-        (["model.hidden=9"], "model.hidden was 'not given' and is 9"),
+        (["optimizer.lr=0.5"], "optimizer.lr was 0.01 and is 0.5 (command line)"),
+        (["model.hidden=9"], "model.hidden was 6 and is 9"),
         (["data.n=20"], "the number of train samples was 48 and is 20"),
         (["accumulation=3", "seed=7"], "train.seed was 42 and is 7 (command line); train.accumulation was 1 and is 3"),
     ],
@@ -63,7 +63,8 @@ def test_another_runs_values_are_refused_by_name_and_nothing_is_touched(run: Pat
 
 
 def test_values_that_change_no_number_may_differ(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    start(run.parent, "epochs=3", "log_step_freq=1", "checkpoint.keep_last=4", "early_stopping.patience=50")
+    free = ["epochs=3", "log_step_freq=1", "checkpoint.keep_last=4", "early_stopping.patience=50"]
+    start(run.parent, *free, "optimizer.lr=0.01")  # as the builder's default says
     assert f"goes on from {run}/checkpoints/epoch-2" in capsys.readouterr().out
     assert read_history(run)["epoch"].tolist() == [1, 2, 3]
     assert "epochs: 3" in (run / "config.yaml").read_text()
