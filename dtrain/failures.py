@@ -66,7 +66,7 @@ def explain(error: BaseException) -> Description:
     for one in shortages:
         make_room(one)
     notes = next((found for one in shortages if (found := notes_of(one))), [])
-    error = shortages[-1]
+    error = next((one for one in reversed(shortages) if users_line(one)), error)
     at = "".join(f"\n  {note}" for note in notes)
     if isinstance(error, StopRequested):
         return _described(error, f"dtrain: {error}", error.exit_code)
@@ -75,6 +75,8 @@ def explain(error: BaseException) -> Description:
     if isinstance(error, SystemExit):
         return _described(error, f"dtrain: error: your code called sys.exit({error.code!r}){at}", EXIT_FAILED)
     told = traceback.TracebackException.from_exception(error)
+    if len(shortages) > 1:
+        told.__context__ = None
     files = _fold(told)
     if not files and isinstance(error, OSError):
         return _described(error, f"dtrain: error: {error}{at}", EXIT_FAILED)
@@ -86,9 +88,9 @@ def explain(error: BaseException) -> Description:
 
 
 def _shortages(error: BaseException) -> list[BaseException]:
-    """Returns an exception and, of a MemoryError, those that it came on top of; the last one tells what needed memory.
+    """Returns an exception and, of a MemoryError, those that it came on top of.
 
-    Whatever is tried after the first one may fail the same way.
+    Whatever is tried after the first one may fail the same way; and some have no traceback, which needs memory, too.
     """
     found = [error]
     while isinstance(found[-1], MemoryError) and isinstance(found[-1].__context__, MemoryError):

@@ -51,16 +51,22 @@ def test_frames_of_torch_are_counted_and_the_place_is_told_once() -> None:
 
 def test_of_memory_errors_that_follow_one_another_the_first_tells_whose_it_is() -> None:
     def users() -> None:
-        raise MemoryError
+        raise MemoryError from None
+
+    bare = MemoryError()  # without a traceback, for want of memory
 
     source = "def ours(step):\n    try:\n        step()\n    except MemoryError:\n        raise MemoryError\n"
     names: dict[str, Callable[..., None]] = {}
     exec(compile(source, str(Path(dtrain.__file__).parent / "steps.py"), "exec"), names)  # noqa: S102
     with pytest.raises(MemoryError) as caught:
         names["ours"](users)
+    first = caught.value.__context__
+    assert first is not None
+    first.__context__ = bare
     last = caught.value.with_traceback(caught.tb.tb_next)  # without the frame of this test itself
     add_place(last, "rank 0, epoch 2, valid step 3")
     found = explain(last)
     assert "MemoryError, raised by your code\n  at rank 0, epoch 2, valid step 3" in found.text
     assert found.told.cause == "out_of_memory"
     assert "users" in found.told.traceback
+    assert found.text.count("MemoryError") == 3, "the line that raises it, its own, and the summary"
