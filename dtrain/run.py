@@ -109,6 +109,7 @@ def _train(settings: Settings, world: World, resume: str, request: StopRequest, 
         with stopping:
             _fit(engine, keeper, trackers, folder)
     except StopRequested:
+        world.gather_json(None)  # rank 0 has written what any of them tells of
         raise StopRequested(_stopped(stopping.why(), engine.place, folder, settings)) from None
     if world.is_main:
         _sum_up(engine.history, folder)

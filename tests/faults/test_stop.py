@@ -16,6 +16,8 @@ from helpers.commands import BIN, Dtrain
 from helpers.running import Running, running, wait_for
 from safetensors.torch import load_file
 
+from dtrain.resuming.finding import find_good
+
 FULL = os.environ.get("DTRAIN_TEST_SWEEP") == "full"
 AT_ONCE = 10  # seconds; a rank that ends well still leaves its process group and the interpreter
 
@@ -127,6 +129,27 @@ def test_ctrl_c_twice_ends_at_once(tmp_path: Path, train: list[object]) -> None:
             began = time.monotonic()
             assert run.end() == 130, run.text
             assert time.monotonic() - began < AT_ONCE
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"] if FULL else ["true"])
+def test_in_the_middle_of_a_save(tmp_path: Path, recipes: Path, asynchronous: str) -> None:
+    recipe = tmp_path / "slow.py"
+    slow = "\n\nclass Slow:\n    def state_dict(self):\n        mark('saving')\n        time.sleep(1)\n        return {'n': 1}\n"
+    recipe.write_text(
+        (recipes / "long.py").read_text() + slow + "    def load_state_dict(self, _): ...\n\nslow = Slow()\n"
+    )
+    words = ["train", recipe, "--cpu", "-n", 2, "epochs=1000", "run.name=it", f"asynchronous={asynchronous}"]
+    with running(tmp_path, *words, "checkpoint.every_steps=20") as run:
+        run.until("saving-0")
+        for _ in range(3):
+            run.send(signal.SIGTERM)
+            run.send(signal.SIGTERM, rank=1)
+        assert_stopped(run, "SIGTERM")
+        named = run.text.split("checkpoint: ")[1].split()[0]
+    found = find_good(tmp_path / "runs/it/checkpoints")
+    assert found is not None and not found.words, "what it names is whole"
+    assert found.saved.path.name == Path(named).name
+    assert not [path for path in (tmp_path / "runs/it/checkpoints").iterdir() if path.name.startswith(".")]
 
 
 def test_ranks_that_do_not_stop_in_time_are_ended(tmp_path: Path, train: list[object]) -> None:
