@@ -1,0 +1,155 @@
+"""A copy of a recipe's code in the run's folder, so that a queued job runs what was there when it was submitted.
+
+What is copied is what a recipe can import from its own folder: Python files and packages, with the small text files
+beside them. Data is not, nor what is installed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.errors import UsageError
+from dtrain.slurm.record import FILE_NAME, FOLDER
+
+CODE = "code"  # in the run's slurm folder
+_IMPORTED = (".py", ".so")
+_BESIDE = (".cfg", ".ini", ".json", ".pyi", ".toml", ".txt", ".yaml", ".yml")
+_SMALL = 1 << 20  # bytes; a larger text file is data
+_MOST_BYTES = 50 << 20
+_MOST_FILES = 2_000
+_MOST_SEEN = 20_000
+_SKIPPED = ("__pycache__", "node_modules", "runs", "site-packages", "wandb")
+
+
+@dataclass(frozen=True)
+class Code:
+    """The files of a recipe.
+
+    Attributes:
+        recipe: the recipe's file.
+        files: what belongs to it, relative to its folder.
+        size: bytes, in all.
+        left: names in that folder that nothing is copied of.
+        by_place: of the files, those that find others by their own place (`__file__`).
+    """
+
+    recipe: Path
+    files: tuple[Path, ...]
+    size: int
+    left: tuple[str, ...]
+    by_place: tuple[Path, ...]
+
+    def copy_to(self, folder: Path) -> Path:
+        """Copies all files.
+
+        Returns:
+            the copy of the recipe.
+
+        Raises:
+            UsageError: a file cannot be read or written.
+        """
+        try:
+            for file in self.files:
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(self.recipe.parent / file, folder / file)
+        except OSError as error:
+            raise UsageError(f"--freeze: {error.filename}: cannot be copied to {folder}: {error.strerror}.") from None
+        return folder / self.recipe.name
+
+    def told(self) -> str:
+        """Returns in words what is copied and what is not."""
+        lines = [f"frozen: {_number(self.files, 'file')}, {self.size / 1e6:.2f} MB, of {self.recipe.parent}"]
+        if self.left:
+            shown = ", ".join(self.left[:8]) + (", ..." if len(self.left) > 8 else "")
+            lines.append(f"not copied: {shown}; what is installed or lies in other folders")
+        if self.by_place:
+            lines.append(
+                f"note: {', '.join(map(str, self.by_place[:4]))} may look for files by __file__: beside the copy there is "
+                "code alone. Name data by a path of its own, or relative to the folder of submission."
+            )
+        return "\n".join(lines)
+
+
+def find_code(recipe: Path) -> Code:
+    """Finds what a recipe can import from its own folder; nothing is imported or copied.
+
+    Raises:
+        UsageError: it is too much for a copy, or cannot be read.
+    """
+    recipe = recipe.resolve()
+    folder = recipe.parent
+    try:
+        kept = tuple(dict.fromkeys((Path(recipe.name), *_Walk().files(folder, Path()))))
+        sizes = {file: (folder / file).stat().st_size for file in kept}
+        by_place = tuple(file for file in kept if file.suffix == ".py" and b"__file__" in (folder / file).read_bytes())
+        there = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    except OSError as error:
+        raise UsageError(f"--freeze: {error.filename}: cannot be read: {error.strerror}.") from None
+    _check_size(sizes, folder)
+    taken = {file.parts[0] for file in kept}
+    left = tuple(name for name in there if name not in taken and name != "__pycache__")
+    return Code(recipe, kept, sum(sizes.values()), left, by_place)
+
+
+class _Walk:
+    """Goes through the folders that hold code, each once, however it is linked."""
+
+    def __init__(self) -> None:
+        self._folders: set[str] = set()
+        self._seen = 0
+
+    def files(self, top: Path, below: Path) -> Iterator[Path]:
+        real = os.path.realpath(top / below)
+        if real in self._folders:
+            return
+        self._folders.add(real)
+        entries = sorted(os.scandir(top / below), key=lambda entry: entry.name)
+        self._seen += len(entries)
+        if self._seen > _MOST_SEEN:
+            raise UsageError(
+                f"--freeze: beside the code in {top} are more than {_MOST_SEEN:,} other files. Put the recipe and what it "
+                "imports into a folder of their own, or leave --freeze out."
+            )
+        yield from (below / entry.name for entry in entries if entry.is_file() and _belongs(entry))
+        for entry in entries:
+            if entry.is_dir() and _holds_code(entry):
+                yield from self.files(top, below / entry.name)
+
+
+def _belongs(entry: os.DirEntry[str]) -> bool:
+    if entry.name.startswith("."):
+        return False
+    if entry.name.endswith(_IMPORTED):
+        return True
+    return entry.name.endswith(_BESIDE) and entry.stat().st_size <= _SMALL
+
+
+def _holds_code(folder: os.DirEntry[str]) -> bool:
+    """Whether a folder is a package, with or without an __init__.py; what it holds decides, and data may be a lot."""
+    # A name with a dot in it cannot be imported, nor is a hidden one.
+    if "." in folder.name or folder.name in _SKIPPED or (Path(folder.path) / "pyvenv.cfg").exists():
+        return False
+    if (Path(folder.path) / FOLDER / FILE_NAME).exists():  # a run's, with a copy of its own
+        return False
+    with os.scandir(folder.path) as entries:
+        return any(entry.name.endswith(_IMPORTED) for entry in itertools.islice(entries, _MOST_SEEN))
+
+
+def _check_size(sizes: dict[Path, int], folder: Path) -> None:
+    if len(sizes) <= _MOST_FILES and sum(sizes.values()) <= _MOST_BYTES:
+        return
+    largest = max(sizes, key=lambda file: sizes[file])
+    raise UsageError(
+        f"--freeze: the code in {folder} is {len(sizes):,} files and {sum(sizes.values()) / 1e6:.0f} MB, the largest "
+        f"{largest} with {sizes[largest] / 1e6:.1f} MB; at most {_MOST_FILES:,} files and {_MOST_BYTES / 1e6:.0f} MB are "
+        "copied. Put the recipe and what it imports into a folder of their own, or leave --freeze out."
+    )
+
+
+def _number(things: tuple[Path, ...], word: str) -> str:
+    return f"{len(things)} {word}{'s' * (len(things) != 1)}"
