@@ -12,6 +12,7 @@ from dtrain.cli.bench import bench, bench_rank
 from dtrain.cli.evaluate import evaluate, predict, summary
 from dtrain.cli.launch import launch
 from dtrain.cli.slurm_job import slurm_job
+from dtrain.cli.submit import submit
 from dtrain.cli.train import train
 from dtrain.launch.leaving import leave, must_leave_at_once
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (train, evaluate, predict, summary, bench):
+for _verb in (train, evaluate, predict, summary, bench, submit):
     app.command()(_verb)
 app.command(name="bench-rank", hidden=True)(bench_rank)
 # What follows the script is the script's, options included.

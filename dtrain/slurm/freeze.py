@@ -69,7 +69,7 @@ class Code:
             lines.append(f"not copied: {shown}; what is installed or lies in other folders")
         if self.by_place:
             lines.append(
-                f"note: {', '.join(map(str, self.by_place[:4]))} may look for files by __file__: beside the copy there is "
+                f"note: {', '.join(map(str, self.by_place[:4]))} may look for files by __file__: beside the copy is "
                 "code alone. Name data by a path of its own, or relative to the folder of submission."
             )
         return "\n".join(lines)
@@ -112,8 +112,8 @@ class _Walk:
         self._seen += len(entries)
         if self._seen > _MOST_SEEN:
             raise UsageError(
-                f"--freeze: beside the code in {top} are more than {_MOST_SEEN:,} other files. Put the recipe and what it "
-                "imports into a folder of their own, or leave --freeze out."
+                f"--freeze: beside the code in {top} are more than {_MOST_SEEN:,} other files. Put the recipe and "
+                "what it imports into a folder of their own, or leave --freeze out."
             )
         yield from (below / entry.name for entry in entries if entry.is_file() and _belongs(entry))
         for entry in entries:
@@ -146,8 +146,8 @@ def _check_size(sizes: dict[Path, int], folder: Path) -> None:
     largest = max(sizes, key=lambda file: sizes[file])
     raise UsageError(
         f"--freeze: the code in {folder} is {len(sizes):,} files and {sum(sizes.values()) / 1e6:.0f} MB, the largest "
-        f"{largest} with {sizes[largest] / 1e6:.1f} MB; at most {_MOST_FILES:,} files and {_MOST_BYTES / 1e6:.0f} MB are "
-        "copied. Put the recipe and what it imports into a folder of their own, or leave --freeze out."
+        f"{largest} with {sizes[largest] / 1e6:.1f} MB; at most {_MOST_FILES:,} files and {_MOST_BYTES / 1e6:.0f} MB "
+        "are copied. Put the recipe and what it imports into a folder of their own, or leave --freeze out."
     )
 
 

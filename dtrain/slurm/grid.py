@@ -33,7 +33,9 @@ def read_grid(texts: Sequence[str]) -> list[list[str]]:
             if not equals or not key:
                 raise UsageError(f"--array {text!r}: {word!r} should be key=value,value, as in lr=1e-3,1e-4.")
             if key.partition(".")[0] in _FIXED:
-                raise UsageError(f"--array {text!r}: {key} should be the same for all runs; give it as {key}=... alone.")
+                raise UsageError(
+                    f"--array {text!r}: {key} should be the same for all runs; give it as {key}=... alone."
+                )
             if key in axes:
                 raise UsageError(f"--array {text!r}: {key} should be given once, with all its values.")
             axes[key] = _values(key, values, text)

@@ -229,7 +229,9 @@ def _gpus(request: Request) -> list[str]:
     if request.gpus_per_node is None:
         return []
     if not request.gpu_count:
-        return [f"--gpus-per-node {request.gpus_per_node!r}: should be a number, as in 8, or TYPE:NUMBER, as in a100:8."]
+        return [
+            f"--gpus-per-node {request.gpus_per_node!r}: should be a number, as in 8, or TYPE:NUMBER, as in a100:8."
+        ]
     if request.cpu:
         return [f"--gpus-per-node {request.gpus_per_node} with --cpu: should be one of them; on CPUs no GPU is used."]
     if request.ranks_per_node > request.gpu_count:
@@ -266,11 +268,15 @@ def _sbatch_arg(word: str) -> list[str]:
     if not word.isprintable():
         return [f"{option}: should be text without line breaks and control characters."]
     # sbatch takes shortened names, too.
-    taken = next((name for name in _TAKEN if name == match[1] or (len(match[1]) > 2 and name.startswith(match[1]))), None)
+    taken = next(
+        (name for name in _TAKEN if name == match[1] or (len(match[1]) > 2 and name.startswith(match[1]))), None
+    )
     if taken is None:
         return []
     own = _TAKEN[taken]
-    return [f"{option}: should be given to dtrain as {own}." if own else f"{option}: the script needs its own --{taken}."]
+    return [
+        f"{option}: should be given to dtrain as {own}." if own else f"{option}: the script needs its own --{taken}."
+    ]
 
 
 def _srun_arg(word: str) -> list[str]:

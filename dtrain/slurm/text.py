@@ -94,7 +94,9 @@ def output_pattern(folder: Path, *, array: bool) -> str:
     # Relative, SLURM would also replace what looks like a pattern in the name of the present folder.
     text = str(folder.absolute())
     if "\\" in text:
-        raise UsageError(f"{text}: SLURM writes no job's output to a path with a backslash in it. Choose another run.dir.")
+        raise UsageError(
+            f"{text}: SLURM writes no job's output to a path with a backslash in it. Choose another run.dir."
+        )
     if not text.isprintable():
         raise UsageError(f"{text!r}: a job's output needs a path without line breaks and control characters.")
     escaped = text.replace("%", "%%")

@@ -1,0 +1,280 @@
+"""`dtrain submit`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dtrain.cli.guard import reported
+from dtrain.cli.train import METAVAR, read_target, split_words
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dtrain.config import Settings
+    from dtrain.slurm.freeze import Code
+    from dtrain.slurm.request import Request
+    from dtrain.slurm.submission import Run
+
+_JOB, _RANKS, _ARRAY, _SITE = "What the job needs", "How ranks are started", "Several runs", "What your cluster wants"
+
+
+def submit(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar=METAVAR, help="As for `dtrain train`.", show_default=False),
+    ] = None,
+    *,
+    nodes: Annotated[int, typer.Option("--nodes", "-N", help="Number of nodes.", rich_help_panel=_JOB)] = 1,
+    ranks: Annotated[
+        int | None,
+        typer.Option("-n", "--ranks", help="Ranks on each node; else one for each GPU.", rich_help_panel=_JOB),
+    ] = None,
+    gpus_per_node: Annotated[
+        str | None, typer.Option(metavar="[TYPE:]NUMBER", help="GPUs of each node.", rich_help_panel=_JOB)
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Compute on CPUs, without GPUs.", rich_help_panel=_JOB)] = False,
+    time: Annotated[
+        str | None,
+        typer.Option(metavar="[D-]HH:MM:SS", help="Time limit; else the partition's.", rich_help_panel=_JOB),
+    ] = None,
+    cpus_per_task: Annotated[
+        int | None,
+        typer.Option(help="CPUs for all ranks of a node; else as many as ranks.", rich_help_panel=_JOB),
+    ] = None,
+    mem: Annotated[str | None, typer.Option(help="Memory of each node, as in 64G.", rich_help_panel=_JOB)] = None,
+    partition: Annotated[str | None, typer.Option("--partition", "-p", rich_help_panel=_SITE)] = None,
+    account: Annotated[str | None, typer.Option("--account", "-A", rich_help_panel=_SITE)] = None,
+    qos: Annotated[str | None, typer.Option("--qos", "-q", rich_help_panel=_SITE)] = None,
+    constraint: Annotated[
+        str | None, typer.Option("--constraint", "-C", help="Features that nodes must have.", rich_help_panel=_SITE)
+    ] = None,
+    env_setup: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A shell file that readies the environment.", rich_help_panel=_SITE),
+    ] = None,
+    container: Annotated[
+        str, typer.Option(metavar="WORDS", help="Put before the ranks' command.", rich_help_panel=_SITE)
+    ] = "",
+    python: Annotated[
+        str | None,
+        typer.Option(help="The ranks' Python; else this one, in a container python3.", rich_help_panel=_SITE),
+    ] = None,
+    sbatch_arg: Annotated[
+        list[str] | None,
+        typer.Option(metavar="--NAME=VALUE", help="A further option of sbatch; repeatable.", rich_help_panel=_SITE),
+    ] = None,
+    srun_arg: Annotated[
+        list[str] | None,
+        typer.Option(metavar="--NAME=VALUE", help="A further option of srun; repeatable.", rich_help_panel=_SITE),
+    ] = None,
+    job_name: Annotated[str | None, typer.Option(help="The job's name; else the run's.", rich_help_panel=_SITE)] = None,
+    per_rank: Annotated[
+        bool,
+        typer.Option("--per-rank", help="A task of SLURM's for each rank, no launcher.", rich_help_panel=_RANKS),
+    ] = False,
+    stop_before: Annotated[
+        int, typer.Option(metavar="SECONDS", help="Save so long before the time limit.", rich_help_panel=_RANKS)
+    ] = 120,
+    requeues: Annotated[
+        int, typer.Option(metavar="K", help="Start again so often without progress.", rich_help_panel=_RANKS)
+    ] = 3,
+    retries: Annotated[
+        int,
+        typer.Option(metavar="K", help="After a failure, try again within the job.", rich_help_panel=_RANKS),
+    ] = 0,
+    array: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GRID", help="A run for each combination: 'lr=1e-3,1e-4 seed=1,2'.", rich_help_panel=_ARRAY
+        ),
+    ] = None,
+    at_once: Annotated[
+        int | None, typer.Option(metavar="K", help="Run only so many at once.", rich_help_panel=_ARRAY)
+    ] = None,
+    freeze: Annotated[
+        bool, typer.Option("--freeze", help="Copy the recipe's code; later edits change nothing.")
+    ] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not build the recipe here; for a login node that cannot.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and write nothing.")] = False,
+) -> None:
+    """Train on a SLURM cluster: check all here, write a batch script into the run's folder, and submit it.
+
+    The run saves ahead of its time limit, and the job starts again until it is complete.
+
+    Examples: dtrain submit configs/digits.yaml --nodes 2 --gpus-per-node 8 --time 4:00:00;
+    dtrain submit digits --cpu -n 2 --array 'lr=1e-3,1e-4 seed=1,2,3' --at-once 2
+    """
+    with reported():
+        from dtrain.slurm.grid import read_grid
+        from dtrain.slurm.request import Request
+
+        grid = None if array is None else read_grid(array)
+        request = Request(
+            job_name="dtrain" if job_name is None else job_name,  # the run's name comes with the config
+            nodes=nodes,
+            ranks=ranks,
+            gpus_per_node=gpus_per_node,
+            cpu=cpu,
+            per_rank=per_rank,
+            time=time,
+            partition=partition,
+            account=account,
+            qos=qos,
+            constraint=constraint,
+            cpus_per_task=cpus_per_task,
+            mem=mem,
+            env_setup=env_setup,
+            container=_split("--container", container),
+            sbatch_args=tuple(sbatch_arg or ()),
+            srun_args=tuple(srun_arg or ()),
+            stop_before=stop_before,
+            requeues=requeues,
+            retries=retries,
+            tasks=None if grid is None else len(grid),
+            at_once=at_once,
+        )
+        request.check()
+        _tell_ignored()
+        rank_python = python or ("python3" if request.container else sys.executable)
+        runs, settings = _runs(words or [], grid, dry_run=dry_run)
+        _tell_sizes(runs, settings, request, check=not no_check, to_stderr=dry_run)
+        _submit(runs, settings, request, named=job_name is not None, python=rank_python, freeze=freeze, dry_run=dry_run)
+
+
+def _tell_ignored() -> None:
+    from dtrain.slurm.client import ignored_options
+
+    found = ignored_options(os.environ)
+    if found:
+        typer.echo(f"note: {', '.join(found)} in the environment: not used here; give it as an option.", err=True)
+
+
+def _split(option: str, text: str) -> tuple[str, ...]:
+    from dtrain.errors import UsageError
+
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r}: should be words as for a shell: {error}.") from None
+
+
+def _runs(words: list[str], grid: list[list[str]] | None, *, dry_run: bool) -> tuple[list[Run], list[Settings]]:
+    """Returns the runs and the config of each, checked as far as can be without torch."""
+    from dtrain.errors import UsageError
+    from dtrain.slurm.submission import check_folders, plan_runs
+
+    dashed = next((word for word in words if word.startswith("-")), None)
+    if dashed is not None:
+        raise UsageError(f"{dashed!r}: should not begin with a dash, as options do; write ./{dashed} for a file.")
+    base = read_target(words)
+    for one in grid or ():
+        alone = read_target([*words, *one])
+        if alone.config.run != base.config.run:
+            raise UsageError(
+                f"--array: {' '.join(one)} sets run.name or run.dir, which an array gives each run itself."
+            )
+    runs = plan_runs(words, base, grid)
+    check_folders(runs, ask_queue=not dry_run)
+    return runs, [read_target(list(run.words)) for run in runs]
+
+
+def _tell_sizes(
+    runs: Sequence[Run], settings: list[Settings], request: Request, *, check: bool, to_stderr: bool
+) -> None:
+    per_node, size = request.ranks_per_node, request.world_size
+    device = "CPUs" if request.cpu else "GPUs" if request.gpu_count else "what the nodes have"
+    nodes = f"{request.nodes} node{'s' * (request.nodes > 1)}"
+    lines = [f"{nodes} x {per_node} rank{'s' * (per_node > 1)} = {size} on {device}"]
+    if check:
+        lines += _checked(runs, settings, size)
+    lines += [f"{run.name}: {' '.join(run.differs)}" for run in runs if run.differs]
+    typer.echo("\n".join(lines), err=to_stderr)
+
+
+def _checked(runs: Sequence[Run], settings: list[Settings], ranks: int) -> list[str]:
+    """Builds the first run's objects, and checks the others' values against the recipe's signatures."""
+    from dtrain.plan import make_plan
+    from dtrain.recipe import bind, load_recipe
+    from dtrain.resuming.ahead import check_ahead
+    from dtrain.seeding import seed_everything
+    from dtrain.signatures import check_parameters
+
+    first = settings[0]
+    seed_everything(first.config.train.seed)
+    recipe = load_recipe(first.config.recipe, first.base)
+    for one in settings[1:]:
+        one.place(recipe.parameters())
+        check_parameters(recipe.builders, recipe.path, one)
+    plan = make_plan(bind(recipe, first), first, ranks)
+    for run, one in zip(runs, settings, strict=True):
+        check_ahead(run.folder, one, ranks)
+    unknown = "unknown, the loader has no length"
+    batch = f"{plan.batch_per_rank} per rank, {plan.batch_in_all} in all" if plan.batch_in_all else unknown
+    epochs = first.config.train.epochs
+    steps = unknown
+    if plan.steps_per_epoch is not None:
+        steps = f"{plan.steps_per_epoch} an epoch, {plan.optimizer_steps} of the optimizer in {epochs} epochs"
+    which = f" (of {runs[0].name})" if len(runs) > 1 else ""
+    return [f"batch: {batch}{which}", f"steps: {steps}{which}"]
+
+
+def _submit(
+    runs: list[Run],
+    settings: list[Settings],
+    request: Request,
+    *,
+    named: bool,
+    python: str,
+    freeze: bool,
+    dry_run: bool,
+) -> None:
+    from dataclasses import replace
+
+    from dtrain.slurm.submission import code_of, config_of, frozen_words, submit_runs
+    from dtrain.slurm.text import Script, output_pattern, script_text
+
+    code, config = None, None
+    if freeze:
+        code, config = code_of(settings[0]), config_of(runs[0])
+        runs = [frozen_words(run, None if code is None else code.recipe.name) for run in runs]
+        _tell_frozen(code, settings[0], to_stderr=dry_run)
+    together = runs[0].name if request.tasks is None else runs[0].name.removesuffix("-0")
+    if not named:
+        request = replace(request, job_name=together)
+    folder = runs[0].folder.with_name(together)
+    script = Script(
+        [run.words for run in runs],
+        output_pattern(folder, array=request.tasks is not None),
+        sys.executable,
+        python,
+        f"{together}, as dtrain submit wrote it in {Path.cwd()}",
+    )
+    text = script_text(request, script)
+    if dry_run:
+        typer.echo(text, nl=False)
+        return
+    job = submit_runs(runs, text, code, config)
+    _tell_job(job, runs)
+
+
+def _tell_frozen(code: Code | None, settings: Settings, *, to_stderr: bool) -> None:
+    installed = f"frozen: the config; the recipe {settings.config.recipe} is installed, and is no part of the copy"
+    typer.echo(installed if code is None else code.told(), err=to_stderr)
+
+
+def _tell_job(job: str, runs: Sequence[Run]) -> None:
+    folders = [str(run.folder) for run in runs]
+    shown = folders[0] if len(folders) == 1 else f"{folders[0]} to {folders[-1]}"
+    one = job if len(runs) == 1 and not runs[0].differs else f"{job}_0"
+    typer.echo(
+        f"submitted: job {job}\nrun: {shown}\n"
+        f"next: dtrain jobs; dtrain logs {one} -f; dtrain cancel {job}, which saves a checkpoint first"
+    )
