@@ -27,7 +27,7 @@ from dtrain.launch.requests import FILE_NAME as STOP_FILE
 from dtrain.launch.retries import progress, set_aside
 from dtrain.slurm.client import run_client
 from dtrain.slurm.record import CANCEL_NAME, FOLDER, Incarnation, Record, read_record, write_record
-from dtrain.slurm.verdict import AWAIT, CANCEL, REQUEUE, Ended, Verdict, given_up, verdict
+from dtrain.slurm.verdict import AWAIT, CANCEL, REQUEUE, STOPPED, Ended, Verdict, given_up, verdict
 
 _POLL_SECONDS = 0.2
 _AGAIN_SECONDS = 10.0  # between requests to ranks that have not stopped yet
@@ -131,7 +131,8 @@ def run_incarnation(  # noqa: PLR0913 - keyword-only
     say(f"job {place.name}, start {place.restart + 1}, on {place.nodes}: run {run}")
     with Signals().heard() as signals:
         code = _follow(command, environment, signals, say)
-        ended = _how(code, run, signals, record, cap)
+        ended = Ended(code, asked=signals.asked, terminated=signals.terminated, cap=cap)
+        ended = _looked_at(ended, run, place, record)
         what = verdict(ended)
         say(f"{what.why} (exit code {code})")
         write_record(run, record.with_incarnation(replace(one, ended=time.time(), code=code, why=what.why)))
@@ -165,16 +166,15 @@ def _follow(
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def _how(code: int, run: Path, signals: Signals, record: Record, cap: int) -> Ended:
-    return Ended(
-        code,
-        asked=signals.asked,
-        terminated=signals.terminated,
+def _looked_at(ended: Ended, run: Path, place: Place, record: Record) -> Ended:
+    """Adds what the run's folder and SLURM tell."""
+    return replace(
+        ended,
+        preempted=ended.code in STOPPED and not ended.asked and is_preempted(place.job_id),
         stop_file=(run / STOP_FILE).exists(),
         cancel_file=(run / FOLDER / CANCEL_NAME).exists(),
         failure=read_failure(run),
         without_progress=record.without_progress(progress(run)),
-        cap=cap,
     )
 
 
@@ -197,6 +197,15 @@ def _ask_slurm(argv: Sequence[str], place: Place, signals: Signals, say: Callabl
         say(f"{error}\ngo on with: dtrain requeue {place.name}")
         return
     _wait_for(lambda: signals.terminated, _GONE_SECONDS)
+
+
+def is_preempted(job_id: str) -> bool:
+    """Whether a job that still runs has to make room for another one, as far as SLURM tells."""
+    try:
+        told = run_client(["scontrol", "show", "job", "--oneliner", job_id], needed_for="a job that has to make room")
+    except DtrainError:
+        return False
+    return re.search(r" JobState=RUNNING ", told) is not None and re.search(r" PreemptTime=\d", told) is not None
 
 
 def node_limit() -> float:

@@ -10,7 +10,8 @@ from dtrain.errors import EXIT_OK, EXIT_STOPPED
 from dtrain.launch.postmortem import LOST
 from dtrain.launch.reports import PEER
 
-_DIED_OF_THE_REQUEST = 128 + signal.SIGUSR1  # it came before they could hear it, or they did not stop in time
+# Of ranks that stopped when they were asked to: or died of that, since it came before they could hear it.
+STOPPED = (EXIT_STOPPED, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
 
 END, REQUEUE, CANCEL, AWAIT = "end", "requeue", "cancel", "await"
 
@@ -23,6 +24,8 @@ class Ended:
         code: the exit code of its ranks, as srun passes it on.
         asked: whether the batch shell was asked to stop, and to have the job started again (SIGUSR1).
         terminated: whether SLURM was ending the job meanwhile (SIGTERM).
+        preempted: whether it does so for another job's sake, with a time of grace: a job that ends within that would
+            not be started again by SLURM.
         stop_file: whether the run's STOP file is there.
         cancel_file: whether `dtrain cancel` was asked for.
         failure: what the run's failure.json says of this incarnation, None where there is none.
@@ -33,6 +36,7 @@ class Ended:
     code: int
     asked: bool = False
     terminated: bool = False
+    preempted: bool = False
     stop_file: bool = False
     cancel_file: bool = False
     failure: dict[str, Any] | None = None
@@ -58,9 +62,9 @@ def verdict(ended: Ended) -> Verdict:
     """Returns what is to be done with a job whose ranks have ended."""
     if ended.code == EXIT_OK:
         return Verdict(END, "complete")
-    if ended.terminated:
+    if ended.terminated and not ended.preempted:
         return Verdict(END, "ended by SLURM, which starts it again where it preempted the job or lost a node")
-    if ended.code in (EXIT_STOPPED, _DIED_OF_THE_REQUEST):
+    if ended.code in STOPPED:
         return _stopped(ended)
     cause = None if ended.failure is None else ended.failure["cause"]
     if cause in (LOST, PEER):
@@ -73,6 +77,8 @@ def _stopped(ended: Ended) -> Verdict:
         return Verdict(CANCEL, "stopped for good by the run's STOP file")
     if ended.cancel_file:
         return Verdict(CANCEL, "cancelled, with a checkpoint")
+    if ended.preempted:
+        return _again(ended, REQUEUE, "preempted, with a checkpoint")
     if ended.asked:
         return _again(ended, REQUEUE, "stopped ahead of a limit, with a checkpoint")
     return Verdict(END, "stopped on request, with a checkpoint")

@@ -33,6 +33,8 @@ JOB = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-2]"}
         (Ended(75, asked=True, stop_file=True), CANCEL),
         (Ended(75, asked=True, cancel_file=True), CANCEL),
         (Ended(75, asked=True, terminated=True), END),  # SLURM decides
+        (Ended(75, terminated=True, preempted=True), REQUEUE),
+        (Ended(75, preempted=True), REQUEUE),
         (Ended(1, asked=True), END),
         (Ended(1, failure={"cause": "exception"}), END),
         (Ended(137, failure={"cause": "killed"}), END),
@@ -69,10 +71,11 @@ class TestJob:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "bin").mkdir()
         for name in ("scontrol", "scancel"):
+            show = "if sys.argv[1] == 'show': sys.exit(print(open('show.txt').read()))"
             # It ends the job, as SLURM does: whoever asks is the process above.
-            self.program(
-                f"bin/{name}", "open('asked.txt', 'a').write(' '.join(sys.argv[1:]) + NL); os.kill(os.getppid(), 15)"
-            )
+            ask = "open('asked.txt', 'a').write(' '.join(sys.argv[1:]) + NL); os.kill(os.getppid(), 15)"
+            self.program(f"bin/{name}", f"{show}\n{ask}")
+        (tmp_path / "show.txt").write_text("JobId=77 JobState=RUNNING Reason=None PreemptTime=None ")
         (tmp_path / "mine.py").write_text("def train_step(): ...\ndef valid_step(): ...\n")
 
     def program(self, name: str, body: str) -> Path:
@@ -141,6 +144,12 @@ class TestJob:
             one.send_signal(signal.SIGTERM)  # as SLURM sends it to all
         out, _ = process.communicate(timeout=60)
         assert (process.returncode, self.asked()) == (75, []), out
+
+    def test_preempted_it_has_the_job_started_again_before_the_time_of_grace_is_over(self) -> None:
+        Path("show.txt").write_text("JobId=77 JobState=RUNNING Reason=None PreemptTime=2026-11-25T03:04:05 ")
+        process = self.start("sys.exit(75)")
+        out, _ = process.communicate(timeout=60)
+        assert (process.returncode, self.asked()) == (75, ["requeue 77"]), out
 
     def test_starts_that_bring_nothing_come_to_an_end(self) -> None:
         for restart in range(3):
