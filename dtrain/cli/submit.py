@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dtrain.cli.guard import reported
-from dtrain.cli.train import METAVAR, read_target, split_words
+from dtrain.cli.train import METAVAR, read_target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

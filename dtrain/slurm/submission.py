@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -13,9 +12,9 @@ from pathlib import Path
 from dtrain import share
 from dtrain.config import Settings
 from dtrain.config.sources import read_scalar
-from dtrain.errors import SlurmError, UsageError
-from dtrain.launch.requests import FILE_NAME as STOP_FILE
+from dtrain.errors import UsageError
 from dtrain.launch.reports import write_whole
+from dtrain.launch.requests import FILE_NAME as STOP_FILE
 from dtrain.recipe_file import locate, title_of
 from dtrain.slurm.client import run_client, submit
 from dtrain.slurm.freeze import CODE, Code, find_code
