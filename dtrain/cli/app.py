@@ -10,6 +10,8 @@ from dtrain import __version__
 from dtrain.cli import check
 from dtrain.cli.bench import bench, bench_rank
 from dtrain.cli.evaluate import evaluate, predict, summary
+from dtrain.cli.joblogs import logs
+from dtrain.cli.jobs import cancel, jobs, requeue
 from dtrain.cli.launch import launch
 from dtrain.cli.slurm_job import slurm_job
 from dtrain.cli.submit import submit
@@ -23,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (train, evaluate, predict, summary, bench, submit):
+for _verb in (train, evaluate, predict, summary, bench, submit, jobs, logs, cancel, requeue):
     app.command()(_verb)
 app.command(name="bench-rank", hidden=True)(bench_rank)
 # What follows the script is the script's, options included.

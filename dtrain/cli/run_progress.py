@@ -1,0 +1,74 @@
+"""How far a run is, from its folder alone, without torch and pandas."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from dtrain.config.saved import CONFIG
+from dtrain.history import FILE_NAME
+
+# Columns that come after the metrics, or are none.
+_NO_METRICS = ("epoch", "lr", "seconds", "samples_per_second")
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """How far a run is.
+
+    Attributes:
+        epoch: how many epochs are done.
+        epochs: how many there are to be; None where that is not known.
+        row: the history's last whole row: column -> value, None where it is empty.
+    """
+
+    epoch: int = 0
+    epochs: int | None = None
+    row: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epochs is not None and self.epoch >= self.epochs
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last epoch's means: those of the validation, or of the training where there is none."""
+        all_of_them = {name: x for name, x in self.row.items() if name not in _NO_METRICS and x is not None}
+        return {name: x for name, x in all_of_them.items() if name.startswith("val_")} or all_of_them
+
+
+def read_progress(run: Path) -> RunProgress:
+    """Reads how far a run is; what is not there, or not readable, is not known."""
+    row = _last_row(run / FILE_NAME)
+    return RunProgress(int(row.get("epoch") or 0), _epochs(run / CONFIG), row)
+
+
+def _last_row(path: Path) -> dict[str, float | None]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return {}
+    whole = text[: text.rfind("\n") + 1]  # a row may be on its way
+    rows = list(csv.DictReader(io.StringIO(whole)))
+    return {name: _number(cell) for name, cell in rows[-1].items() if name} if rows else {}
+
+
+def _number(cell: str | None) -> float | None:
+    try:
+        return float(cell) if cell else None
+    except ValueError:
+        return None
+
+
+def _epochs(path: Path) -> int | None:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["epochs"]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, int) else None

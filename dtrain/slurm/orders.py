@@ -1,0 +1,178 @@
+"""Ends a job, or has it started again, from outside: with a checkpoint first, where it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dtrain.errors import SlurmError, UsageError
+from dtrain.launch.postmortem import last_checkpoint
+from dtrain.launch.requests import FILE_NAME as STOP_FILE
+from dtrain.slurm.client import run_client, submit
+from dtrain.slurm.record import CANCEL_NAME, FOLDER, SCRIPT_NAME, Record, write_record
+from dtrain.slurm.runs import RunJob, refreshed
+
+_SOME_IDS = 200  # in one call
+_SETTLE_SECONDS, _POLL_SECONDS = 20.0, 0.5  # a job that is on its way out soon waits again, or has ended
+
+
+def cancel(jobs: Sequence[RunJob], say: Callable[[str], object], *, now: bool) -> None:
+    """Ends jobs for good; those that run save first.
+
+    Args:
+        jobs: what to end, as it was a moment ago.
+        say: gets a line for a person on each.
+        now: end them at once; of what has not been saved, SLURM's own time of grace (KillWait) may still be enough.
+
+    Raises:
+        UsageError: one runs, is no run of dtrain's, and shall save first.
+        SlurmError: SLURM did not do it.
+    """
+    for one in [one for one in jobs if one.is_over]:
+        say(f"{one.words}: is over already ({one.state}).")
+    left = [one for one in jobs if not one.is_over]
+    if now:
+        _scancel([one.id for one in left])
+        for one in left:
+            say(f"{one.words}: cancelled.{_later(one)}")
+        return
+    for one in left:
+        if one.job is not None and one.job.runs and one.run is None:
+            raise UsageError(f"{one.words}: is no run of dtrain's, and would not save first. Give --now to end it.")
+    _cancel_saved(left, say)
+
+
+def _cancel_saved(left: Sequence[RunJob], say: Callable[[str], object]) -> None:
+    """What waits is cancelled first, since a task that ends makes room for the next one of its array."""
+    deadline, refusal = time.monotonic() + _SETTLE_SECONDS, ""
+    while left:
+        try:
+            # What has started meanwhile is left alone, and looked at again.
+            _scancel([one.id for one in left if one.job is not None and one.job.waits], "--state=PENDING")
+            _scancel([one.id for one in left if one.state == "CONFIGURING"])
+        except SlurmError as error:
+            refusal = f" {error}"
+        for one in [one for one in left if one.state == "RUNNING"]:
+            _ask(one, cancelled=True)
+            say(
+                f"{one.words}: asked to save and to end; dtrain logs {one.id} -f shows it. "
+                f"If it does not: dtrain cancel {one.id} --now.{_later(one)}"
+            )
+        left = refreshed([one for one in left if one.state != "RUNNING"], needed_for="dtrain cancel")
+        for one in [one for one in left if one.is_over]:
+            say(f"{one.words}: cancelled; it had not started, or was about to start again.{_later(one)}")
+        left = [one for one in left if not one.is_over]
+        if left and time.monotonic() > deadline:
+            names = ", ".join(f"{one.id} ({one.state})" for one in left)
+            raise SlurmError(f"{names}: not cancelled within {_SETTLE_SECONDS:g} s.{refusal} Try again, or give --now.")
+        time.sleep(_POLL_SECONDS if left else 0)
+
+
+def requeue(one: RunJob, say: Callable[[str], object], *, complete: bool) -> None:
+    """Has a run start again: one that runs saves first.
+
+    Args:
+        one: the run, as it was a moment ago.
+        say: gets a line for a person.
+        complete: whether the run has done all its epochs.
+
+    Raises:
+        UsageError: it is no run, complete, or was stopped for good by its STOP file.
+        SlurmError: SLURM did not do it.
+    """
+    if one.run is None:
+        raise UsageError(f"{one.words}: is no run of dtrain's. SLURM's own command is: scontrol requeue {one.id}")
+    one = _settled(one)
+    if one.job is not None and one.job.waits:
+        say(f"{one.words}: waits already ({one.job.reason or one.job.state}).")
+        return
+    stop = one.run / STOP_FILE
+    if stop.exists():
+        raise UsageError(f"{one.words}: {stop} says that it has stopped for good. Remove that file first.")
+    if complete and one.is_over:
+        raise UsageError(
+            f"{one.words}: is complete; there is nothing to go on with. More epochs: submit it with epochs=N."
+        )
+    if one.job is not None and not one.is_over:
+        _ask(one, cancelled=False)
+        say(f"{one.words}: asked to save; then it starts again. dtrain logs {one.id} -f shows it.")
+        return
+    _forget_cancel(one.run)
+    _start_again(one, one.run, say)
+
+
+def _start_again(one: RunJob, run: Path, say: Callable[[str], object]) -> None:
+    record = one.record or Record(one.id, name=run.name)
+    # Starts without progress are counted anew: a person has looked at it.
+    record = replace(record, forgiven=len(record.incarnations))
+    at = f" It goes on from {saved}." if (saved := last_checkpoint(run)) else " It begins anew: it had no checkpoint."
+    if one.job is not None and one.job.source == "squeue":
+        write_record(run, record)
+        try:
+            run_client(["scontrol", "requeue", one.id], needed_for="dtrain requeue")
+        except SlurmError as error:
+            say(f"{one.words}: {error} It is submitted anew.")
+        else:
+            say(f"{one.words}: waits to start again.{at}")
+            return
+    new = _submit_again(one, run, record)
+    write_record(run, new)
+    say(f"{one.words}: SLURM no longer has it; submitted again as job {new.job}.{at}")
+
+
+def _submit_again(one: RunJob, run: Path, record: Record) -> Record:
+    script = Path(record.script) if record.script is not None else run / FOLDER / SCRIPT_NAME
+    if not script.is_file():
+        raise UsageError(
+            f"{one.words}: SLURM no longer has it, and the script that was submitted is not there: {script}. "
+            f"Submit the run's config anew: dtrain submit {run / 'config.yaml'}"
+        )
+    array, _, task = one.id.partition("_")
+    job = submit(script, cwd=_work_dir(one), options=[f"--array={task}"] if task else [], needed_for="dtrain requeue")
+    name = f"{job}_{task}" if task else job
+    output = record.output
+    if output is not None:
+        old = Path(output)
+        output = str(old.with_name(old.name.replace(array, job)))
+    return replace(record, job=name, submitted=time.time(), output=output)
+
+
+def _work_dir(one: RunJob) -> Path:
+    """Where the job ran, since the script may name files from there; where that is not known, here."""
+    return Path(one.job.folder) if one.job is not None and one.job.folder else Path.cwd()
+
+
+def _settled(one: RunJob) -> RunJob:
+    """Returns a run once its job is not on its way out any more, which takes a moment."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while one.state == "COMPLETING" and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        (one,) = refreshed([one], needed_for="dtrain requeue")
+    return one
+
+
+def _ask(one: RunJob, *, cancelled: bool) -> None:
+    """Has a job's batch shell ask the ranks to stop; what it does then, it tells by the file `cancel`."""
+    assert one.run is not None  # noqa: S101 - for the type checker
+    if cancelled:
+        (one.run / FOLDER).mkdir(exist_ok=True)
+        (one.run / FOLDER / CANCEL_NAME).touch()
+    else:
+        _forget_cancel(one.run)
+    run_client(["scancel", "--batch", "--signal=USR1", one.id], needed_for="dtrain cancel and requeue")
+
+
+def _forget_cancel(run: Path) -> None:
+    (run / FOLDER / CANCEL_NAME).unlink(missing_ok=True)
+
+
+def _scancel(ids: Sequence[str], *options: str) -> None:
+    for start in range(0, len(ids), _SOME_IDS):
+        run_client(["scancel", *options, *ids[start : start + _SOME_IDS]], needed_for="dtrain cancel")
+
+
+def _later(one: RunJob) -> str:
+    """How to go on with a run some other time."""
+    return f" To go on later: dtrain requeue {one.name}" if one.run is not None else ""

@@ -1,0 +1,62 @@
+"""Where a job's output is, and that of its ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dtrain.errors import UsageError
+from dtrain.slurm.record import FOLDER
+from dtrain.slurm.runs import RunJob
+
+_LOGS = "logs"  # in the run's folder
+
+
+def output_of(one: RunJob, name: str) -> Path:
+    """Returns the file that a job's output goes to.
+
+    Args:
+        one: run and job.
+        name: what the person asked for: the number of a job that the run was earlier means that one's output.
+
+    Raises:
+        UsageError: it is not known.
+    """
+    if one.record is not None and name in {each.job_id for each in one.record.incarnations} - _numbers(one):
+        earlier = _in_run(one, name)
+        if earlier is not None and earlier.exists():
+            return earlier
+    known = one.job.output if one.job is not None else ""
+    known = known or (one.record.output if one.record is not None else "") or ""
+    path = Path(known) if known else _in_run(one, one.id)
+    if path is None:
+        raise UsageError(f"{one.words}: it is not known where its output goes; SLURM no longer tells.")
+    return path
+
+
+def rank_log(one: RunJob, rank: int) -> Path:
+    """Returns the log of one rank, which may still be to come.
+
+    Raises:
+        UsageError: there is none, and none will come.
+    """
+    if one.run is None:
+        raise UsageError(f"{one.words}: is no run of dtrain's, so there is no log of rank {rank}.")
+    folder = one.run / _LOGS
+    path = folder / f"rank-{rank}.log"
+    ranks = sorted(int(file.stem.removeprefix("rank-")) for file in folder.glob("rank-*.log"))
+    if path.exists() or not (ranks or one.is_over):
+        return path
+    there = (
+        f"There are those of ranks {', '.join(map(str, ranks))}."
+        if ranks
+        else "Where srun starts each rank, all is in the job's output."
+    )
+    raise UsageError(f"{one.words}: there is no log of rank {rank} in {folder}. {there}")
+
+
+def _numbers(one: RunJob) -> set[str]:
+    return {one.id} | ({one.job.number} if one.job is not None else set())
+
+
+def _in_run(one: RunJob, identity: str) -> Path | None:
+    return one.run / FOLDER / f"job-{identity}.out" if one.run is not None and identity else None
