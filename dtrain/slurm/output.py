@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dtrain.errors import UsageError
+from dtrain.slurm.queue import output_file
 from dtrain.slurm.record import FOLDER
 from dtrain.slurm.runs import RunJob
 
@@ -25,8 +26,9 @@ def output_of(one: RunJob, name: str) -> Path:
         earlier = _in_run(one, name)
         if earlier is not None and earlier.exists():
             return earlier
-    known = one.job.output if one.job is not None else ""
-    known = known or (one.record.output if one.record is not None else "") or ""
+    known = one.record.output if one.record is not None else None
+    if not known and one.job is not None:
+        known = output_file(one.id, needed_for="dtrain logs")
     path = Path(known) if known else _in_run(one, one.id)
     if path is None:
         raise UsageError(f"{one.words}: it is not known where its output goes; SLURM no longer tells.")

@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dtrain.errors import SlurmError, UsageError
 from dtrain.slurm.client import has_client, run_client
@@ -20,7 +20,7 @@ from dtrain.slurm.client import has_client, run_client
 _FIELD, _RECORD = "\x1f", "\x1e"
 _QUEUE_FIELDS = (
     *("JobArrayID", "ArrayTaskID", "JobID", "State", "Reason", "TimeLeft", "RestartCnt", "NodeList", "EndTime"),
-    *("exit_code", "Name", "Command", "WorkDir", "STDOUT"),
+    *("exit_code", "Name", "Command", "WorkDir"),
 )
 _ACCOUNT_FIELDS = ("JobID", "JobIDRaw", "State", "ExitCode", "End", "NodeList", "WorkDir")
 _SOME_IDS = 200  # in one call of sacct
@@ -47,7 +47,6 @@ class Job:
         name: its name.
         script: what was submitted; empty where it is not known.
         folder: where it runs; empty where it is not known.
-        output: where its output goes; empty where it is not known.
         source: which command told: "squeue" or "sacct".
     """
 
@@ -63,7 +62,6 @@ class Job:
     name: str = ""
     script: str = ""
     folder: str = ""
-    output: str = ""
     source: str = "squeue"
 
     @property
@@ -167,6 +165,20 @@ def accounted(ids: Sequence[str], *, needed_for: str) -> list[Job]:
     return jobs
 
 
+def output_file(job: str, *, needed_for: str) -> str:
+    """Returns where a job's output goes, as slurmctld knows it; empty where it does not.
+
+    Raises:
+        UsageError: there is no scontrol here.
+    """
+    try:
+        answer = run_client(["scontrol", "show", "job", job], needed_for=needed_for)
+    except SlurmError:  # it has forgotten the job
+        return ""
+    match = re.search(r"^ *StdOut=(.+)$", answer, re.MULTILINE)
+    return match[1] if match is not None else ""
+
+
 def parse_squeue(text: str) -> list[Job]:
     """Reads what squeue printed in this module's format; what is no job of it is left out."""
     records = [line.lstrip("\n").split(_FIELD) for line in text.split(_RECORD)]
@@ -175,22 +187,23 @@ def parse_squeue(text: str) -> list[Job]:
 
 
 def _queued_job(fields: Mapping[str, str]) -> Job:
-    task, restarts = _word(fields["ArrayTaskID"]), fields["RestartCnt"]
-    return Job(
-        id=fields["JobArrayID"] + (f"_{task}" if task else ""),
+    identity, task, restarts = fields["JobArrayID"], _word(fields["ArrayTaskID"]), fields["RestartCnt"]
+    job = Job(
+        # 22.05 has "123_4" in the first of them, where its manual promises "123".
+        id=identity if "_" in identity or not task else f"{identity}_{task}",
         number=fields["JobID"],
         state=fields["State"],
         reason=_word(fields["Reason"]),
         time_left=seconds_of(fields["TimeLeft"]),
         restarts=int(restarts) if restarts.isdigit() else None,
         nodes=_word(fields["NodeList"]),
-        ended=moment_of(fields["EndTime"]),
-        code=code_of(fields["exit_code"]),
         name=fields["Name"],
         script=_word(fields["Command"]),
         folder=_word(fields["WorkDir"]),
-        output=_word(fields["STDOUT"]),
     )
+    if not job.has_ended:
+        return job  # what is told of its end is a guess, or of an earlier start
+    return replace(job, ended=moment_of(fields["EndTime"]), code=code_of(fields["exit_code"]))
 
 
 def parse_sacct(text: str) -> list[Job]:
@@ -230,11 +243,17 @@ def moment_of(text: str) -> float | None:
 
 
 def code_of(text: str) -> int | None:
-    """Returns an exit code that SLURM writes as "1:0"; 128 + N for "0:N", which is signal N; else None."""
+    """Returns an exit code, 128 + N where signal N ended the process; None where there is none.
+
+    SLURM writes it as "1:0" or "0:9", and squeue of 22.05 as wait() has it: "256", "9".
+    """
     match = re.fullmatch(r"(\d+):(\d+)", text.strip())
-    if match is None:
+    if match is not None:
+        code, number = int(match[1]), int(match[2])
+    elif text.strip().isdigit():
+        code, number = divmod(int(text), 256)
+    else:
         return None
-    code, number = int(match[1]), int(match[2])
     return 128 + number if number else code
 
 

@@ -161,13 +161,17 @@ def match(records: Mapping[Path, Record], jobs: Sequence[Job], runs: Path) -> li
     return sorted([*found.values(), *others], key=lambda one: _order(one.id))
 
 
-def run_of_script(script: str, runs: Path) -> Path | None:
-    """Returns the run's folder that a batch script lies in, None where it lies elsewhere."""
-    folder = Path(script).parent
-    if not script.startswith("/") or folder.name != FOLDER:
-        return None
-    run = folder.parent
-    return run if run.parent == runs.resolve() or (folder / FILE_NAME).exists() else None
+def run_of_script(command: str, runs: Path) -> Path | None:
+    """Returns the run's folder that a batch script lies in, None where it lies elsewhere.
+
+    Args:
+        command: the script, and after a space what it was given, which SLURM does not quote.
+        runs: the folder of the runs.
+    """
+    match = re.match(rf"(/.*)/{FOLDER}/[^/ ]+\.sbatch(?: |$)", command, re.DOTALL)
+    run = Path(match[1]) if match is not None else None
+    known = run is not None and (run.parent == runs.resolve() or (run / FOLDER / FILE_NAME).exists())
+    return run if known else None
 
 
 def find(name: str, known: Known) -> list[RunJob]:
