@@ -27,7 +27,7 @@ _SOME_IDS = 200  # in one call of sacct
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
-_NOTHING = ("", "(null)", "N/A", "None", "NONE", "Unknown", "UNKNOWN")
+_NOTHING = ("", "(null)", "N/A", "None", "NONE", "None assigned", "Unknown", "UNKNOWN")
 
 
 @dataclass(frozen=True)
