@@ -9,6 +9,7 @@ import typer
 from dtrain import __version__
 from dtrain.cli import check
 from dtrain.cli.bench import bench, bench_rank
+from dtrain.cli.doctor import doctor, doctor_node, doctor_rank
 from dtrain.cli.evaluate import evaluate, predict, summary
 from dtrain.cli.joblogs import logs
 from dtrain.cli.jobs import cancel, jobs, requeue
@@ -25,9 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (train, evaluate, predict, summary, bench, submit, jobs, logs, cancel, requeue):
+for _verb in (train, evaluate, predict, summary, submit, jobs, logs, cancel, requeue, bench, doctor):
     app.command()(_verb)
 app.command(name="bench-rank", hidden=True)(bench_rank)
+app.command(name="doctor-rank", hidden=True)(doctor_rank)
+app.command(name="doctor-node", hidden=True)(doctor_node)
 # What follows the script is the script's, options included.
 app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.command(name="slurm-job", hidden=True)(slurm_job)

@@ -52,7 +52,7 @@ LAYERS = [
     ["dtrain.resuming"],
     ["dtrain.run_folder"],
     ["dtrain.keras", "dtrain.run", "dtrain.plan", "dtrain.script"],
-    ["dtrain.check", "dtrain.bench", "dtrain.evaluation"],
+    ["dtrain.check", "dtrain.bench", "dtrain.evaluation", "dtrain.doctor"],
     ["dtrain.cli"],
     ["dtrain.__main__"],
 ]

@@ -1,0 +1,163 @@
+"""`dtrain doctor`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dtrain.cli.guard import reported
+from dtrain.cli.ranks import on_ranks
+from dtrain.cli.train import METAVAR, read_target
+
+if TYPE_CHECKING:
+    from dtrain.doctor.local import Request
+    from dtrain.doctor.nodes.job import Order
+    from dtrain.world import World
+
+_OF_SBATCH = "With --nodes"
+
+
+def doctor(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar=METAVAR, help="Whose run.dir and track.wandb count.", show_default=False),
+    ] = None,
+    *,
+    ranks: Annotated[
+        int | None,
+        typer.Option("-n", "--ranks", min=1, help="Ranks here (else one a GPU, or 2), or on each node (else 1)."),
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU, also where there is a GPU.")] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="See whether W&B can be reached, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            "--nodes", min=1, help="Look at this many nodes of a SLURM cluster, in a job.", show_default=False
+        ),
+    ] = None,
+    time: Annotated[str, typer.Option("--time", help="The job's time limit.", rich_help_panel=_OF_SBATCH)] = "10",
+    partition: Annotated[str | None, typer.Option("--partition", "-p", rich_help_panel=_OF_SBATCH)] = None,
+    account: Annotated[str | None, typer.Option("--account", rich_help_panel=_OF_SBATCH)] = None,
+    qos: Annotated[str | None, typer.Option("--qos", rich_help_panel=_OF_SBATCH)] = None,
+    gpus_per_node: Annotated[str | None, typer.Option("--gpus-per-node", rich_help_panel=_OF_SBATCH)] = None,
+    cpus_per_task: Annotated[int | None, typer.Option("--cpus-per-task", min=1, rich_help_panel=_OF_SBATCH)] = None,
+    sbatch_arg: Annotated[
+        list[str] | None,
+        typer.Option("--sbatch-arg", metavar="--OPTION=VALUE", help="Any other option.", rich_help_panel=_OF_SBATCH),
+    ] = None,
+    wait: Annotated[
+        float, typer.Option("--wait", min=1, help="Seconds that the job may queue.", rich_help_panel=_OF_SBATCH)
+    ] = 600.0,
+    into: Annotated[Path | None, typer.Option("--into", hidden=True)] = None,
+) -> None:
+    """Check what this machine has, what is wrong with it, and what to do about it; or several nodes of a cluster.
+
+    Each check passes, warns or fails, with one line of what was measured, and a remedy. Exit code 1 where one failed.
+
+    Examples: dtrain doctor; dtrain doctor --nodes 2 -n 8 --gpus-per-node 8 --partition gpu
+    """
+    with reported():
+        from dtrain.doctor.finding import exit_code
+
+        request = _request(words or [], ranks, cpu, wandb)
+        if nodes is None:
+            found, rows = _here(request), []
+        else:
+            named = {
+                "time": time,
+                "partition": partition,
+                "account": account,
+                "qos": qos,
+                "gpus-per-node": gpus_per_node,
+                "cpus-per-task": cpus_per_task,
+            }
+            options = [f"--{name}={value}" for name, value in named.items() if value is not None]
+            order = _order(nodes, request, [*options, *(sbatch_arg or [])], wait)
+            found, rows = _of_nodes(request, order, into)
+        _show(found, rows, as_json=as_json)
+        code = exit_code(found)
+    raise typer.Exit(code)
+
+
+def _request(words: list[str], ranks: int | None, cpu: bool, wandb: bool) -> Request:
+    from dtrain.doctor.local import Request
+
+    config = read_target(words).config
+    tracked = config.track.wandb is not None and config.track.wandb.mode == "online"
+    return Request(ranks, cpu, Path(config.run.dir), wandb or tracked)
+
+
+def _order(nodes: int, request: Request, options: list[str], wait: float) -> Order:
+    from dtrain.doctor.nodes.job import Order
+
+    words = [*(["-n", str(request.ranks)] if request.ranks else []), *["--cpu"] * request.cpu]
+    return Order(nodes, [*words, *["--wandb"] * request.wandb], options, wait)
+
+
+def _here(request: Request) -> Any:
+    from dtrain.doctor.local import check_machine
+
+    with _busy("checking this machine ..."):
+        return list(check_machine(request))
+
+
+def _of_nodes(request: Request, order: Order, into: Path | None) -> Any:
+    from dtrain.doctor.nodes.whole import check_nodes
+
+    return check_nodes(request, order, into, lambda text: typer.echo(text, err=True))
+
+
+def _show(found: list[Any], rows: list[list[str]], *, as_json: bool) -> None:
+    from dtrain.doctor.report import json_text, show
+
+    if as_json:
+        nodes = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+        typer.echo(json_text(found, **({"nodes": nodes} if nodes else {})))
+    else:
+        show(found, rows)
+
+
+@contextlib.contextmanager
+def _busy(text: str) -> Iterator[None]:
+    """Shows on a terminal that something goes on."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+def doctor_rank(out: Annotated[Path, typer.Option()] = Path(), cpu: Annotated[bool, typer.Option()] = False) -> None:
+    """Measure as one rank, for `doctor`."""
+
+    def work(world: World) -> None:
+        from dtrain.doctor.collectives import measure
+
+        measured = measure(world)
+        if world.is_main:
+            out.write_text(json.dumps(measured), encoding="utf-8")
+
+    with reported():
+        on_ranks(None, cpu, work)
+
+
+def doctor_node(
+    meet: Annotated[list[str], typer.Option()],
+    nonce: Annotated[str, typer.Option()] = "",
+    folder: Annotated[Path, typer.Option()] = Path(),
+) -> None:
+    """Do one node's part, for `doctor --nodes`."""
+    with reported():
+        from dtrain.doctor.nodes.task import serve_node
+
+        code = serve_node(meet, nonce, folder)
+    raise typer.Exit(code)

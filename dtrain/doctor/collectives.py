@@ -1,0 +1,176 @@
+"""What ranks measure together: whether an all-reduce and a product are right, and how fast; needs torch.
+
+Speeds of an all-reduce are bus bandwidths, 2 (n - 1) / n * bytes / seconds, as nccl-tests counts: the number does not
+depend on how many ranks there are, and is what the slowest link carries.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtrain.doctor.pairing import rounds_of_pairs
+from dtrain.world import World
+
+_MIB = 1 << 20
+_CPU_BYTES, _GPU_BYTES, _PAIR_BYTES = 16 * _MIB, 128 * _MIB, 4 * _MIB
+_SPAN, _FEWEST, _MOST = 0.4, 3, 20
+_PERIOD = 5  # of the numbers that are added up: their sums stay whole numbers in float32 on 2,000 ranks
+_SIDE = {"cpu": 512, "cuda": 4096}
+
+
+def measure(world: World) -> dict[str, Any]:
+    """Returns what all ranks found, the same on each, as JSON can hold it.
+
+    Returns:
+        `torch`: versions, of each rank's machine the first one's; `reduces`: a list, for each backend, of what
+        `_reduce` returns; `ranks`: for each rank its node, host, device, floating point operations a second, and
+        whether its product was right; `pairs`: [node, node, bytes a second] of nodes that were timed in pairs.
+    """
+    reduces = []
+    if world.size > 1:
+        reduces.append(_reduce(world, world.device, None, dist.get_backend()))
+        if world.device.type != "cpu":
+            gloo = dist.new_group(backend="gloo")
+            reduces.append(_reduce(world, torch.device("cpu"), gloo, "gloo"))
+    _together(world)
+    speed, right = _product(world.device)
+    node = world.rank // world.local_size
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+    mine = [node, os.uname().nodename, device, speed, right]
+    return {
+        "torch": torch_facts(),
+        "reduces": reduces,
+        "ranks": world.gather_json(mine),
+        "pairs": _pairs(world),
+    }
+
+
+def torch_facts() -> dict[str, Any]:
+    """Returns what this torch was built for, and what of it is there."""
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else ""  # type: ignore[no-untyped-call]
+    available = torch.cuda.is_available()
+    return {
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda or "",
+        "hip": torch.version.hip or "",
+        "nccl": nccl,
+        "gloo": dist.is_gloo_available(),
+        "gpus": torch.cuda.device_count() if available else 0,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _reduce(world: World, device: torch.device, group: dist.ProcessGroup | None, backend: str) -> dict[str, Any]:
+    """Returns one backend's `wrong` ranks, bus `speed` in bytes a second, and `latency` in seconds of eight numbers."""
+    count = (_CPU_BYTES if device.type == "cpu" else _GPU_BYTES) // 4
+    pattern = (torch.arange(count, device=device) % _PERIOD).float()
+    data = pattern * (world.rank + 1)
+    dist.all_reduce(data, group=group)
+    right = bool(torch.equal(data, pattern * (world.size * (world.size + 1) // 2)))
+    told = world.gather_json(right)
+    with _timed(world, device, group) as time_of:
+        latency = time_of(torch.ones(8, device=device), _MOST)
+        span = time_of(data.zero_(), _FEWEST)
+        span = time_of(data, _repeats(world, span))
+    return {
+        "backend": backend,
+        "bytes": count * 4,
+        "wrong": [rank for rank, ok in enumerate(told) if not ok],
+        "speed": _bus_speed(world.size, count * 4, span),
+        "latency": latency,
+    }
+
+
+def _bus_speed(ranks: int, count: int, span: float) -> float:
+    return 2 * (ranks - 1) / ranks * count / span
+
+
+@contextmanager
+def _timed(
+    world: World, device: torch.device, group: dist.ProcessGroup | None
+) -> Iterator[Callable[[torch.Tensor, int], float]]:
+    """Yields a function that returns the median seconds of so many all-reduces of a tensor; all ranks call it."""
+
+    def time_of(data: torch.Tensor, repeats: int) -> float:
+        spans = []
+        for _ in range(repeats):
+            dist.barrier(group)
+            _wait_for(device)
+            began = time.perf_counter()
+            dist.all_reduce(data, group=group)
+            _wait_for(device)
+            spans.append(time.perf_counter() - began)
+        return statistics.median(spans)
+
+    yield time_of
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _repeats(world: World, span: float) -> int:
+    """Returns how often to repeat what takes so long, the same on all ranks."""
+    slowest = max(world.gather_json(span))
+    return max(_FEWEST, min(_MOST, int(_SPAN / max(slowest, 1e-6))))
+
+
+def _together(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()
+
+
+def _product(device: torch.device) -> tuple[float, bool]:
+    """Returns floating point operations a second of this device in float32, and whether a product is right."""
+    small = [torch.arange(64 * 64).reshape(64, 64).mul(factor).remainder(7).double() for factor in (3, 5)]
+    exact = small[0] @ small[1]
+    right = bool(torch.equal((small[0].float().to(device) @ small[1].float().to(device)).double().cpu(), exact))
+    side = _SIDE.get(device.type, 1024)
+    left = torch.ones(side, side, device=device)
+    spans: list[float] = []
+    until = time.perf_counter() + _SPAN
+    _ = left @ left  # the first one readies the library
+    while len(spans) < _FEWEST or (time.perf_counter() < until and len(spans) < _MOST):
+        _wait_for(device)
+        began = time.perf_counter()
+        _ = left @ left
+        _wait_for(device)
+        spans.append(time.perf_counter() - began)
+    return 2 * side**3 / statistics.median(spans), right
+
+
+def _pairs(world: World) -> list[tuple[int, int, float]]:
+    """Times all-reduces of nodes in pairs, several pairs at once; see `pairing`."""
+    nodes = world.size // world.local_size
+    if nodes < 2 or world.size % world.local_size:
+        return []
+    found: list[tuple[int, int, float]] = []
+    for pairs in rounds_of_pairs(nodes):
+        groups = {pair: dist.new_group(_ranks_of(pair, world.local_size)) for pair in pairs}  # by all, in one order
+        mine = [pair for pair in pairs if world.rank in _ranks_of(pair, world.local_size)]
+        _together(world)
+        speeds = [(*pair, _pair_speed(world, groups[pair])) for pair in mine]
+        for told in world.gather_json(speeds)[:: world.local_size]:
+            found += [tuple(one) for one in told if tuple(one[:2]) not in {seen[:2] for seen in found}]
+    return found
+
+
+def _ranks_of(pair: tuple[int, int], local_size: int) -> list[int]:
+    return [node * local_size + local for node in pair for local in range(local_size)]
+
+
+def _pair_speed(world: World, group: Any) -> float:
+    data = torch.ones(_PAIR_BYTES // 4, device=world.device)
+    with _timed(world, world.device, group) as time_of:
+        time_of(data, 1)
+        span = time_of(data, _FEWEST + 2)
+    return _bus_speed(2 * world.local_size, _PAIR_BYTES, span)

@@ -1,0 +1,107 @@
+"""The nodes' tasks as the host sees them: who came, and what they answer."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dtrain.doctor.nodes.seen import Answer
+from dtrain.launch.wire import Wire
+
+_POLL = 0.1
+
+
+class Guests:
+    """Connections to the nodes' tasks.
+
+    Attributes:
+        lost: node -> what it was asked for, when it had gone or did not answer in time.
+    """
+
+    def __init__(self, listener: socket.socket, nonce: str) -> None:
+        self._listener, self._nonce = listener, nonce
+        self._waiting: list[Wire] = []
+        self._wires: dict[str, Wire] = {}
+        self._asked = 0
+        self.lost: dict[str, str] = {}
+
+    def gather(self, nodes: Sequence[str], seconds: float, over: Callable[[], bool]) -> dict[str, Answer]:
+        """Waits for the nodes.
+
+        Args:
+            nodes: their names.
+            seconds: how long, at most.
+            over: whether nobody can come any more.
+
+        Returns:
+            node -> what it said of itself, of those that came.
+        """
+        came: dict[str, Answer] = {}
+        deadline = time.monotonic() + seconds
+        while len(came) < len(nodes) and time.monotonic() < deadline:
+            ended = over()
+            readable, _, _ = select.select([self._listener], [], [], _POLL)
+            if readable:
+                with contextlib.suppress(OSError):  # it has gone again
+                    self._waiting.append(Wire(self._listener.accept()[0]))
+            for wire in list(self._waiting):
+                came |= self._meet(wire)
+            if ended and not readable and not self._waiting:
+                break
+        return came
+
+    def _meet(self, wire: Wire) -> dict[str, Answer]:
+        hello = next((one for one in wire.receive() if one.get("nonce") == self._nonce), None)
+        if hello is None and wire.lost is None:
+            return {}
+        self._waiting.remove(wire)
+        if hello is None:
+            wire.close()
+            return {}
+        facts = {**hello["hello"], "address": wire.peer}
+        self._wires[facts["node"]] = wire
+        return {facts["node"]: facts}
+
+    def ask(self, what: str, more: Mapping[str, Answer] | None = None, *, seconds: float) -> dict[str, Answer]:
+        """Asks nodes for something, all at once.
+
+        Args:
+            what: see `task`.
+            more: node -> what goes with it, of the nodes that are asked; None for all, with nothing.
+            seconds: how long the answers may take.
+
+        Returns:
+            node -> its answer; those that do not answer are `lost` from then on.
+        """
+        wanted = {node: {} for node in self._wires} if more is None else dict(more)
+        wanted = {node: with_it for node, with_it in wanted.items() if node not in self.lost}
+        self._asked += 1
+        for node, with_it in wanted.items():
+            self._wires[node].send({"do": what, "id": self._asked, "with": with_it})
+        answers: dict[str, Answer] = {}
+        deadline = time.monotonic() + seconds
+        while len(answers) < len(wanted) and time.monotonic() < deadline:
+            open_ = [node for node in wanted if node not in answers and self._wires[node].lost is None]
+            if not open_:
+                break
+            for node in open_:
+                answers |= self._answer(node, _POLL / len(open_))
+        for node in wanted.keys() - answers.keys():
+            self.lost[node] = f"{what} ({self._wires[node].lost or f'no answer within {seconds:g} s'})"
+        return answers
+
+    def _answer(self, node: str, seconds: float) -> dict[str, Any]:
+        answers = [one["answer"] for one in self._wires[node].receive(seconds) if one.get("id") == self._asked]
+        return {node: answers[0]} if answers else {}
+
+    def close(self) -> None:
+        """Lets all go."""
+        for wire in [*self._wires.values(), *self._waiting]:
+            if wire.lost is None:
+                wire.send({"do": "end"})
+            wire.close()
+        self._listener.close()

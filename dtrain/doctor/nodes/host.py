@@ -1,0 +1,233 @@
+"""The host: starts a task on each node with srun, and asks all of them, step by step."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from dtrain.doctor.network import LateError, bounded
+from dtrain.doctor.nodes.guests import Guests
+from dtrain.doctor.nodes.seen import Answer, Plan, Seen
+from dtrain.doctor.nodes.task import TOKEN
+from dtrain.launch.local import dtrain_argv
+from dtrain.launch.ports import free_port, listen_on
+
+PATIENCE = 90.0  # for the nodes to come: Python on a busy file system takes its time
+_SHORT, _FILES, _RANKS = 20.0, 40.0, 200.0
+_PINGS = 5
+_TALLY = re.compile(r"(\d+): (.*)")  # srun --label
+
+
+class Tasks:
+    """The srun that runs the nodes' tasks.
+
+    Attributes:
+        process: srun itself.
+    """
+
+    def __init__(self, plan: Plan, meet: list[str], nonce: str) -> None:
+        # A terminal's Ctrl-C is for this process, which then ends srun in its own time.
+        self.process = subprocess.Popen(
+            srun_argv(plan, meet, nonce),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._lines: list[str] = []
+        assert self.process.stdout is not None  # noqa: S101 - for the type checker
+        self._reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
+        self._reader.start()
+
+    def _read(self, stream: IO[str]) -> None:
+        self._lines.extend(line.rstrip() for line in stream)
+
+    def over(self) -> bool:
+        """Whether all tasks have ended."""
+        return self.process.poll() is not None
+
+    def words_of(self, task: int, node: str) -> str:
+        """Returns the last thing that a node's task said, or srun of it; "" where neither said anything."""
+        own, about = [], []
+        for line in self._lines:
+            match = _TALLY.fullmatch(line)
+            if match and int(match[1]) == task:
+                own.append(match[2].strip())
+            elif not match and node in re.split(r"[\s:,\[\]]+", line):
+                about.append(line)
+        own = [line for line in own if line]
+        return next(iter([*own[-1:], *about[-1:]]), "")
+
+    @property
+    def said(self) -> str:
+        """The first thing that srun itself said."""
+        return next((line for line in self._lines if not _TALLY.fullmatch(line)), "")
+
+    def end(self) -> None:
+        """Ends what still runs."""
+        for stop in (None, self.process.terminate, self.process.kill):
+            if stop is not None:
+                stop()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
+                break
+        self._reader.join(1)
+
+
+def srun_argv(plan: Plan, meet: list[str], nonce: str) -> list[str]:
+    """Returns the command that starts one task on each node of the allocation that this process is in."""
+    count = len(plan.nodes)
+    options = [f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", f"--nodelist={','.join(plan.nodes)}"]
+    if "SLURM_CPUS_PER_TASK" in os.environ:  # srun has not inherited it since SLURM 22.05
+        options.append(f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}")
+    # A node whose task fails is a finding; the others go on. --overlap: also beside an interactive step.
+    options += ["--overlap", "--kill-on-bad-exit=0", "--wait=0", "--label", "--job-name=dtrain-doctor"]
+    words = ["doctor-node", "--folder", str(plan.folder.absolute()), "--nonce", nonce]
+    for place in meet:
+        words += ["--meet", place]
+    return ["srun", *options, sys.executable, *dtrain_argv(words)]
+
+
+def examine(plan: Plan) -> Seen:
+    """Looks at all nodes of the plan.
+
+    Args:
+        plan: its folder is there, and this process may write in it.
+
+    Returns:
+        what was seen; a node that does not come, or goes, is no error.
+    """
+    seen = Seen(list(plan.nodes))
+    nonce, port = secrets.token_hex(8), free_port("")
+    guests = Guests(listen_on("127.0.0.1", port), nonce)
+    tasks = Tasks(plan, [f"{host}:{port}" for host in own_names(plan.nodes)], nonce)
+    try:
+        with contextlib.closing(guests), _locked(plan.folder / "lock"):
+            seen.facts = guests.gather(plan.nodes, PATIENCE, tasks.over)
+            if seen.facts:
+                _clocks(guests, seen)
+                _files(guests, seen, plan.folder)
+                _ports(guests, seen)
+                _machines(guests, seen, plan)
+                _all_reduce(guests, seen, plan)
+            seen.lost = guests.lost
+    finally:
+        tasks.end()
+    for number, node in enumerate(plan.nodes):
+        if node not in seen.facts:
+            seen.absent[node] = tasks.words_of(number, node) or tasks.said or f"no word within {PATIENCE:g} s"
+    return seen
+
+
+def own_names(nodes: tuple[str, ...]) -> list[str]:
+    """Returns what other nodes may find this machine by: its name, and its addresses on the way to them."""
+    names = [socket.gethostname()]
+    for node in nodes[:2]:
+        with (
+            contextlib.suppress(OSError, UnicodeError, LateError),
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe,
+        ):
+            address = bounded(partial(socket.gethostbyname, node))
+            probe.connect((address, 9))  # a datagram socket: nothing is sent
+            names.append(probe.getsockname()[0])
+    return list(dict.fromkeys(name for name in names if not name.startswith("127.")))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the lock that the nodes will try."""
+    with path.open("wb") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: the nodes will see
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _clocks(guests: Guests, seen: Seen) -> None:
+    """Compares clocks: of several questions, the one that was answered soonest counts."""
+    offsets: dict[str, tuple[float, float]] = {}
+    for node in seen.present:
+        best = (0.0, float("inf"))
+        for _ in range(_PINGS):
+            began = time.time()
+            answer = guests.ask("clock", {node: {}}, seconds=_SHORT).get(node)
+            ended = time.time()
+            if answer is not None and (ended - began) / 2 < best[1]:
+                best = (answer["now"] - (began + ended) / 2, (ended - began) / 2)
+        if best[1] < float("inf"):
+            offsets[node] = best
+    first = next(iter(offsets.values()), (0.0, 0.0))
+    seen.skew = {node: (offset - first[0], exact + first[1]) for node, (offset, exact) in offsets.items()}
+
+
+def _files(guests: Guests, seen: Seen, folder: Path) -> None:
+    """Every node writes a token into the folder, and reads those of all others and of this process."""
+    own = secrets.token_hex(8)
+    (folder / f"{TOKEN}.host").write_text(own)
+    seen.files = guests.ask("write", seconds=_FILES)
+    tokens = {node: one["token"] for node, one in seen.files.items() if not one["error"]} | {".host": own}
+    more: dict[str, Answer] = {node: {"tokens": tokens} for node in seen.present}
+    seen.read = {node: one["read"] for node, one in guests.ask("read", more, seconds=_FILES).items()}
+    seen.locks = {node: one["lock"] for node, one in guests.ask("lock", seconds=_SHORT).items()}
+
+
+def _ports(guests: Guests, seen: Seen) -> None:
+    more: dict[str, Answer] = {}
+    for node in seen.present:
+        others = [seen.facts[other] for other in seen.present if other != node]
+        more[node] = {"peers": [{key: one[key] for key in ("node", "port", "address")} for one in others]}
+    # Each peer may take four waits, and sixteen are asked at once.
+    seconds = _SHORT + 16 * (1 + len(more) // 16)
+    seen.reach = {node: one["reach"] for node, one in guests.ask("reach", more, seconds=seconds).items()}
+
+
+def _machines(guests: Guests, seen: Seen, plan: Plan) -> None:
+    visible = [seen.facts[node]["visible"] for node in seen.present]
+    seen.ranks = plan.ranks or (1 if plan.cpu else max(1, min(visible)))
+    with_it = {"ranks": seen.ranks, "nodes": len(plan.nodes), "wandb": plan.wandb}
+    more: dict[str, Answer] = dict.fromkeys(seen.present, with_it)
+    seen.machine = {node: one["findings"] for node, one in guests.ask("machine", more, seconds=_FILES).items()}
+
+
+def _all_reduce(guests: Guests, seen: Seen, plan: Plan) -> None:
+    """Starts ranks on the nodes that fit together, and has them measure."""
+    from dtrain.doctor.nodes.fitting import fit_together
+
+    seen.lost = guests.lost
+    seen.joined, seen.left_out = fit_together(seen)
+    if len(seen.joined) < 2:
+        seen.trouble = "fewer than two nodes are left that fit together"
+        return
+    first = seen.joined[0]
+    port = guests.ask("port", {first: {}}, seconds=_SHORT).get(first)
+    if port is None:
+        seen.trouble = f"{first} is lost"
+        return
+    by_name = all(seen.reach[node][first]["by"] == "name" for node in seen.joined[1:])
+    cpu = plan.cpu or any(seen.facts[node]["visible"] < seen.ranks for node in seen.joined)
+    common = {
+        "cpu": cpu,
+        "ranks": seen.ranks,
+        "nodes": len(seen.joined),
+        "host": first if by_name else seen.facts[first]["address"],
+        "rdzv_port": port["port"],
+    }
+    more: dict[str, Answer] = {node: {**common, "node_rank": rank} for rank, node in enumerate(seen.joined)}
+    answers = guests.ask("ranks", more, seconds=_RANKS)
+    bad = [f"{node}: {answers[node]['text']}" for node in seen.joined if node in answers and answers[node]["code"] != 0]
+    seen.measured = answers.get(first, {}).get("measured") if not bad else None
+    gone = [node for node in seen.joined if node not in answers]
+    seen.trouble = bad[0] if bad else f"{', '.join(gone)} did not come to an end" if gone else ""

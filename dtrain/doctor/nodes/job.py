@@ -1,0 +1,179 @@
+"""From a login node: submits the job in which the nodes are looked at, waits for it, and reads what it found."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from dtrain.doctor.cluster import job_runs
+from dtrain.doctor.finding import Finding
+from dtrain.errors import DtrainError, UsageError
+from dtrain.launch.local import dtrain_argv
+from dtrain.slurm.client import run_client, submit
+
+NAME, RESULT, OUTPUT, SCRIPT = "SLURM job", "result.json", "job.out", "doctor.sbatch"
+_NEEDED_FOR = "dtrain doctor --nodes"
+_POLL, _SEEN_SECONDS = 1.0, 10.0
+_WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "RESV_DEL_HOLD", "REQUEUE_HOLD", "SUSPENDED")
+_AT_WORK = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED", "RESIZING")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked of SLURM.
+
+    Attributes:
+        nodes: their number.
+        words: of `dtrain doctor`, which the job runs.
+        options: of sbatch.
+        wait: seconds that the job may wait in the queue.
+    """
+
+    nodes: int
+    words: Sequence[str]
+    options: Sequence[str]
+    wait: float
+
+
+def allocation() -> tuple[str, ...]:
+    """Returns the nodes of the job that this process is in and that runs; () outside of one."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return nodes_of_job() if job and job_runs(job) else ()
+
+
+def nodes_of_job() -> tuple[str, ...]:
+    """Returns the nodes that SLURM's variables name."""
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    return tuple(run_client(["scontrol", "show", "hostnames", nodes], needed_for=_NEEDED_FOR).split())
+
+
+def chosen(nodes: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """Returns the first nodes of an allocation.
+
+    Raises:
+        UsageError: it has fewer.
+    """
+    if len(nodes) < count:
+        raise UsageError(
+            f"--nodes {count}, but the allocation that this shell is in (job {os.environ.get('SLURM_JOB_ID')}) has "
+            f"{len(nodes)}: {', '.join(nodes)}. Give --nodes {len(nodes)}, or start it outside of the allocation."
+        )
+    return nodes[:count]
+
+
+def script_text(order: Order, folder: Path) -> str:
+    """Returns the batch script: the same command, told to look at the nodes that it is given."""
+    words = ["doctor", *order.words, "--nodes", str(order.nodes), "--into", str(folder.absolute())]
+    return f"#!/bin/bash\n# Written by dtrain doctor.\nexec {shlex.join([sys.executable, *dtrain_argv(words)])}\n"
+
+
+def run_job(order: Order, folder: Path, tell: Callable[[str], None]) -> dict[str, object] | Finding:
+    """Submits the job and waits for it; where this process is ended first, the job is cancelled.
+
+    Args:
+        order: what is asked for.
+        folder: a new one, which the nodes should see.
+        tell: is given a line whenever there is news.
+
+    Returns:
+        what the job found, as it wrote it; or a failure that says why there is nothing.
+    """
+    script = folder / SCRIPT
+    script.write_text(script_text(order, folder), encoding="utf-8")
+    output = str(folder.absolute() / OUTPUT).replace("%", "%%")  # sbatch has a meaning of its own for it
+    options = [f"--nodes={order.nodes}", "--ntasks-per-node=1", "--job-name=dtrain-doctor", "--no-requeue"]
+    job = submit(
+        script, cwd=Path.cwd(), options=[*options, f"--output={output}", *order.options], needed_for=_NEEDED_FOR
+    )
+    with _cancelled_on_exit(job, tell):
+        state, reason = _wait_for(job, order.wait, tell)
+    if state in _WAITING:
+        words = f"job {job} waited {order.wait:g} s ({state.lower()}: {reason}) and was cancelled"
+        return Finding(
+            NAME, "fail", words, "allow more (--wait SECONDS), or ask for less; `dtrain doctor` shows what there is"
+        )
+    return _result(folder, job, state)
+
+
+def _result(folder: Path, job: str, state: str) -> dict[str, object] | Finding:
+    deadline = time.monotonic() + _SEEN_SECONDS  # a network file system may take some seconds to show it
+    while not (folder / RESULT).is_file():
+        if time.monotonic() > deadline:
+            return _no_result(folder, job, state)
+        time.sleep(0.1)
+    found: dict[str, object] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    return found
+
+
+def _no_result(folder: Path, job: str, state: str) -> Finding:
+    words = f"job {job} ended ({state.lower()}) without a result"
+    try:
+        said = [line for line in (folder / OUTPUT).read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        words = f"{words}, and its output is not here: the job's first node does not see {folder.parent}"
+        return Finding(NAME, "fail", words, "give a folder that the nodes share with this machine: run.dir=FOLDER")
+    remedy = "see why; a time limit that is too short: --time 10; wrong Python on the nodes: activate it first"
+    return Finding(NAME, "fail", f"{words}: {said[-1] if said else 'it said nothing'}", remedy)
+
+
+def _wait_for(job: str, seconds: float, tell: Callable[[str], None]) -> tuple[str, str]:
+    """Returns the job's last state and reason: once it has ended, or has waited for too long."""
+    deadline, before = time.monotonic() + seconds, ("", "")
+    while True:
+        state, reason = _state_of(job)
+        if (state, reason) != before:
+            tell(f"job {job}: {state.lower()}{f' ({reason})' if reason not in ('None', '') else ''}")
+            before = state, reason
+        if state not in (*_WAITING, *_AT_WORK) or (state in _WAITING and time.monotonic() > deadline):
+            return state, reason
+        time.sleep(_POLL)
+
+
+def _state_of(job: str) -> tuple[str, str]:
+    try:
+        told = run_client(["squeue", "-h", "-j", job, "--states=all", "-o", "%T|%R"], needed_for=_NEEDED_FOR)
+    except DtrainError as error:
+        if "Invalid job id" in str(error):
+            return "ENDED", ""
+        raise
+    state, _, reason = told.strip().partition("|")
+    return (state, reason.strip("()")) if state else ("ENDED", "")
+
+
+@contextlib.contextmanager
+def _cancelled_on_exit(job: str, tell: Callable[[str], None]) -> Iterator[None]:
+    """Cancels the job however this process stops waiting for it; one that has ended already takes no harm."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    ended = False
+    try:
+        yield
+        ended = _state_of(job)[0] not in (*_WAITING, *_AT_WORK)
+    finally:
+        if not ended:
+            with contextlib.suppress(DtrainError):
+                run_client(["scancel", job], needed_for=_NEEDED_FOR)
+            tell(f"job {job} is cancelled")
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def work_folder(runs: Path) -> Iterator[Path]:
+    """Makes a folder for one examination among the runs, and takes it away again."""
+    runs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".dtrain-doctor-", dir=runs, ignore_cleanup_errors=True) as name:
+        yield Path(name)
