@@ -84,11 +84,11 @@ def requeue(one: RunJob, say: Callable[[str], object], *, complete: bool) -> Non
     """
     if one.run is None:
         raise UsageError(f"{one.words}: is no run of dtrain's. SLURM's own command is: scontrol requeue {one.id}")
-    one = _settled(one)
+    run, one = one.run, _settled(one)
     if one.job is not None and one.job.waits:
         say(f"{one.words}: waits already ({one.job.reason or one.job.state}).")
         return
-    stop = one.run / STOP_FILE
+    stop = run / STOP_FILE
     if stop.exists():
         raise UsageError(f"{one.words}: {stop} says that it has stopped for good. Remove that file first.")
     if complete and one.is_over:
@@ -99,8 +99,8 @@ def requeue(one: RunJob, say: Callable[[str], object], *, complete: bool) -> Non
         _ask(one, cancelled=False)
         say(f"{one.words}: asked to save; then it starts again. dtrain logs {one.id} -f shows it.")
         return
-    _forget_cancel(one.run)
-    _start_again(one, one.run, say)
+    _forget_cancel(run)
+    _start_again(one, run, say)
 
 
 def _start_again(one: RunJob, run: Path, say: Callable[[str], object]) -> None:
