@@ -194,6 +194,8 @@ def _ask_slurm(argv: Sequence[str], place: Place, signals: Signals, say: Callabl
     try:
         run_client(argv, needed_for="a job that is to be started again")
     except DtrainError as error:
+        if signals.terminated:  # it came at once, before the command had ended
+            return
         say(f"{error}\ngo on with: dtrain requeue {place.name}")
         return
     _wait_for(lambda: signals.terminated, _GONE_SECONDS)

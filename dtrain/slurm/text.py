@@ -38,9 +38,10 @@ exec "$python" -m dtrain slurm-job --requeues "$requeues" "${{words[@]}}" -- \\
 
 PER_RANK_END = f"""\
 {_BEFORE_ALL}\
-# There is no launcher: srun ends all ranks when one fails.
+# There is no launcher: srun ends all ranks 20 s after the first one's end. Not at once (kill-on-bad-exit), since ranks
+# that stop on request, with exit code 75, would be killed by the first of them to leave.
 exec "$python" -m dtrain slurm-job --requeues "$requeues" "${{words[@]}}" -- \\
-    srun --kill-on-bad-exit=1 --wait=0 "${{srun_options[@]}}" "${{container[@]}}" "$rank_python" \\
+    srun --kill-on-bad-exit=0 --wait=20 "${{srun_options[@]}}" "${{container[@]}}" "$rank_python" \\
     -m dtrain train "${{train_options[@]}}" "${{words[@]}}"
 """
 
