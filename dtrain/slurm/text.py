@@ -190,7 +190,7 @@ def _env_setup(file: Path | None) -> list[str]:
         "# Before set -u, since such files often use variables that are not set.",
         "# shellcheck source=/dev/null",
         f"source {name} || {{",
-        f"    printf '%s ended with status %s: let it end with `true` if that is no failure\\n' {name} \"$?\" >&2",
+        f"    printf '%s ended with status %s: let its last line be true if that is no failure\\n' {name} \"$?\" >&2",
         "    exit 2",
         "}",
     ]
