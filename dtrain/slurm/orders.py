@@ -82,7 +82,8 @@ def requeue(one: RunJob, say: Callable[[str], object], *, complete: bool) -> Non
         UsageError: it is no run, complete, or was stopped for good by its STOP file.
         SlurmError: SLURM did not do it.
     """
-    if one.run is None:
+    run = one.run
+    if run is None:
         raise UsageError(f"{one.words}: is no run of dtrain's. SLURM's own command is: scontrol requeue {one.id}")
     run, one = one.run, _settled(one)
     if one.job is not None and one.job.waits:
