@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dtrain.cli.guard import reported
 from dtrain.cli.train import METAVAR, read_target
+
+if TYPE_CHECKING:
+    from dtrain.slurm.incarnation import Signals
 
 _VERB = "slurm-job"
 
@@ -26,12 +29,14 @@ def slurm_job(
 
     It belongs into a batch script, as its last line, with what the ranks train: slurm/train.sbatch is an example.
     """
-    with reported():
-        code = _slurm_job(words, requeues)
+    from dtrain.slurm.incarnation import Signals
+
+    with reported(), Signals().heard() as signals:
+        code = _slurm_job(words, requeues, signals)
     raise typer.Exit(code)
 
 
-def _slurm_job(words: list[str], requeues: int) -> int:
+def _slurm_job(words: list[str], requeues: int, signals: Signals) -> int:
     from dtrain.errors import UsageError
     from dtrain.recipe_file import title_of
     from dtrain.slurm.incarnation import Place, environment_of, run_incarnation
@@ -47,7 +52,7 @@ def _slurm_job(words: list[str], requeues: int) -> int:
     name = config.run.name or f"{title_of(config.recipe)}-job{place.name}"
     run = Path(config.run.dir).expanduser() / name
     environment = environment_of(run, named=config.run.name is not None)
-    return run_incarnation(command, run, place, cap=requeues, environment=environment, say=_say)
+    return run_incarnation(command, run, place, signals=signals, cap=requeues, environment=environment, say=_say)
 
 
 def _after_dashes(argv: list[str]) -> list[str]:

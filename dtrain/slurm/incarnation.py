@@ -100,6 +100,7 @@ def run_incarnation(  # noqa: PLR0913 - keyword-only
     run: Path,
     place: Place,
     *,
+    signals: Signals,
     cap: int,
     environment: Mapping[str, str],
     say: Callable[[str], None],
@@ -110,6 +111,7 @@ def run_incarnation(  # noqa: PLR0913 - keyword-only
         command: srun with all that it shall run.
         run: the folder of the run that they work on; the record of its job is kept there.
         place: the job.
+        signals: hears what SLURM asks.
         cap: so many incarnations without progress are followed by another one.
         environment: the whole environment of srun.
         say: shows a line in the job's output.
@@ -120,6 +122,7 @@ def run_incarnation(  # noqa: PLR0913 - keyword-only
     record = read_record(run) or Record(place.name, name=run.name)
     if record.job != place.name:
         record = replace(record, job=place.name, forgiven=len(record.incarnations))
+        (run / FOLDER / CANCEL_NAME).unlink(missing_ok=True)  # it was meant for another job
     before = progress(run)
     vain = record.without_progress(before)
     one = Incarnation(place.restart, place.job_id, place.nodes, time.time(), progress=before)
@@ -129,14 +132,13 @@ def run_incarnation(  # noqa: PLR0913 - keyword-only
     write_record(run, record)
     set_aside(run, 1)
     say(f"job {place.name}, start {place.restart + 1}, on {place.nodes}: run {run}")
-    with Signals().heard() as signals:
-        code = _follow(command, environment, signals, say)
-        ended = Ended(code, asked=signals.asked, terminated=signals.terminated, cap=cap)
-        ended = _looked_at(ended, run, place, record)
-        what = verdict(ended)
-        say(f"{what.why} (exit code {code})")
-        write_record(run, record.with_incarnation(replace(one, ended=time.time(), code=code, why=what.why)))
-        _carry_out(what, place, signals, say)
+    code = _follow(command, environment, signals, say)
+    ended = Ended(code, asked=signals.asked, terminated=signals.terminated, cap=cap)
+    ended = _looked_at(ended, run, place, record)
+    what = verdict(ended)
+    say(f"{what.why} (exit code {code})")
+    write_record(run, record.with_incarnation(replace(one, ended=time.time(), code=code, why=what.why)))
+    _carry_out(what, place, signals, say)
     return code
 
 
