@@ -24,6 +24,7 @@ from dtrain.launch.postmortem import Failure, PostMortem, Seen
 from dtrain.launch.reaper import Reaper
 from dtrain.launch.relay import Relayed
 from dtrain.launch.reports import named_run, read_reports
+from dtrain.launch.requests import kept_for_later
 from dtrain.launch.stacks import raw_crash_text
 from dtrain.launch.stopping import Orders, signals_caught
 
@@ -180,7 +181,8 @@ def _run_part(
             for local_rank in range(job.ranks):
                 stdout, stderr = output.channels(job.first_rank + local_rank)
                 environment = job.rank_environment(local_rank, name) | dict(output.environment)
-                ranks.processes.append(_start(argv, environment, stdout, stderr, has_input=not relayed))
+                with contextlib.nullcontext() if job.stop_seconds is None else kept_for_later():
+                    ranks.processes.append(_start(argv, environment, stdout, stderr, has_input=not relayed))
             output.start(ranks.processes)
             reaper = Reaper([process.pid for process in ranks.processes])
             seen, word = _watch(ranks, orders, meeting, hangs, output.wait)

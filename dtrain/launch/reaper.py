@@ -21,13 +21,16 @@ class Reaper:
     """
 
     def __init__(self, groups: list[int]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-IS", __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # what is sent to the supervisor's group does not reach it
-        )
+        from dtrain.launch.requests import kept_for_later  # not at the top, which the script runs without dtrain
+
+        with kept_for_later():  # for ever: a scheduler sends them to every process, and this one must outlive the ranks
+            self._process = subprocess.Popen(
+                [sys.executable, "-IS", __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # what is sent to the supervisor's group does not reach it
+            )
         self._tell("\n".join(map(str, groups)))
 
     def dismiss(self) -> None:

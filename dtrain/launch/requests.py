@@ -8,7 +8,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from dtrain.launch.reports import supervised
@@ -17,6 +17,8 @@ FILE_NAME = "STOP"  # in the run's folder
 
 # SIGUSR1 is what SLURM is usually told to send ahead of a time limit. Windows has none.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+_CAN_BLOCK = hasattr(signal, "pthread_sigmask")
 
 # A launcher passes a terminal's Ctrl-C on to ranks that got it from the terminal besides: no second one of a person's.
 _SAME_SECONDS = 0.3
@@ -87,6 +89,24 @@ def hear_signals(request: StopRequest) -> None:
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, request.hear)
+        if _CAN_BLOCK:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+@contextlib.contextmanager
+def kept_for_later() -> Iterator[None]:
+    """Holds requests to stop back for what is started meanwhile: it gets them once it hears them (`hear_signals`).
+
+    SLURM sends them to every process of a job, and one that is still starting up would die of them.
+    """
+    if not _CAN_BLOCK:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def hear_no_more() -> None:

@@ -69,7 +69,7 @@ def verdict(ended: Ended) -> Verdict:
     cause = None if ended.failure is None else ended.failure["cause"]
     if cause in (LOST, PEER):
         return _again(ended, AWAIT, "a node, or a rank on another one, was lost")
-    return Verdict(END, f"failed ({cause or f'exit code {ended.code}'})")
+    return Verdict(END, "failed" if cause is None else f"failed: {cause}")
 
 
 def _stopped(ended: Ended) -> Verdict:

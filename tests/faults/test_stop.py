@@ -79,6 +79,17 @@ def test_in_start_up(tmp_path: Path, train: list[object], after: float) -> None:
         assert not (tmp_path / "runs").exists()
 
 
+def test_in_start_up_of_every_process(tmp_path: Path, train: list[object]) -> None:
+    """As SLURM sends it: a rank that does not hear it yet does not die of it."""
+    with running(tmp_path, *train, "-n", 2) as run:
+        launcher = psutil.Process(run.process.pid)
+        wait_for(lambda: len(launcher.children()) >= 3, "there are ranks, and their reaper")
+        for process in [*launcher.children(), launcher]:
+            process.send_signal(signal.SIGUSR1)
+        assert run.end() == 75, run.text
+        assert "stopped on request (SIGUSR1), before the first step; nothing is to be saved" in run.text
+
+
 def listens(pid: int) -> bool:
     from dtrain.launch.processes import catches
 
