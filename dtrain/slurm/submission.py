@@ -93,7 +93,7 @@ def check_folders(runs: Sequence[Run], *, ask_queue: bool = True) -> None:
         SlurmError: SLURM does not say what is in the queue.
     """
     there = [run for run in runs if run.folder.exists()]
-    records = {run: read_record(run.folder) for run in there}
+    records = {run: read_record(run.folder) if run.folder.is_dir() else None for run in there}
     queue = _queue() if ask_queue and any(record and record.job for record in records.values()) else {}
     for run, record in records.items():
         state = queue.get(record.job) if record is not None else None
@@ -148,12 +148,11 @@ def config_of(run: Run) -> Path | None:
     return share.find(first) if first.endswith(_CONFIGS) else None
 
 
-def frozen_words(run: Run, settings: Settings, recipe: str | None) -> Run:
+def frozen_words(run: Run, recipe: str | None) -> Run:
     """Returns a run whose words name the copies of its config and of its recipe.
 
     Args:
         run: as `plan_runs` returns it.
-        settings: its config.
         recipe: the name of the recipe's file; None where it is not copied.
     """
     words, first = list(run.words), run.words[0] if run.words else ""
