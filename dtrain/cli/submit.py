@@ -273,8 +273,8 @@ def _tell_frozen(code: Code | None, settings: Settings, *, to_stderr: bool) -> N
 def _tell_job(job: str, runs: Sequence[Run]) -> None:
     folders = [str(run.folder) for run in runs]
     shown = folders[0] if len(folders) == 1 else f"{folders[0]} to {folders[-1]}"
-    one = job if len(runs) == 1 and not runs[0].differs else f"{job}_0"
-    typer.echo(
-        f"submitted: job {job}\nrun: {shown}\n"
-        f"next: dtrain jobs; dtrain logs {one} -f; dtrain cancel {job}, which saves a checkpoint first"
-    )
+    one = f"{job}_0" if runs[0].differs else job
+    elsewhere = [] if runs[0].folder.parent == Path("runs") else ["--dir", str(runs[0].folder.parent)]
+    what = {"watch": ["jobs"], "output": ["logs", one, "-f"], "end": ["cancel", job]}
+    lines = [f"{name + ':':<10} {shlex.join(['dtrain', *verb, *elsewhere])}" for name, verb in what.items()]
+    typer.echo("\n".join([f"submitted: job {job}", f"run:       {shown}", *lines]))

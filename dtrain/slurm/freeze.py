@@ -63,7 +63,8 @@ class Code:
 
     def told(self) -> str:
         """Returns in words what is copied and what is not."""
-        lines = [f"frozen: {_number(self.files, 'file')}, {self.size / 1e6:.2f} MB, of {self.recipe.parent}"]
+        size = f"{self.size / 1e6:.1f} MB" if self.size >= 1e6 else f"{-(-self.size // 1000)} kB"
+        lines = [f"frozen: {_number(self.files, 'file')}, {size}, of {self.recipe.parent}"]
         if self.left:
             shown = ", ".join(self.left[:8]) + (", ..." if len(self.left) > 8 else "")
             lines.append(f"not copied: {shown}; what is installed or lies in other folders")
