@@ -131,7 +131,7 @@ def submit(
             constraint=constraint,
             cpus_per_task=cpus_per_task,
             mem=mem,
-            env_setup=env_setup,
+            env_setup=None if env_setup is None else env_setup.expanduser(),
             container=_split("--container", container),
             sbatch_args=tuple(sbatch_arg or ()),
             srun_args=tuple(srun_arg or ()),

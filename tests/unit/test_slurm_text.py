@@ -136,7 +136,7 @@ def test_every_word_arrives_unchanged(shell: Shell, words: list[str], extra: str
     job = ["-m", "dtrain", "slurm-job", "--requeues", "3", *words, "--"]
     argv = shell.argv(text_of(shell, asked, [words]))
     assert argv == [*job, *srun, "launch", "-n", "3", "--cpu", *again, "--", "train", *words]
-    srun[1] = "--kill-on-bad-exit=1"
+    srun[2] = "--wait=20"
     argv = shell.argv(text_of(shell, replace(asked, per_rank=True), [words]))
     assert argv == [*job, *srun, "train", "--cpu", *words]
 
