@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dtrain.config import Settings
+    from dtrain.plan import Plan
     from dtrain.slurm.freeze import Code
     from dtrain.slurm.request import Request
     from dtrain.slurm.submission import Run
@@ -194,26 +196,24 @@ def _tell_sizes(
     nodes = f"{request.nodes} node{'s' * (request.nodes > 1)}"
     lines = [f"{nodes} x {per_node} rank{'s' * (per_node > 1)} = {size} on {device}"]
     if check:
-        lines += _checked(runs, settings, size)
+        with contextlib.redirect_stdout(sys.stderr if to_stderr else sys.stdout):  # a recipe may print
+            lines += _checked(runs, settings, size)
     lines += [f"{run.name}: {' '.join(run.differs)}" for run in runs if run.differs]
     typer.echo("\n".join(lines), err=to_stderr)
 
 
 def _checked(runs: Sequence[Run], settings: list[Settings], ranks: int) -> list[str]:
     """Builds the first run's objects, and checks the others' values against the recipe's signatures."""
-    from dtrain.plan import make_plan
-    from dtrain.recipe import bind, load_recipe
+    from dtrain.errors import DtrainError, add_remark
     from dtrain.resuming.ahead import check_ahead
-    from dtrain.seeding import seed_everything
-    from dtrain.signatures import check_parameters
 
     first = settings[0]
-    seed_everything(first.config.train.seed)
-    recipe = load_recipe(first.config.recipe, first.base)
-    for one in settings[1:]:
-        one.place(recipe.parameters())
-        check_parameters(recipe.builders, recipe.path, one)
-    plan = make_plan(bind(recipe, first), first, ranks)
+    try:
+        plan = _plan(settings, ranks)
+    except Exception as error:
+        if not isinstance(error, DtrainError):
+            add_remark(error, "while the recipe was built on this machine, which --no-check leaves out")
+        raise
     for run, one in zip(runs, settings, strict=True):
         check_ahead(run.folder, one, ranks)
     unknown = "unknown, the loader has no length"
@@ -224,6 +224,21 @@ def _checked(runs: Sequence[Run], settings: list[Settings], ranks: int) -> list[
         steps = f"{plan.steps_per_epoch} an epoch, {plan.optimizer_steps} of the optimizer in {epochs} epochs"
     which = f" (of {runs[0].name})" if len(runs) > 1 else ""
     return [f"batch: {batch}{which}", f"steps: {steps}{which}"]
+
+
+def _plan(settings: list[Settings], ranks: int) -> Plan:
+    from dtrain.plan import make_plan
+    from dtrain.recipe import bind, load_recipe
+    from dtrain.seeding import seed_everything
+    from dtrain.signatures import check_parameters
+
+    first = settings[0]
+    seed_everything(first.config.train.seed)
+    recipe = load_recipe(first.config.recipe, first.base)
+    for one in settings[1:]:
+        one.place(recipe.parameters())
+        check_parameters(recipe.builders, recipe.path, one)
+    return make_plan(bind(recipe, first), first, ranks)
 
 
 def _submit(
