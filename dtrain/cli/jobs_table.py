@@ -67,7 +67,7 @@ class Row:
             "job": one.id or None,
             "state": one.state,
             "told_by": job.source if job is not None else "folder",
-            "reason": one.why or None,
+            "reason": (job.reason if job is not None and job.waits else one.why) or None,
             "name": one.name,
             "run": str(one.run) if one.run is not None else None,
             "epoch": self.progress.epoch,

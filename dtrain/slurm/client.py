@@ -22,25 +22,33 @@ _KEPT = ("SLURM_CONF",)
 _JOB_ID = re.compile(r"(\d+)(?:;\S+)?")  # a cluster's name follows where there are several
 
 
+class NoAnswerError(SlurmError):
+    """A command did not come to an end in time."""
+
+
 def has_client(name: str) -> bool:
     """Whether one of SLURM's commands, such as squeue, is on this machine."""
     return shutil.which(name) is not None
 
 
-def run_client(argv: Sequence[str], *, needed_for: str, cwd: Path | None = None) -> str:
+def run_client(
+    argv: Sequence[str], *, needed_for: str, cwd: Path | None = None, seconds: float = TIMEOUT_SECONDS
+) -> str:
     """Runs one of SLURM's commands.
 
     Args:
         argv: the command and its arguments; no shell sees them.
         needed_for: what a person asked for, such as "dtrain submit", for messages.
         cwd: where it runs; None for the present folder.
+        seconds: how long it may take.
 
     Returns:
         its standard output. Bytes that are no UTF-8 are there as surrogates, as in `os.fsdecode`.
 
     Raises:
         UsageError: the command is not on this machine.
-        SlurmError: it failed, or gave no answer within 60 s.
+        NoAnswerError: it took too long.
+        SlurmError: it failed.
     """
     name = argv[0]
     found = shutil.which(name)
@@ -58,12 +66,12 @@ def run_client(argv: Sequence[str], *, needed_for: str, cwd: Path | None = None)
             env=client_environment(os.environ, name, cwd),
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=TIMEOUT_SECONDS,
+            timeout=seconds,
             check=False,
         )
     except subprocess.TimeoutExpired:
         unknown = " Whether the job was submitted is not known: see squeue." if name == "sbatch" else ""
-        raise SlurmError(f"{name} gave no answer within {TIMEOUT_SECONDS:g} s.{unknown}") from None
+        raise NoAnswerError(f"{name} gave no answer within {seconds:g} s.{unknown}") from None
     except OSError as error:
         raise SlurmError(f"{name} cannot be run ({found}): {error.strerror}.") from None
     words = done.stderr.decode("utf-8", "backslashreplace").strip()

@@ -87,11 +87,11 @@ def follow(
 
 
 def waiting_words(one: RunJob) -> str:
-    """Returns "job 123 (run digits) waits (Resources)"; nothing for one that does not."""
+    """Returns "job 123 (run digits) waits: Resources (no free nodes)"; nothing for one that does not."""
     if one.job is None or not one.job.waits:
         return ""
     again = " to start again" if one.job.restarts else ""
-    return f"{one.words} waits{again}{f' ({one.job.reason})' if one.job.reason else ''}"
+    return f"{one.words} waits{again}{f': {one.why}' if one.why else ''}"
 
 
 def _last_words(tail: Tail, write: Callable[[bytes], object]) -> None:

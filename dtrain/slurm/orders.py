@@ -10,11 +10,12 @@ from pathlib import Path
 from dtrain.errors import SlurmError, UsageError
 from dtrain.launch.postmortem import last_checkpoint
 from dtrain.launch.requests import FILE_NAME as STOP_FILE
-from dtrain.slurm.client import run_client, submit
-from dtrain.slurm.record import CANCEL_NAME, FOLDER, SCRIPT_NAME, Record, write_record
+from dtrain.slurm.client import TIMEOUT_SECONDS, NoAnswerError, run_client, submit
+from dtrain.slurm.record import CANCEL_NAME, FOLDER, SCRIPT_NAME, Record, read_record, write_record
 from dtrain.slurm.runs import RunJob, refreshed
 
 _SOME_IDS = 200  # in one call
+_SIGNAL_SECONDS = 5.0  # scancel's own pause before it tries again
 _SETTLE_SECONDS, _POLL_SECONDS = 20.0, 0.5  # a job that is on its way out soon waits again, or has ended
 
 
@@ -54,12 +55,7 @@ def _cancel_saved(left: Sequence[RunJob], say: Callable[[str], object]) -> None:
             _scancel([one.id for one in left if one.state == "CONFIGURING"])
         except SlurmError as error:
             refusal = f" {error}"
-        for one in [one for one in left if one.state == "RUNNING"]:
-            _ask(one, cancelled=True)
-            say(
-                f"{one.words}: asked to save and to end; dtrain logs {one.id} -f shows it. "
-                f"If it does not: dtrain cancel {one.id} --now.{_later(one)}"
-            )
+        _end_running([one for one in left if one.state == "RUNNING"], say)
         left = refreshed([one for one in left if one.state != "RUNNING"], needed_for="dtrain cancel")
         for one in [one for one in left if one.is_over]:
             say(f"{one.words}: cancelled; it had not started, or was about to start again.{_later(one)}")
@@ -85,9 +81,9 @@ def requeue(one: RunJob, say: Callable[[str], object], *, complete: bool) -> Non
     run = one.run
     if run is None:
         raise UsageError(f"{one.words}: is no run of dtrain's. SLURM's own command is: scontrol requeue {one.id}")
-    run, one = one.run, _settled(one)
+    one = _settled(one)
     if one.job is not None and one.job.waits:
-        say(f"{one.words}: waits already ({one.job.reason or one.job.state}).")
+        say(f"{one.words}: waits already: {one.why or one.state}.")
         return
     stop = run / STOP_FILE
     if stop.exists():
@@ -96,11 +92,10 @@ def requeue(one: RunJob, say: Callable[[str], object], *, complete: bool) -> Non
         raise UsageError(
             f"{one.words}: is complete; there is nothing to go on with. More epochs: submit it with epochs=N."
         )
-    if one.job is not None and not one.is_over:
-        _ask(one, cancelled=False)
-        say(f"{one.words}: asked to save; then it starts again. dtrain logs {one.id} -f shows it.")
-        return
     _forget_cancel(run)
+    if not one.is_over:
+        say(f"{one.words}: {_start_running_again(one)}")
+        return
     _start_again(one, run, say)
 
 
@@ -154,24 +149,64 @@ def _settled(one: RunJob) -> RunJob:
     return one
 
 
-def _ask(one: RunJob, *, cancelled: bool) -> None:
-    """Has a job's batch shell ask the ranks to stop; what it does then, it tells by the file `cancel`."""
-    assert one.run is not None  # noqa: S101 - for the type checker
-    if cancelled:
+def _end_running(jobs: Sequence[RunJob], say: Callable[[str], object]) -> None:
+    for one in jobs:
+        assert one.run is not None  # noqa: S101 - for the type checker
         (one.run / FOLDER).mkdir(exist_ok=True)
         (one.run / FOLDER / CANCEL_NAME).touch()
-    else:
-        _forget_cancel(one.run)
-    run_client(["scancel", "--batch", "--signal=USR1", one.id], needed_for="dtrain cancel and requeue")
+    hearing = [one for one in jobs if listens(one)]
+    deaf = [one for one in jobs if one not in hearing]
+    _scancel([one.id for one in deaf])
+    for one in deaf:
+        say(f"{one.words}: cancelled; it had only just started, or was about to end.{_later(one)}")
+    _ask([one.id for one in hearing])
+    for one in hearing:
+        say(
+            f"{one.words}: asked to save and to end; dtrain logs {one.id} -f shows it. "
+            f"If it does not: dtrain cancel {one.id} --now.{_later(one)}"
+        )
+
+
+def _start_running_again(one: RunJob) -> str:
+    """Has a job that runs start again; returns what was done, in words."""
+    if not listens(one):
+        run_client(["scontrol", "requeue", one.id], needed_for="dtrain requeue")
+        return "starts again; it had only just started, or was about to end."
+    _ask([one.id])
+    return f"asked to save; then it starts again. dtrain logs {one.id} -f shows it."
+
+
+def listens(one: RunJob) -> bool:
+    """Whether the batch script of a job that runs has got to where it hears a request, which takes some seconds.
+
+    Before, the signal would end it, and SLURM would call the job failed.
+    """
+    record = read_record(one.run) if one.run is not None else None
+    if record is None or not record.incarnations or one.job is None:
+        return False
+    last = record.incarnations[-1]
+    return last.ended is None and last.job_id == one.job.number and one.job.restarts in (None, last.restart)
+
+
+def _ask(ids: Sequence[str]) -> None:
+    """Asks jobs' batch scripts to have the ranks save and stop; what they do then, the file `cancel` tells them."""
+    try:
+        _scancel(ids, "--batch", "--signal=USR1", seconds=_SIGNAL_SECONDS)
+    except NoAnswerError:
+        # As long as other tasks of an array wait, slurmctld passes the signal on and yet reports a failure, by which
+        # scancel sends it again and again, for a minute. slurmctld was there a moment ago, so the first one has come.
+        if not any("_" in one for one in ids):
+            raise
 
 
 def _forget_cancel(run: Path) -> None:
     (run / FOLDER / CANCEL_NAME).unlink(missing_ok=True)
 
 
-def _scancel(ids: Sequence[str], *options: str) -> None:
+def _scancel(ids: Sequence[str], *options: str, seconds: float = TIMEOUT_SECONDS) -> None:
     for start in range(0, len(ids), _SOME_IDS):
-        run_client(["scancel", *options, *ids[start : start + _SOME_IDS]], needed_for="dtrain cancel")
+        some = ids[start : start + _SOME_IDS]
+        run_client(["scancel", *options, *some], needed_for="dtrain cancel and requeue", seconds=seconds)
 
 
 def _later(one: RunJob) -> str:

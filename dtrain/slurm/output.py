@@ -7,7 +7,7 @@ from pathlib import Path
 from dtrain.errors import UsageError
 from dtrain.slurm.queue import output_file
 from dtrain.slurm.record import FOLDER
-from dtrain.slurm.runs import RunJob
+from dtrain.slurm.runs import RunJob, earlier_output
 
 _LOGS = "logs"  # in the run's folder
 
@@ -22,14 +22,13 @@ def output_of(one: RunJob, name: str) -> Path:
     Raises:
         UsageError: it is not known.
     """
-    if one.record is not None and name in {each.job_id for each in one.record.incarnations} - _numbers(one):
-        earlier = _in_run(one, name)
-        if earlier is not None and earlier.exists():
-            return earlier
+    earlier = earlier_output(one, name)
+    if earlier is not None:
+        return earlier
     known = one.record.output if one.record is not None else None
     if not known and one.job is not None:
         known = output_file(one.id, needed_for="dtrain logs")
-    path = Path(known) if known else _in_run(one, one.id)
+    path = Path(known) if known else one.run / FOLDER / f"job-{one.id}.out" if one.run is not None else None
     if path is None:
         raise UsageError(f"{one.words}: it is not known where its output goes; SLURM no longer tells.")
     return path
@@ -54,11 +53,3 @@ def rank_log(one: RunJob, rank: int) -> Path:
         else "Where srun starts each rank, all is in the job's output."
     )
     raise UsageError(f"{one.words}: there is no log of rank {rank} in {folder}. {there}")
-
-
-def _numbers(one: RunJob) -> set[str]:
-    return {one.id} | ({one.job.number} if one.job is not None else set())
-
-
-def _in_run(one: RunJob, identity: str) -> Path | None:
-    return one.run / FOLDER / f"job-{identity}.out" if one.run is not None and identity else None

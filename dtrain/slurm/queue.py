@@ -28,6 +28,24 @@ _SOME_IDS = 200  # in one call of sacct
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 _NOTHING = ("", "(null)", "N/A", "None", "NONE", "None assigned", "Unknown", "UNKNOWN")
+# What SLURM's words for why a job waits mean; a longer word may begin with one of them.
+_REASONS = {
+    "Resources": "no free nodes",
+    "Priority": "others come first",
+    "BeginTime": "its time has not come; after a requeue up to 2 minutes",
+    "Dependency": "another job comes first",
+    "JobArrayTaskLimit": "so many tasks run at once",
+    "JobHeldUser": "held; scontrol release lets it go",
+    "JobHeldAdmin": "held by an administrator",
+    "ReqNodeNotAvail": "nodes are down, drained or reserved",
+    "PartitionTimeLimit": "it wants more time than the partition has",
+    "PartitionNodeLimit": "it wants more nodes than the partition has",
+    "PartitionConfig": "it wants what the partition does not allow",
+    "PartitionDown": "the partition is closed",
+    "QOS": "a limit of its QOS",
+    "Assoc": "a limit of its account",
+    "MaxGRESPerAccount": "a limit of its account",
+}
 
 
 @dataclass(frozen=True)
@@ -255,6 +273,12 @@ def code_of(text: str) -> int | None:
     else:
         return None
     return 128 + number if number else code
+
+
+def reason_words(reason: str) -> str:
+    """Returns SLURM's word for why a job waits with its meaning: "Resources (no free nodes)"."""
+    meaning = next((words for word, words in _REASONS.items() if reason.startswith(word)), "")
+    return f"{reason} ({meaning})" if meaning else reason
 
 
 def _word(text: str) -> str:

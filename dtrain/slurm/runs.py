@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dtrain.errors import UsageError, nearest
-from dtrain.slurm.queue import Job, Queue, queued, read_queue
-from dtrain.slurm.record import FILE_NAME, FOLDER, Record, read_record
+from dtrain.slurm.queue import Job, Queue, queued, read_queue, reason_words
+from dtrain.slurm.record import FILE_NAME, FOLDER, Incarnation, Record, read_record
 
 _JOB_NAME = re.compile(r"\d+(_\d+)?")
 _MOST_NAMED = 5
@@ -48,28 +48,30 @@ class RunJob:
             return self.job.state
         if self.record is None or not self.record.job:
             return "not submitted"
-        started = self.record.incarnations
-        return "ended" if started and started[-1].ended is not None else "unknown"
+        return "ended" if self._last is not None and self._last.ended is not None else "unknown"
 
     @property
     def why(self) -> str:
         """Why it waits or how it ended, as far as is known."""
-        last = self.record.incarnations[-1] if self.record is not None and self.record.incarnations else None
-        if self.job is not None and self.job.waits:
-            return self.job.reason
-        if last is None:
-            return self.job.reason if self.job is not None else ""
-        if self.job is None and last.ended is None:
-            return f"last seen on {last.nodes}" if last.nodes else ""
-        return "" if self.job is not None and self.job.runs else last.why or (self.job.reason if self.job else "")
+        job, last = self.job, self._last
+        if job is not None and not job.has_ended:
+            return reason_words(job.reason) if job.waits else ""
+        # Of one that was cancelled as it waited, SLURM still tells why it waited.
+        told = "" if job is None or job.state == "CANCELLED" else job.reason
+        if last is None or last.ended is None:
+            return told or (f"last seen on {last.nodes}" if job is None and last is not None else "")
+        return last.why or told
+
+    @property
+    def _last(self) -> Incarnation | None:
+        return self.record.incarnations[-1] if self.record is not None and self.record.incarnations else None
 
     @property
     def ended(self) -> float | None:
         """When it ended, in seconds since the epoch; None where it has not, or that is not known."""
         if self.job is not None:
             return self.job.ended
-        last = self.record.incarnations[-1] if self.record is not None and self.record.incarnations else None
-        return last.ended if last is not None else None
+        return self._last.ended if self._last is not None else None
 
     @property
     def is_over(self) -> bool:
@@ -216,12 +218,14 @@ def _of_number(name: str, known: Known) -> list[RunJob]:
     foreign = known.queue.tasks(name) or [job for job in [known.queue.find(name)] if job is not None]
     if foreign:
         return [RunJob(job.id, job=job) for job in foreign]
-    return [one for one in known.all if one.record is not None and name in once(one.record)]
+    return [one for one in known.all if earlier_output(one, name) is not None]
 
 
-def once(record: Record) -> set[str]:
-    """Returns the numbers of all jobs that a run has been."""
-    return {one.job_id for one in record.incarnations} | {record.job}
+def earlier_output(one: RunJob, name: str) -> Path | None:
+    """Returns the output of the job that a run was before it was submitted again; None where it was not that job."""
+    path = one.run / FOLDER / f"job-{name}.out" if one.run is not None else None
+    is_present = name == one.id or (one.job is not None and name == one.job.number)
+    return path if path is not None and not is_present and path.exists() else None
 
 
 def _unknown(name: str, known: Known) -> str:

@@ -9,6 +9,7 @@ import pytest
 _PROGRAM = """#!/bin/sh
 cd '{folder}'
 (printf '%s' {name}; printf ' %s' "$@"; echo) | sed 's/--Format=.*/--Format/' >> calls.txt
+[ -f {name}.hangs ] && exec sleep 60
 [ -f {name}.next ] && mv {name}.next squeue.out
 [ -f {name}.err ] && {{ cat {name}.err >&2; exit 1; }}
 cat {name}.out 2>/dev/null
@@ -55,6 +56,10 @@ class Slurm:
     def changes(self, name: str, queue: str) -> None:
         """Has the next call of a command change what squeue prints."""
         (self.folder / f"{name}.next").write_text(queue)
+
+    def hangs(self, name: str) -> None:
+        """Has a command not come to an end from now on."""
+        (self.folder / f"{name}.hangs").touch()
 
     def calls(self, *names: str) -> list[str]:
         """Returns what these commands were given so far."""

@@ -66,7 +66,10 @@ class TestJobs:
             "2",
             "(1 in vain)  val_loss 0.25 val_acc 0.9125",
         ]
-        assert lines[1].split(maxsplit=6)[-1] == "waits: JobArrayTaskLimit; val_loss 0.25 val_acc 0.9125"
+        assert (
+            lines[1].split(maxsplit=6)[-1]
+            == "waits: JobArrayTaskLimit (so many tasks run at once); val_loss 0.25 val_acc 0.9125"
+        )
 
     def test_programs_get_all_of_it(self, slurm: Slurm) -> None:
         make_run("b", "7", start(0, "7", 0, ended=time.time(), code=75, why="stopped ahead of a limit"))
@@ -121,7 +124,7 @@ class TestNames:
     def test_numbers_names_and_folders(self, slurm: Slurm) -> None:
         for task in range(3):
             make_run(f"grid-{task}", f"8_{task}")
-        make_run("one", "12", start(0, "7", 0), start(0, "12", 0))
+        (make_run("one", "12") / "slurm/job-7.out").write_text("as job 7\n")
         lines = [
             queue_line("8_0", "RUNNING", number="9"),
             queue_line("8_2", "RUNNING", number="8"),
@@ -138,6 +141,7 @@ class TestNames:
         assert ids("8_1") == ["8_1"]
         assert ids("7") == ids("12") == ids("one") == ["12"]  # what it was before
         assert ids("30") == ["30"]  # no run of ours
+        assert "as job 7" in dtrain("logs", "7")
         with pytest.raises(UsageError, match=r"gird-1: there is no such job or run\. Did you mean 'grid-1'\?"):
             find("gird-1", known)
         Path("runs/plain").mkdir()
@@ -154,14 +158,25 @@ class TestCancel:
         assert slurm.calls("scancel") == ["scancel --state=PENDING 7"]
 
     def test_one_that_runs_saves_first(self, slurm: Slurm) -> None:
-        run = make_run("b", "7")
+        run = make_run("b", "7", start(0, "7", 0))
         slurm.answers("squeue", queue_line("7", "RUNNING"))
         assert "asked to save" in dtrain("cancel", "7")
         assert (run / "slurm/cancel").exists()
         assert slurm.calls("scancel") == ["scancel --batch --signal=USR1 7"]
 
+    @pytest.mark.parametrize("starts", [[], [start(0, "7", 0, ended=1.0)], [start(1, "7", 0)], [start(0, "6", 0)]])
+    def test_one_that_has_only_just_started_would_die_of_the_request(
+        self, slurm: Slurm, starts: list[Incarnation]
+    ) -> None:
+        run = make_run("b", "7", *starts)
+        slurm.answers("squeue", queue_line("7", "RUNNING"))
+        dtrain("cancel", "7")
+        dtrain("requeue", "7")
+        assert slurm.calls("scancel", "scontrol") == ["scancel 7", "scontrol requeue 7"]
+        assert not (run / "slurm/cancel").exists()
+
     def test_one_that_starts_meanwhile_saves_first(self, slurm: Slurm) -> None:
-        run = make_run("b", "7")
+        run = make_run("b", "7", start(0, "7", 0))
         slurm.answers("squeue", queue_line("7", "PENDING"))
         slurm.changes("scancel", queue_line("7", "RUNNING"))
         dtrain("cancel", "7")
@@ -171,7 +186,7 @@ class TestCancel:
     def test_an_arrays_waiting_tasks_go_first(self, slurm: Slurm) -> None:
         states = ("RUNNING", "PENDING", "PENDING", "COMPLETED")
         for task in range(4):
-            make_run(f"g-{task}", f"8_{task}")
+            make_run(f"g-{task}", f"8_{task}", start(0, "8", 0))
         slurm.answers("squeue", "".join(queue_line(f"8_{i}", state) for i, state in enumerate(states)))
         slurm.changes(
             "scancel", "".join(queue_line(f"8_{i}", "CANCELLED") for i in (1, 2)) + queue_line("8_0", "RUNNING")
@@ -179,6 +194,15 @@ class TestCancel:
         told = dtrain("cancel", "8")
         assert slurm.calls("scancel") == ["scancel --state=PENDING 8_1 8_2", "scancel --batch --signal=USR1 8_0"]
         assert "8_3 (run g-3): is over already (COMPLETED)" in told
+
+    def test_slurm_may_pass_a_tasks_signal_on_and_deny_it(self, slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(orders, "_SIGNAL_SECONDS", 0.2)
+        make_run("g", "8_1", start(0, "8", 0))
+        make_run("b", "7", start(0, "7", 0))
+        slurm.answers("squeue", queue_line("8_1", "RUNNING") + queue_line("7", "RUNNING"))
+        slurm.hangs("scancel")
+        assert "asked to save" in dtrain("cancel", "8_1")
+        assert "scancel gave no answer" in dtrain("cancel", "7", code=1)
 
     def test_at_once(self, slurm: Slurm) -> None:
         run = make_run("b", "7")
@@ -199,7 +223,7 @@ class TestCancel:
 
 class TestRequeue:
     def test_one_that_runs_saves_and_starts_again(self, slurm: Slurm) -> None:
-        run = make_run("b", "7")
+        run = make_run("b", "7", start(0, "7", 0))
         (run / "slurm/cancel").touch()
         slurm.answers("squeue", queue_line("7", "RUNNING"))
         dtrain("requeue", "7")
@@ -238,7 +262,7 @@ class TestRequeue:
     def test_refusals(self, slurm: Slurm) -> None:
         run = make_run("b", "7")
         slurm.answers("squeue", queue_line("7", "PENDING", reason="Resources"))
-        assert "waits already (Resources)" in dtrain("requeue", "b")
+        assert "waits already: Resources (no free nodes)" in dtrain("requeue", "b")
         slurm.answers("squeue", queue_line("7", "CANCELLED"))
         (run / "config.yaml").write_text("train:\n  epochs: 2\n")
         assert "is complete" in dtrain("requeue", "b", code=2)
@@ -295,7 +319,7 @@ class TestLogs:
     def test_one_that_waits_says_why(self, slurm: Slurm) -> None:
         make_run("b", "7")
         slurm.answers("squeue", queue_line("7", "PENDING", reason="Resources"))
-        assert "job 7 (run b) waits (Resources)" in dtrain("logs", "7")
+        assert "job 7 (run b) waits: Resources (no free nodes)" in dtrain("logs", "7")
 
     def test_of_an_array_one_task_is_wanted(self, slurm: Slurm) -> None:
         for task in range(2):
