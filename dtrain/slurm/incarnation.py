@@ -128,7 +128,7 @@ def run_incarnation(  # noqa: PLR0913 - keyword-only
     one = Incarnation(place.restart, place.job_id, place.nodes, time.time(), progress=before)
     if vain > cap:
         return _refused(run, record, one, vain, say)
-    record = record.with_incarnation(one)
+    record = replace(record.with_incarnation(one), folder=str(Path.cwd()))
     write_record(run, record)
     set_aside(run, 1)
     say(f"job {place.name}, start {place.restart + 1}, on {place.nodes}: run {run}")

@@ -137,7 +137,8 @@ def _submit_again(one: RunJob, run: Path, record: Record) -> Record:
 
 def _work_dir(one: RunJob) -> Path:
     """Where the job ran, since the script may name files from there; where that is not known, here."""
-    return Path(one.job.folder) if one.job is not None and one.job.folder else Path.cwd()
+    known = (one.job.folder if one.job is not None else "") or (one.record.folder if one.record is not None else None)
+    return Path(known) if known else Path.cwd()
 
 
 def _settled(one: RunJob) -> RunJob:

@@ -55,6 +55,7 @@ class Record:
         name: the run's.
         incarnations: the times that it was started, the first one first.
         forgiven: so many of the first ones do not count towards the cap: a person had the job started again since.
+        folder: where it runs, from which its script may name files; None where that is not known.
     """
 
     job: str
@@ -64,6 +65,7 @@ class Record:
     name: str = ""
     incarnations: tuple[Incarnation, ...] = ()
     forgiven: int = 0
+    folder: str | None = None
 
     def without_progress(self, now: tuple[float, ...]) -> int:
         """Returns how many of the last incarnations began where the run stands now, and so have achieved nothing.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 _PROGRAM = """#!/bin/sh
+pwd -P > '{folder}/{name}.cwd'
 cd '{folder}'
 (printf '%s' {name}; printf ' %s' "$@"; echo) | sed 's/--Format=.*/--Format/' >> calls.txt
 [ -f {name}.hangs ] && exec sleep 60
@@ -60,6 +61,10 @@ class Slurm:
     def hangs(self, name: str) -> None:
         """Has a command not come to an end from now on."""
         (self.folder / f"{name}.hangs").touch()
+
+    def called_in(self, name: str) -> Path:
+        """Returns the folder that a command last ran in."""
+        return Path((self.folder / f"{name}.cwd").read_text().rstrip("\n"))
 
     def calls(self, *names: str) -> list[str]:
         """Returns what these commands were given so far."""

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,11 +251,12 @@ class TestRequeue:
         run = make_run("b", old, start(0, "8", 0))
         record = read_record(run)
         assert record is not None
-        write_record(run, Record(**{**record.__dict__, "output": f"/x/job-{old}.out"}))
+        write_record(run, replace(record, output=f"/x/job-{old}.out", folder=str(slurm.folder)))
         slurm.answers("sbatch", "Welcome to this cluster!\n44;main\n")
         assert "submitted again as job 44" in dtrain("requeue", "b")
         script = (run / "slurm/train.sbatch").resolve()
         assert slurm.calls("sbatch") == [f"sbatch --parsable{options} {script}"]
+        assert slurm.called_in("sbatch") == slurm.folder
         record = read_record(run)
         assert record is not None
         assert (record.job, record.output, record.forgiven) == (new, f"/x/job-{new}.out", 1)
