@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from helpers.cluster import Cluster, Plan, cluster, missing, need
-from helpers.commands import BIN, Dtrain
+from helpers.commands import Dtrain
 from helpers.queued import RECIPES, WORDS, Queued
 
 
@@ -32,12 +33,14 @@ def queued(slurm: Cluster, tmp_path: Path) -> Queued:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The run that nothing interrupts, on this machine alone, by the number of its ranks."""
-    runs: dict[int, Path] = {}
-    for ranks in (2, 4):
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Returns the run that nothing interrupts, on this machine alone, on so many ranks."""
+
+    @functools.cache
+    def run(ranks: int) -> Path:
         folder = tmp_path_factory.mktemp(f"whole-{ranks}")
-        done = Dtrain(folder).run(BIN / "dtrain", "train", RECIPES / "long.py", *WORDS, "-n", ranks, "--cpu")
+        done = Dtrain(folder)("train", RECIPES / "long.py", *WORDS, "-n", ranks, "--cpu")
         assert done.code == 0, done.text
-        runs[ranks] = folder / "runs/it"
-    return runs
+        return folder / "runs/it"
+
+    return run

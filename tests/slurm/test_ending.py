@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from helpers.cluster import Cluster
@@ -11,7 +12,7 @@ from helpers.queued import WORDS, Queued, assert_same
 SECONDS = 15  # from a rank's end to that of the whole job
 
 
-def test_a_person_ends_it_with_a_checkpoint(slurm: Cluster, tmp_path: Path, whole: dict[int, Path]) -> None:
+def test_a_person_ends_it_with_a_checkpoint(slurm: Cluster, tmp_path: Path, whole: Callable[[int], Path]) -> None:
     """By scancel, by the file STOP, and by `dtrain cancel`, after which it can be gone on with."""
     runs = {name: Queued(slurm, tmp_path / name) for name in ("scancel", "stop", "cancel")}
     for run in runs.values():
@@ -31,7 +32,7 @@ def test_a_person_ends_it_with_a_checkpoint(slurm: Cluster, tmp_path: Path, whol
     last = runs["cancel"]
     last.go()
     last.submit(*WORDS, "checkpoint.every_steps=null").wait("COMPLETED")
-    assert_same(last.run, whole[2])
+    assert_same(last.run, whole(2))
 
 
 FAULT = ("epochs=2", "run.name=it", "model.rank=1", "model.epoch=2", "model.step=2")

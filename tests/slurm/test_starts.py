@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from helpers.cluster import Cluster
@@ -18,7 +19,9 @@ def states(slurm: Cluster) -> dict[str, str]:
     return dict(line.split() for line in lines)
 
 
-def test_two_nodes_of_two_ranks_are_four_ranks_here(slurm: Cluster, tmp_path: Path, whole: dict[int, Path]) -> None:
+def test_two_nodes_of_two_ranks_are_four_ranks_here(
+    slurm: Cluster, tmp_path: Path, whole: Callable[[int], Path]
+) -> None:
     before = states(slurm)
     ways = [tmp_path / name for name in ("submit", "launchers", "tasks", "srun", "salloc")]
     for folder in ways:
@@ -41,6 +44,6 @@ def test_two_nodes_of_two_ranks_are_four_ranks_here(slurm: Cluster, tmp_path: Pa
     for job in jobs:
         slurm.wait(job, "COMPLETED")
     for folder in ways:
-        assert_same(folder / "runs/it", whole[4])
+        assert_same(folder / "runs/it", whole(4))
     after = states(slurm)
     assert [after[job] for job in after.keys() - before.keys()] == ["COMPLETED"] * len(ways)
