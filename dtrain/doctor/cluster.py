@@ -60,11 +60,12 @@ def check_job(environ: Mapping[str, str] | None = None) -> Finding:
     return passed(JOB, words)
 
 
-def check_task(nodes: int, environ: Mapping[str, str] | None = None) -> Finding:
+def check_task(nodes: int, ranks: int, environ: Mapping[str, str] | None = None) -> Finding:
     """Looks at the variables that SLURM gives a step's task, one a node, and at the name that it has for the node.
 
     Args:
         nodes: how many there should be.
+        ranks: that each task will start.
         environ: by default the process's.
     """
     env = os.environ if environ is None else environ
@@ -75,9 +76,12 @@ def check_task(nodes: int, environ: Mapping[str, str] | None = None) -> Finding:
             TASK, "fail", f"not set: {', '.join(missing)}", "start it with srun; see TaskProlog and --export"
         )
     words = f"task {env['SLURM_PROCID']} of {env['SLURM_STEP_NUM_TASKS']} on {env['SLURM_STEP_NODELIST']}"
-    words += f", {env.get('SLURM_CPUS_ON_NODE', '?')} CPUs"
+    cpus = env.get("SLURM_CPUS_ON_NODE", "?")
+    words += f", {cpus} CPUs, {many(ranks, 'rank')}"
     if env["SLURM_STEP_NUM_TASKS"] != str(nodes):
         return Finding(TASK, "fail", f"{words}: there should be {nodes}", "give srun --ntasks-per-node=1")
+    if cpus.isdigit() and int(cpus) < ranks:
+        return Finding(TASK, "warn", words, f"ask for a CPU or more for each rank: --cpus-per-task={ranks}")
     node, host = env.get("SLURMD_NODENAME", ""), socket.gethostname()
     if node.partition(".")[0] != host.partition(".")[0]:
         words = f"{words}; SLURM calls this node {node}, it calls itself {host}"

@@ -12,7 +12,7 @@ def fit_together(seen: Seen) -> tuple[list[str], dict[str, str]]:
     nodes = [node for node in seen.present if node not in seen.lost and node in seen.reach]
     out = {node: "it did not answer any more" for node in seen.present if node not in nodes}
     for node, what in odd_versions(seen, nodes).items():
-        out[node] = f"its {' and '.join(what)} differ from the others'"
+        out[node] = f"not the others' {' and '.join(what)}"
         nodes.remove(node)
     while nodes:
         cut = {node: sum(apart(seen, node, other) for other in nodes if other != node) for node in nodes}

@@ -92,7 +92,7 @@ class Guests:
                 answers |= self._answer(node, _POLL / len(open_))
         for node in wanted.keys() - answers.keys():
             self.lost[node] = f"{what} ({self._wires[node].lost or f'no answer within {seconds:g} s'})"
-        return answers
+        return {node: answers[node] for node in wanted if node in answers}
 
     def _answer(self, node: str, seconds: float) -> dict[str, Any]:
         answers = [one["answer"] for one in self._wires[node].receive(seconds) if one.get("id") == self._asked]

@@ -95,7 +95,7 @@ def srun_argv(plan: Plan, meet: list[str], nonce: str) -> list[str]:
     if "SLURM_CPUS_PER_TASK" in os.environ:  # srun has not inherited it since SLURM 22.05
         options.append(f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}")
     # A node whose task fails is a finding; the others go on. --overlap: also beside an interactive step.
-    options += ["--overlap", "--kill-on-bad-exit=0", "--wait=0", "--label", "--job-name=dtrain-doctor"]
+    options += ["--overlap", "--no-kill", "--kill-on-bad-exit=0", "--wait=0", "--label", "--job-name=dtrain-doctor"]
     words = ["doctor-node", "--folder", str(plan.folder.absolute()), "--nonce", nonce]
     for place in meet:
         words += ["--meet", place]

@@ -25,6 +25,16 @@ NAME, RESULT, OUTPUT, SCRIPT = "SLURM job", "result.json", "job.out", "doctor.sb
 _NEEDED_FOR = "dtrain doctor --nodes"
 _POLL, _SEEN_SECONDS = 1.0, 10.0
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "RESV_DEL_HOLD", "REQUEUE_HOLD", "SUSPENDED")
+# Waiting does not help: the request is not within the partition's or the account's limits.
+_NEVER = (
+    "PartitionNodeLimit",
+    "PartitionTimeLimit",
+    "AccountNotAllowed",
+    "QOSNotAllowed",
+    "InvalidAccount",
+    "InvalidQOS",
+    "BadConstraints",
+)
 _AT_WORK = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED", "RESIZING")
 
 
@@ -91,17 +101,19 @@ def run_job(order: Order, folder: Path, tell: Callable[[str], None]) -> dict[str
     script = folder / SCRIPT
     script.write_text(script_text(order, folder), encoding="utf-8")
     output = str(folder.absolute() / OUTPUT).replace("%", "%%")  # sbatch has a meaning of its own for it
-    options = [f"--nodes={order.nodes}", "--ntasks-per-node=1", "--job-name=dtrain-doctor", "--no-requeue"]
+    options = [f"--nodes={order.nodes}", "--ntasks-per-node=1", "--job-name=dtrain-doctor", "--no-requeue", "--no-kill"]
     job = submit(
         script, cwd=Path.cwd(), options=[*options, f"--output={output}", *order.options], needed_for=_NEEDED_FOR
     )
-    with _cancelled_on_exit(job, tell):
-        state, reason = _wait_for(job, order.wait, tell)
+    with _cancelled_on_exit(job, tell) as keep:
+        state, reason = _wait_for(job, order.wait, folder / RESULT, tell)
+        keep.append(state not in _WAITING)
     if state in _WAITING:
-        words = f"job {job} waited {order.wait:g} s ({state.lower()}: {reason}) and was cancelled"
-        return Finding(
-            NAME, "fail", words, "allow more (--wait SECONDS), or ask for less; `dtrain doctor` shows what there is"
+        words = f"job {job} did not start ({state.lower()}: {reason}) and was cancelled"
+        remedy = (
+            "see its partition's limits and free nodes (dtrain doctor); ask for less, or allow more: --wait SECONDS"
         )
+        return Finding(NAME, "fail", words, remedy)
     return _result(folder, job, state)
 
 
@@ -126,15 +138,16 @@ def _no_result(folder: Path, job: str, state: str) -> Finding:
     return Finding(NAME, "fail", f"{words}: {said[-1] if said else 'it said nothing'}", remedy)
 
 
-def _wait_for(job: str, seconds: float, tell: Callable[[str], None]) -> tuple[str, str]:
-    """Returns the job's last state and reason: once it has ended, or has waited for too long."""
+def _wait_for(job: str, seconds: float, result: Path, tell: Callable[[str], None]) -> tuple[str, str]:
+    """Returns the job's last state and reason: once its result is here, it has ended, or has waited for too long."""
     deadline, before = time.monotonic() + seconds, ("", "")
     while True:
         state, reason = _state_of(job)
         if (state, reason) != before:
             tell(f"job {job}: {state.lower()}{f' ({reason})' if reason not in ('None', '') else ''}")
             before = state, reason
-        if state not in (*_WAITING, *_AT_WORK) or (state in _WAITING and time.monotonic() > deadline):
+        too_long = time.monotonic() > deadline or reason in _NEVER
+        if result.is_file() or state not in (*_WAITING, *_AT_WORK) or (state in _WAITING and too_long):
             return state, reason
         time.sleep(_POLL)
 
@@ -151,19 +164,18 @@ def _state_of(job: str) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _cancelled_on_exit(job: str, tell: Callable[[str], None]) -> Iterator[None]:
-    """Cancels the job however this process stops waiting for it; one that has ended already takes no harm."""
+def _cancelled_on_exit(job: str, tell: Callable[[str], None]) -> Iterator[list[bool]]:
+    """Cancels the job however this process stops waiting for it, unless True was put into the list before."""
 
     def stop(number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-    ended = False
+    keep: list[bool] = []
     try:
-        yield
-        ended = _state_of(job)[0] not in (*_WAITING, *_AT_WORK)
+        yield keep
     finally:
-        if not ended:
+        if not any(keep):
             with contextlib.suppress(DtrainError):
                 run_client(["scancel", job], needed_for=_NEEDED_FOR)
             tell(f"job {job} is cancelled")

@@ -121,9 +121,8 @@ class _Node:
 
     def _machine(self, ranks: int, nodes: int, wandb: bool) -> Answer:
         found = [
-            check_task(nodes),
-            guarded("versions", check_versions),
-            check_gpus(find_gpus()),
+            check_task(nodes, ranks),
+            *(one for one in (check_versions(), check_gpus(find_gpus())) if one.state in ("warn", "fail")),
             guarded(cores.CORES, lambda: cores.check_cores(ranks)),
             guarded(cores.MEMORY, lambda: cores.check_memory(ranks)),
             guarded(cores.SHARED, cores.check_shared_memory),

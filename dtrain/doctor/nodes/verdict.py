@@ -82,9 +82,11 @@ def _clocks(seen: Seen) -> Finding:
 
 
 def _folder(seen: Seen, folder: str) -> Finding:
-    bad = [f"{node} cannot write there: {one['error']}" for node, one in seen.files.items() if one["error"]]
-    blind = [node for node, read in seen.read.items() if read.get(".host") is None]
-    bad += [f"{node} does not see what others write there" for node in blind]
+    blind = _blind(seen)
+    bad = [f"{node} does not see what others write there" for node in blind]
+    for node, one in seen.files.items():
+        if one["error"]:
+            bad.append(f"{node} cannot write there: {one['error']}")
     for node, read in seen.read.items():
         unseen = [other for other, after in read.items() if after is None and other not in (*blind, ".host")]
         if node not in blind and unseen:
@@ -103,8 +105,13 @@ def _folder(seen: Seen, folder: str) -> Finding:
     return passed(FOLDER, words)
 
 
+def _blind(seen: Seen) -> list[str]:
+    """Returns the nodes that do not see the folder as the host does."""
+    return [node for node, read in seen.read.items() if read.get(".host") is None]
+
+
 def _locks(seen: Seen) -> Finding:
-    bad = {node: state for node, state in seen.locks.items() if state != "held"}
+    bad = {node: state for node, state in seen.locks.items() if state != "held" and node not in _blind(seen)}
     if bad:
         words = ", ".join(
             f"{node} {'got a lock that another machine holds' if state == 'taken' else f'has {state}'}"
@@ -147,16 +154,22 @@ def merged(machine: Mapping[str, Iterable[Mapping[str, str]]]) -> list[Finding]:
 
 
 def _merge(name: str, found: Mapping[str, Finding]) -> list[Finding]:
-    groups: dict[tuple[State, str, str], list[str]] = {}
+    groups: dict[tuple[State, str], list[str]] = {}
     for node, one in found.items():
         if one.state in ("warn", "fail"):
-            groups.setdefault((one.state, one.measured, one.remedy), []).append(node)
-    bad = [Finding(name, state, f"{names(who)}: {words}", remedy) for (state, words, remedy), who in groups.items()]
-    if bad:
-        return bad
-    node, first = next(iter(found.items()))
-    others = "" if len(found) == 1 else f"; {many(len(found) - 1, 'other node')} likewise"
-    return [Finding(name, first.state, f"{node}: {first.measured}{others}")]
+            groups.setdefault((one.state, one.remedy), []).append(node)
+    if groups:
+        return [
+            Finding(name, state, f"{who[0]}: {found[who[0]].measured}{_likewise(who[1:])}", remedy)
+            for (state, remedy), who in groups.items()
+        ]
+    first, *others = found
+    words = f"{first}: {found[first].measured}{_likewise(others)}"
+    return [Finding(name, found[first].state, words)]
+
+
+def _likewise(nodes: list[str]) -> str:
+    return f"; {names(nodes)} likewise" if nodes else ""
 
 
 def _ranks(seen: Seen) -> list[Finding]:
@@ -187,7 +200,7 @@ def _slowest(seen: Seen) -> list[Finding]:
     found = []
     if (slow := slowest(speeds)) is not None:
         words = f"{seen.joined[slow[0]]}: {giga(speeds[slow[0]])} GFLOP/s a rank, {slow[1]:.0%} of the others' median"
-        remedy = "see what else runs there, its clocks and its heat (nvidia-smi -q -d PERFORMANCE); all wait for it"
+        remedy = "see what else runs there (top, nvidia-smi), and whether heat or power slow it; all ranks wait for it"
         found.append(_slow_or_not(SLOWEST, words, slow[1], remedy))
     pairs = best_pairs(seen.measured["pairs"])
     if len(pairs) == 2:
