@@ -39,7 +39,8 @@ def slurm_job(
 def _slurm_job(words: list[str], requeues: int, signals: Signals) -> int:
     from dtrain.errors import UsageError
     from dtrain.recipe_file import title_of
-    from dtrain.slurm.incarnation import Place, environment_of, run_incarnation
+    from dtrain.slurm.incarnation import environment_of, run_incarnation
+    from dtrain.slurm.own_job import Place
 
     place = Place.read(os.environ)
     if place is None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import time
@@ -26,43 +25,13 @@ from dtrain.launch.postmortem import read_failure
 from dtrain.launch.requests import FILE_NAME as STOP_FILE
 from dtrain.launch.retries import progress, set_aside
 from dtrain.slurm.client import run_client
+from dtrain.slurm.own_job import Place, is_preempted, node_limit, nodes_answer
 from dtrain.slurm.record import CANCEL_NAME, FOLDER, Incarnation, Record, read_record, write_record
-from dtrain.slurm.verdict import AWAIT, CANCEL, REQUEUE, STOPPED, Ended, Verdict, given_up, verdict
+from dtrain.slurm.verdict import AWAIT, CANCEL, NODE_MAY_BE_LOST, REQUEUE, STOPPED, Ended, Verdict, given_up, verdict
 
 _POLL_SECONDS = 0.2
 _AGAIN_SECONDS = 10.0  # between requests to ranks that have not stopped yet
 _GONE_SECONDS = 60.0  # a job that has asked SLURM to end it waits for that
-_NODE_LIMIT_SECONDS = 300.0  # SLURM's own default for finding that a node is lost
-
-
-@dataclass(frozen=True)
-class Place:
-    """What SLURM says of the job that this process is the batch script of.
-
-    Attributes:
-        job_id: its number, which scontrol and scancel take; a task of an array has one of its own.
-        name: as a person knows it: "123", or "123_4" for a task of an array.
-        restart: how often it was started before.
-        nodes: where it runs.
-    """
-
-    job_id: str
-    name: str
-    restart: int
-    nodes: str
-
-    @classmethod
-    def read(cls, env: Mapping[str, str]) -> Place | None:
-        """Returns it, or None outside of a job."""
-        if not env.get("SLURM_JOB_ID", "").isdigit():
-            return None
-        array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
-        return cls(
-            job_id=env["SLURM_JOB_ID"],
-            name=f"{array}_{task}" if array and task else env["SLURM_JOB_ID"],
-            restart=int(env.get("SLURM_RESTART_COUNT") or 0),
-            nodes=env.get("SLURM_JOB_NODELIST", ""),
-        )
 
 
 @dataclass
@@ -170,12 +139,15 @@ def _follow(
 
 def _looked_at(ended: Ended, run: Path, place: Place, record: Record) -> Ended:
     """Adds what the run's folder and SLURM tell."""
+    failure = read_failure(run)
+    lost = failure is not None and failure["cause"] in NODE_MAY_BE_LOST and not ended.terminated
     return replace(
         ended,
         preempted=ended.code in STOPPED and not ended.asked and is_preempted(place.job_id),
         stop_file=(run / STOP_FILE).exists(),
         cancel_file=(run / FOLDER / CANCEL_NAME).exists(),
-        failure=read_failure(run),
+        failure=failure,
+        nodes_answer=lost and nodes_answer(place),
         without_progress=record.without_progress(progress(run)),
     )
 
@@ -201,27 +173,6 @@ def _ask_slurm(argv: Sequence[str], place: Place, signals: Signals, say: Callabl
         say(f"{error}\ngo on with: dtrain requeue {place.name}")
         return
     _wait_for(lambda: signals.terminated, _GONE_SECONDS)
-
-
-def is_preempted(job_id: str) -> bool:
-    """Whether a job that still runs has to make room for another one, as far as SLURM tells."""
-    try:
-        told = run_client(["scontrol", "show", "job", "--oneliner", job_id], needed_for="a job that has to make room")
-    except DtrainError:
-        return False
-    return re.search(r" JobState=RUNNING ", told) is not None and re.search(r" PreemptTime=\d", told) is not None
-
-
-def node_limit() -> float:
-    """Returns how many seconds SLURM may take to find that a node is lost."""
-    try:
-        found = re.search(
-            r"^SlurmdTimeout\s*=\s*(\d+)", run_client(["scontrol", "show", "config"], needed_for=""), re.M
-        )
-    except DtrainError:
-        found = None
-    # SLURM looks in turns that take up to a third of the limit.
-    return 1.5 * (float(found[1]) if found else _NODE_LIMIT_SECONDS)
 
 
 def _wait_for(condition: Callable[[], bool], seconds: float) -> None:

@@ -13,6 +13,9 @@ from dtrain.launch.reports import PEER
 # Of ranks that stopped when they were asked to: or died of that, since it came before they could hear it.
 STOPPED = (EXIT_STOPPED, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
 
+# What ranks, or a launcher, can say of another machine that is gone; and of a process there that is.
+NODE_MAY_BE_LOST = (LOST, PEER)
+
 END, REQUEUE, CANCEL, AWAIT = "end", "requeue", "cancel", "await"
 
 
@@ -29,6 +32,7 @@ class Ended:
         stop_file: whether the run's STOP file is there.
         cancel_file: whether `dtrain cancel` was asked for.
         failure: what the run's failure.json says of this incarnation, None where there is none.
+        nodes_answer: whether, after such a failure, something can be run on every node.
         without_progress: how many incarnations, this one included, the run has stood still for.
         cap: so many of these are followed by another one.
     """
@@ -40,6 +44,7 @@ class Ended:
     stop_file: bool = False
     cancel_file: bool = False
     failure: dict[str, Any] | None = None
+    nodes_answer: bool = False
     without_progress: int = 0
     cap: int = 3
 
@@ -67,8 +72,8 @@ def verdict(ended: Ended) -> Verdict:
     if ended.code in STOPPED:
         return _stopped(ended)
     cause = None if ended.failure is None else ended.failure["cause"]
-    if cause in (LOST, PEER):
-        return _again(ended, AWAIT, "a node, or a rank on another one, was lost")
+    if cause in NODE_MAY_BE_LOST and not ended.nodes_answer:
+        return _again(ended, AWAIT, "a node was lost")
     return Verdict(END, "failed" if cause is None else f"failed: {cause}")
 
 

@@ -42,6 +42,7 @@ JOB = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-2]"}
         (Ended(1, failure={"cause": "lost"}), AWAIT),
         (Ended(1, failure={"cause": "peer"}), AWAIT),
         (Ended(1, failure={"cause": "lost"}, without_progress=4), END),
+        (Ended(137, failure={"cause": "peer"}, nodes_answer=True), END),  # a rank without a launcher was killed
     ],
 )
 def test_what_becomes_of_a_job(ended: Ended, action: str) -> None:
