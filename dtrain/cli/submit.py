@@ -144,19 +144,19 @@ def submit(
             at_once=at_once,
         )
         request.check()
-        _tell_ignored()
+        _tell_remarks(request)
         rank_python = python or ("python3" if request.container else sys.executable)
         runs, settings = _runs(words or [], grid, dry_run=dry_run)
         _tell_sizes(runs, settings, request, check=not no_check, to_stderr=dry_run)
         _submit(runs, settings, request, named=job_name is not None, python=rank_python, freeze=freeze, dry_run=dry_run)
 
 
-def _tell_ignored() -> None:
+def _tell_remarks(request: Request) -> None:
     from dtrain.slurm.client import ignored_options
 
-    found = ignored_options(os.environ)
-    if found:
-        typer.echo(f"note: {', '.join(found)} in the environment: not used here; give it as an option.", err=True)
+    unused = [f"{name} in the environment: not used here; give it as an option" for name in ignored_options(os.environ)]
+    for remark in (*request.remarks(), *unused):
+        typer.echo(f"note: {remark}.", err=True)
 
 
 def _split(option: str, text: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from dtrain.errors import UsageError
 DEFAULT_STOP_BEFORE = 120
 DEFAULT_REQUEUES = 3
 _LONGEST_STOP_BEFORE = 65535  # what sbatch's --signal takes
+_EARLY = 60  # seconds; SLURM looks so often who is to get a signal
 _GPUS = re.compile(r"(?:[A-Za-z0-9._-]+:)?([1-9][0-9]*)")
 _MEM = re.compile(r"[0-9]+(?:[KMGT]B?)?", re.IGNORECASE)
 _LONG_OPTION = re.compile(r"--([a-z][a-z0-9-]*)(?:=.*)?", re.DOTALL)
@@ -117,6 +118,17 @@ class Request:
     def task_cpus(self) -> int:
         """CPUs of each task: as asked, else one for each of its ranks, where SLURM's own default is one in all."""
         return self.cpus_per_task or (1 if self.per_rank else self.ranks_per_node)
+
+    def remarks(self) -> list[str]:
+        """Returns what is allowed and may still not be what is wanted; of a checked request."""
+        limit = None if self.time is None else seconds_of(self.time)
+        left = None if limit is None else limit - self.stop_before - _EARLY
+        if left is None or left >= _EARLY:
+            return []
+        return [
+            f"--time {self.time} with --stop-before {self.stop_before}: SLURM may ask up to {_EARLY} s early, which leaves "
+            f"{max(0, left)} s of each start, and loading is a part of that"
+        ]
 
     def check(self) -> None:
         """Looks at every value.

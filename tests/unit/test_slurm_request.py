@@ -74,6 +74,14 @@ def test_what_is_right_passes(tmp_path: Path) -> None:
     ).check()
 
 
+def test_a_start_without_time_to_train_is_remarked_on() -> None:
+    assert (
+        Request("n", time="4:0:0").remarks() == Request("n").remarks() == Request("n", time="UNLIMITED").remarks() == []
+    )
+    assert "leaves 0 s of each start" in Request("n", time="1", stop_before=30).remarks()[0]
+    assert "leaves 40 s of each start" in Request("n", time="2", stop_before=20).remarks()[0]
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [

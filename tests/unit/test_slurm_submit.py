@@ -186,6 +186,7 @@ class TestRuns:
         slurm.answers("squeue", "77_0 RUNNING\n77_1 PENDING\n771 RUNNING")
         with pytest.raises(UsageError, match=r"run it-1: its job 77_1 is in the queue \(pending\).*dtrain cancel 77_1"):
             check_folders(runs)
+        assert "--array" in slurm.calls("squeue")[-1]["argv"], "else it has a line for several tasks that wait"
         check_folders(runs, ask_queue=False)
 
     def test_a_folder_that_cannot_be_gone_on_with_is_refused(self, slurm: Slurm) -> None:

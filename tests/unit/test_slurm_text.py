@@ -192,6 +192,7 @@ def test_the_environment_is_readied_first(shell: Shell, tmp_path: Path) -> None:
     text = text_of(shell, Request("n", env_setup=file), [["c.yaml"]])
     file.write_text("export SLURM_CPUS_PER_TASK=7$NOT_SET\n: ${NOT_SET}\n")
     assert shell.argv(text)[-1] == "c.yaml"
+    assert "\nset -u\n" in text.partition("up.sh")[2]
     file.write_text("export HALF=done\nfalse\n")
     done = shell.run(text)
     assert done.returncode == 2
