@@ -126,8 +126,8 @@ class Request:
         if left is None or left >= _EARLY:
             return []
         return [
-            f"--time {self.time} with --stop-before {self.stop_before}: SLURM may ask up to {_EARLY} s early, which leaves "
-            f"{max(0, left)} s of each start, and loading is a part of that"
+            f"--time {self.time} with --stop-before {self.stop_before}: SLURM may ask up to {_EARLY} s early, which "
+            f"leaves {max(0, left)} s of each start, and loading is a part of that"
         ]
 
     def check(self) -> None:
