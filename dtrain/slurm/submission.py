@@ -217,7 +217,9 @@ def _prepared(run: Run, text: str, code: Code | None, config: Path | None) -> It
         began = () if before is None else before.incarnations
         script = slurm / SCRIPT_NAME
         write_whole(script, text)
-        write_record(run.folder, Record("", None, str(script.absolute()), None, run.name, began, forgiven=len(began)))
+        write_record(
+            run.folder, Record("", None, str(script.absolute()), None, run.name, began, len(began), str(Path.cwd()))
+        )
         if code is not None:
             code.copy_to(slurm / CODE)
         if config is not None:

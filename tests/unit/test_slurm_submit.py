@@ -111,6 +111,7 @@ class TestCommand:
         assert record is not None
         assert (record.job, record.script, record.name) == ("123", str(script), "ø $(x)")
         assert record.output == str(script.parent / "job-123.out")
+        assert (record.folder, record.submitted is not None) == (str(Path.cwd()), True)
         assert record.submitted is not None
         assert abs(record.submitted - time.time()) < 60
 
