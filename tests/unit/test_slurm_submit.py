@@ -15,6 +15,7 @@ from helpers.commands import BIN, Dtrain
 from dtrain.cli.submit import _checked
 from dtrain.config import load_settings
 from dtrain.errors import ConfigError, SlurmError, UsageError
+from dtrain.resuming.fitting import recipe_facts
 from dtrain.slurm.freeze import find_code
 from dtrain.slurm.record import Incarnation, Record, read_record, write_record
 from dtrain.slurm.submission import Run, check_folders, code_of, frozen_words, plan_runs, submit_runs, word
@@ -82,6 +83,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     Path("mine.yaml").write_text("recipe: mine.py\nmodel: {width: 2}\n")
     found = Slurm(tmp_path)
     monkeypatch.setenv("PATH", found.path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # where a recipe's folder goes
     return found
 
 
@@ -153,6 +155,25 @@ class TestCommand:
         settings = [load_settings("mine.py", [word], environ={}) for word in ("width=1", words)]
         with pytest.raises(ConfigError, match=told):
             _checked(planned("mine.py", grid=[["width=1"], [words]]), settings, 4)
+
+    def test_a_run_that_would_not_be_gone_on_with_is_refused_now(self, slurm: Slurm) -> None:
+        Path("mine.py").write_text(BUILT)
+        (run,) = runs = planned("mine.py", "run.name=it")
+        settings = [load_settings("mine.py", ["run.name=it", "width=1"], environ={})]
+        _checked(runs, settings, 4)
+        before = {"config": settings[0].plain(), "recipe": recipe_facts(settings[0]), "data": {}, "ranks": 4}
+        manifest = run.folder / "checkpoints/epoch-2/manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text(json.dumps(before | {"dtrain": "", "torch": "", "device": "cuda"}))
+        _checked(runs, settings, 4)
+        with pytest.raises(UsageError, match="the run had 4 ranks and now has 2"):
+            _checked(runs, settings, 2)
+        with pytest.raises(UsageError, match=r"model\.width was 1 and is 2"):
+            _checked(runs, [load_settings("mine.py", ["run.name=it", "width=2"], environ={})], 4)
+        manifest.unlink()
+        (run.folder / "config.yaml").write_text(settings[0].to_yaml())
+        with pytest.raises(UsageError, match=r"another run without a checkpoint: model\.width was 1 and is 2"):
+            _checked(runs, [load_settings("mine.py", ["run.name=it", "width=2"], environ={})], 4)
 
 
 def planned(*words: str, grid: list[list[str]] | None = None) -> list[Run]:
