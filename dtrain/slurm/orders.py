@@ -34,15 +34,16 @@ def cancel(jobs: Sequence[RunJob], say: Callable[[str], object], *, now: bool) -
     for one in [one for one in jobs if one.is_over]:
         say(f"{one.words}: is over already ({one.state}).")
     left = [one for one in jobs if not one.is_over]
-    if now:
-        _scancel([one.id for one in left])
-        for one in left:
-            say(f"{one.words}: cancelled.{_later(one)}")
-        return
     for one in left:
-        if one.job is not None and one.job.runs and one.run is None:
+        if one.job is not None and one.job.runs and one.run is None and not now:
             raise UsageError(f"{one.words}: is no run of dtrain's, and would not save first. Give --now to end it.")
-    _cancel_saved(left, say)
+    _note_cancel(left)
+    if not now:
+        _cancel_saved(left, say)
+        return
+    _scancel([one.id for one in left])
+    for one in left:
+        say(f"{one.words}: cancelled.{_later(one)}")
 
 
 def _cancel_saved(left: Sequence[RunJob], say: Callable[[str], object]) -> None:
@@ -50,9 +51,9 @@ def _cancel_saved(left: Sequence[RunJob], say: Callable[[str], object]) -> None:
     deadline, refusal = time.monotonic() + _SETTLE_SECONDS, ""
     while left:
         try:
-            # What has started meanwhile is left alone, and looked at again.
-            _scancel([one.id for one in left if one.job is not None and one.job.waits], "--state=PENDING")
-            _scancel([one.id for one in left if one.state == "CONFIGURING"])
+            # Without scancel's --state=PENDING: given a task, it would cancel all tasks of its array that wait. One
+            # that starts just now has nothing to save yet.
+            _scancel([one.id for one in left if one.job is not None and one.job.waits])
         except SlurmError as error:
             refusal = f" {error}"
         _end_running([one for one in left if one.state == "RUNNING"], say)
@@ -151,10 +152,6 @@ def _settled(one: RunJob) -> RunJob:
 
 
 def _end_running(jobs: Sequence[RunJob], say: Callable[[str], object]) -> None:
-    for one in jobs:
-        assert one.run is not None  # noqa: S101 - for the type checker
-        (one.run / FOLDER).mkdir(exist_ok=True)
-        (one.run / FOLDER / CANCEL_NAME).touch()
     hearing = [one for one in jobs if listens(one)]
     deaf = [one for one in jobs if one not in hearing]
     _scancel([one.id for one in deaf])
@@ -198,6 +195,13 @@ def _ask(ids: Sequence[str]) -> None:
         # scancel sends it again and again, for a minute. slurmctld was there a moment ago, so the first one has come.
         if not any("_" in one for one in ids):
             raise
+
+
+def _note_cancel(jobs: Sequence[RunJob]) -> None:
+    """Tells the batch scripts, and `dtrain jobs`: of a waiting task that is cancelled SLURM itself keeps no trace."""
+    for run in [one.run for one in jobs if one.run is not None]:
+        (run / FOLDER).mkdir(exist_ok=True)
+        (run / FOLDER / CANCEL_NAME).touch()
 
 
 def _forget_cancel(run: Path) -> None:

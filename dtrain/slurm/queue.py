@@ -173,14 +173,17 @@ def accounted(ids: Sequence[str], *, needed_for: str) -> list[Job]:
         needed_for: what a person asked for, for messages.
     """
     jobs: list[Job] = []
-    for start in range(0, len(ids), _SOME_IDS):
-        some = ",".join(ids[start : start + _SOME_IDS])
+    # By the arrays' numbers: asked for one task, sacct says nothing of one that was cancelled as it waited.
+    numbers = list(dict.fromkeys(one.partition("_")[0] for one in ids))
+    for start in range(0, len(numbers), _SOME_IDS):
+        some = ",".join(numbers[start : start + _SOME_IDS])
         form = [f"--format={','.join(_ACCOUNT_FIELDS)}", "--parsable2", f"--delimiter={_FIELD}"]
         # Where accounting is off, it fails, and the runs' own folders are all there is.
         with contextlib.suppress(SlurmError, UsageError):
             argv = ["sacct", "--allocations", "--noheader", *form, f"--jobs={some}"]
             jobs += parse_sacct(run_client(argv, needed_for=needed_for))
-    return jobs
+    wanted = set(ids)
+    return [job for job in jobs if job.id in wanted]
 
 
 def output_file(job: str, *, needed_for: str) -> str:
@@ -225,12 +228,12 @@ def _queued_job(fields: Mapping[str, str]) -> Job:
 
 
 def parse_sacct(text: str) -> list[Job]:
-    """Reads what sacct printed in this module's format."""
+    """Reads what sacct printed in this module's format; tasks that it tells of together are told apart."""
     records = [line.split(_FIELD) for line in text.splitlines()]
     named = [dict(zip(_ACCOUNT_FIELDS, one, strict=True)) for one in records if len(one) == len(_ACCOUNT_FIELDS)]
     return [
         Job(
-            id=fields["JobID"],
+            id=identity,
             number=fields["JobIDRaw"],
             state=fields["State"].partition(" ")[0],  # "CANCELLED by 1000"
             nodes=_word(fields["NodeList"]),
@@ -240,7 +243,18 @@ def parse_sacct(text: str) -> list[Job]:
             source="sacct",
         )
         for fields in named
+        for identity in tasks_of(fields["JobID"])
     ]
+
+
+def tasks_of(identity: str) -> list[str]:
+    """Returns the tasks that SLURM tells of together: "7_[2-4,6%1]" are 7_2, 7_3, 7_4 and 7_6."""
+    match = re.fullmatch(r"(\d+)_\[([^%\]]*)(?:%\d+)?\]", identity)
+    if match is None:
+        return [identity]
+    parts = (re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part) for part in match[2].split(","))
+    spans = [(int(part[1]), int(part[2] or part[1]), int(part[3] or 1)) for part in parts if part is not None]
+    return [f"{match[1]}_{task}" for first, last, step in spans for task in range(first, last + 1, step)]
 
 
 def seconds_of(text: str) -> float | None:

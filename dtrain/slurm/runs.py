@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dtrain.errors import UsageError, nearest
 from dtrain.slurm.queue import Job, Queue, queued, read_queue, reason_words
-from dtrain.slurm.record import FILE_NAME, FOLDER, Incarnation, Record, read_record
+from dtrain.slurm.record import CANCEL_NAME, FILE_NAME, FOLDER, Incarnation, Record, read_record
 
 _JOB_NAME = re.compile(r"\d+(_\d+)?")
 _MOST_NAMED = 5
@@ -48,7 +48,10 @@ class RunJob:
             return self.job.state
         if self.record is None or not self.record.job:
             return "not submitted"
-        return "ended" if self._last is not None and self._last.ended is not None else "unknown"
+        if self._last is not None and self._last.ended is not None:
+            return "ended"
+        cancelled = self.run is not None and (self.run / FOLDER / CANCEL_NAME).exists()
+        return "cancelled" if cancelled else "unknown"
 
     @property
     def why(self) -> str:

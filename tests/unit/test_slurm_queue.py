@@ -17,6 +17,7 @@ from dtrain.slurm.queue import (
     queued,
     read_queue,
     seconds_of,
+    tasks_of,
 )
 
 # Captured from `squeue --noheader --array --states=all --user=0 --Format=...`.
@@ -34,6 +35,7 @@ CAPTURED = (
 # Captured from `sacct --allocations --noheader --format=JobID,JobIDRaw,State,ExitCode,End,NodeList,WorkDir ...`.
 SACCT = (
     "2\x1f2\x1fFAILED\x1f3:0\x1f2026-11-25T03:12:44\x1fn1\x1f/w\n"
+    "7_[2-4,6%1]\x1f7\x1fCANCELLED by 0\x1f0:0\x1f2026-11-25T03:49:42\x1fNone assigned\x1f/w\n"
     "13_2\x1f15\x1fCANCELLED by 0\x1f0:0\x1f2026-11-25T03:14:56\x1fNone assigned\x1f/w\n"
 )
 SHOWN = """JobId=6 ArrayJobId=4 ArrayTaskId=1 ArrayTaskThrottle=2 JobName=arr
@@ -64,9 +66,11 @@ def test_squeue_is_read() -> None:
 
 
 def test_sacct_is_read() -> None:
-    failed, cancelled = parse_sacct(SACCT)
+    failed, *waited, cancelled = parse_sacct(SACCT)
     assert (failed.id, failed.code, failed.nodes, failed.source, failed.folder) == ("2", 3, "n1", "sacct", "/w")
     assert (cancelled.id, cancelled.number, cancelled.state, cancelled.nodes) == ("13_2", "15", "CANCELLED", "")
+    assert [job.id for job in waited] == ["7_2", "7_3", "7_4", "7_6"]
+    assert tasks_of("7_[0-4:2,9]") == ["7_0", "7_2", "7_4", "7_9"]
     assert parse_sacct("") == []
 
 
@@ -85,12 +89,12 @@ def test_exit_codes_are_read(text: str, code: int | None) -> None:
 
 def test_accounting_is_asked_for_what_has_left_the_queue_and_may_be_off(slurm: Slurm) -> None:
     slurm.answers("squeue", queue_line("7", "RUNNING"))
-    queue = read_queue(["7", "2", "13_2"], needed_for="a test")
+    queue = read_queue(["7", "2", "13_2", "7_3"], needed_for="a test")
     assert ([job.id for job in queue.jobs], queue.trouble) == (["7"], "")
     slurm.answers("sacct", SACCT)
-    queue = read_queue(["7", "2", "13_2"], needed_for="a test")
-    assert [job.id for job in queue.jobs] == ["7", "2", "13_2"]
-    assert slurm.calls("sacct")[-1].endswith("--jobs=2,13_2")
+    queue = read_queue(["7", "2", "13_2", "7_3"], needed_for="a test")
+    assert [job.id for job in queue.jobs] == ["7", "2", "7_3", "13_2"]
+    assert slurm.calls("sacct")[-1].endswith("--jobs=2,13,7")
 
 
 def test_where_slurm_does_not_answer_that_is_told(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
