@@ -157,10 +157,11 @@ def _carry_out(what: Verdict, place: Place, signals: Signals, say: Callable[[str
         _wait_for(lambda: signals.terminated, node_limit())
         if signals.terminated:
             return
+    # By name: the number of an array's last task is that of the whole array, and scancel knows no other task's number.
     if what.action in (AWAIT, REQUEUE):
-        _ask_slurm(["scontrol", "requeue", place.job_id], place, signals, say)
+        _ask_slurm(["scontrol", "requeue", place.name], place, signals, say)
     elif what.action == CANCEL:
-        _ask_slurm(["scancel", place.job_id], place, signals, say)
+        _ask_slurm(["scancel", place.name], place, signals, say)
 
 
 def _ask_slurm(argv: Sequence[str], place: Place, signals: Signals, say: Callable[[str], None]) -> None:
