@@ -114,26 +114,30 @@ def _start_again(one: RunJob, run: Path, say: Callable[[str], object]) -> None:
         else:
             say(f"{one.words}: waits to start again.{at}")
             return
-    new = _submit_again(one, run, record)
+    job = _submit_again(one, run, record)
+    # The job may have begun to write meanwhile.
+    new = replace(read_record(run) or record, job=job, submitted=time.time(), output=_output(record, one.id, job))
     write_record(run, new)
-    say(f"{one.words}: SLURM no longer has it; submitted again as job {new.job}.{at}")
+    say(f"{one.words}: SLURM no longer has it; submitted again as job {job}.{at}")
 
 
-def _submit_again(one: RunJob, run: Path, record: Record) -> Record:
+def _submit_again(one: RunJob, run: Path, record: Record) -> str:
+    """Submits the script of a run again; returns the job's id."""
     script = Path(record.script) if record.script is not None else run / FOLDER / SCRIPT_NAME
     if not script.is_file():
         raise UsageError(
             f"{one.words}: SLURM no longer has it, and the script that was submitted is not there: {script}. "
             f"Submit the run's config anew: dtrain submit {run / 'config.yaml'}"
         )
-    array, _, task = one.id.partition("_")
+    _, _, task = one.id.partition("_")
     job = submit(script, cwd=_work_dir(one), options=[f"--array={task}"] if task else [], needed_for="dtrain requeue")
-    name = f"{job}_{task}" if task else job
-    output = record.output
-    if output is not None:
-        old = Path(output)
-        output = str(old.with_name(old.name.replace(array, job)))
-    return replace(record, job=name, submitted=time.time(), output=output)
+    return f"{job}_{task}" if task else job
+
+
+def _output(record: Record, old: str, new: str) -> str | None:
+    """Where the output of a job goes that was submitted again; None where it is left to SLURM to tell."""
+    path = Path(record.output) if record.output is not None else None
+    return str(path.with_name(f"job-{new}.out")) if path is not None and path.name == f"job-{old}.out" else None
 
 
 def _work_dir(one: RunJob) -> Path:
