@@ -115,8 +115,9 @@ def _start_again(one: RunJob, run: Path, say: Callable[[str], object]) -> None:
             say(f"{one.words}: waits to start again.{at}")
             return
     job = _submit_again(one, run, record)
-    # The job may have begun to write meanwhile.
-    new = replace(read_record(run) or record, job=job, submitted=time.time(), output=_output(record, one.id, job))
+    present = read_record(run) or record  # the job may have begun to write
+    output = _output(record, one.id, job)
+    new = replace(present, job=job, submitted=time.time(), output=output, forgiven=record.forgiven)
     write_record(run, new)
     say(f"{one.words}: SLURM no longer has it; submitted again as job {job}.{at}")
 
