@@ -221,4 +221,4 @@ def _scancel(ids: Sequence[str], *options: str, seconds: float = TIMEOUT_SECONDS
 
 def _later(one: RunJob) -> str:
     """How to go on with a run some other time."""
-    return f" To go on later: dtrain requeue {one.name}" if one.run is not None else ""
+    return f" To go on later: dtrain requeue {one.handle}" if one.run is not None else ""

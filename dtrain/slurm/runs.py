@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from dtrain.errors import UsageError, nearest
 from dtrain.slurm.queue import Job, Queue, queued, read_queue, reason_words
 from dtrain.slurm.record import CANCEL_NAME, FILE_NAME, FOLDER, Incarnation, Record, read_record
 
+DEFAULT = "runs"  # run.dir, where nobody says otherwise
 _JOB_NAME = re.compile(r"\d+(_\d+)?")
 _MOST_NAMED = 5
 
@@ -42,16 +44,23 @@ class RunJob:
         return f"job {self.id} (run {self.name})" if self.run is not None else f"job {self.id}"
 
     @property
+    def handle(self) -> str:
+        """What to call the run in a command of the shell: its name, or its folder where the name would not do."""
+        if self.run is None:
+            return self.id
+        return shlex.quote(self.run.name if self.run.parent == Path(DEFAULT) else str(self.run))
+
+    @property
     def state(self) -> str:
         """SLURM's word for its state; where SLURM knows nothing, a word of our own, in small letters."""
         if self.job is not None:
             return self.job.state
         if self.record is None or not self.record.job:
             return "not submitted"
-        if self._last is not None and self._last.ended is not None:
-            return "ended"
-        cancelled = self.run is not None and (self.run / FOLDER / CANCEL_NAME).exists()
-        return "cancelled" if cancelled else "unknown"
+        complete = self._last is not None and self._last.code == 0
+        if self.run is not None and (self.run / FOLDER / CANCEL_NAME).exists() and not complete:
+            return "cancelled"
+        return "ended" if self._last is not None and self._last.ended is not None else "unknown"
 
     @property
     def why(self) -> str:
@@ -111,8 +120,19 @@ def look(runs: Path, also: Iterable[Path] = (), *, needed_for: str) -> Known:
         [*runs.glob(f"*/{FOLDER}/{FILE_NAME}"), *(one / FOLDER / FILE_NAME for one in also)]
     )
     queue = read_queue((record.job for record in records.values() if record.job), needed_for=needed_for)
+    records |= _elsewhere(queue.jobs, runs)
     troubles += [queue.trouble] if queue.trouble else []
     return Known(tuple(match(records, queue.jobs, runs)), queue, runs, tuple(troubles))
+
+
+def _elsewhere(jobs: Sequence[Job], runs: Path) -> dict[Path, Record]:
+    """Returns the records of jobs whose scripts lie in other folders of runs; of an array all runs lie side by side."""
+    scripts = {run for job in jobs if (run := run_of_script(job.script, runs)) is not None}
+    others = {run.parent for run in scripts} - {runs.resolve()}
+    files = [file for folder in others for file in folder.glob(f"*/{FOLDER}/{FILE_NAME}")]
+    records, _ = read_records(files)
+    present = {job.id for job in jobs}
+    return {run: record for run, record in records.items() if record.job in present}
 
 
 def refreshed(jobs: Iterable[RunJob], *, needed_for: str) -> list[RunJob]:
@@ -156,11 +176,12 @@ def match(records: Mapping[Path, Record], jobs: Sequence[Job], runs: Path) -> li
     by_path = {run.resolve(): run for run in found}
     for job in jobs:
         run = run_of_script(job.script, runs)
-        if job.id in taken or run is None or job.has_ended:
+        # The runs of an array have one script: which of them a task is, only the records tell.
+        if job.id in taken or run is None or job.has_ended or job.array:
             continue
         mine = by_path.get(run.resolve())
-        if mine is None or job.array:
-            others.append(RunJob(job.id, mine or run, None, job))
+        if mine is None:
+            others.append(RunJob(job.id, run, None, job))
         elif found[mine].is_over:
             found[mine] = RunJob(job.id, mine, records[mine], job)
     return sorted([*found.values(), *others], key=lambda one: _order(one.id))

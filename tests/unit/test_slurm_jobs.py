@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import threading
 import time
 from dataclasses import replace
@@ -119,6 +120,16 @@ class TestJobs:
         script = str((run / "slurm/train.sbatch").resolve())
         slurm.answers("squeue", queue_line("9", "RUNNING", script=script) + queue_line("10", "RUNNING"))
         assert [(one.id, one.name) for one in look(Path("runs"), needed_for="").all] == [("9", "b")]
+
+    def test_a_job_of_another_folder_of_runs_is_found_in_the_queue(self, slurm: Slurm) -> None:
+        for task in range(2):
+            write_record(Path("far away", f"g-{task}"), Record(f"8_{task}"))
+        write_record(Path("far away", "over"), Record("3"))
+        script = str(Path("far away/g-0/slurm/train.sbatch").resolve())
+        slurm.answers("squeue", "".join(queue_line(f"8_{i}", "PENDING", script=script) for i in range(3)))
+        found = look(Path("runs"), needed_for="").all
+        assert [(one.id, one.name) for one in found] == [("8_0", "g-0"), ("8_1", "g-1")]  # 8_2 is not known to be a run
+        assert found[0].handle == shlex.quote(str(Path("far away/g-0").resolve()))
 
 
 class TestNames:
