@@ -19,6 +19,7 @@ from dtrain.launch.retries import progress
 from dtrain.slurm.runs import RunJob
 
 COLUMNS = ("JOB", "STATE", "RUN", "EPOCH", "LEFT", "REQUEUED", "LATEST")
+_LEFT_OUT = ("LEFT", "REQUEUED")  # of a terminal's table, where there is nothing in them
 _STYLES = {"RUNNING": "green", "PENDING": "yellow", "COMPLETED": "dim"}
 _TROUBLE = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
@@ -117,13 +118,15 @@ def as_table(rows: Sequence[Row], width: int) -> str:
         width: of the terminal, in characters.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in COLUMNS:
-        # The last two may take several lines; the rest is of no use in pieces.
+    lines = [row.cells() for row in rows]
+    shown = [i for i, name in enumerate(COLUMNS) if name not in _LEFT_OUT or any(cells[i] != "-" for cells in lines)]
+    for name in [COLUMNS[i] for i in shown]:
+        # These two may take several lines; the rest is of no use in pieces.
         table.add_column(name, no_wrap=name not in ("RUN", "LATEST"), overflow="fold")
-    for row in rows:
-        cells = [Text(cell) for cell in row.cells()]
-        cells[1].stylize(_STYLES.get(row.one.state, "red" if row.one.state in _TROUBLE else ""))
-        table.add_row(*cells)
+    for row, cells in zip(rows, lines, strict=True):
+        texts = [Text(cells[i]) for i in shown]
+        texts[1].stylize(_STYLES.get(row.one.state, "red" if row.one.state in _TROUBLE else ""))
+        table.add_row(*texts)
     out = io.StringIO()
     Console(file=out, width=width, force_terminal=True, highlight=False).print(table)
     return out.getvalue().rstrip("\n")

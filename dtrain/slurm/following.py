@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dtrain.errors import SlurmError
 from dtrain.slurm.runs import RunJob, refreshed
 
 _CHUNK = 1 << 16
 _LOOK_SECONDS = 0.3  # between looks at the file
 _ASK_SECONDS, _LONGEST_ASK_SECONDS = 2.0, 10.0  # between questions to slurmctld, which all users share
+_MOST_FAILURES = 20  # one after the other; a busy slurmctld may miss some questions
 _LATE_SECONDS = 1.5  # a shared file system shows here what a node wrote a moment ago
 
 
@@ -67,18 +69,24 @@ def follow(
         the job, as it was last seen.
 
     Raises:
-        SlurmError: slurmctld did not answer.
+        SlurmError: slurmctld has not answered for minutes.
     """
-    pause, next_ask, told = _ASK_SECONDS, 0.0, ""
+    pause, next_ask, told, failures = _ASK_SECONDS, 0.0, "", 0
     while True:
         if tail.rest(write):
             pause = _ASK_SECONDS
         elif time.monotonic() >= next_ask:
-            (one,) = refreshed([one], needed_for="dtrain logs -f")
+            try:
+                (one,) = refreshed([one], needed_for="dtrain logs -f")
+                failures, words = 0, waiting_words(one)
+            except SlurmError as error:
+                failures, words = failures + 1, f"{error} It is asked again."
+                if failures > _MOST_FAILURES:
+                    raise
             if one.is_over:
                 _last_words(tail, write)
                 return one
-            if (words := waiting_words(one)) != told:
+            if words != told:
                 told = words
                 tell(words)
             next_ask = time.monotonic() + pause

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.running import wait_for
 from helpers.slurm_fakes import Slurm, queue_line
 from typer.testing import CliRunner
 
@@ -359,11 +360,14 @@ class TestLogs:
         thread.start()
         path.write_bytes(b"one\n")
         assert came.wait(20)
+        slurm.fails("squeue", "Socket timed out")
+        wait_for(lambda: any("Socket timed out" in words for words in told), "a word on it")
         slurm.answers("squeue", queue_line("7", "COMPLETED"))
         with path.open("ab") as file:
             file.write(b"two")
         thread.join(20)
         assert (bytes(written), ended[0].state) == (b"one\ntwo", "COMPLETED")
+        assert told[0] == "job 7 (run b) waits: Resources (no free nodes)"
 
 
 def test_a_queue_that_does_not_answer_ends_a_cancel(slurm: Slurm) -> None:
