@@ -92,8 +92,8 @@ class Cluster:
         return done.out.strip().partition(";")[0]
 
     def job(self, job: str) -> Job:
-        """What SLURM says of a job; of an array's, that of its first line."""
-        return read_job(job, self.told("scontrol", "--oneliner", "show", "job", job).splitlines()[0])
+        """What SLURM says of a job; of an array's, of the task that comes first."""
+        return read_job(job, self.told("scontrol", "--oneliner", "show", "job", job))
 
     def queue(self) -> dict[str, str]:
         """The state of each job that is not over, by id; those of an array that wait are one."""
@@ -133,7 +133,7 @@ class Cluster:
 
         def idle() -> bool:
             states = self.node_states()
-            return all(states.get(name) == "idle" for name in self.nodes)
+            return not self.queue() and all(states.get(name) == "idle" for name in self.nodes)
 
         wait_for(idle, f"all nodes to be idle: {self.node_states()}\n{services.tails(self.base)}", seconds)
 
@@ -157,9 +157,7 @@ class Cluster:
 
     def clear(self) -> None:
         """Ends all jobs and brings all nodes back."""
-        jobs = list(self.queue())
-        if jobs:
-            self.told("scancel", *jobs)
+        self.told("scancel", "--user", "root")  # who alone is here
         for name in self.plan.names():
             if name not in self.nodes:
                 self.power_on(name)

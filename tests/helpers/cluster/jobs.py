@@ -18,6 +18,7 @@ ENDED = (
     "BOOT_FAIL",
     "DEADLINE",
 )
+_OUTPUT = re.compile(r" StdOut=(.*?) (?:Power|Switches|$)")
 _FIELD = re.compile(r"(?:^| )([A-Za-z]+(?:/[A-Za-z]+)*)=(\S*)")
 
 
@@ -56,9 +57,11 @@ class Job:
         return self.output.read_text(errors="replace") if self.output.is_file() else ""
 
 
-def read_job(asked: str, line: str) -> Job:
-    """Returns what one line of `scontrol --oneliner show job` says; a value with a space in it is cut there."""
+def read_job(asked: str, text: str) -> Job:
+    """Returns what `scontrol --oneliner show job` says of the first job; a value with a space in it is cut there."""
+    line = text.partition("\nJobId=")[0]  # the words of a script may have line breaks in them
     known = dict(_FIELD.findall(line))
+    output = _OUTPUT.search(line)
     return Job(
         id=asked,
         state=known.get("JobState", ""),
@@ -66,12 +69,6 @@ def read_job(asked: str, line: str) -> Job:
         code=int(known.get("ExitCode", "0:0").partition(":")[0]),
         restarts=int(known.get("Restarts", "0")),
         nodes=known.get("NodeList", ""),
-        output=Path(_output(line)),
+        output=Path(output[1] if output else ""),
         known=known,
     )
-
-
-def _output(line: str) -> str:
-    """The path of the output, which may have spaces; the next field, if there is one, is Power."""
-    found = re.search(r" StdOut=(.*?)(?: Power=| Switches=|$)", line)
-    return found[1].strip() if found else ""
