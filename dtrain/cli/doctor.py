@@ -39,25 +39,30 @@ def doctor(
     nodes: Annotated[
         int | None,
         typer.Option(
-            "--nodes", min=1, help="Look at this many nodes of a SLURM cluster, in a job.", show_default=False
+            "--nodes", "-N", min=1, help="Look at this many nodes of a SLURM cluster, in a job.", show_default=False
         ),
     ] = None,
     time: Annotated[str, typer.Option("--time", help="The job's time limit.", rich_help_panel=_OF_SBATCH)] = "10",
     partition: Annotated[str | None, typer.Option("--partition", "-p", rich_help_panel=_OF_SBATCH)] = None,
-    account: Annotated[str | None, typer.Option("--account", rich_help_panel=_OF_SBATCH)] = None,
-    qos: Annotated[str | None, typer.Option("--qos", rich_help_panel=_OF_SBATCH)] = None,
+    account: Annotated[str | None, typer.Option("--account", "-A", rich_help_panel=_OF_SBATCH)] = None,
+    qos: Annotated[str | None, typer.Option("--qos", "-q", rich_help_panel=_OF_SBATCH)] = None,
     gpus_per_node: Annotated[str | None, typer.Option("--gpus-per-node", rich_help_panel=_OF_SBATCH)] = None,
     cpus_per_task: Annotated[int | None, typer.Option("--cpus-per-task", min=1, rich_help_panel=_OF_SBATCH)] = None,
     sbatch_arg: Annotated[
         list[str] | None,
-        typer.Option("--sbatch-arg", metavar="--OPTION=VALUE", help="Any other option.", rich_help_panel=_OF_SBATCH),
+        typer.Option(
+            "--sbatch-arg",
+            metavar="--NAME=VALUE",
+            help="A further option of sbatch; repeatable.",
+            rich_help_panel=_OF_SBATCH,
+        ),
     ] = None,
     wait: Annotated[
         float, typer.Option("--wait", min=1, help="Seconds that the job may queue.", rich_help_panel=_OF_SBATCH)
     ] = 600.0,
     into: Annotated[Path | None, typer.Option("--into", hidden=True)] = None,
 ) -> None:
-    """Check what this machine has, what is wrong with it, and what to do about it; or several nodes of a cluster.
+    """Check what this machine has, what is wrong with it, and the remedy; or several nodes of a cluster.
 
     Each check passes, warns or fails, with one line of what was measured, and a remedy. Exit code 1 where one failed.
 
@@ -70,16 +75,18 @@ def doctor(
         if nodes is None:
             found, rows = _here(request), []
         else:
+            from dtrain.doctor.nodes.job import checked_options
+
             named = {
                 "time": time,
                 "partition": partition,
                 "account": account,
                 "qos": qos,
                 "gpus-per-node": gpus_per_node,
-                "cpus-per-task": cpus_per_task,
+                "cpus-per-task": cpus_per_task or ranks,
             }
             options = [f"--{name}={value}" for name, value in named.items() if value is not None]
-            order = _order(nodes, request, [*options, *(sbatch_arg or [])], wait)
+            order = _order(nodes, request, [*options, *checked_options(sbatch_arg or [])], wait)
             found, rows = _of_nodes(request, order, into)
         _show(found, rows, as_json=as_json)
         code = exit_code(found)

@@ -109,11 +109,12 @@ def _addresses(name: str) -> str:
     return ", ".join(dict.fromkeys(str(one[4][0]) for one in found))
 
 
-def check_wandb(environ: Mapping[str, str] | None = None) -> Finding:
+def check_wandb(environ: Mapping[str, str] | None = None, patience: float = _PATIENCE) -> Finding:
     """Asks the W&B server for a sign of life, for 3 s at most; never a failure, since runs can be synced later.
 
     Args:
         environ: by default the process's; WANDB_BASE_URL and WANDB_MODE hold.
+        patience: seconds.
     """
     env = os.environ if environ is None else environ
     if env.get("WANDB_MODE", "online") != "online":
@@ -121,7 +122,7 @@ def check_wandb(environ: Mapping[str, str] | None = None) -> Finding:
     url = env.get("WANDB_BASE_URL", _WANDB_URL)
     began = time.monotonic()
     try:
-        status = bounded(lambda: _status(url))
+        status = bounded(lambda: _status(url), patience)
     except (OSError, ValueError, UnicodeError, http.client.HTTPException, LateError) as error:
         why = f"{url} cannot be reached: {getattr(error, 'strerror', None) or error}"
         return Finding(

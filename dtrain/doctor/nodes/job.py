@@ -81,6 +81,18 @@ def chosen(nodes: tuple[str, ...], count: int) -> tuple[str, ...]:
     return nodes[:count]
 
 
+def checked_options(words: Sequence[str]) -> list[str]:
+    """Returns further options of sbatch.
+
+    Raises:
+        UsageError: one is no option: sbatch would take it for the script.
+    """
+    for word in words:
+        if not word.startswith("--") or word == "--" or not word.isprintable():
+            raise UsageError(f"--sbatch-arg {word!r}: should be a long option of sbatch: --sbatch-arg=--exclude=node7.")
+    return list(words)
+
+
 def script_text(order: Order, folder: Path) -> str:
     """Returns the batch script: the same command, told to look at the nodes that it is given."""
     words = ["doctor", *order.words, "--nodes", str(order.nodes), "--into", str(folder.absolute())]

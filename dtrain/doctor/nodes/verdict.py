@@ -38,7 +38,7 @@ def _came(seen: Seen) -> Finding:
     trouble = [f"{node} did not come: {why}" for node, why in seen.absent.items()]
     trouble += [f"{node} was lost, asked for: {what}" for node, what in seen.lost.items()]
     if trouble:
-        remedy = "look at that node (scontrol show node NAME), or leave it out: --sbatch-arg --exclude=NAME"
+        remedy = "look at that node (scontrol show node NAME), or leave it out: --sbatch-arg=--exclude=NAME"
         return Finding(NODES, "fail", "; ".join([words, *_shortened(trouble)]), remedy)
     return passed(NODES, words)
 
@@ -66,7 +66,7 @@ def _gpus(seen: Seen) -> Finding:
     if len(kinds) > 1:
         words = "; ".join(f"{kind} on {names(nodes)}" for kind, nodes in kinds.items())
         return Finding(
-            GPUS, "warn", words, "ask for nodes of one kind: --sbatch-arg --constraint=..., or --gpus-per-node"
+            GPUS, "warn", words, "ask for nodes of one kind: --sbatch-arg=--constraint=..., or --gpus-per-node"
         )
     return Finding(GPUS, "skip" if "none" in kinds else "pass", f"{next(iter(kinds))} on each node")
 
@@ -212,7 +212,7 @@ def _slowest(seen: Seen) -> list[Finding]:
         words = (
             f"{seen.joined[slow[0]]}: {rate(pairs[slow[0]])} with its best partner, {slow[1]:.0%} of the others' median"
         )
-        remedy = "see its link (ethtool, ibstat) and cable, or leave it out: --sbatch-arg --exclude=NAME"
+        remedy = "see its link (ethtool, ibstat) and cable, or leave it out: --sbatch-arg=--exclude=NAME"
         found.append(_slow_or_not(PAIRS, words, slow[1], remedy))
     return found
 
