@@ -15,6 +15,7 @@ from dtrain.doctor.finding import Finding, State
 from dtrain.doctor.nodes.echo import Echo, Peer, reach
 from dtrain.doctor.nodes.fitting import fit_together
 from dtrain.doctor.nodes.guests import Guests
+from dtrain.doctor.nodes.host import ended_tasks
 from dtrain.doctor.nodes.job import Order, checked_options, chosen, script_text
 from dtrain.doctor.nodes.seen import Seen
 from dtrain.doctor.nodes.verdict import judge, merged, table
@@ -181,7 +182,7 @@ def test_a_node_that_is_silent_or_gone_is_lost_and_strangers_are_not_met() -> No
     wires = [Wire(socket.create_connection(("127.0.0.1", port))) for _ in range(3)]
     for node, nonce, wire in zip(NODES, ("word", "word", "other"), wires, strict=True):
         wire.send({"hello": {"node": node}, "nonce": nonce})
-    came = guests.gather(NODES, 0.5, lambda: False)
+    came = guests.gather(NODES, 0.5, lambda _: False)
     assert {node: facts["address"] for node, facts in came.items()} == {"n1": "127.0.0.1", "n2": "127.0.0.1"}
     wires[1].close()
     began = time.monotonic()
@@ -193,6 +194,12 @@ def test_a_node_that_is_silent_or_gone_is_lost_and_strangers_are_not_met() -> No
     guests.close()
     for wire in wires:
         wire.close()
+
+
+def test_tasks_that_have_ended_are_not_waited_for() -> None:
+    said = ["1: srun: error: no", "srun: error: n2: task 1: Exited with exit code 2", "srun: job 3 has been allocated"]
+    assert ended_tasks(said) == {1}
+    assert ended_tasks(["srun: error: n[3-5,8]: tasks 2-4,7: Killed"]) == {2, 3, 4, 7}
 
 
 def free() -> int:

@@ -6,7 +6,7 @@ import contextlib
 import select
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from dtrain.doctor.nodes.seen import Answer
@@ -29,13 +29,13 @@ class Guests:
         self._asked = 0
         self.lost: dict[str, str] = {}
 
-    def gather(self, nodes: Sequence[str], seconds: float, over: Callable[[], bool]) -> dict[str, Answer]:
+    def gather(self, nodes: Sequence[str], seconds: float, over: Callable[[Container[str]], bool]) -> dict[str, Answer]:
         """Waits for the nodes.
 
         Args:
             nodes: their names.
             seconds: how long, at most.
-            over: whether nobody can come any more.
+            over: whether nobody can come any more but those that have.
 
         Returns:
             node -> what it said of itself, of those that came.
@@ -43,7 +43,7 @@ class Guests:
         came: dict[str, Answer] = {}
         deadline = time.monotonic() + seconds
         while len(came) < len(nodes) and time.monotonic() < deadline:
-            ended = over()
+            ended = over(came)
             readable, _, _ = select.select([self._listener], [], [], _POLL)
             if readable:
                 with contextlib.suppress(OSError):  # it has gone again

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -28,6 +28,7 @@ PATIENCE = 90.0  # for the nodes to come: Python on a busy file system takes its
 _SHORT, _FILES, _RANKS = 20.0, 40.0, 200.0
 _PINGS = 5
 _TALLY = re.compile(r"(\d+): (.*)")  # srun --label
+_ENDED = re.compile(r"srun: error: \S+: tasks? ([\d,-]+): ")
 
 
 class Tasks:
@@ -56,9 +57,9 @@ class Tasks:
     def _read(self, stream: IO[str]) -> None:
         self._lines.extend(line.rstrip() for line in stream)
 
-    def over(self) -> bool:
-        """Whether all tasks have ended."""
-        return self.process.poll() is not None
+    def over(self, missing: Sequence[int]) -> bool:
+        """Whether these tasks have ended, as far as srun tells, or srun itself has."""
+        return self.process.poll() is not None or set(missing) <= ended_tasks(self._lines)
 
     def words_of(self, task: int, node: str) -> str:
         """Returns the last thing that a node's task said, or srun of it; "" where neither said anything."""
@@ -88,6 +89,20 @@ class Tasks:
         self._reader.join(1)
 
 
+def ended_tasks(lines: Sequence[str]) -> set[int]:
+    """Returns the tasks of which srun has said that they ended badly.
+
+    Args:
+        lines: such as "srun: error: n[2-3]: tasks 1-2: Exited with exit code 2".
+    """
+    found: set[int] = set()
+    for match in map(_ENDED.match, lines):
+        for part in match[1].split(",") if match else ():
+            first, _, last = part.partition("-")
+            found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
 def srun_argv(plan: Plan, meet: list[str], nonce: str) -> list[str]:
     """Returns the command that starts one task on each node of the allocation that this process is in."""
     count = len(plan.nodes)
@@ -115,9 +130,13 @@ def examine(plan: Plan) -> Seen:
     nonce, port = secrets.token_hex(8), free_port("")
     guests = Guests(listen_on("127.0.0.1", port), nonce)
     tasks = Tasks(plan, [f"{host}:{port}" for host in own_names(plan.nodes)], nonce)
+
+    def over(came: Container[str]) -> bool:
+        return tasks.over([number for number, node in enumerate(plan.nodes) if node not in came])
+
     try:
         with contextlib.closing(guests), _locked(plan.folder / "lock"):
-            seen.facts = guests.gather(plan.nodes, PATIENCE, tasks.over)
+            seen.facts = guests.gather(plan.nodes, PATIENCE, over)
             if seen.facts:
                 _clocks(guests, seen)
                 _files(guests, seen, plan.folder)
