@@ -139,7 +139,7 @@ def _busy(text: str) -> Iterator[None]:
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(text):
+    with Console(file=sys.stderr).status(text):  # not whatever sys.stderr is for a moment
         yield
 
 
