@@ -55,7 +55,7 @@ def _cancel_saved(left: Sequence[RunJob], say: Callable[[str], object]) -> None:
             # that starts just now has nothing to save yet.
             _scancel([one.id for one in left if one.job is not None and one.job.waits])
         except SlurmError as error:
-            refusal = f" {error}"
+            refusal = f" {error}."
         _end_running([one for one in left if one.state == "RUNNING"], say)
         left = refreshed([one for one in left if one.state != "RUNNING"], needed_for="dtrain cancel")
         for one in [one for one in left if one.is_over]:
@@ -110,7 +110,7 @@ def _start_again(one: RunJob, run: Path, say: Callable[[str], object]) -> None:
         try:
             run_client(["scontrol", "requeue", one.id], needed_for="dtrain requeue")
         except SlurmError as error:
-            say(f"{one.words}: {error} It is submitted anew.")
+            say(f"{one.words}: {error}; it is submitted anew.")
         else:
             say(f"{one.words}: waits to start again.{at}")
             return

@@ -126,8 +126,9 @@ class TestJobs:
         for task in range(2):
             write_record(Path("far away", f"g-{task}"), Record(f"8_{task}"))
         write_record(Path("far away", "over"), Record("3"))
+        states = ("COMPLETED", "PENDING", "PENDING")
         script = str(Path("far away/g-0/slurm/train.sbatch").resolve())
-        slurm.answers("squeue", "".join(queue_line(f"8_{i}", "PENDING", script=script) for i in range(3)))
+        slurm.answers("squeue", "".join(queue_line(f"8_{i}", state, script=script) for i, state in enumerate(states)))
         found = look(Path("runs"), needed_for="").all
         assert [(one.id, one.name) for one in found] == [("8_0", "g-0"), ("8_1", "g-1")]  # 8_2 is not known to be a run
         assert found[0].handle == shlex.quote(str(Path("far away/g-0").resolve()))
@@ -358,6 +359,7 @@ class TestLogs:
             target=lambda: ended.append(following.follow(following.Tail(path), one, write, told.append))
         )
         thread.start()
+        wait_for(lambda: told == ["job 7 (run b) waits: Resources (no free nodes)"], "why it waits")
         path.write_bytes(b"one\n")
         assert came.wait(20)
         slurm.fails("squeue", "Socket timed out")
@@ -367,7 +369,6 @@ class TestLogs:
             file.write(b"two")
         thread.join(20)
         assert (bytes(written), ended[0].state) == (b"one\ntwo", "COMPLETED")
-        assert told[0] == "job 7 (run b) waits: Resources (no free nodes)"
 
 
 def test_a_queue_that_does_not_answer_ends_a_cancel(slurm: Slurm) -> None:
