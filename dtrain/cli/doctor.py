@@ -143,13 +143,17 @@ def _busy(text: str) -> Iterator[None]:
         yield
 
 
-def doctor_rank(out: Annotated[Path, typer.Option()] = Path(), cpu: Annotated[bool, typer.Option()] = False) -> None:
+def doctor_rank(
+    out: Annotated[Path, typer.Option()] = Path(),
+    cpu: Annotated[bool, typer.Option()] = False,
+    gpu_too: Annotated[bool, typer.Option()] = False,
+) -> None:
     """Measure as one rank, for `doctor`."""
 
     def work(world: World) -> None:
         from dtrain.doctor.collectives import measure
 
-        measured = measure(world)
+        measured = measure(world, gpu_too=gpu_too)
         if world.is_main:
             out.write_text(json.dumps(measured), encoding="utf-8")
 

@@ -25,13 +25,18 @@ _PERIOD = 5  # of the numbers that are added up: their sums stay whole numbers i
 _SIDE = {"cpu": 512, "cuda": 4096}
 
 
-def measure(world: World) -> dict[str, Any]:
-    """Returns what all ranks found, the same on each, as JSON can hold it.
+def measure(world: World, *, gpu_too: bool = False) -> dict[str, Any]:
+    """Returns what all ranks found, the same on each but for `gpu`, as JSON can hold it.
+
+    Args:
+        world: the ranks.
+        gpu_too: whether rank 0, which computes on the CPU, shall try a GPU.
 
     Returns:
         `torch`: versions, of each rank's machine the first one's; `reduces`: a list, for each backend, of what
         `_reduce` returns; `ranks`: for each rank its node, host, device, floating point operations a second, and
-        whether its product was right; `pairs`: [node, node, bytes a second] of nodes that were timed in pairs.
+        whether its product was right; `pairs`: [node, node, bytes a second] of nodes that were timed in pairs; `gpu`:
+        name, speed and whether its product was right, of the GPU that rank 0 tried.
     """
     reduces = []
     if world.size > 1:
@@ -49,7 +54,13 @@ def measure(world: World) -> dict[str, Any]:
         "reduces": reduces,
         "ranks": world.gather_json(mine),
         "pairs": _pairs(world),
+        "gpu": _gpu() if gpu_too and world.is_main and torch.cuda.is_available() else None,
     }
+
+
+def _gpu() -> list[Any]:
+    device = torch.device("cuda", 0)
+    return [torch.cuda.get_device_name(device), *_product(device)]
 
 
 def torch_facts() -> dict[str, Any]:
@@ -105,8 +116,8 @@ def _spans(data: torch.Tensor, repeats: int, group: dist.ProcessGroup | None) ->
 
 
 def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _repeats(world: World, span: float) -> int:
@@ -124,7 +135,7 @@ def _product(device: torch.device) -> tuple[float, bool]:
     """Returns floating point operations a second of this device in float32, and whether a product is right."""
     small = [torch.arange(64 * 64).reshape(64, 64).mul(factor).remainder(7).double() for factor in (3, 5)]
     exact = small[0] @ small[1]
-    right = bool(torch.equal((small[0].float().to(device) @ small[1].float().to(device)).double().cpu(), exact))
+    right = bool(torch.equal((small[0].float().to(device) @ small[1].float().to(device)).cpu().double(), exact))
     side = _SIDE.get(device.type, 1024)
     left = torch.ones(side, side, device=device)
     spans: list[float] = []

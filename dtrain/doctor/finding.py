@@ -44,7 +44,6 @@ def guarded(name: str, check: Callable[[], Finding]) -> Finding:
     """Returns a check's finding; where it could not be made, a failure that says so, and the others go on."""
     try:
         return check()
-    except OSError as error:
-        return Finding(
-            name, "fail", f"could not be checked: {error}", "see what this machine does not allow, or report it"
-        )
+    except Exception as error:  # noqa: BLE001 - told in full
+        why = f"could not be checked: {type(error).__name__}: {error}"
+        return Finding(name, "fail", why, "see what this machine does not allow, or report it")

@@ -33,9 +33,9 @@ class Request:
 def check_machine(request: Request) -> Iterator[Finding]:
     """Yields each finding as it is made; the ranks, which take longest, come last."""
     gpus = find_gpus()
-    cpu = request.cpu or gpus.visible < 2  # one GPU has no other one to reduce with
+    cpu = request.cpu or gpus.visible < (request.ranks or 2)  # one GPU has no other one to reduce with
     ranks = request.ranks or (2 if cpu else default_ranks(gpus))
-    cpu = cpu or ranks > gpus.visible
+    gpu_too = cpu and gpus.visible > 0 and not request.cpu
     yield guarded("versions", check_versions)
     yield check_gpus(gpus)
     yield guarded(cores.CORES, lambda: cores.check_cores(ranks))
@@ -50,4 +50,4 @@ def check_machine(request: Request) -> Iterator[Finding]:
     yield from cluster.check_slurm()
     skipped = Finding(network.WANDB, "skip", "not asked for: --wandb, or a config with track.wandb.project")
     yield network.check_wandb() if request.wandb else skipped
-    yield from check_ranks(ranks, gpus, cpu=cpu)
+    yield from check_ranks(ranks, gpus, cpu=cpu, gpu_too=gpu_too)

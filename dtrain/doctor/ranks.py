@@ -14,22 +14,25 @@ from dtrain.doctor.gpus import Gpus
 from dtrain.doctor.words import many, rate, seconds, size
 
 TORCH, REDUCE, COMPUTE, START = "torch", "all-reduce", "compute", "ranks"
+GPU = "GPU compute"
+_BROKEN = "do not train there: the device is broken; see dmesg (Xid) and replace it"
 _TIMEOUT, _HANG = "30", 45.0
 _TIMEOUT_NAME = "DTRAIN_RDZV_TIMEOUT"
 
 
-def rank_words(out: Path, cpu: bool) -> list[str]:
+def rank_words(out: Path, cpu: bool, *, gpu_too: bool = False) -> list[str]:
     """Returns the words after `dtrain` that make a process measure as one of several ranks."""
-    return ["doctor-rank", "--out", str(out), *["--cpu"] * cpu]
+    return ["doctor-rank", "--out", str(out), *["--cpu"] * cpu, *["--gpu-too"] * gpu_too]
 
 
-def check_ranks(ranks: int, gpus: Gpus, *, cpu: bool) -> list[Finding]:
+def check_ranks(ranks: int, gpus: Gpus, *, cpu: bool, gpu_too: bool = False) -> list[Finding]:
     """Starts ranks here, and judges what they measured.
 
     Args:
         ranks: their number.
         gpus: what nvidia-smi told.
         cpu: whether they compute on the CPU.
+        gpu_too: whether one of them tries a GPU all the same.
     """
     from dtrain.launch.local import dtrain_argv, run_local_ranks
 
@@ -38,7 +41,7 @@ def check_ranks(ranks: int, gpus: Gpus, *, cpu: bool) -> list[Finding]:
         said = io.StringIO()  # what ranks print is not for the table, nor for JSON
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             ending = run_local_ranks(
-                dtrain_argv(rank_words(out, cpu)),
+                dtrain_argv(rank_words(out, cpu, gpu_too=gpu_too)),
                 ranks,
                 {_TIMEOUT_NAME: _TIMEOUT},
                 relayed=True,
@@ -66,7 +69,8 @@ def judge(measured: dict[str, Any], gpus: Gpus, *, cpu: bool) -> list[Finding]:
     reduces = [judge_reduce(one, count) for one in measured["reduces"]]
     if not reduces:
         reduces = [Finding(REDUCE, "skip", "one rank alone has nothing to reduce: -n 2")]
-    return [judge_torch(measured["torch"], gpus, cpu=cpu), *reduces, judge_compute(measured["ranks"])]
+    alone = [] if measured["gpu"] is None else [judge_gpu(*measured["gpu"])]
+    return [judge_torch(measured["torch"], gpus, cpu=cpu), *reduces, judge_compute(measured["ranks"]), *alone]
 
 
 def judge_torch(facts: dict[str, Any], gpus: Gpus, *, cpu: bool) -> Finding:
@@ -106,13 +110,18 @@ def judge_compute(ranks: list[Any]) -> Finding:
     if wrong:
         first = ranks[wrong[0]]
         words = f"a matrix product is wrong on rank {', '.join(map(str, wrong))} ({first[2]} of {first[1]})"
-        return Finding(
-            COMPUTE, "fail", words, "do not train there: the device is broken; see dmesg (Xid) and replace it"
-        )
+        return Finding(COMPUTE, "fail", words, _BROKEN)
     speeds = [one[3] for one in ranks]
     low, high = min(speeds), max(speeds)
     words = f"{giga(low)} to {giga(high)} GFLOP/s a rank in float32 ({ranks[0][2]})"
     return passed(COMPUTE, words)
+
+
+def judge_gpu(name: str, speed: float, right: bool) -> Finding:
+    """Judges the product of a GPU that one rank tried."""
+    if not right:
+        return Finding(GPU, "fail", f"a matrix product is wrong on {name}", _BROKEN)
+    return passed(GPU, f"{giga(speed)} GFLOP/s in float32 ({name})")
 
 
 def giga(operations: float) -> str:

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from dtrain.cli.app import app
 from dtrain.doctor import cluster, cores, folder, gpus, network, ranks, versions
-from dtrain.doctor.finding import Finding, State, guarded
+from dtrain.doctor.finding import Finding, State, guarded, passed
 from dtrain.doctor.report import json_text, lines_of, summary
 from dtrain.errors import WorldError
 
@@ -298,6 +298,8 @@ def test_ranks_that_compute_wrongly_are_named() -> None:
     has(ranks.judge_reduce({**one, "wrong": [1, 3]}, 4), "fail", "wrong sums on rank 1, 3", "do not train")
     well, ill = [0, "n1", "cpu", 5e10, True], [1, "n2", "cpu", 5e10, False]
     has(ranks.judge_compute([well, ill]), "fail", "wrong on rank 1 (cpu of n2)", "do not train")
+    has(ranks.judge_gpu("H100", 5e13, True), "pass", "50000 GFLOP/s in float32 (H100)")
+    has(ranks.judge_gpu("H100", 5e13, False), "fail", "wrong on H100", "do not train")
 
 
 def test_packages_that_are_missing_or_untested(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,6 +312,7 @@ def test_packages_that_are_missing_or_untested(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_check_that_cannot_be_made_is_a_failure_and_the_others_go_on() -> None:
     has(guarded("x", failing(errno.EPERM)), "fail", "Operation not permitted")
+    has(guarded("x", lambda: passed("x", {}["y"])), "fail", "KeyError: 'y'")
 
 
 def test_report() -> None:

@@ -88,7 +88,7 @@ def broken(field: str, *path: object, value: object) -> Seen:
         (broken("files", "n2", "error", value="no space left"), "shared folder", "fail", "n2 cannot write there: no space"),
         (broken("read", "n2", ".host", value=None), "shared folder", "fail", "n2 does not see what others write"),
         (broken("read", "n2", "n3", value=None), "shared folder", "fail", "n2 does not see what n3 wrote"),
-        (broken("read", "n2", "n3", value=4.0), "shared folder", "warn", "within 4 s"),
+        (broken("read", "n2", "n3", value=4.0), "shared folder", None, "within 4 s"),
         (broken("locks", "n2", value="taken"), "shared locks", "warn", "n2 got a lock that another machine holds"),
         (broken("reach", "n1", "n3", value={"by": "", "seconds": None, "error": "timed out"}), "names and ports", "fail", r"n1 cannot reach n3 \(timed out"),
         (broken("reach", "n1", "n3", value={"by": "address", "seconds": 1, "error": "no such name"}), "names and ports", "warn", "n3: no such name"),

@@ -25,7 +25,7 @@ from dtrain.launch.local import dtrain_argv
 from dtrain.launch.ports import free_port, listen_on
 
 PATIENCE = 90.0  # for the nodes to come: Python on a busy file system takes its time
-_SHORT, _FILES, _RANKS = 20.0, 40.0, 200.0
+_SHORT, _FILES, _RANKS = 20.0, 60.0, 200.0
 _PINGS = 5
 _TALLY = re.compile(r"(\d+): (.*)")  # srun --label
 _ENDED = re.compile(r"srun: error: \S+: tasks? ([\d,-]+): ")

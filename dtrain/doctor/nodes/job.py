@@ -17,13 +17,13 @@ from types import FrameType
 
 from dtrain.doctor.cluster import job_runs
 from dtrain.doctor.finding import Finding
-from dtrain.errors import DtrainError, UsageError
+from dtrain.errors import DtrainError, SlurmError, UsageError
 from dtrain.launch.local import dtrain_argv
 from dtrain.slurm.client import run_client, submit
 
 NAME, RESULT, OUTPUT, SCRIPT = "SLURM job", "result.json", "job.out", "doctor.sbatch"
 _NEEDED_FOR = "dtrain doctor --nodes"
-_POLL, _SEEN_SECONDS = 1.0, 10.0
+_POLL, _SEEN_SECONDS, _UNHEARD = 1.0, 10.0, 10
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "RESV_DEL_HOLD", "REQUEUE_HOLD", "SUSPENDED")
 # Waiting does not help: the request is not within the partition's or the account's limits.
 _NEVER = (
@@ -131,7 +131,7 @@ def run_job(order: Order, folder: Path, tell: Callable[[str], None]) -> dict[str
 
 def _result(folder: Path, job: str, state: str) -> dict[str, object] | Finding:
     deadline = time.monotonic() + _SEEN_SECONDS  # a network file system may take some seconds to show it
-    while not (folder / RESULT).is_file():
+    while RESULT not in os.listdir(folder):  # noqa: PTH208 - a network file system then looks anew
         if time.monotonic() > deadline:
             return _no_result(folder, job, state)
         time.sleep(0.1)
@@ -152,9 +152,17 @@ def _no_result(folder: Path, job: str, state: str) -> Finding:
 
 def _wait_for(job: str, seconds: float, result: Path, tell: Callable[[str], None]) -> tuple[str, str]:
     """Returns the job's last state and reason: once its result is here, it has ended, or has waited for too long."""
-    deadline, before = time.monotonic() + seconds, ("", "")
+    deadline, before, unheard = time.monotonic() + seconds, ("", ""), 0
     while True:
-        state, reason = _state_of(job)
+        try:
+            state, reason = _state_of(job)
+            unheard = 0
+        except SlurmError:  # a controller that is busy, or starts anew
+            unheard += 1
+            if unheard == _UNHEARD:
+                raise
+            time.sleep(_POLL)
+            continue
         if (state, reason) != before:
             tell(f"job {job}: {state.lower()}{f' ({reason})' if reason not in ('None', '') else ''}")
             before = state, reason
@@ -197,7 +205,19 @@ def _cancelled_on_exit(job: str, tell: Callable[[str], None]) -> Iterator[list[b
 
 @contextlib.contextmanager
 def work_folder(runs: Path) -> Iterator[Path]:
-    """Makes a folder for one examination among the runs, and takes it away again."""
-    runs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".dtrain-doctor-", dir=runs, ignore_cleanup_errors=True) as name:
+    """Makes a folder for one examination among the runs, and takes it away again.
+
+    Raises:
+        UsageError: nothing can be written there.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            runs.mkdir(parents=True, exist_ok=True)
+            made = tempfile.TemporaryDirectory(prefix=".dtrain-doctor-", dir=runs, ignore_cleanup_errors=True)
+            name = stack.enter_context(made)
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            raise UsageError(
+                f"{runs}: nothing can be written there: {why}. Give another one: run.dir=FOLDER."
+            ) from None
         yield Path(name)

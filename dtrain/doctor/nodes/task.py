@@ -31,7 +31,9 @@ from dtrain.launch.ports import free_port
 from dtrain.launch.threads import usable_cores
 from dtrain.launch.wire import Wire
 
-_POLL, _CONNECT_SECONDS, _READ_SECONDS = 0.02, 5.0, 12.0
+_POLL, _CONNECT_SECONDS = 0.02, 5.0
+# An NFS client may keep what it knows of a folder for 30 s; a folder that is not there at all will not come.
+_READ_SECONDS, _FOLDER_SECONDS = 40.0, 4.0
 _HANG, _TIMEOUT = 60.0, 60.0
 TOKEN = "token-"  # noqa: S105 - a file's name
 
@@ -151,9 +153,11 @@ class _Node:
 
     def _read(self, tokens: dict[str, str]) -> Answer:
         """Waits for the others' tokens; a network file system may take some seconds to show them."""
-        began, seen = time.monotonic(), dict.fromkeys(tokens)
-        found: dict[str, float | None] = dict(seen)
-        while time.monotonic() < began + _READ_SECONDS and None in found.values():
+        began = time.monotonic()
+        found: dict[str, float | None] = dict.fromkeys(tokens)
+        while None in found.values():
+            if time.monotonic() > began + (_READ_SECONDS if self._folder.is_dir() else _FOLDER_SECONDS):
+                break
             for node in [node for node, when in found.items() if when is None]:
                 if _content(self._folder / f"{TOKEN}{node}") == tokens[node]:
                     found[node] = time.monotonic() - began

@@ -15,7 +15,7 @@ from dtrain.doctor.words import many, rate, seconds
 NODES, VERSIONS, CLOCKS = "nodes", "same versions", "clocks"
 FOLDER, LOCKS, PORTS, GPUS = "shared folder", "shared locks", "names and ports", "same GPUs"
 SLOWEST, PAIRS = "slowest node", "slowest network"
-_SKEW_SECONDS, _SEEN_SECONDS = 1.0, 2.0
+_SKEW_SECONDS = 1.0
 _MOST_NAMED = 8
 
 
@@ -99,9 +99,6 @@ def _folder(seen: Seen, folder: str) -> Finding:
     slow = min(speeds, key=lambda node: speeds[node])
     words = f"every node read what every other wrote within {seconds(late)}"
     words = f"{words}; all writing at once, {slow} is the slowest with {rate(speeds[slow])}"
-    if late > _SEEN_SECONDS:
-        remedy = "nothing must be done: dtrain does not depend on it; the mount's caching (NFS: actimeo) is the cause"
-        return Finding(FOLDER, "warn", words, remedy)
     return passed(FOLDER, words)
 
 
@@ -263,10 +260,12 @@ def table(seen: Seen) -> list[list[str]]:
 
 
 def _cell_of_folder(seen: Seen, node: str) -> str:
-    read = seen.read.get(node, {})
+    if node in _blind(seen):
+        return "blind"
     if seen.files.get(node, {"error": "?"})["error"]:
         return "no write"
-    return "yes" if read and None not in read.values() else "blind" if read.get(".host") is None else "in part"
+    read = seen.read.get(node, {})
+    return "yes" if read and None not in read.values() else "in part"
 
 
 def _cell_of_reach(seen: Seen, node: str) -> str:
