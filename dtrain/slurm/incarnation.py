@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dtrain.errors import EXIT_FAILED, DtrainError
-from dtrain.launch.postmortem import read_failure
+from dtrain.launch.postmortem import last_checkpoint, read_failure
 from dtrain.launch.requests import FILE_NAME as STOP_FILE
 from dtrain.launch.retries import progress, set_aside
 from dtrain.slurm.client import run_client
@@ -105,7 +105,7 @@ def run_incarnation(  # noqa: PLR0913 - keyword-only
     ended = Ended(code, asked=signals.asked, terminated=signals.terminated, cap=cap)
     ended = _looked_at(ended, run, place, record)
     what = verdict(ended)
-    say(f"{what.why} (exit code {code})")
+    say(f"{what.why} (exit code {code}); last checkpoint: {last_checkpoint(run) or 'none'}")
     write_record(run, record.with_incarnation(replace(one, ended=time.time(), code=code, why=what.why)))
     _carry_out(what, place, signals, say)
     return code

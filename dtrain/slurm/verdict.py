@@ -81,12 +81,12 @@ def _stopped(ended: Ended) -> Verdict:
     if ended.stop_file:
         return Verdict(CANCEL, "stopped for good by the run's STOP file")
     if ended.cancel_file:
-        return Verdict(CANCEL, "cancelled, with a checkpoint")
+        return Verdict(CANCEL, "cancelled")
     if ended.preempted:
-        return _again(ended, REQUEUE, "preempted, with a checkpoint")
+        return _again(ended, REQUEUE, "preempted")
     if ended.asked:
-        return _again(ended, REQUEUE, "stopped ahead of a limit, with a checkpoint")
-    return Verdict(END, "stopped on request, with a checkpoint")
+        return _again(ended, REQUEUE, "stopped ahead of a limit")
+    return Verdict(END, "stopped on request")
 
 
 def _again(ended: Ended, action: str, why: str) -> Verdict:

@@ -22,7 +22,7 @@ def test_three_starts_under_a_time_limit_are_one_run(queued: Queued, whole: Call
     assert [one.code for one in starts] == [75] * job.restarts + [0], starts
     begun = [one.progress for one in starts]
     assert begun == sorted(set(begun)), f"each start went on where the one before had come to: {begun}"
-    assert job.text.count("stopped ahead of a limit, with a checkpoint") == job.restarts
+    assert job.text.count("stopped ahead of a limit") == job.restarts
     assert "TIME LIMIT" not in job.text, "the limit itself was never reached"
 
 

@@ -119,7 +119,7 @@ class TestJob:
         assert process.returncode == 75, out
         assert self.asked() == ["requeue 77"]
         (one,) = self.record("it")["incarnations"]
-        assert (one["code"], one["why"]) == (75, "stopped ahead of a limit, with a checkpoint")
+        assert (one["code"], one["why"]) == (75, "stopped ahead of a limit")
 
     @pytest.mark.parametrize(("file", "asked"), [("STOP", ["77"]), ("slurm/cancel", ["77"])])
     def test_it_ends_for_good_where_somebody_wants_that(self, file: str, asked: list[str]) -> None:
