@@ -22,28 +22,32 @@ def findings(told: dict[str, Any]) -> dict[str, dict[str, str]]:
     return {one["name"]: one for one in told["findings"]}
 
 
-def test_two_nodes_that_are_well(slurm: Cluster, tmp_path: Path) -> None:
-    done = slurm.dtrain("doctor", "--nodes", 2, "--json", cwd=tmp_path, timeout=120)
+@contextlib.contextmanager
+def on_node(slurm: Cluster, name: str, does: tuple[object, ...], undoes: tuple[object, ...]) -> Iterator[None]:
+    done = slurm.on(name, *does, cwd=slurm.base)
+    assert done.code == 0, done.text
+    try:
+        yield
+    finally:
+        slurm.on(name, *undoes, cwd=slurm.base)
+
+
+def test_nodes_that_are_well_but_for_a_slow_network(slurm: Cluster, tmp_path: Path) -> None:
+    slow = ("tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "300mbit", "burst", "256kb", "latency", "50ms")
+    with on_node(slurm, "n3", slow, ("tc", "qdisc", "del", "dev", "eth0", "root")):
+        done = slurm.dtrain("doctor", "--nodes", 3, "--json", cwd=tmp_path, timeout=120)
     told = json.loads(done.out)
     found = findings(told)
     assert done.code == 0, done.text
     for name in ("nodes", "same versions", "clocks", "shared folder", "shared locks", "names and ports", "SLURM task"):
         assert found[name]["state"] == "pass", found[name]
-    assert "gloo, 2 ranks: right, " in found["all-reduce"]["measured"]
-    assert found["all-reduce"]["measured"].endswith("on n1, n2")
-    assert [(node["node"], node["came"], node["folder"], node["reaches"]) for node in told["nodes"]] == [
-        ("n1", "yes", "yes", "1 of 1"),
-        ("n2", "yes", "yes", "1 of 1"),
-    ]
+    assert "gloo, 3 ranks: right, " in found["all-reduce"]["measured"]
+    assert found["all-reduce"]["measured"].endswith("on n1, n2, n3")
+    assert found["slowest network"]["measured"].startswith("n3: "), found["slowest network"]
+    assert found["slowest network"]["state"] == "warn"
+    seen = [(node["node"], node["came"], node["folder"], node["reaches"]) for node in told["nodes"]]
+    assert seen == [(name, "yes", "yes", "2 of 2") for name in ("n1", "n2", "n3")]
     assert list((tmp_path / "runs").iterdir()) == []
-
-
-@contextlib.contextmanager
-def on_node(slurm: Cluster, name: str, does: tuple[object, ...], undoes: tuple[object, ...]) -> Iterator[None]:
-    done = slurm.on(name, *does, cwd=slurm.base)
-    assert done.code == 0, done.text
-    yield
-    slurm.on(name, *undoes, cwd=slurm.base)
 
 
 def test_nodes_that_are_not_well_are_named(slurm: Cluster, tmp_path: Path) -> None:
