@@ -106,6 +106,7 @@ def run_incarnation(  # noqa: PLR0913 - keyword-only
     ended = _looked_at(ended, run, place, record)
     what = verdict(ended)
     say(f"{what.why} (exit code {code}); last checkpoint: {last_checkpoint(run) or 'none'}")
+    record = read_record(run) or record  # what others wrote meanwhile is kept
     write_record(run, record.with_incarnation(replace(one, ended=time.time(), code=code, why=what.why)))
     _carry_out(what, place, signals, say)
     return code
@@ -130,7 +131,7 @@ def _follow(
     while process.poll() is None:
         if signals.asked and not signals.terminated and time.monotonic() >= next_time:
             if not next_time:
-                say("asked to stop (SIGUSR1): the ranks save, then the job starts again")
+                say("asked to stop (SIGUSR1): the ranks save")
             next_time = time.monotonic() + _AGAIN_SECONDS
             process.send_signal(signal.SIGUSR1)
         time.sleep(_POLL_SECONDS)
