@@ -174,6 +174,7 @@ def test_a_node_is_reached_by_its_name_or_its_address_and_a_wrong_one_is_told() 
         assert reach(Peer("localhost", echo.port, "127.0.0.1"), "another word")["by"] == ""
     finally:
         echo.close()
+    assert not echo._server.is_alive()
 
 
 def test_a_node_that_is_silent_or_gone_is_lost_and_strangers_are_not_met() -> None:

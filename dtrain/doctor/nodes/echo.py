@@ -29,7 +29,8 @@ class Echo:
         self._node, self._nonce = node, nonce
         self.port = free_port("")
         self._listener = listen_on("127.0.0.1", self.port)
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._server = threading.Thread(target=self._serve, daemon=True)
+        self._server.start()
 
     def _serve(self) -> None:
         with contextlib.suppress(OSError):  # closed
@@ -45,6 +46,9 @@ class Echo:
 
     def close(self) -> None:
         """Listens no more."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # which wakes the thread; closing alone does not
+        self._server.join(1.0)
         self._listener.close()
 
 
