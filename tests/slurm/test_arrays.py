@@ -52,8 +52,8 @@ def test_six_runs_two_at_once(either: Cluster, tmp_path: Path) -> None:
         follower.communicate()
     assert follower.returncode == 0
     assert [f"EPOCH = {epoch}," in followed for epoch in (1, EPOCHS)] == [True, True], followed
-    for number in range(6):
-        either.wait(f"{job}_{number}", "CANCELLED" if number in CANCELLED else "COMPLETED", seconds=90)
+    for number in (0, 2, 3, 4):  # of 5, which never began, SLURM itself knows no more
+        either.wait(f"{job}_{number}", "COMPLETED", seconds=90)
     check_over(either, job, runs, tmp_path)
 
 
@@ -82,7 +82,8 @@ def check_over(slurm: Cluster, job: str, runs: list[Path], folder: Path) -> None
     assert not (runs[5] / "checkpoints").exists(), "it never began"
     assert most_at_once(complete) == 2
     lines = shown(slurm, folder, job)
-    assert ["CANCELLED" in line for line in lines] == [number in CANCELLED for number in range(6)], lines
+    # What SLURM has forgotten is told in small letters, by the run's own folder.
+    assert ["CANCELLED" in line.upper() for line in lines] == [number in CANCELLED for number in range(6)], lines
     assert sum("COMPLETED" in line for line in lines) == 4, lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,13 +44,14 @@ def test_two_at_once_and_nothing_is_left_even_of_one_that_is_killed(tmp_path: Pa
     script = HOLDER.format(tests=str(Path(__file__).parents[1]))
     with subprocess.Popen(
         [sys.executable, "-c", script],
-        env=clean_environment(TMPDIR=str(tmp_path)),
+        env=clean_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     ) as other:
         assert other.stdout is not None
         theirs = Path(other.stdout.readline().strip())
+        assert theirs.is_dir()
         with cluster(Plan(nodes=2)) as mine:
             assert mine.base != theirs and of_cluster(theirs)
             job = mine.sbatch("--nodes=2", "--wrap=srun hostname", cwd=tmp_path)
@@ -57,6 +59,7 @@ def test_two_at_once_and_nothing_is_left_even_of_one_that_is_killed(tmp_path: Pa
             other.send_signal(signal.SIGKILL)
             other.wait()
             wait_for(lambda: not of_cluster(theirs), f"all of a cluster to end: {of_cluster(theirs)}", 20)
+            shutil.rmtree(theirs)
             mine.power_off("n2")
             assert of_cluster(mine.base)
             mine.clear()
