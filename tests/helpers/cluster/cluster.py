@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
 import tempfile
 import time
@@ -164,12 +165,11 @@ class Cluster:
             self.heal(name)
         self.wait_until_idle()
 
-    def down(self) -> None:
-        """Ends the cluster; nothing of it is left."""
-        for name in list(self.nodes):
-            self.power_off(name)
-        self.login.off()
-        services.remove(self.base)
+    def off(self) -> None:
+        """Ends all machines at once."""
+        self.login.off()  # in whose process space all nodes are
+        for node in self.nodes.values():
+            node.off()
 
 
 @contextlib.contextmanager
@@ -180,17 +180,17 @@ def cluster(plan: Plan) -> Iterator[Cluster]:
     """
     short = len(tempfile.gettempdir()) < _LONGEST_FOLDER
     base = Path(tempfile.mkdtemp(prefix="slurm-", dir=None if short else "/tmp"))  # noqa: S108
-    services.lay_out(plan, base)
-    made = Cluster(plan, base, boot_login(base, services.daemons_environment(base)))
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, base)
+        services.lay_out(plan, base)
+        made = Cluster(plan, base, boot_login(base, services.daemons_environment(base)))
+        undo.callback(made.off)
         try:
             _start(made)
         except BaseException:
             print(services.tails(base))
             raise
         yield made
-    finally:
-        made.down()
 
 
 def _start(made: Cluster) -> None:

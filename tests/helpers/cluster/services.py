@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -95,8 +94,3 @@ def tails(base: Path, lines: int = 8) -> str:
     files = sorted([*(base / "log").iterdir(), *(base / "munge").glob("log")]) if (base / "log").is_dir() else []
     texts = [(file.name, file.read_text(errors="replace").splitlines()[-lines:]) for file in files]
     return "\n".join(line for name, text in texts if text for line in (f"--- {name}", *text))
-
-
-def remove(base: Path) -> None:
-    """Takes the cluster's folder away."""
-    shutil.rmtree(base)
