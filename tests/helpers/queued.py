@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,5 +110,3 @@ def assert_same(one: Path, two: Path) -> None:
     pd.testing.assert_frame_equal(history, other_history, check_exact=True)
     assert [name for name in state.keys() | other_state.keys() if state.get(name) != other_state.get(name)] == []
 
-
-PYTHON = sys.executable
