@@ -109,4 +109,3 @@ def assert_same(one: Path, two: Path) -> None:
     (history, state), (other_history, other_state) = outcome(one), outcome(two)
     pd.testing.assert_frame_equal(history, other_history, check_exact=True)
     assert [name for name in state.keys() | other_state.keys() if state.get(name) != other_state.get(name)] == []
-
