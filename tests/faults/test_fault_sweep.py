@@ -6,7 +6,6 @@ DTRAIN_TEST_SWEEP=full plays every fault twenty times on 2 and on 4 ranks, idle 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -19,8 +18,8 @@ from faults.sweep.play import play
 from faults.sweep.table import FAULTS, Case
 from helpers.commands import Dtrain, children_of_tests
 from helpers.hosts import missing
+from helpers.sweep import FULL
 
-FULL = os.environ.get("DTRAIN_TEST_SWEEP") == "full"
 # What tests/faults/test_failures.py does not play, or not on a busy machine.
 FEW = [
     ("memory limit", 2, "busy"),

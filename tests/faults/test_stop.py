@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import signal
 import time
@@ -14,11 +13,11 @@ import psutil
 import pytest
 from helpers.commands import BIN, Dtrain
 from helpers.running import Running, running, wait_for
+from helpers.sweep import FULL
 from safetensors.torch import load_file
 
 from dtrain.resuming.finding import find_good
 
-FULL = os.environ.get("DTRAIN_TEST_SWEEP") == "full"
 AT_ONCE = 10  # seconds; a rank that ends well still leaves its process group and the interpreter
 
 

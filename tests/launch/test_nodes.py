@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from helpers.commands import Dtrain
 from helpers.hosts import Host, missing, two_hosts
+from helpers.sweep import some
 
 from dtrain import read_history
 
@@ -102,8 +103,13 @@ def at_work(hosts: list[Host], text: str, **more: object) -> list[subprocess.Pop
     return launchers
 
 
-@pytest.mark.parametrize("node", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("node", "number"),
+    some(
+        [(1, signal.SIGTERM), (0, signal.SIGKILL), (1, signal.SIGKILL)],
+        [(0, signal.SIGTERM), (0, signal.SIGINT), (1, signal.SIGINT)],
+    ),
+)
 def test_a_launcher_that_is_stopped_ends_every_node(hosts: list[Host], node: int, number: signal.Signals) -> None:
     launchers = at_work(
         hosts, "import pathlib, os, time\npathlib.Path('here-' + os.environ['RANK']).touch()\ntime.sleep(600)"

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.commands import BIN, Dtrain, clean_environment
+from helpers.sweep import FULL
 from safetensors.torch import load_file
 
 from dtrain.checkpoint.weights import WEIGHTS
@@ -25,7 +26,7 @@ from dtrain.errors import CheckpointError
 from dtrain.history import read_history
 from dtrain.resuming.finding import find_good
 
-KILLS = 200 if os.environ.get("DTRAIN_TEST_SWEEP") == "full" else 4
+KILLS = 200 if FULL else 3
 TIMES = ["seconds", "samples_per_second"]
 
 

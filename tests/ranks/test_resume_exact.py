@@ -5,7 +5,6 @@ DTRAIN_TEST_SWEEP=full pytest tests/ranks/test_resume_exact.py    # hundreds of 
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.rank_pool import RankPool
+from helpers.sweep import FULL
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -30,7 +30,6 @@ from dtrain.resuming.keeper import Keeper
 from dtrain.resuming.state import restore
 from dtrain.world import World
 
-FULL = os.environ.get("DTRAIN_TEST_SWEEP") == "full"
 EXAMPLES = 300 if FULL else 14
 TIMES = ("seconds", "samples_per_second")
 

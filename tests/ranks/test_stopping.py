@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 from helpers.ranks import run_ranks
+from helpers.sweep import FULL
 
 from dtrain.errors import StopRequested
 from dtrain.launch.requests import StopRequest
@@ -89,7 +89,7 @@ def forget(world: World) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_all_ranks_stop_after_the_same_step(size: int, tmp_path: Path) -> None:
-    seeds = list(range(8 if os.environ.get("DTRAIN_TEST_SWEEP") != "full" else 200))
+    seeds = list(range(200 if FULL else 8))
     ranks = (
         [many(bring_up(cpu=True), seeds, str(tmp_path))]
         if size == 1

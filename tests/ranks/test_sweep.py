@@ -5,19 +5,18 @@ DTRAIN_TEST_SWEEP=full pytest tests/ranks/test_sweep.py    # a thousand examples
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.rank_pool import RankPool
+from helpers.sweep import FULL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-FULL = os.environ.get("DTRAIN_TEST_SWEEP") == "full"
 EXAMPLES = 1000 if FULL else 40
 LEARNING_RATE, MOMENTUM, EPOCHS = 0.05, 0.5, 2
 
