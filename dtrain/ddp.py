@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from dtrain.checks import word_in_terms_of_ranks
+from dtrain.precision import Precision, chosen, computing
 
 if TYPE_CHECKING:
     from dtrain.world import World
@@ -127,16 +128,17 @@ class Replica:
     Args:
         net: the user's net; it is moved to the rank's device in place.
         world: the ranks.
+        precision: in which its forward computes, in training and validation alike; by default that of Accelerate's
+            settings.
     """
 
-    def __init__(self, net: nn.Module, world: World) -> None:
+    def __init__(self, net: nn.Module, world: World, precision: Precision | None = None) -> None:
         self.net = net
-        self._users_own = net.__dict__.get("forward")
+        self._lowered = contextlib.ExitStack()
+        self._lowered.enter_context(computing(net, precision or chosen(None, world), world))
         self._before: Any = None
         self._redirection: _Redirection | None = None
         self._itself = contextlib.nullcontext(net)
-        # Moves the net and, with mixed precision, puts its forward under autocast, for training and validation alike.
-        world.accelerator.prepare_model(net, device_placement=_placement(), evaluation_mode=True)
         if world.size > 1 and any(parameter.requires_grad for parameter in net.parameters()):
             inner = _Inner(net)
             ddp = world.accelerator.prepare_model(inner, device_placement=_placement())
@@ -177,10 +179,7 @@ class Replica:
         if self._arrivals is not None:
             self._arrivals.close()
         self._redirection = None
-        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-            self.net.__dict__.pop(name, None)
-        if self._users_own is not None:
-            self.net.__dict__["forward"] = self._users_own
+        self._lowered.close()
 
     def averaging(self, wanted: bool) -> AbstractContextManager[Any]:
         """While inside, backward averages the gradients over the ranks, or, if not wanted, adds them up here."""

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from dtrain.checks import check_alike, check_order, check_same_task, weights_checksum
+from dtrain.clipping import UNLIMITED, Limit
 from dtrain.dealing import BatchMode, Dealing
 from dtrain.errors import StopRequested, UsageError, add_place
 from dtrain.finite import WhenNan
@@ -34,6 +35,7 @@ from dtrain.launch.heartbeat import DONE, own_heartbeat
 from dtrain.learning import Interval, Learner, Task
 from dtrain.metrics import MeanTable, PassResult
 from dtrain.passes import Place, ValidPass, seconds_since, shares_on_device
+from dtrain.precision import Precision
 from dtrain.progress import Progress, Silent
 from dtrain.seeding import derive, seed_everything
 from dtrain.sharding import ShardedLoader
@@ -128,6 +130,8 @@ class Engine:
         sync_batchnorm: whether BatchNorm takes its statistics over all ranks while it trains.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
         nan: what is done about a train loss that is not finite; see `dtrain.finite`.
+        precision: in which the net's forward computes; by default that of Accelerate's settings.
+        clip: how long a gradient may be.
         history: gets a row an epoch, on every rank.
         progress: what a person sees.
         after_epoch: called on every rank with each new row.
@@ -155,6 +159,8 @@ class Engine:
     sync_batchnorm: bool = False
     fetch_batches: bool = True
     nan: WhenNan = "ignore"
+    precision: Precision | None = None
+    clip: Limit = UNLIMITED
     history: History = field(default_factory=History)
     progress: Progress = field(default_factory=Silent)
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
@@ -198,7 +204,11 @@ class Engine:
             accumulates=self.accumulation > 1,
             sync_batchnorm=self.sync_batchnorm,
             nan=self.nan,
+            precision=self.precision,
+            clip=self.clip,
         )
+        if self.learner.scaler is not None:
+            self.task.others = {**self.task.others, "the scaler of float16": self.learner.scaler}
 
     def fit(self) -> History:
         """Runs all epochs.

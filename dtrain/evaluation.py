@@ -96,6 +96,7 @@ def evaluate_run(restored: Restored, world: World) -> PassResult:
         batch=train.batch,
         seed=train.seed,
         fetch_batches=train.fetch_batches,
+        precision=train.precision,
         epoch=restored.row["epoch"],
         progress=_bar(restored, world),
     )
@@ -120,6 +121,7 @@ def predict_run(restored: Restored, world: World, split: Split = "valid") -> Any
         batch=train.batch,
         seed=train.seed,
         fetch_batches=train.fetch_batches,
+        precision=train.precision,
         progress=_bar(restored, world),
     )
 

@@ -15,6 +15,7 @@ from dtrain.launch.heartbeat import own_heartbeat
 from dtrain.learning import Task
 from dtrain.metrics import PassResult, nothing_yielded
 from dtrain.passes import Place, shares_on_device
+from dtrain.precision import Precision, chosen, computing
 from dtrain.progress import Progress, Silent
 from dtrain.sharding import ShardedLoader, in_data_order
 from dtrain.synced import ready
@@ -31,6 +32,7 @@ def evaluate_task(  # noqa: PLR0913 - a task and how its loader is dealt
     seed: int = 42,
     fetch_batches: bool = True,
     epoch: int = 1,
+    precision: Precision | None = None,
     progress: Progress | None = None,
 ) -> PassResult:
     """Runs a task's validation once, as training does after each epoch.
@@ -42,6 +44,7 @@ def evaluate_task(  # noqa: PLR0913 - a task and how its loader is dealt
         seed: the order of a shuffled loader is derived from it and the epoch.
         fetch_batches: see `dtrain.fetching`.
         epoch: 1 or more.
+        precision: in which the net computes; by default that of Accelerate's settings.
         progress: what a person sees.
 
     Returns:
@@ -57,9 +60,9 @@ def evaluate_task(  # noqa: PLR0913 - a task and how its loader is dealt
         raise UsageError("there is no validation loader, so there is nothing to evaluate. Define dl_valid.")
     ready(task.metrics, world)
     place, progress = Place(world.rank, heartbeat=own_heartbeat()), progress or Silent()
-    _place_net(task.module, world)
     try:
-        return validation.run(epoch, place, progress)
+        with computing(task.module, chosen(precision, world), world):
+            return validation.run(epoch, place, progress)
     except (Exception, SystemExit) as error:
         add_place(error, str(place))
         raise
@@ -76,6 +79,7 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
     batch: BatchMode = "per_rank",
     seed: int = 42,
     fetch_batches: bool = True,
+    precision: Precision | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Predicts every sample of a loader once.
@@ -91,6 +95,7 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
         batch: whose batch size the loader's is; the result is the same.
         seed: for loaders that draw random numbers.
         fetch_batches: see `dtrain.fetching`.
+        precision: in which the net computes; by default that of Accelerate's settings.
         progress: what a person sees.
 
     Returns:
@@ -104,29 +109,21 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
     try:
         how = Dealing(world.rank, world.size, batch, fill=False)
         shares = ShardedLoader(in_data_order(loader), how, seed, "predict", fetch_batches=fetch_batches)
-        _place_net(module, world)
-        world.broadcast_(
-            list(module.buffers())
-        )  # a net that was trained and not yet validated has its own on each rank
-        module.eval()
-        place.enter("predict", 1)
-        progress.begin("predict", 1, shares.steps())
-        mine = _Collected()
-        for share in shares_on_device(shares, world, place):
-            mine.add(_predicted(predict_step or _call, module, share), share)
+        with computing(module, chosen(precision, world), world):
+            # A net that was trained and not yet validated has buffers of its own on each rank.
+            world.broadcast_(list(module.buffers()))
+            module.eval()
+            place.enter("predict", 1)
+            progress.begin("predict", 1, shares.steps())
+            mine = _Collected()
+            for share in shares_on_device(shares, world, place):
+                mine.add(_predicted(predict_step or _call, module, share), share)
         return mine.gather(world)
     except (Exception, SystemExit) as error:
         add_place(error, str(place))
         raise
     finally:
         progress.close()
-
-
-def _place_net(module: nn.Module, world: World) -> None:
-    """Puts the net where validation in training has it, mixed precision on one rank included."""
-    module.to(world.device)
-    if world.size == 1 and world.accelerator.native_amp and not hasattr(module, "_original_forward"):
-        world.accelerator.prepare_model(module, evaluation_mode=True)
 
 
 def features_of(batch: Any) -> Any:

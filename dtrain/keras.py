@@ -12,12 +12,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dtrain.arguments import check_positive, check_whole
 from dtrain.best import BestKeeper, load_state
+from dtrain.clipping import Limit
 from dtrain.dealing import BatchMode
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
 from dtrain.inference import evaluate_task, predict
 from dtrain.learning import Task
+from dtrain.precision import Precision, check_precision
 from dtrain.progress import Progress, Silent, choose_progress
 from dtrain.spawn.call import call_on_ranks, starts_ranks
 from dtrain.synced import is_torchmetric
@@ -46,8 +49,8 @@ class _Fit:
 class KerasModel(nn.Module):
     """A net with its loss, metrics and optimizer.
 
-    A batch is (features, labels). Where a loss is not a mean over samples (class weights, `ignore_index`), or the
-    gradient is to be clipped, write the steps yourself for `dtrain.train_model`.
+    A batch is (features, labels). Where a loss is not a mean over samples (class weights, `ignore_index`), write the
+    steps yourself for `dtrain.train_model`.
 
     Args:
         net: the net; it is trained in place.
@@ -75,6 +78,7 @@ class KerasModel(nn.Module):
         self.metrics_dict = _checked_metrics(metrics_dict)
         self._cpu = False
         self._fetch_batches = True
+        self._precision: Precision | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the net."""
@@ -129,6 +133,10 @@ class KerasModel(nn.Module):
         batch: BatchMode = "per_rank",
         sync_batchnorm: bool = False,
         fetch_batches: bool = True,
+        accumulation: int = 1,
+        precision: Precision | None = None,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
         seed: int = 42,
         verbose: bool = True,
         cpu: bool = False,
@@ -151,6 +159,8 @@ class KerasModel(nn.Module):
             batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
             sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks.
             fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
+            accumulation, precision, clip_norm, clip_value: as in `dtrain.train_model`; `evaluate` and `predict` then
+                compute in this precision, too.
             seed: the order of the samples and each rank's random stream are derived from it.
             verbose: whether rank 0 shows progress.
             cpu: compute on the CPU also where there is an accelerator.
@@ -168,11 +178,16 @@ class KerasModel(nn.Module):
             StepError, DataError, RankError: as in `dtrain.train_model`.
         """  # fmt: skip
         plan = _read_fit(args, kwargs)
-        self._cpu, self._fetch_batches = cpu, fetch_batches
+        check_whole(accumulation=accumulation)
+        check_precision(precision)
+        check_positive(clip_norm=clip_norm, clip_value=clip_value)
+        limit = Limit(clip_norm, clip_value)
+        self._cpu, self._fetch_batches, self._precision = cpu, fetch_batches, precision
         if num_processes is not None and starts_ranks(num_processes, world):
             self._task(plan.train_data, plan.val_data)  # tells what is missing; makes the default optimizer
             how = {**vars(plan), "batch": batch, "seed": seed, "verbose": verbose, "cpu": cpu}
-            how |= {"sync_batchnorm": sync_batchnorm, "fetch_batches": fetch_batches}
+            how |= {"sync_batchnorm": sync_batchnorm, "fetch_batches": fetch_batches, "accumulation": accumulation}
+            how |= {"precision": precision, "clip_norm": clip_norm, "clip_value": clip_value}
             return call_on_ranks(_fit, {"model": self, **how}, num_processes, cpu=cpu)
         world = world if world is not None else bring_up(cpu=cpu)
         task = self._task(plan.train_data, plan.val_data)
@@ -187,6 +202,9 @@ class KerasModel(nn.Module):
             batch=batch,
             sync_batchnorm=sync_batchnorm,
             fetch_batches=fetch_batches,
+            accumulation=accumulation,
+            precision=precision,
+            clip=limit,
             progress=progress,
         )
         keeper = _keeper(plan, engine)
@@ -210,6 +228,7 @@ class KerasModel(nn.Module):
         """
         world = world if world is not None else bring_up(cpu=self._cpu)
         how: dict[str, Any] = {"batch": batch, "seed": seed, "fetch_batches": self._fetch_batches}
+        how["precision"] = self._precision
         result = evaluate_task(self._task(None, dl_val), world, **how)
         return {f"val_{name}": mean for name, mean in result.means.items()}
 
@@ -223,7 +242,8 @@ class KerasModel(nn.Module):
             world: ranks that were brought up before.
         """
         world = world if world is not None else bring_up(cpu=self._cpu)
-        return predict(self.net, dl, world, batch=batch, seed=seed, fetch_batches=self._fetch_batches)
+        how: dict[str, Any] = {"batch": batch, "seed": seed, "fetch_batches": self._fetch_batches}
+        return predict(self.net, dl, world, precision=self._precision, **how)
 
     def load_ckpt(self, ckpt_path: str | Path) -> None:
         """Loads weights that `fit` kept at `ckpt_path`."""
@@ -296,10 +316,9 @@ def _read_fit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Fit:
     """Tells the two calling forms apart and checks the values."""
     classic = "dl_train" in kwargs or (bool(args) and isinstance(args[0], int))
     plan = _classic_form(*args, **kwargs) if classic else _current_form(*args, **kwargs)
-    for name, least in (("epochs", 1), ("log_step_freq", 1), ("patience", 1)):
-        number = getattr(plan, name)
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
-            raise UsageError(f"{name} = {number!r}: should be a whole number of at least {least}.")
+    check_whole(epochs=plan.epochs, log_step_freq=plan.log_step_freq)
+    if plan.patience is not None:
+        check_whole(patience=plan.patience)
     if plan.mode not in ("min", "max"):
         raise UsageError(f'mode = {plan.mode!r}: should be "min" or "max".')
     if plan.val_data is None and plan.monitor == "val_loss":

@@ -16,22 +16,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.accumulation import HeldBack
 from dtrain.batchnorm import SyncedBatchNorm
 from dtrain.checks import check_optimizers, check_takes
+from dtrain.clipping import UNLIMITED, Clipping, Limit
 from dtrain.ddp import Replica
 from dtrain.dealing import Share
+from dtrain.descent import Descent, parameters_of
 from dtrain.errors import StepError, UsageError
 from dtrain.finite import FiniteLoss, WhenNan
 from dtrain.metrics import Mean, Value
+from dtrain.precision import Precision, chosen, scaler_of
 from dtrain.steps import (
     HOW_TO_LEARN,
     Kind,
@@ -39,7 +41,6 @@ from dtrain.steps import (
     Step,
     StepValues,
     call_step,
-    has_graph,
     kind_of,
     scaled_gradients,
     watch_backward,
@@ -101,14 +102,25 @@ class Learner:
         accumulates: whether several micro-batches make one optimizer step.
         sync_batchnorm: whether BatchNorm takes its statistics over all ranks.
         nan: what is done about a loss that is not finite.
+        precision: in which the net's forward computes; by default that of Accelerate's settings.
+        clip: how long a gradient may be.
 
     Attributes:
         kind: the kind of the train step, known after the first one.
         finite: looks at the losses.
+        scaler: float16's, None with another precision.
     """
 
-    def __init__(
-        self, task: Task, world: World, *, accumulates: bool, sync_batchnorm: bool = False, nan: WhenNan = "ignore"
+    def __init__(  # noqa: PLR0913 - keyword-only after the task and the ranks
+        self,
+        task: Task,
+        world: World,
+        *,
+        accumulates: bool,
+        sync_batchnorm: bool = False,
+        nan: WhenNan = "ignore",
+        precision: Precision | None = None,
+        clip: Limit = UNLIMITED,
     ) -> None:
         self.kind: Kind | None = None
         self.finite = FiniteLoss(nan, task.module, world)
@@ -116,15 +128,19 @@ class Learner:
         self._world = world
         self._accumulates = accumulates
         self._alone = world.size == 1 and not accumulates  # each share has the weight 1 and its own optimizer step
-        self._replica = Replica(task.module, world)
+        in_use = chosen(precision, world)
+        self._replica = Replica(task.module, world, in_use)
+        self.scaler = scaler_of(in_use, world)
         if task.optimizer is not None:
             _move_state(task.optimizer)
         self._witness: OptimizerWitness | None = None
         self._known: list[Optimizer] = []
         self._held: HeldBack | None = None
-        self._counted: Tensor | None = None
+        self._clip = clip
+        self._clipping: Clipping | None = None
         self._values_of = StepValues(task.module, "train", task.metrics)
         self._synced = SyncedBatchNorm(world) if sync_batchnorm and world.size > 1 else None
+        self._descend = Descent(task, world, self.finite, self._synced, self.scaler)
 
     def learn(self, share: Share) -> dict[str, Value]:
         """Takes one train step and returns its values by name; the first one shows which kind it is.
@@ -166,6 +182,8 @@ class Learner:
         self._witness.close()
         stepped, self._witness = self._witness.optimizers, None
         self.knows(stepped)
+        if self.kind == "declarative":  # its optimizer is dtrain's to step, which some reason may have forbidden
+            return
         if not stepped:
             raise StepError(
                 "the train step calls backward(), but no optimizer's step() ran in the whole epoch: "
@@ -193,13 +211,16 @@ class Learner:
     def close(self) -> None:
         """Lets go of the net and of what watches the optimizers."""
         self._replica.close()
-        if self._witness is not None:
-            self._witness.close()
+        for watcher in (self._witness, self._clipping):
+            if watcher is not None:
+                watcher.close()
 
     def _learn_first(self, share: Share) -> dict[str, Value]:
         task = self._task
         check_takes(task.train_step, share.batch, "train")
         self._witness = OptimizerWitness()
+        if self._clip:
+            self._clipping = Clipping(self._clip, parameters_of(task))
         if self._accumulates:
             self._held = HeldBack(task.optimizer, task.module)
         with watch_backward(task.module) as (backward, touched):
@@ -212,6 +233,7 @@ class Learner:
         check_optimizers(self._witness.optimizers, task.module, self._world.size)
         if self.kind == "imperative":
             self.finite.refuse_imperative()
+            self._refuse_scaling()
             self._refuse_what_it_cannot_weight(share, values.get("loss"), touched())
         if self._accumulates and not share.last and self._witness.optimizers:
             raise StepError(
@@ -219,6 +241,13 @@ class Learner:
                 "model.optimizer. Use model.optimizer in the step, or return the loss."
             )
         return values
+
+    def _refuse_scaling(self) -> None:
+        if self.scaler is not None:
+            raise UsageError(
+                "precision fp16: the train step calls backward() itself, so that dtrain cannot scale its loss, without "
+                "which small gradients vanish. Return the loss and leave the rest to dtrain, or use bf16."
+            )
 
     def _refuse_what_it_cannot_weight(self, share: Share, loss: Value | None, touched: bool) -> None:
         several = self._accumulates or self._world.size > 1
@@ -238,7 +267,7 @@ class Learner:
         if self._synced is not None:
             self._synced.scale = share.scale
         held = self._held(share) if self._held is not None else _NOTHING
-        with held, scaled_gradients(self._parameters(), share.scale):
+        with held, scaled_gradients(parameters_of(self._task), share.scale):
             return self._call(share)
 
     def _call(self, share: Share) -> dict[str, Value]:
@@ -247,78 +276,6 @@ class Learner:
         with self._replica.training() as model:
             returned = call_step(self._task.train_step, model, share.batch)
         return self._values_of(returned)
-
-    # --- declarative ----------------------------------------------------------------------------------
-
-    def _descend(self, loss: Value | None, share: Share) -> None:
-        """Backward, and after the last micro-batch of a group the optimizer's step."""
-        optimizer = self._task.optimizer
-        if optimizer is None:
-            raise StepError(
-                "the train step returns a loss with its graph, for dtrain to step on, but there is no optimizer. "
-                "Define build_optimizer(model), or set model.optimizer."
-            )
-        if not has_graph(loss):
-            raise StepError(
-                "the train step returned a loss without a graph, after returning one with a graph before. "
-                "Return the loss itself at every step, without .item() or .detach()."
-            )
-        self.finite.check(loss, share)
-        if share.first:
-            optimizer.zero_grad()
-        if isinstance(loss, Mean):
-            self._descend_total(loss, share)
-        else:
-            self._descend_mean(loss, share.scale)  # type: ignore[arg-type]
-        if share.last:
-            self._step(optimizer)
-
-    def _step(self, optimizer: Optimizer) -> None:
-        """The optimizer's step, once the gradients of the group are whole."""
-        if self.finite.refuses_step():
-            self._counted = None
-            return
-        if self._counted is not None:
-            self._divide_by_count(optimizer)
-        optimizer.step()
-
-    def _descend_mean(self, loss: Tensor, scale: float) -> None:
-        """A plain loss is weighted where an imperative step's is, so that the two kinds agree to the last bit."""
-        if self._synced is not None:
-            self._synced.scale = scale
-        if scale == 1.0:
-            torch.autograd.backward(loss)
-            return
-        with scaled_gradients(self._parameters(), scale):
-            torch.autograd.backward(loss)
-
-    def _descend_total(self, loss: Mean, share: Share) -> None:
-        """What a `Mean` counted in the whole group is known at its end alone: till then its total is descended on."""
-        if self._synced is not None:
-            self._synced.scale = 1.0
-        how: dict[str, Any] = {"dtype": self._world.sum_dtype, "device": self._world.device}
-        # A number is written by a kernel: to copy it to a GPU would wait for the GPU.
-        count = loss.count.detach().to(**how) if isinstance(loss.count, Tensor) else torch.full((), loss.count, **how)
-        count = count * (share.count > 0)
-        self._counted = count if self._counted is None else self._counted + count
-        torch.autograd.backward(loss.total * (self._world.size if share.count else 0.0))  # type: ignore[arg-type]
-
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        """All that learns: the net's parameters, and on one rank others that the optimizer may hold besides."""
-        yield from self._task.module.parameters()
-        if self._task.optimizer is not None:
-            own = {id(parameter) for parameter in self._task.module.parameters()}
-            for group in self._task.optimizer.param_groups:
-                yield from (parameter for parameter in group["params"] if id(parameter) not in own)
-
-    def _divide_by_count(self, optimizer: Optimizer) -> None:
-        everywhere = self._world.sum_(self._counted)  # type: ignore[arg-type]
-        self._counted = None
-        divisor = torch.where(everywhere == 0, 1, everywhere)  # nothing counted: the gradients are zero as they are
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.div_(divisor)
 
 
 def _move_state(optimizer: Optimizer) -> None:

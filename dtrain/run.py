@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from dtrain.best import EarlyStopping, stop_early
 from dtrain.checkpoint.folder import Saved
+from dtrain.clipping import Limit
 from dtrain.config import Settings
 from dtrain.engine import Engine
 from dtrain.errors import EXIT_USAGE, AgreedError, StopRequested, UsageError, add_remark
@@ -237,6 +238,8 @@ def configured_engine(task: Task, world: World, settings: Settings, **more: Any)
         accumulation=train.accumulation,
         sync_batchnorm=train.sync_batchnorm,
         fetch_batches=train.fetch_batches,
+        precision=train.precision,
+        clip=Limit(train.clip_norm, train.clip_value),
         **more,
     )
 

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dtrain.arguments import check_positive, check_whole
+from dtrain.clipping import Limit
 from dtrain.dealing import BatchMode
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
 from dtrain.learning import Interval, Task
+from dtrain.precision import Precision, check_precision
 from dtrain.progress import Silent, choose_progress
 from dtrain.spawn.call import call_on_ranks, starts_ranks
 from dtrain.steps import Step
@@ -57,6 +60,9 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     accumulation: int = 1,
     sync_batchnorm: bool = False,
     fetch_batches: bool = True,
+    precision: Precision | None = None,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
     seed: int = 42,
     verbose: bool = True,
     cpu: bool = False,
@@ -83,6 +89,10 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         accumulation: micro-batches that make one optimizer step.
         sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks instead of each one's.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
+        precision: of the net's forward: "fp32", or mixed with "bf16" or "fp16" (for steps that return the loss with
+            its graph); by default that of Accelerate's settings. The weights stay as they are.
+        clip_norm: the largest 2-norm of all gradients of an optimizer together, which are those of the whole batch.
+        clip_value: the largest magnitude of each number of a gradient.
         seed: the order of the samples and each rank's random stream are derived from it.
         verbose: whether rank 0 shows progress.
         cpu: compute on the CPU also where there is an accelerator.
@@ -102,9 +112,10 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
             the above.
     """
     arguments = dict(locals())
-    for name, number in (("epochs", epochs), ("log_step_freq", log_step_freq), ("accumulation", accumulation)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise UsageError(f"{name} = {number!r}: should be a whole number of at least 1.")
+    check_whole(epochs=epochs, log_step_freq=log_step_freq, accumulation=accumulation)
+    check_precision(precision)
+    check_positive(clip_norm=clip_norm, clip_value=clip_value)
+    limit = Limit(clip_norm, clip_value)
     task = Task(
         module=model,
         train_step=train_step or _tutorials(tutorial_train_step, model),
@@ -130,6 +141,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         accumulation=accumulation,
         sync_batchnorm=sync_batchnorm,
         fetch_batches=fetch_batches,
+        precision=precision,
+        clip=limit,
         progress=shown,
     )
     return engine.fit().dataframe()

@@ -224,14 +224,10 @@ def _join(facts: RankFacts, cpu: bool, *, first: bool) -> World:
 
     handlers = [InitProcessGroupKwargs(timeout=time_limit())] if first else None
 
+    _refuse_precision(cpu)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
         accelerator = Accelerator(cpu=cpu, step_scheduler_with_optimizer=False, kwargs_handlers=handlers)
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise WorldError(
-            f"mixed precision {accelerator.mixed_precision!r} (from Accelerate's settings) is not supported yet: "
-            "use bf16 or no."
-        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise WorldError(
             f"{accelerator.distributed_type.value} (from Accelerate's settings) is not supported yet: "
@@ -249,6 +245,20 @@ def _join(facts: RankFacts, cpu: bool, *, first: bool) -> World:
         device=accelerator.device,
         accelerator=accelerator,
     )
+
+
+def _refuse_precision(cpu: bool) -> None:
+    """What Accelerate's settings may say of precision; asked before Accelerate is, whose words lead elsewhere."""
+    said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if said not in ("no", "bf16", "fp16"):
+        raise WorldError(
+            f"mixed precision {said!r} (from Accelerate's settings) is not supported: use bf16, fp16 or no."
+        )
+    if said == "fp16" and cpu:
+        raise WorldError(
+            "mixed precision 'fp16' (from Accelerate's settings) needs a GPU: use bf16 or no. To try it on a CPU, give "
+            "train.precision=fp16."
+        )
 
 
 def _leave_group() -> None:

@@ -36,6 +36,11 @@ class TrainConfig(_Section):
         "per_rank", description="whose batch size the loader's is: each rank's, or the whole world's"
     )
     accumulation: int = Field(1, ge=1, description="micro-batches that make one optimizer step")
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="the net's forward in float32 or mixed precision; by default as Accelerate's settings say"
+    )
+    clip_norm: float | None = Field(None, gt=0, description="the largest 2-norm of an optimizer's gradients together")
+    clip_value: float | None = Field(None, gt=0, description="the largest magnitude of each number of a gradient")
     fetch_batches: bool = Field(True, description="fetch whole batches at once where that gives the same")
     sync_batchnorm: bool = Field(False, description="BatchNorm's statistics over all ranks, not each rank's")
     nan: Literal["stop", "skip", "ignore"] = Field(

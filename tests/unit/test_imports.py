@@ -18,7 +18,7 @@ HEAVY = ("torch", "pandas", "wandb", "accelerate", "sklearn", "numpy")
 
 # Lower layers never import higher ones. A module belongs to the longest prefix that names it.
 LAYERS = [
-    ["dtrain", "dtrain.errors"],
+    ["dtrain", "dtrain.errors", "dtrain.arguments"],
     [
         "dtrain.share",
         "dtrain.config",
@@ -32,6 +32,7 @@ LAYERS = [
     ["dtrain.identity", "dtrain.profiles", "dtrain.lock", "dtrain.slurm"],
     ["dtrain.arrival"],
     ["dtrain.world"],
+    ["dtrain.precision"],
     ["dtrain.spawn", "dtrain.stopping"],
     ["dtrain.batches", "dtrain.dealing", "dtrain.fetching"],
     [
@@ -44,9 +45,9 @@ LAYERS = [
         "dtrain.checks",
         "dtrain.batchnorm",
     ],
-    ["dtrain.steps", "dtrain.checkpoint", "dtrain.trackers", "dtrain.progress", "dtrain.signatures"],
+    ["dtrain.steps", "dtrain.checkpoint", "dtrain.trackers", "dtrain.progress", "dtrain.signatures", "dtrain.clipping"],
     ["dtrain.finite"],
-    ["dtrain.accumulation", "dtrain.learning", "dtrain.passes"],
+    ["dtrain.accumulation", "dtrain.learning", "dtrain.descent", "dtrain.passes"],
     ["dtrain.engine", "dtrain.prepared"],
     ["dtrain.inference", "dtrain.training", "dtrain.recipe", "dtrain.export", "dtrain.summary", "dtrain.best"],
     ["dtrain.resuming"],

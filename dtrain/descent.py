@@ -1,0 +1,137 @@
+"""What dtrain does after a declarative train step: backward, and the optimizer's step at the end of a group.
+
+Also in mixed precision with float16, where the loss is scaled up before backward and the gradients down again before
+they are clipped and stepped on (torch's GradScaler; a step with gradients that overflowed is left out, on all ranks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from dtrain.batchnorm import SyncedBatchNorm
+from dtrain.dealing import Share
+from dtrain.errors import StepError
+from dtrain.finite import FiniteLoss
+from dtrain.metrics import Mean, Value
+from dtrain.steps import has_graph, scaled_gradients
+from dtrain.world import World
+
+if TYPE_CHECKING:
+    from dtrain.learning import Task
+
+
+class Descent:
+    """Goes down the gradient of the losses that a task's train step returns.
+
+    Args:
+        task: the user's objects.
+        world: the ranks.
+        finite: looks at the losses.
+        synced: has BatchNorm's statistics taken over all ranks; None where each rank has its own.
+        scaler: float16's; None else.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        world: World,
+        finite: FiniteLoss,
+        synced: SyncedBatchNorm | None = None,
+        scaler: GradScaler | None = None,
+    ) -> None:
+        self._task = task
+        self._world = world
+        self._finite = finite
+        self._synced = synced
+        self._scaler = scaler
+        self._counted: Tensor | None = None
+
+    def __call__(self, loss: Value | None, share: Share) -> None:
+        """Backward, and after the last micro-batch of a group the optimizer's step.
+
+        Raises:
+            StepError: there is nothing to go down on, or nothing that steps.
+            NotFiniteError: the loss is not, and the run shall stop then.
+        """
+        optimizer = self._task.optimizer
+        if optimizer is None:
+            raise StepError(
+                "the train step returns a loss with its graph, for dtrain to step on, but there is no optimizer. "
+                "Define build_optimizer(model), or set model.optimizer."
+            )
+        if not has_graph(loss):
+            raise StepError(
+                "the train step returned a loss without a graph, after returning one with a graph before. "
+                "Return the loss itself at every step, without .item() or .detach()."
+            )
+        self._finite.check(loss, share)
+        if share.first:
+            optimizer.zero_grad()
+        if isinstance(loss, Mean):
+            self._total(loss, share)
+        else:
+            self._mean(loss, share.scale)  # type: ignore[arg-type]
+        if share.last:
+            self._step(optimizer)
+
+    def _step(self, optimizer: Optimizer) -> None:
+        """The optimizer's step, once the gradients of the group are whole."""
+        if self._finite.refuses_step():
+            self._counted = None
+            return
+        if self._counted is not None:
+            self._divide_by_count(optimizer)
+        if self._scaler is None:
+            optimizer.step()
+            return
+        self._scaler.unscale_(optimizer)  # now, since an optimizer that does so itself would do it after the clipping
+        self._scaler.step(optimizer)
+        self._scaler.update()
+
+    def _mean(self, loss: Tensor, scale: float) -> None:
+        """A plain loss is weighted where an imperative step's is, so that the two kinds agree to the last bit."""
+        if self._synced is not None:
+            self._synced.scale = scale
+        if scale == 1.0:
+            self._backward(loss)
+            return
+        with scaled_gradients(parameters_of(self._task), scale):
+            self._backward(loss)
+
+    def _total(self, loss: Mean, share: Share) -> None:
+        """What a `Mean` counted in the whole group is known at its end alone: till then its total is descended on."""
+        if self._synced is not None:
+            self._synced.scale = 1.0
+        how: dict[str, Any] = {"dtype": self._world.sum_dtype, "device": self._world.device}
+        # A number is written by a kernel: to copy it to a GPU would wait for the GPU.
+        count = loss.count.detach().to(**how) if isinstance(loss.count, Tensor) else torch.full((), loss.count, **how)
+        count = count * (share.count > 0)
+        self._counted = count if self._counted is None else self._counted + count
+        self._backward(loss.total * (self._world.size if share.count else 0.0))  # type: ignore[arg-type]
+
+    def _backward(self, loss: Tensor) -> None:
+        torch.autograd.backward(loss if self._scaler is None else self._scaler.scale(loss))
+
+    def _divide_by_count(self, optimizer: Optimizer) -> None:
+        everywhere = self._world.sum_(self._counted)  # type: ignore[arg-type]
+        self._counted = None
+        divisor = torch.where(everywhere == 0, 1, everywhere)  # nothing counted: the gradients are zero as they are
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.div_(divisor)
+
+
+def parameters_of(task: Task) -> Iterator[nn.Parameter]:
+    """Yields all that learns: the net's parameters, and on one rank others that the optimizer may hold besides."""
+    yield from task.module.parameters()
+    if task.optimizer is not None:
+        own = {id(parameter) for parameter in task.module.parameters()}
+        for group in task.optimizer.param_groups:
+            yield from (parameter for parameter in group["params"] if id(parameter) not in own)
