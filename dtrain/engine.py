@@ -246,6 +246,11 @@ class Engine:
             self.place.heartbeat.enter(DONE)  # what comes now is the caller's own
         return self.history
 
+    def updates_in_all(self) -> int | None:
+        """Returns the optimizer steps of the whole run; None where the loader cannot tell its length."""
+        steps = self.train_loader.steps()
+        return None if steps is None else -(-steps // self.accumulation) * self.epochs
+
     @property
     def is_over(self) -> bool:
         """Whether the last epoch has been run to its end."""

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.errors import RecipeError
 from dtrain.learning import Interval, Task
+from dtrain.parameters import freeze, regroup
 from dtrain.recipe_file import locate, syntax_problem
 from dtrain.signatures import Builder, check_parameters
 from dtrain.synced import check_metrics
@@ -138,11 +139,14 @@ def bind(recipe: Recipe, settings: Settings) -> Task:
     check_parameters(recipe.builders, recipe.path, settings)
     train_step = _function(recipe, "train_step")
     module = _model(recipe, settings)
+    freeze(module, settings.config.parameters.freeze, settings.place_of("parameters.freeze"))
     dl_train, dl_valid = _loaders(recipe, settings)
     valid_step = _function(recipe, "valid_step") if dl_valid is not None else None
     optimizer = _built(recipe, settings, "optimizer", module)
     if optimizer is None:
         optimizer = getattr(module, "optimizer", None) or getattr(recipe.module, "optimizer", None)
+    known = optimizer if hasattr(optimizer, "param_groups") else None
+    regroup(known, module, settings.config.parameters, settings.places)
     scheduler, interval = _scheduler(recipe, settings, optimizer)
     if scheduler is not None and not hasattr(scheduler, "step"):
         raise RecipeError(f"{recipe.path}: build_scheduler returned {scheduler!r}, which has no step().")

@@ -38,6 +38,7 @@ from dtrain.resuming.fitting import check_facts, check_ranks, check_shapes, fact
 from dtrain.resuming.keeper import Keeper
 from dtrain.resuming.state import restore
 from dtrain.run_folder import CHECKPOINTS, Opened, open_folder, take_up
+from dtrain.schedules import follow_schedule
 from dtrain.seeding import seed_everything
 from dtrain.stopping import Stopping, check_not_asked
 from dtrain.trackers import Tracker, make_trackers
@@ -230,7 +231,7 @@ def configured_engine(task: Task, world: World, settings: Settings, **more: Any)
         more: how long, how much and for whom: further fields of the engine.
     """
     train = settings.config.train
-    return Engine(
+    engine = Engine(
         task,
         world,
         seed=train.seed,
@@ -242,6 +243,8 @@ def configured_engine(task: Task, world: World, settings: Settings, **more: Any)
         clip=Limit(train.clip_norm, train.clip_value),
         **more,
     )
+    follow_schedule(engine, train)
+    return engine
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 # The sections whose keys are the parameters of the recipe's own functions.
 BUILDER_SECTIONS = {
@@ -46,10 +46,28 @@ class TrainConfig(_Section):
     nan: Literal["stop", "skip", "ignore"] = Field(
         "stop", description="a train loss that is NaN or infinite stops the run, has its batch left out, or goes on"
     )
+    schedule: Literal["constant", "linear", "cosine"] | None = Field(
+        None, description="the learning rate over the run, by optimizer steps; in place of build_scheduler"
+    )
+    warmup_steps: int | None = Field(None, ge=0, description="with schedule: first so many optimizer steps of warm-up")
+    warmup_epochs: float | None = Field(None, ge=0, description="or so many epochs")
+    warmup_fraction: float | None = Field(None, ge=0, le=1, description="or so much of the run")
+    floor: float = Field(0.0, ge=0, le=1, description="with schedule: what linear and cosine end at, as a factor")
     hang_seconds: float = Field(600.0, ge=0, description="ranks of -n N may stand still so long; 0 is for ever")
     stop_seconds: float = Field(
         600.0, ge=0, description="ranks of -n N may take so long to stop on request, their checkpoint included"
     )
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> TrainConfig:
+        given = [
+            name for name in ("warmup_steps", "warmup_epochs", "warmup_fraction") if getattr(self, name) is not None
+        ]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} say the same: give one of them")
+        if given and self.schedule is None:
+            raise ValueError(f"{given[0]} is for train.schedule, which is not given: constant, linear or cosine")
+        return self
 
 
 class CheckpointConfig(_Section):
@@ -73,6 +91,16 @@ class EarlyStoppingConfig(_Section):
     patience: int | None = Field(None, ge=1, description="epochs without a new best after which training ends")
     monitor: str | None = Field(None, description="the column that is watched; val_loss, else loss")
     mode: Literal["min", "max"] = Field("min", description="which end of it is best")
+
+
+class ParametersConfig(_Section):
+    """Which parameters learn, and how. A pattern is matched against the whole name: `layers.0.*`, `norms`, `biases`."""
+
+    freeze: list[str] = Field([], description="patterns of parameters that keep their values")
+    no_decay: list[str] = Field([], description="patterns of those without weight decay, such as [norms, biases]")
+    groups: list[dict[str, Any]] = Field(
+        [], description="options of the optimizer for some: [{match: PATTERN, lr: 0.001}]; the first match counts most"
+    )
 
 
 class RunFolderConfig(_Section):
@@ -107,6 +135,7 @@ class RunConfig(_Section):
     optimizer: dict[str, Any] = Field(default_factory=dict)
     scheduler: dict[str, Any] = Field(default_factory=dict)
     train: TrainConfig = TrainConfig()
+    parameters: ParametersConfig = ParametersConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     run: RunFolderConfig = RunFolderConfig()

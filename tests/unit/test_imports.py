@@ -49,6 +49,7 @@ LAYERS = [
     ["dtrain.finite"],
     ["dtrain.accumulation", "dtrain.learning", "dtrain.descent", "dtrain.passes"],
     ["dtrain.engine", "dtrain.prepared"],
+    ["dtrain.parameters", "dtrain.schedules"],
     ["dtrain.inference", "dtrain.training", "dtrain.recipe", "dtrain.export", "dtrain.summary", "dtrain.best"],
     ["dtrain.resuming"],
     ["dtrain.run_folder"],
