@@ -120,26 +120,54 @@ def read_history(path: str | Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    file = Path(path)
-    if file.is_dir():
-        file = file / FILE_NAME
+    file = history_file(Path(path))
     try:
-        text = file.read_text(encoding="utf-8")
+        columns, rows = read_cells(file)
     except OSError as error:
         raise UsageError(f"{file}: cannot read the history: {error.strerror}.") from None
-    whole = text[: text.rfind("\n") + 1]
-    if not whole:
+    if not rows:
         raise UsageError(f"{file}: the history has no whole row yet.")
     # pandas' own reader rounds the last digit of some numbers.
-    rows = [{name: _number(cell) for name, cell in row.items()} for row in csv.DictReader(io.StringIO(whole))]
-    frame: pd.DataFrame = pd.DataFrame(rows)
+    frame: pd.DataFrame = pd.DataFrame([map(value_of, row) for row in rows], columns=columns)
     return frame
 
 
-def _number(cell: str) -> int | float | None:
+def history_file(path: Path) -> Path:
+    """Returns the history's file of a run's folder, or the file itself, where one is named."""
+    return path / FILE_NAME if path.is_dir() else path
+
+
+def read_cells(file: Path) -> tuple[list[str], list[list[str]]]:
+    """Reads a history as it is written, without pandas.
+
+    Args:
+        file: the CSV file.
+
+    Returns:
+        the names of the columns, and a list of as many cells for each whole row; a line without its end is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    text = file.read_text(encoding="utf-8", errors="replace").replace("\0", "")  # which a power cut may leave
+    lines = [cells for cells in csv.reader(io.StringIO(text[: text.rfind("\n") + 1])) if cells]
+    if not lines:
+        return [], []
+    columns, width = lines[0], len(lines[0])
+    return columns, [[*row, *[""] * (width - len(row))][:width] for row in lines[1:]]
+
+
+def value_of(cell: str) -> int | float | str | None:
+    """Returns what a history's cell holds: a number to its last digit, None where it is empty, else its text."""
     if not cell:
         return None
-    return int(cell) if cell.isdigit() else float(cell)
+    if cell.isascii() and "_" not in cell:  # of which Python would make numbers, too
+        for kind in (int, float):
+            try:
+                return kind(cell)
+            except ValueError:
+                continue
+    return cell
 
 
 def _line(cells: Any) -> str:

@@ -95,6 +95,29 @@ def owned(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def living_owner(folder: Path) -> Owner | None:
+    """Returns who has a folder now, without waiting for a sign of life; None where nobody is known to.
+
+    One on another machine counts for as long as the file was touched a short while ago.
+    """
+    file = folder / FILE_NAME
+    owner = _read(file)
+    if owner is None or owner.is_here:
+        return owner if owner is not None and owner.lives() else None
+    try:
+        return owner if time.time() - file.stat().st_mtime < _STALE_SECONDS else None
+    except OSError:
+        return None
+
+
+def _read(file: Path) -> Owner | None:
+    """Returns who a file says has its folder; None where nobody is said to, or the words are not whole yet."""
+    try:
+        return Owner(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 class _Lock:
     """The file, opened and locked."""
 
@@ -195,11 +218,7 @@ class _Lock:
             probe.unlink()
 
     def _seen(self) -> Owner | None:
-        """Returns who the file says has the folder; None where nobody is said to, or the words are not whole yet."""
-        try:
-            return Owner(**json.loads(self._path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
+        return _read(self._path)
 
     def _write(self) -> None:
         text = json.dumps(asdict(self._me), indent=1).encode() + b"\n"

@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from dtrain.best import EarlyStopping, stop_early
 from dtrain.checkpoint.folder import Saved
 from dtrain.clipping import Limit
@@ -33,6 +35,7 @@ from dtrain.lock import owned
 from dtrain.passes import Place
 from dtrain.progress import choose_progress
 from dtrain.recipe import bind, load_recipe
+from dtrain.recipe_file import locate
 from dtrain.resuming.finding import Loaded, Parts, read
 from dtrain.resuming.fitting import check_facts, check_ranks, check_shapes, facts_of
 from dtrain.resuming.keeper import Keeper
@@ -40,6 +43,7 @@ from dtrain.resuming.state import restore
 from dtrain.run_folder import CHECKPOINTS, Opened, open_folder, take_up
 from dtrain.schedules import follow_schedule
 from dtrain.seeding import seed_everything
+from dtrain.starts import here, noted
 from dtrain.stopping import Stopping, check_not_asked
 from dtrain.trackers import Tracker, make_trackers
 from dtrain.world import World
@@ -93,7 +97,7 @@ def _train(settings: Settings, world: World, resume: str, request: StopRequest, 
         progress=choose_progress(is_main=world.is_main, epochs=train.epochs, log_step_freq=train.log_step_freq),
     )
     check_not_asked(world, request)
-    folder, ids = begin(engine, settings, resume, lambda folder: owner.enter_context(_taken(folder)))
+    folder, ids, came_from = begin(engine, settings, resume, lambda folder: owner.enter_context(_taken(folder)))
     if world.local_rank == 0:  # on each node, for the ranks' logs
         name_run(folder)
     if engine.start.epoch > engine.epochs or engine.stopping:
@@ -108,7 +112,7 @@ def _train(settings: Settings, world: World, resume: str, request: StopRequest, 
     stopping = Stopping(world, request, folder / STOP_FILE, lambda: engine.is_over)
     engine.heed(stopping)
     try:
-        with stopping:
+        with _noted(engine, settings, folder, came_from), stopping:
             _fit(engine, keeper, trackers, folder)
     except StopRequested:
         world.gather_json(None)  # rank 0 has written what any of them tells of
@@ -118,7 +122,9 @@ def _train(settings: Settings, world: World, resume: str, request: StopRequest, 
     return folder
 
 
-def begin(engine: Engine, settings: Settings, resume: str, own: Callable[[Path], None]) -> tuple[Path, dict[str, str]]:
+def begin(
+    engine: Engine, settings: Settings, resume: str, own: Callable[[Path], None]
+) -> tuple[Path, dict[str, str], Path | None]:
     """Opens the run's folder and puts the engine to where the run in it was.
 
     Args:
@@ -128,7 +134,7 @@ def begin(engine: Engine, settings: Settings, resume: str, own: Callable[[Path],
         own: takes a run's folder, before anything in it is looked at; called by rank 0.
 
     Returns:
-        the run's folder, and the ids of its trackers' runs.
+        the run's folder, the ids of its trackers' runs, and the checkpoint that is gone on from, or None.
 
     Raises:
         AgreedError: some rank could not; every rank raises it, and what was there is as it was.
@@ -153,7 +159,9 @@ def begin(engine: Engine, settings: Settings, resume: str, own: Callable[[Path],
     early = settings.config.early_stopping
     if early.patience is not None:
         stop_early(engine, EarlyStopping(early.monitor, early.mode, early.patience))
-    return Path(folder), {} if loaded is None else loaded.facts.get("trackers", {})
+    if loaded is None:
+        return Path(folder), {}, None
+    return Path(folder), loaded.facts.get("trackers", {}), loaded.path
 
 
 def _opened(engine: Engine, settings: Settings, resume: str, own: Callable[[Path], None]) -> Opened:
@@ -188,6 +196,24 @@ def _tell_resumed(opened: Opened | None, loaded: Loaded) -> None:
 def _tell_complete(engine: Engine, folder: Path) -> None:
     print(f"{folder} is complete: {len(engine.history.rows)} epochs. Give more epochs, or another run.name.")  # noqa: T201
     _sum_up(engine.history, folder)
+
+
+def _noted(
+    engine: Engine, settings: Settings, folder: Path, came_from: Path | None
+) -> contextlib.AbstractContextManager[None]:
+    """Has rank 0 note that training begins, and how it ends."""
+    device = engine.world.device
+    if not engine.world.is_main:
+        return contextlib.nullcontext()
+    recipe = locate(settings.config.recipe, settings.base)
+    facts = {
+        **here(Path.cwd() if recipe is None else recipe.resolve().parent),
+        "ranks": engine.world.size,
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "checkpoint": None if came_from is None else str(came_from),
+    }
+    return noted(folder, facts, lambda: int(engine.history.rows[-1]["epoch"]) if engine.history.rows else 0)
 
 
 def _keeper(engine: Engine, settings: Settings, folder: Path, trackers: list[Tracker]) -> Keeper:

@@ -106,7 +106,7 @@ def rehearse(settings: Settings, world: World, record: Path, *, steps: int, kill
     batches = steps * train.accumulation * (world.size if train.batch == "per_rank" else 1)
     limits = Limits(train=batches, valid=batches)
     engine = configured_engine(task, world, settings, epochs=EPOCHS, limits=limits)
-    folder, _ = begin(engine, settings, "auto", lambda _: None)  # nobody else knows of this folder
+    folder, *_ = begin(engine, settings, "auto", lambda _: None)  # nobody else knows of this folder
     keeper = Keeper(engine, folder / CHECKPOINTS, _POLICY, lambda: facts_of(engine, settings))
     recorder = Recorder(record / f"rank-{world.rank}.jsonl", engine)
     engine.after_step.append(recorder.note)

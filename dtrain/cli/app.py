@@ -11,6 +11,7 @@ from dtrain.cli import check
 from dtrain.cli.bench import bench, bench_rank
 from dtrain.cli.doctor import doctor, doctor_node, doctor_rank
 from dtrain.cli.evaluate import evaluate, predict, summary
+from dtrain.cli.history import history
 from dtrain.cli.joblogs import logs
 from dtrain.cli.jobs import cancel, jobs, requeue
 from dtrain.cli.launch import launch
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (train, evaluate, predict, summary, submit, jobs, logs, cancel, requeue, bench, doctor):
+for _verb in (train, evaluate, predict, summary, submit, jobs, logs, cancel, requeue, history, bench, doctor):
     app.command()(_verb)
 app.command(name="bench-rank", hidden=True)(bench_rank)
 app.command(name="doctor-rank", hidden=True)(doctor_rank)

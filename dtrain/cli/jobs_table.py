@@ -16,6 +16,7 @@ from rich.text import Text
 
 from dtrain.cli.run_progress import RunProgress, read_progress
 from dtrain.launch.retries import progress
+from dtrain.report.words import printable
 from dtrain.slurm.runs import RunJob
 
 COLUMNS = ("JOB", "STATE", "RUN", "EPOCH", "LEFT", "REQUEUED", "LATEST")
@@ -137,11 +138,6 @@ def duration(seconds: float) -> str:
     days, rest = divmod(int(seconds), 86400)
     clock = time.strftime("%H:%M:%S", time.gmtime(rest))
     return f"{days}-{clock}" if days else clock
-
-
-def printable(text: str) -> str:
-    """Returns a text without what a terminal would take for a command; names are other people's words."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def _finite(value: float | None) -> float | str | None:

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import yaml
 
+from dtrain.columns import VALID, metrics_of
 from dtrain.config.saved import CONFIG
 from dtrain.history import FILE_NAME
-
-# Columns that come after the metrics, or are none.
-_NO_METRICS = ("epoch", "lr", "seconds", "samples_per_second")
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,8 @@ class RunProgress:
     @property
     def metrics(self) -> dict[str, float]:
         """The last epoch's means: those of the validation, or of the training where there is none."""
-        all_of_them = {name: x for name, x in self.row.items() if name not in _NO_METRICS and x is not None}
-        return {name: x for name, x in all_of_them.items() if name.startswith("val_")} or all_of_them
+        all_of_them = {name: x for name in metrics_of(self.row) if (x := self.row[name]) is not None}
+        return {name: x for name, x in all_of_them.items() if name.startswith(VALID)} or all_of_them
 
 
 def read_progress(run: Path) -> RunProgress:

@@ -28,8 +28,9 @@ LAYERS = [
         "dtrain.failures",
         "dtrain.seeding",
         "dtrain.deferred",
+        "dtrain.columns",
     ],
-    ["dtrain.identity", "dtrain.profiles", "dtrain.lock", "dtrain.slurm"],
+    ["dtrain.identity", "dtrain.profiles", "dtrain.lock", "dtrain.slurm", "dtrain.starts"],
     ["dtrain.arrival"],
     ["dtrain.world"],
     ["dtrain.precision"],
@@ -46,7 +47,7 @@ LAYERS = [
         "dtrain.batchnorm",
     ],
     ["dtrain.steps", "dtrain.checkpoint", "dtrain.trackers", "dtrain.progress", "dtrain.signatures", "dtrain.clipping"],
-    ["dtrain.finite"],
+    ["dtrain.finite", "dtrain.report"],
     ["dtrain.accumulation", "dtrain.learning", "dtrain.descent", "dtrain.passes"],
     ["dtrain.engine", "dtrain.prepared"],
     ["dtrain.parameters", "dtrain.schedules"],
@@ -66,6 +67,9 @@ WITHOUT_TORCH = (
     "dtrain.errors",
     "dtrain.share",
     "dtrain.recipe_file",
+    "dtrain.columns",
+    "dtrain.starts",
+    "dtrain.report",
 )
 
 

@@ -1,0 +1,50 @@
+"""What the columns of a history are: which are metrics, which belong together, and which end of one is best."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+Mode = Literal["min", "max"]
+
+EPOCH, LR, SECONDS, RATE = "epoch", "lr", "seconds", "samples_per_second"
+NO_METRICS = (EPOCH, LR, SECONDS, RATE)
+VALID = "val_"
+
+# Words of a name that say that less is better; of any other metric, more is.
+_LESS = {
+    *("loss", "losses", "error", "err", "mse", "rmse", "mae", "mape", "nll", "ce", "bce", "kl", "perplexity", "ppl"),
+    *("wer", "cer", "fid", "brier", "ece", "deviation", "distance", "divergence", "regret", "cost", "energy"),
+}
+
+
+def metrics_of(names: Iterable[str]) -> list[str]:
+    """Returns the columns that are metrics, as they come."""
+    return [name for name in names if name not in NO_METRICS]
+
+
+def base_of(name: str) -> str:
+    """Returns what a column is called without its split: "loss" for both loss and val_loss."""
+    return name.removeprefix(VALID)
+
+
+def paired(names: Iterable[str]) -> dict[str, list[str]]:
+    """Returns the metrics' columns by what they are called without their split, training first."""
+    found: dict[str, list[str]] = {}
+    for name in metrics_of(names):
+        found.setdefault(base_of(name), []).append(name)
+    return {base: sorted(columns, key=lambda name: name != base) for base, columns in found.items()}
+
+
+def monitored(names: Iterable[str]) -> str | None:
+    """Returns the column that says which epoch is best, where nobody says otherwise; None without metrics."""
+    metrics = metrics_of(names)
+    usual = [name for name in (f"{VALID}loss", "loss") if name in metrics]
+    return next(iter([*usual, *(name for name in metrics if name.startswith(VALID)), *metrics]), None)
+
+
+def mode_of(name: str) -> Mode:
+    """Returns which end of a metric is best, by the words of its name: of a loss or an error the lowest."""
+    words = re.split(r"[^a-z]+", base_of(name).lower())
+    return "min" if _LESS & set(words) else "max"
