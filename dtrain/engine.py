@@ -36,7 +36,7 @@ from dtrain.learning import Interval, Learner, Task
 from dtrain.metrics import MeanTable, PassResult
 from dtrain.passes import Place, ValidPass, seconds_since, shares_on_device
 from dtrain.precision import Precision
-from dtrain.progress import Progress, Silent
+from dtrain.progress import PassFacts, Progress, RunFacts, Silent
 from dtrain.seeding import derive, seed_everything
 from dtrain.sharding import ShardedLoader
 from dtrain.stopping import Stopping
@@ -145,6 +145,7 @@ class Engine:
         place: where the engine is.
         table: the values of the train pass that runs; None outside of one.
         began: when that pass began, by `time.perf_counter()`.
+        facts: what is told to who shows it.
         order_state: the states of the users' own generators that draw the order, as they were when it began.
         stopping: set by an `after_epoch` function, on every rank alike, to end after that epoch.
     """
@@ -179,6 +180,7 @@ class Engine:
         self.began = 0.0
         self.order_state: list[torch.Tensor] = []
         self.names: tuple[str, ...] | None = None
+        self.facts = RunFacts(self.epochs, self.world.size, self._lr, lambda: self.place.updates)
         self.rate: float | None = None  # of the last optimizer step, where the schedule goes on after each
         self.train_loader = self._sharded(self.task.dl_train)
         self.valid = valid_pass(
@@ -269,7 +271,7 @@ class Engine:
         if self.after_train is not None:
             self.after_train(trained)
         train = trained.result
-        valid = None if self.valid is None else self.valid.run(epoch, self.place, self.progress)
+        valid = None if self.valid is None else self.valid.run(epoch, self.place, self.progress, self.facts)
         row = self._row(epoch, train, valid)
         if epoch == 1:
             self._tell_unused_metrics(row)
@@ -319,12 +321,14 @@ class Engine:
         module = self.task.module
         module.train()
         self.place.enter("train", epoch)
-        self.progress.begin("train", epoch, self.train_loader.steps())
         start = self.start if epoch == self.start.epoch else Start(epoch)
         self.order_state = [generator.get_state() for generator in self.generators()]
         self.table = table = MeanTable("train", self.names, self.task.metrics)
         if start.table is not None:
             table.load(start.table, self.world.device)
+        steps = self.train_loader.steps()
+        samples = lambda: table.samples  # noqa: E731
+        self.progress.begin(PassFacts("train", epoch, steps, start.skip, start.seconds, samples, self.facts))
         by_step = self.task.scheduler is not None and self.task.interval == "step"
         self.began = time.perf_counter() - start.seconds
         # The streams are put back after the iteration has begun, which draws from them.
@@ -359,6 +363,9 @@ class Engine:
         loaders = [self.train_loader] + ([] if self.valid is None else [self.valid.loader])
         found = [generator for loader in loaders for generator in loader.generators()]
         return list({id(generator): generator for generator in found}.values())
+
+    def _lr(self) -> float | None:
+        return None if self.task.optimizer is None else self._current_rate()
 
     def _current_rate(self) -> float:
         return float(self.task.optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]

@@ -16,7 +16,7 @@ from dtrain.learning import Task
 from dtrain.metrics import PassResult, nothing_yielded
 from dtrain.passes import Place, shares_on_device
 from dtrain.precision import Precision, chosen, computing
-from dtrain.progress import Progress, Silent
+from dtrain.progress import PassFacts, Progress, Silent
 from dtrain.sharding import ShardedLoader, in_data_order
 from dtrain.synced import ready
 from dtrain.world import World
@@ -114,7 +114,7 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
             world.broadcast_(list(module.buffers()))
             module.eval()
             place.enter("predict", 1)
-            progress.begin("predict", 1, shares.steps())
+            progress.begin(PassFacts("predict", 1, shares.steps()))
             mine = _Collected()
             for share in shares_on_device(shares, world, place):
                 mine.add(_predicted(predict_step or _call, module, share), share)

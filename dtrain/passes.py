@@ -14,7 +14,7 @@ from dtrain.checks import check_first_batch, check_order, check_takes
 from dtrain.dealing import Share
 from dtrain.launch.heartbeat import Heartbeat
 from dtrain.metrics import MeanTable, PassResult
-from dtrain.progress import Progress
+from dtrain.progress import PassFacts, Progress, RunFacts
 from dtrain.sharding import ShardedLoader
 from dtrain.steps import Step, StepValues, no_grad_step
 from dtrain.stopping import Stopping
@@ -125,13 +125,14 @@ class ValidPass:
     names: tuple[str, ...] | None = None
     stopping: Stopping | None = None
 
-    def run(self, epoch: int, place: Place, progress: Progress) -> PassResult:
+    def run(self, epoch: int, place: Place, progress: Progress, facts: RunFacts | None = None) -> PassResult:
         """Validates once.
 
         Args:
             epoch: 1 or more; the order of a shuffled loader is derived from it.
             place: is kept up to date.
             progress: is told of each step.
+            facts: of the run, where there is more of it than this pass.
 
         Returns:
             the means over all samples of all ranks, equal on all of them.
@@ -143,8 +144,9 @@ class ValidPass:
         """
         self.module.eval()
         place.enter("valid", epoch)
-        progress.begin("valid", epoch, self.loader.steps())
         table = MeanTable("valid", self.names, self.metrics)
+        steps, facts = self.loader.steps(), facts or RunFacts(ranks=self.world.size)
+        progress.begin(PassFacts("valid", epoch, steps, samples=lambda: table.samples, run=facts))
         values_of = StepValues(self.module, "valid", self.metrics)
         started = time.perf_counter()
         for share in shares_on_device(self.loader, self.world, place):

@@ -1,0 +1,66 @@
+"""Lines in the tutorial's manner, for files, pipes and logs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TextIO
+
+from dtrain.progress.facts import PassFacts
+
+if TYPE_CHECKING:
+    from dtrain.metrics import MeanTable
+
+# Columns of a row that are no metrics; the line of an epoch shows them in its own way, or not.
+_FACTS = ("epoch", "lr", "seconds", "samples_per_second")
+
+
+class PlainLines:
+    """One line every `log_step_freq` train steps, one after each epoch.
+
+    The means within an epoch are this rank's own so far; those of an epoch are exact over all ranks.
+
+    Args:
+        epochs: number of epochs of the run.
+        log_step_freq: train steps between two lines.
+        out: where to, by default the standard output.
+    """
+
+    def __init__(self, epochs: int, log_step_freq: int, out: TextIO | None = None) -> None:
+        self._epochs = epochs
+        self._freq = log_step_freq
+        self._out = out
+        self._training = False
+
+    def begin(self, facts: PassFacts) -> None:
+        """Prints a head line before the train pass."""
+        self._training = facts.split == "train"
+        if self._training:
+            of_steps = "" if facts.steps is None else f", {facts.steps} steps"
+            self._print(f"epoch {facts.epoch}/{self._epochs}{of_steps}")
+
+    def step(self, table: MeanTable) -> None:
+        """Prints a line at every `log_step_freq`-th train step."""
+        if self._training and table.steps % self._freq == 0:
+            self._print(f"[step = {table.steps}] {metrics_text(table.running())}")
+
+    def end_epoch(self, row: Mapping[str, Any]) -> None:
+        """Prints the epoch's line."""
+        self._print(epoch_line(row))
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._out or sys.stdout, flush=True)
+
+
+def metrics_text(values: Mapping[str, float], between: str = ", ") -> str:
+    """Returns "loss: 0.312, accuracy: 0.901"."""
+    return between.join(f"{name}: {value:.3f}" for name, value in values.items())
+
+
+def epoch_line(row: Mapping[str, Any]) -> str:
+    """Returns the tutorial's line for an epoch: its metrics and how long it took."""
+    parts = [f"{name} = {value:.3f}" for name, value in row.items() if name not in _FACTS]
+    return f"EPOCH = {row['epoch']}, {', '.join(parts)}, time = {row['seconds']:.1f}s"
