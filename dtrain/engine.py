@@ -337,13 +337,13 @@ class Engine:
             table.add(self.learner.learn(share), share.count)
             if by_step and share.last:
                 self._step_scheduler("step")
+            if share.last:
+                self.place.updates += 1
             self.progress.step(table)
             if table.asked is not None:
                 self.learner.finite.check_running(table)
-            if share.last:
-                self.place.updates += 1
-                if self.after_step:
-                    self._tell_step()
+            if share.last and self.after_step:
+                self._tell_step()
         self.table = None
         seconds = seconds_since(self.began, self.world)
         weights = weights_checksum(module, self.world.sum_dtype) if self.world.size > 1 else 0.0

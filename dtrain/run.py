@@ -33,7 +33,7 @@ from dtrain.launch.requests import StopRequest
 from dtrain.learning import Task
 from dtrain.lock import owned
 from dtrain.passes import Place
-from dtrain.progress import choose_progress
+from dtrain.progress import Voice
 from dtrain.recipe import bind, load_recipe
 from dtrain.recipe_file import locate
 from dtrain.resuming.finding import Loaded, Parts, read
@@ -45,6 +45,7 @@ from dtrain.schedules import follow_schedule
 from dtrain.seeding import seed_everything
 from dtrain.starts import here, noted
 from dtrain.stopping import Stopping, check_not_asked
+from dtrain.telling import sum_up, tell_complete, tell_resumed, tell_start
 from dtrain.trackers import Tracker, make_trackers
 from dtrain.world import World
 
@@ -59,7 +60,13 @@ def load_task(settings: Settings) -> Task:
     return bind(load_recipe(settings.config.recipe, settings.base), settings)
 
 
-def train_run(settings: Settings, world: World, resume: str = "auto", request: StopRequest | None = None) -> Path:
+def train_run(
+    settings: Settings,
+    world: World,
+    resume: str = "auto",
+    request: StopRequest | None = None,
+    voice: Voice | None = None,
+) -> Path:
     """Trains a configured run on this rank, from its beginning or from where it was.
 
     Args:
@@ -68,6 +75,7 @@ def train_run(settings: Settings, world: World, resume: str = "auto", request: S
         resume: "auto" goes on with the run that is in the folder, where there is one; "never" does not; else the path
             of a run, which is gone on with, or of one checkpoint, from which a new run begins.
         request: hears what asks this process to stop.
+        voice: how progress is shown, and who is told of events.
 
     Returns:
         the run's folder; on ranks other than 0 too, although only rank 0 writes to it.
@@ -79,13 +87,20 @@ def train_run(settings: Settings, world: World, resume: str = "auto", request: S
     request = StopRequest() if request is None else request
     with contextlib.ExitStack() as owner:
         try:
-            return _train(settings, world, resume, request, owner)
+            return _train(settings, world, resume, request, owner, voice or Voice())
         except StopRequested:
             world.close()  # none leaves, and has the launcher end the others, before all have saved
             raise
 
 
-def _train(settings: Settings, world: World, resume: str, request: StopRequest, owner: contextlib.ExitStack) -> Path:
+def _train(  # noqa: PLR0913, PLR0917 - train_run's own
+    settings: Settings,
+    world: World,
+    resume: str,
+    request: StopRequest,
+    owner: contextlib.ExitStack,
+    voice: Voice,
+) -> Path:
     task = agree(world, lambda: load_task(settings))
     train = settings.config.train
     engine = configured_engine(
@@ -94,7 +109,7 @@ def _train(settings: Settings, world: World, resume: str, request: StopRequest, 
         settings,
         epochs=train.epochs,
         nan=train.nan,
-        progress=choose_progress(is_main=world.is_main, epochs=train.epochs, log_step_freq=train.log_step_freq),
+        progress=voice.progress(world.rank, train.epochs, train.log_step_freq),
     )
     check_not_asked(world, request)
     folder, ids, came_from = begin(engine, settings, resume, lambda folder: owner.enter_context(_taken(folder)))
@@ -102,13 +117,15 @@ def _train(settings: Settings, world: World, resume: str, request: StopRequest, 
         name_run(folder)
     if engine.start.epoch > engine.epochs or engine.stopping:
         if world.is_main:
-            _tell_complete(engine, folder)
+            tell_complete(engine.history, folder, voice)
         return folder
     trackers = agree(world, lambda: _start_trackers(settings, folder, ids) if world.is_main else [])
     if world.is_main and train.nan != "ignore":
         engine.after_epoch.append(tell_validation)
     engine.after_epoch += [tracker.log_epoch for tracker in trackers]
     keeper = _keeper(engine, settings, folder, trackers)
+    if world.is_main:
+        tell_start(engine, settings, folder, came_from, voice)
     stopping = Stopping(world, request, folder / STOP_FILE, lambda: engine.is_over)
     engine.heed(stopping)
     try:
@@ -118,7 +135,7 @@ def _train(settings: Settings, world: World, resume: str, request: StopRequest, 
         world.gather_json(None)  # rank 0 has written what any of them tells of
         raise StopRequested(_stopped(stopping.why(), engine.place, folder, settings)) from None
     if world.is_main:
-        _sum_up(engine.history, folder)
+        sum_up(engine.history, folder, voice)
     return folder
 
 
@@ -155,7 +172,7 @@ def begin(
     engine.history.rows = list(rows)
     if loaded is not None:
         restore(engine, loaded.weights, loaded.run, loaded.ranks)
-        _tell_resumed(opened, loaded)
+        tell_resumed(opened, loaded)
     early = settings.config.early_stopping
     if early.patience is not None:
         stop_early(engine, EarlyStopping(early.monitor, early.mode, early.patience))
@@ -183,19 +200,6 @@ def _check(engine: Engine, settings: Settings, loaded: Loaded | None, *, strict:
         check_facts(loaded.facts, facts_of(engine, settings), settings, strict=strict)
         check_ranks(loaded.facts, loaded.run["step"], engine.world.size, settings)
     check_shapes(engine, loaded.weights, loaded.run, loaded.ranks, str(loaded.path))
-
-
-def _tell_resumed(opened: Opened | None, loaded: Loaded) -> None:
-    if opened is None or opened.found is None:
-        return
-    for word in opened.found.words:
-        print(f"not gone on from: {word}")  # noqa: T201
-    print(f"goes on from {loaded.path}")  # noqa: T201
-
-
-def _tell_complete(engine: Engine, folder: Path) -> None:
-    print(f"{folder} is complete: {len(engine.history.rows)} epochs. Give more epochs, or another run.name.")  # noqa: T201
-    _sum_up(engine.history, folder)
 
 
 def _noted(
@@ -360,12 +364,3 @@ def agree(world: World, attempt: Callable[[], T]) -> T:
     if failures:
         raise AgreedError(failures)
     return result  # type: ignore[no-any-return]
-
-
-def _sum_up(history: History, folder: Path) -> None:
-    best = history.best()
-    if best is not None:
-        monitor = next((name for name in ("val_loss", "loss") if name in best), None)
-        why = f" ({monitor} = {best[monitor]:.4f})" if monitor else " (the last one: no step returns a loss)"
-        print(f"best epoch: {best['epoch']}{why}")  # noqa: T201
-    print(f"run: {folder}")  # noqa: T201

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dtrain.cli.guard import reported
+from dtrain.cli.speaking import asked_for_events
 from dtrain.cli.train import Retries, read_target
+from dtrain.events import Events, tell_end
 
 if TYPE_CHECKING:
     from dtrain.config import Settings
@@ -114,7 +116,9 @@ def _launch(program: str, arguments: list[str], asked: Asked, dry_run: bool, ret
             words = goes_on(argv)
         return run_job(words, again, must_agree(asked, again, [program, *arguments], files))
 
-    return told(run_with_retries(attempt, retries, follows=job.node_rank > 0))
+    ending = run_with_retries(attempt, retries, follows=job.node_rank > 0)
+    tell_end(Events() if program == "train" and asked_for_events(arguments) else None, ending)
+    return told(ending)
 
 
 def _check_not_launched(program: str) -> None:

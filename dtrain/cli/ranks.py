@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dtrain.cli.speaking import Manner
     from dtrain.world import World
 
 
@@ -17,6 +18,7 @@ def on_ranks(
     *,
     claims: Callable[[], Mapping[str, str]] | None = None,
     hang_seconds: float = 0.0,
+    manner: Manner | None = None,
     **more: Any,
 ) -> int:
     """Runs a verb's work as one rank; or, asked for several and not launched as one of them, starts them.
@@ -26,6 +28,7 @@ def on_ranks(
         cpu: compute on the CPU also where there is a GPU.
         work: what a rank does in the verified world.
         hang_seconds: how long a rank that is started here may stand still; 0 is for ever.
+        manner: how this process speaks as a rank, and tells how those that it starts have ended.
         more: as for `launch.local.run_local_ranks`.
         claims: returns what must be the same on all ranks, asked only where there are several.
 
@@ -37,9 +40,14 @@ def on_ranks(
 
     facts = read_rank_facts()
     if ranks is not None and ranks > 1 and not facts.launched:
-        from dtrain.launch.local import dtrain_argv, start_local_ranks
+        from dtrain.launch.local import dtrain_argv, run_local_ranks, told
 
-        return start_local_ranks(dtrain_argv(sys.argv[1:]), ranks, hang_seconds=hang_seconds, **more)
+        ending = run_local_ranks(dtrain_argv(sys.argv[1:]), ranks, hang_seconds=hang_seconds, **more)
+        if manner is not None:
+            manner.tell_end(ending)
+        return told(ending)
+    if manner is not None:
+        manner.speak(facts.rank)
     set_threads(facts.local_size)
     from dtrain.launch.heartbeat import DONE, SETUP, own_heartbeat
     from dtrain.launch.lifeline import hold_on

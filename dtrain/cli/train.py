@@ -12,6 +12,7 @@ import typer
 
 from dtrain.cli.guard import reported
 from dtrain.cli.ranks import on_ranks
+from dtrain.cli.speaking import AllRanks, Format, Level, LogFormat, Manner
 
 if TYPE_CHECKING:
     from dtrain.config import Settings
@@ -54,22 +55,27 @@ def train(
         ),
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and start nothing.")] = False,
+    log_format: Format = LogFormat.AUTO,
+    all_ranks: AllRanks = False,
+    log_level: Level = None,
 ) -> None:
     """Train. With nothing named: the bundled digits, 3 epochs.
 
     Examples: dtrain train epochs=5 lr=0.003; dtrain train my_recipe.py -n 2 --cpu
     """
-    with reported():
-        code = _train(words or [], ranks, cpu, dry_run, retries, resume)
+    manner = Manner(log_format, log_level, all_ranks=all_ranks)
+    with reported(manner.events):
+        code = _train(words or [], ranks, cpu, dry_run, retries, resume, manner)
     raise typer.Exit(code)
 
 
 def _train(  # noqa: PLR0917 - the options
-    words: list[str], ranks: int | None, cpu: bool, dry_run: bool, retries: int, resume: str
+    words: list[str], ranks: int | None, cpu: bool, dry_run: bool, retries: int, resume: str, manner: Manner
 ) -> int:
     from dtrain.launch.facts import read_rank_facts
     from dtrain.launch.requests import hear_no_more, request_of_this_process
 
+    manner.check()
     request = request_of_this_process() if not dry_run else None
     settings = read_target(words)
     if request is None:
@@ -79,7 +85,7 @@ def _train(  # noqa: PLR0917 - the options
     def work(world: World) -> None:
         from dtrain.run import train_run
 
-        folder = train_run(settings, world, resume, request)
+        folder = train_run(settings, world, resume, request, manner.voice)
         if world.is_main:
             typer.echo(f"next: {shlex.join(['dtrain', 'evaluate', str(folder)])}")
 
@@ -91,8 +97,8 @@ def _train(  # noqa: PLR0917 - the options
     }
     try:
         if retries and not _is_rank():
-            return _retried(ranks or 1, retries, watch)
-        return on_ranks(ranks, cpu, work, claims=lambda: _claims(settings), **watch)
+            return _retried(ranks or 1, retries, watch, manner)
+        return on_ranks(ranks, cpu, work, claims=lambda: _claims(settings), manner=manner, **watch)
     finally:
         hear_no_more()
 
@@ -111,7 +117,7 @@ def _is_rank() -> bool:
     return supervised()
 
 
-def _retried(ranks: int, retries: int, watch: dict[str, Any]) -> int:
+def _retried(ranks: int, retries: int, watch: dict[str, Any], manner: Manner) -> int:
     from dtrain.launch.local import Ending, dtrain_argv, run_local_ranks, told
     from dtrain.launch.retries import goes_on, run_variables, run_with_retries
 
@@ -122,7 +128,9 @@ def _retried(ranks: int, retries: int, watch: dict[str, Any]) -> int:
             return run_local_ranks(argv, ranks, **watch)
         return run_local_ranks(goes_on(argv), ranks, run_variables(run), **watch)
 
-    return told(run_with_retries(attempt, retries))
+    ending = run_with_retries(attempt, retries)
+    manner.tell_end(ending)
+    return told(ending)
 
 
 def _claims(settings: Settings) -> dict[str, str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from dtrain.launch.reports import supervised
+from dtrain.launch.screen import fresh_line
 
 FILE_NAME = "STOP"  # in the run's folder
 
@@ -139,4 +140,4 @@ def _tell(by: str) -> None:
     if not supervised():
         line = request_heard(by, alone=os.environ.get("WORLD_SIZE", "1") == "1")
         # At once, and also from within another print(); a terminal shows ^C or a bar in this line.
-        os.write(2, ("\n" * os.isatty(2) + line + "\n").encode())
+        os.write(2, f"{fresh_line(2)}{line}\n".encode())

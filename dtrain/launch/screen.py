@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import select
 import struct
 import sys
@@ -14,6 +15,10 @@ from collections.abc import Iterable, Sequence
 # How long a rank's output waits for the end of a line that another one has begun. A progress bar never ends its line.
 _PATIENCE_SECONDS = 0.25
 _SHOW_CURSOR = b"\x1b[?25h"
+# Lines that are drawn again and again, below a cursor that waits above them (`dtrain.progress.region`): whoever writes
+# next clears them away.
+_WAITING = re.compile(rb"\r\x1b\[\d+A[^\r\n]*$")
+_CLEAR = b"\r\x1b[J"
 
 
 class Screen:
@@ -28,6 +33,7 @@ class Screen:
         self.closed = False
         self.is_terminal = file is not None and os.isatty(file)
         self._owner: object | None = None
+        self._drawn_by: object | None = None
         self._held: list[tuple[object, bytes, float]] = []  # who, what, until when
         self._troubles: list[str] = []
 
@@ -64,11 +70,17 @@ class Screen:
 
     def end_line(self) -> None:
         """Ends a line that was begun; a terminal's cursor, which a bar may have hidden, is seen again."""
-        if self._owner is not None:
+        if self._drawn_by is not None:
+            self._write(None, _CLEAR + _SHOW_CURSOR)
+        elif self._owner is not None:
             self._write(None, (_SHOW_CURSOR if self.is_terminal else b"") + b"\n")
 
     def _write(self, source: object | None, chunk: bytes) -> None:
-        self._owner = None if chunk.endswith(b"\n") else source
+        if self._drawn_by not in (None, source):
+            chunk = _CLEAR + chunk
+        drawn = self.is_terminal and _WAITING.search(chunk) is not None
+        self._owner = None if chunk.endswith(b"\n") or drawn else source
+        self._drawn_by = source if drawn else None
         if self.file is None or self.closed:
             return
         try:
@@ -77,6 +89,13 @@ class Screen:
             self.closed = True
         except OSError as error:
             self._troubles.append(f"output cannot be written ({error.strerror}); the run goes on")
+
+
+def fresh_line(file: int) -> str:
+    """Returns what to write before a line that comes at any time: on a terminal, where ^C or bars may stand."""
+    if not os.isatty(file):
+        return ""
+    return "\n" if os.environ.get("TERM", "dumb") == "dumb" else "\n\x1b[J"
 
 
 def screens() -> tuple[Screen, Screen]:

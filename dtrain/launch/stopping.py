@@ -15,6 +15,7 @@ from types import FrameType
 from dtrain.errors import EXIT_OK, EXIT_STOPPED
 from dtrain.launch.heartbeat import read_beat
 from dtrain.launch.requests import STOP_SIGNALS, request_heard
+from dtrain.launch.screen import fresh_line
 
 _HANG_UP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
 
@@ -94,8 +95,8 @@ class Orders:
                 return True
         if self._deadline is None:
             self._deadline = time.monotonic() + self._seconds
-            line_before = "\n" if sys.stderr.isatty() else ""  # which shows ^C, or a bar
-            print(line_before + request_heard(signal.Signals(first).name), file=sys.stderr, flush=True)  # noqa: T201
+            text = fresh_line(2) + request_heard(signal.Signals(first).name)
+            print(text, file=sys.stderr, flush=True)  # noqa: T201
         self._pass_on(first, ranks)
         if time.monotonic() > self._deadline:
             self.ends.append(first)

@@ -1,86 +1,107 @@
-"""The live bar of a terminal."""
+"""The live view of a terminal: a bar for the pass that runs, one for the run, and the values so far."""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
+from dtrain.progress.clock import Clock
 from dtrain.progress.facts import PassFacts
-from dtrain.progress.plain import epoch_line, metrics_text
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
-    from rich.progress import TaskID
-
     from dtrain.metrics import MeanTable
+    from dtrain.progress.lines import Part
 
 _REDRAW_SECONDS = 0.1
+_MOST_SHARE = 0.02  # of the time that drawing may take, where a terminal or a device is slow to answer
+_LEAST_ROWS = 6  # of a terminal that has room for more than one line
 
 
 class LiveBar:
-    """A bar for the pass that runs, with loss, metric, rate and time left; above it a line for each epoch.
+    """Bars with loss, metrics, learning rate, samples a second and time left; above them a line for each epoch.
+
+    It draws from `step` alone, at most ten times a second: there is no thread that a fork could catch with a lock.
 
     Args:
         epochs: number of epochs of the run.
+        out: the terminal, by default the standard output.
     """
 
-    def __init__(self, epochs: int) -> None:
+    def __init__(self, epochs: int, out: TextIO | None = None) -> None:
         from rich.console import Console
 
+        from dtrain.progress.lines import ASCII, FINE
+        from dtrain.progress.region import Region, Surrounded
+
+        self._out = out or sys.stdout
+        self._console = Console(file=self._out, highlight=False, markup=False)
+        self._glyphs = FINE if self._console.encoding.startswith("utf") else ASCII
+        self._region = Region(self._out, lambda: self._size()[0])
+        self._around = Surrounded(self._region)
         self._epochs = epochs
-        self._console = Console(highlight=False, markup=False)
-        self._bar: RichProgress | None = None
-        self._task: TaskID | None = None
-        self._begun = self._drawn = 0.0
+        self._clock = Clock()
+        self._values: Mapping[str, float] = {}
+        self._shown = False
+        self._next = 0.0
 
     def begin(self, facts: PassFacts) -> None:
-        """Starts the bar anew for a pass."""
-        bar = self._started()
-        if self._task is not None:
-            bar.remove_task(self._task)
-        label = f"epoch {facts.epoch}/{self._epochs} {facts.split}"
-        self._task = bar.add_task(label, total=facts.steps, means="", rate="")
-        self._begun = self._drawn = time.monotonic()
+        """Draws the bars anew for a pass."""
+        if not self._shown:
+            self._around.begin()
+            self._shown = True
+        now = time.monotonic()
+        self._clock.begin(facts, now)
+        self._values = {}
+        if now >= self._next:
+            self._draw(now)
 
     def step(self, table: MeanTable) -> None:
-        """Redraws, at most ten times a second, so that short steps cost nothing."""
+        """Redraws now and then, so that short steps cost nothing."""
         now = time.monotonic()
-        if self._bar is None or self._task is None or now - self._drawn < _REDRAW_SECONDS:
+        if now < self._next:
             return
-        self._drawn = now
-        rate = table.steps / max(now - self._begun, 1e-9)
-        self._bar.update(
-            self._task,
-            completed=table.steps,
-            means=metrics_text(table.running(), between="  "),
-            rate=f"{rate:.0f} steps/s" if rate >= 10 else f"{rate:.2g} steps/s",
-        )
+        self._clock.look(table.steps, now)
+        self._values = table.running()
+        self._draw(now)
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
-        """Prints the epoch's line above the bar."""
-        self._console.print(epoch_line(row), soft_wrap=True)
+        """Prints the epoch's line above the bars."""
+        from dtrain.progress.lines import epoch_parts
+
+        self._clock.end_epoch(time.monotonic())
+        parts = epoch_parts(row, self._size()[0] - 1, self._glyphs)
+        self._region.print(self._styled(parts) + "\n")
 
     def close(self) -> None:
-        """Takes the bar off the screen."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Takes the bars off the screen."""
+        if self._shown:
+            self._shown = False
+            self._around.end()
+            self._region.clear()
 
-    def _started(self) -> RichProgress:
-        if self._bar is None:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def _draw(self, now: float) -> None:
+        from dtrain.progress.lines import lines_of
 
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[means]}", markup=False),
-                TextColumn("{task.fields[rate]}", markup=False),
-                TimeRemainingColumn(compact=True),
-                console=self._console,
-                transient=True,
-                expand=True,
-            )
-            self._bar.start()
-        return self._bar
+        columns, rows = self._size()
+        lines = lines_of(self._clock, self._values, now, columns - 1, self._glyphs)
+        most = len(lines) if rows >= _LEAST_ROWS else 1 if rows > 1 else 0
+        self._region.draw([self._styled(line) for line in lines[:most]])
+        done = time.monotonic()
+        self._next = done + max(_REDRAW_SECONDS, (done - now) / _MOST_SHARE)
+
+    def _size(self) -> tuple[int, int]:
+        """Columns and rows, as they are now."""
+        try:
+            size = os.get_terminal_size(self._out.fileno())
+        except (OSError, ValueError, AttributeError):
+            size = os.terminal_size((0, 0))
+        return size.columns or self._console.width, size.lines or self._console.height
+
+    def _styled(self, parts: Sequence[Part]) -> str:
+        from rich.style import Style
+
+        system = self._console._color_system if not self._console.no_color else None
+        return "".join(Style.parse(style).render(text, color_system=system) if style else text for style, text in parts)

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import Literal
 
 from dtrain.progress.bar import LiveBar
 from dtrain.progress.base import Progress, Silent
 from dtrain.progress.plain import PlainLines
 
+View = Literal["auto", "rich", "plain"]
 
-def choose_progress(*, is_main: bool, epochs: int, log_step_freq: int) -> Progress:
-    """Returns the live bar for a terminal, plain lines for anything else, silence for other ranks."""
+_CANNOT_MOVE = frozenset({"", "dumb", "unknown"})
+
+
+def choose_progress(*, is_main: bool, epochs: int, log_step_freq: int, view: View = "auto") -> Progress:
+    """Returns what a rank tells its progress to.
+
+    Args:
+        is_main: whether this is global rank 0; the others are silent.
+        epochs: of the run.
+        log_step_freq: train steps between two plain lines.
+        view: "rich" is the live bars, "plain" are lines; "auto" is a table and a curve in a notebook, the bars on a
+            terminal, and lines anywhere else.
+    """
     if not is_main:
         return Silent()
-    if sys.stdout.isatty():
-        return LiveBar(epochs)
-    return PlainLines(epochs, log_step_freq)
+    if view == "auto" and can_display():
+        from dtrain.progress.notebook import NotebookView
+
+        return NotebookView()
+    live = can_be_live() if view == "auto" else view == "rich"
+    return LiveBar(epochs) if live else PlainLines(epochs, log_step_freq)
+
+
+def can_be_live() -> bool:
+    """Whether the standard output is a terminal that can move its cursor."""
+    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM", "").lower() not in _CANNOT_MOVE
+
+
+def can_display() -> bool:
+    """Whether this is a notebook's own process, which shows more than lines."""
+    if "IPython" not in sys.modules:
+        return False
+    from IPython import get_ipython
+
+    kernel = getattr(get_ipython(), "kernel", None)
+    session = getattr(kernel, "session", None)
+    return session is not None and getattr(session, "pid", None) == os.getpid()  # and none that was forked off

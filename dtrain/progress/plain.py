@@ -6,13 +6,11 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from dtrain.columns import metrics_of
 from dtrain.progress.facts import PassFacts
 
 if TYPE_CHECKING:
     from dtrain.metrics import MeanTable
-
-# Columns of a row that are no metrics; the line of an epoch shows them in its own way, or not.
-_FACTS = ("epoch", "lr", "seconds", "samples_per_second")
 
 
 class PlainLines:
@@ -52,7 +50,16 @@ class PlainLines:
         """Nothing is held open."""
 
     def _print(self, line: str) -> None:
-        print(line, file=self._out or sys.stdout, flush=True)
+        say(line, self._out or sys.stdout)
+
+
+def say(line: str, out: TextIO) -> None:
+    """Prints a line in one piece, so that lines of other processes never run into it; what the stream cannot encode
+    becomes a question mark.
+    """
+    encoding = getattr(out, "encoding", None) or "utf-8"
+    out.write(line.encode(encoding, errors="replace").decode(encoding) + "\n")
+    out.flush()
 
 
 def metrics_text(values: Mapping[str, float], between: str = ", ") -> str:
@@ -62,5 +69,5 @@ def metrics_text(values: Mapping[str, float], between: str = ", ") -> str:
 
 def epoch_line(row: Mapping[str, Any]) -> str:
     """Returns the tutorial's line for an epoch: its metrics and how long it took."""
-    parts = [f"{name} = {value:.3f}" for name, value in row.items() if name not in _FACTS]
+    parts = [f"{name} = {row[name]:.3f}" for name in metrics_of(row)]
     return f"EPOCH = {row['epoch']}, {', '.join(parts)}, time = {row['seconds']:.1f}s"

@@ -1,0 +1,55 @@
+"""What rank 0 says of a run before its first step and after its last one: words, and events where they are wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dtrain.config import Settings
+from dtrain.engine import Engine
+from dtrain.history import History
+from dtrain.progress import Voice
+from dtrain.resuming.finding import Loaded
+from dtrain.run_folder import CONFIG, Opened
+
+
+def tell_resumed(opened: Opened | None, loaded: Loaded) -> None:
+    """Says what a run goes on from, and what it does not go on from; on rank 0, which alone has opened its folder."""
+    if opened is None or opened.found is None:
+        return
+    for word in opened.found.words:
+        print(f"not gone on from: {word}")  # noqa: T201
+    print(f"goes on from {loaded.path}")  # noqa: T201
+
+
+def tell_start(engine: Engine, settings: Settings, folder: Path, came_from: Path | None, voice: Voice) -> None:
+    """Tells that training begins, or goes on: an event alone, since the first line of progress says the same."""
+    voice.tell(
+        "start",
+        run=str(folder),
+        config=str(folder / CONFIG),
+        recipe=settings.config.recipe,
+        ranks=engine.world.size,
+        device=str(engine.world.device),
+        epochs=engine.epochs,
+        epoch=engine.start.epoch,
+        step=engine.start.skip,
+        checkpoint=None if came_from is None else str(came_from),
+    )
+
+
+def tell_complete(history: History, folder: Path, voice: Voice) -> None:
+    """Says that there is nothing left to do."""
+    print(f"{folder} is complete: {len(history.rows)} epochs. Give more epochs, or another run.name.")  # noqa: T201
+    sum_up(history, folder, voice)
+
+
+def sum_up(history: History, folder: Path, voice: Voice) -> None:
+    """Says which epoch was best, and where the run is."""
+    best = history.best()
+    monitor = None
+    if best is not None:
+        monitor = next((name for name in ("val_loss", "loss") if name in best), None)
+        why = f" ({monitor} = {best[monitor]:.4f})" if monitor else " (the last one: no step returns a loss)"
+        print(f"best epoch: {best['epoch']}{why}")  # noqa: T201
+    print(f"run: {folder}")  # noqa: T201
+    voice.tell("complete", run=str(folder), epochs=len(history.rows), best=best and best["epoch"], monitor=monitor)
