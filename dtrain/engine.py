@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from dtrain.bounds import Limits, Start, Trained
 from dtrain.checks import check_alike, check_order, check_same_task, weights_checksum
 from dtrain.clipping import UNLIMITED, Limit
 from dtrain.dealing import BatchMode, Dealing
@@ -34,7 +35,7 @@ from dtrain.history import History
 from dtrain.launch.heartbeat import DONE, own_heartbeat
 from dtrain.learning import Interval, Learner, Task
 from dtrain.metrics import MeanTable, PassResult
-from dtrain.passes import Place, ValidPass, seconds_since, shares_on_device
+from dtrain.passes import Place, seconds_since, shares_on_device, valid_pass
 from dtrain.precision import Precision
 from dtrain.progress import PassFacts, Progress, RunFacts, Silent
 from dtrain.seeding import derive, seed_everything
@@ -46,73 +47,6 @@ from dtrain.world import World
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much of the data a short run takes.
-
-    Attributes:
-        train: number of the training loader's batches, None for all.
-        valid: number of the validation loader's batches, None for all.
-        merge: how many of a loader's batches are joined to one before they are dealt out.
-    """
-
-    train: int | None = None
-    valid: int | None = None
-    merge: int = 1
-
-
-@dataclass(frozen=True)
-class Trained:
-    """An epoch's train pass that is done.
-
-    Attributes:
-        result: what it came to.
-        steps: the rank's shares of it; as many on every rank.
-    """
-
-    result: PassResult
-    steps: int
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where training begins: at the first epoch, or where a checkpoint was saved.
-
-    Attributes:
-        epoch: the first one that is not whole.
-        skip: the rank's shares of it that are done.
-        table: what `MeanTable.state` returned after them, or None.
-        seconds: how long they took.
-        randomness: puts the random streams to where they were.
-        trained: the epoch's train pass, where it is done and only validation is left; None else.
-    """
-
-    epoch: int = 1
-    skip: int = 0
-    table: Mapping[str, Any] | None = None
-    seconds: float = 0.0
-    randomness: Callable[[], None] | None = None
-    trained: Trained | None = None
-
-
-def valid_pass(  # noqa: PLR0913 - keyword-only
-    task: Task,
-    world: World,
-    *,
-    batch: BatchMode,
-    seed: int,
-    limits: Limits | None = None,
-    fetch_batches: bool = True,
-) -> ValidPass | None:
-    """Returns a task's validation, None where it has no validation loader; usable without its train loader."""
-    if task.dl_valid is None or task.valid_step is None:
-        return None
-    limits = limits or Limits()
-    how = Dealing(world.rank, world.size, batch, fill=False, limit=limits.valid, merge=limits.merge)
-    loader = ShardedLoader(task.dl_valid, how, seed, "valid", fetch_batches=fetch_batches)
-    return ValidPass(task.module, task.valid_step, loader, world, task.metrics)
 
 
 @dataclass

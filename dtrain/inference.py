@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.dealing import BatchMode, Dealing, Share
-from dtrain.engine import valid_pass
 from dtrain.errors import DataError, StepError, UsageError, add_place
 from dtrain.launch.heartbeat import own_heartbeat
 from dtrain.learning import Task
 from dtrain.metrics import PassResult, nothing_yielded
-from dtrain.passes import Place, shares_on_device
+from dtrain.passes import Place, shares_on_device, valid_pass
 from dtrain.precision import Precision, chosen, computing
 from dtrain.progress import PassFacts, Progress, Silent
 from dtrain.sharding import ShardedLoader, in_data_order

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dtrain.bounds import Limits
 from dtrain.checks import check_first_batch, check_order, check_takes
-from dtrain.dealing import Share
+from dtrain.dealing import BatchMode, Dealing, Share
 from dtrain.launch.heartbeat import Heartbeat
+from dtrain.learning import Task
 from dtrain.metrics import MeanTable, PassResult
 from dtrain.progress import PassFacts, Progress, RunFacts
 from dtrain.sharding import ShardedLoader
@@ -163,3 +165,21 @@ class ValidPass:
         self.names = tuple(result.means)
         check_order(sums[0], sums[1], self.world.size, "valid")
         return result
+
+
+def valid_pass(  # noqa: PLR0913 - keyword-only
+    task: Task,
+    world: World,
+    *,
+    batch: BatchMode,
+    seed: int,
+    limits: Limits | None = None,
+    fetch_batches: bool = True,
+) -> ValidPass | None:
+    """Returns a task's validation, None where it has no validation loader; usable without its train loader."""
+    if task.dl_valid is None or task.valid_step is None:
+        return None
+    limits = limits or Limits()
+    how = Dealing(world.rank, world.size, batch, fill=False, limit=limits.valid, merge=limits.merge)
+    loader = ShardedLoader(task.dl_valid, how, seed, "valid", fetch_batches=fetch_batches)
+    return ValidPass(task.module, task.valid_step, loader, world, task.metrics)

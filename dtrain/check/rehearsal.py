@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from dtrain.batches import tensor_bytes
+from dtrain.bounds import Limits
 from dtrain.config import Settings
 from dtrain.config.schema import CheckpointConfig
 from dtrain.dealing import Share
-from dtrain.engine import Engine, Limits
+from dtrain.engine import Engine
 from dtrain.metrics import Mean, Observed, Value
 from dtrain.passes import Place
 from dtrain.resuming.fitting import facts_of

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from dtrain.batches import first_rows, tensor_bytes
+from dtrain.bounds import Limits
 from dtrain.config import Settings
 from dtrain.dealing import Share
-from dtrain.engine import Engine, Limits
+from dtrain.engine import Engine
 from dtrain.metrics import Mean, Observed, Value
 from dtrain.run import agree, configured_engine, load_task
 from dtrain.world import World

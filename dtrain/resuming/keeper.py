@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtrain.bounds import Trained
 from dtrain.checkpoint.folder import name_of, write_checkpoint
 from dtrain.checkpoint.keeping import Keeping
 from dtrain.checkpoint.tensors import pieces
@@ -20,7 +21,7 @@ from dtrain.checkpoint.tree import flatten
 from dtrain.checkpoint.weights import WEIGHTS
 from dtrain.checkpoint.writer import Snapshot, Writer, fits_beside
 from dtrain.config.schema import CheckpointConfig
-from dtrain.engine import Engine, Trained
+from dtrain.engine import Engine
 from dtrain.errors import CheckpointError
 from dtrain.passes import Place
 from dtrain.resuming.clock import AgreedClock

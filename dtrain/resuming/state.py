@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.engine import Engine, Start, Trained
+from dtrain.bounds import Start, Trained
+from dtrain.engine import Engine
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.learning import Task
 from dtrain.metrics import PassResult, add_up
