@@ -26,3 +26,14 @@ def check_positive(**numbers: object) -> None:
         real = isinstance(number, (int, float)) and not isinstance(number, bool)
         if number is not None and not (real and number > 0):  # type: ignore[operator]
             raise UsageError(f"{name} = {number!r}: should be a number above 0, or None.")
+
+
+def check_share(**numbers: object) -> None:
+    """Checks that arguments, given by their names, are None or numbers above 0 and below 1.
+
+    Raises:
+        UsageError: one is not; it is named.
+    """
+    for name, number in numbers.items():
+        if number is not None and not (isinstance(number, float) and 0 < number < 1):
+            raise UsageError(f"{name} = {number!r}: should be a number above 0 and below 1, or None.")

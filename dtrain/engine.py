@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 
+from dtrain.averaging import WeightAverage
 from dtrain.bounds import Limits, Start, Trained
 from dtrain.checks import check_alike, check_order, check_same_task, weights_checksum
 from dtrain.clipping import UNLIMITED, Limit
@@ -66,6 +68,7 @@ class Engine:
         nan: what is done about a train loss that is not finite; see `dtrain.finite`.
         precision: in which the net's forward computes; by default that of Accelerate's settings.
         clip: how long a gradient may be.
+        ema_decay: of an average of the weights, with which is validated; None for no average.
         history: gets a row an epoch, on every rank.
         progress: what a person sees.
         after_epoch: called on every rank with each new row.
@@ -96,6 +99,7 @@ class Engine:
     nan: WhenNan = "ignore"
     precision: Precision | None = None
     clip: Limit = UNLIMITED
+    ema_decay: float | None = None
     history: History = field(default_factory=History)
     progress: Progress = field(default_factory=Silent)
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
@@ -143,6 +147,7 @@ class Engine:
             precision=self.precision,
             clip=self.clip,
         )
+        self.average = None if self.ema_decay is None else WeightAverage(self.task.module, self.ema_decay)
         if self.learner.scaler is not None:
             self.task.others = {**self.task.others, "the scaler of float16": self.learner.scaler}
 
@@ -205,7 +210,7 @@ class Engine:
         if self.after_train is not None:
             self.after_train(trained)
         train = trained.result
-        valid = None if self.valid is None else self.valid.run(epoch, self.place, self.progress, self.facts)
+        valid = self._validated(epoch)
         row = self._row(epoch, train, valid)
         if epoch == 1:
             self._tell_unused_metrics(row)
@@ -216,6 +221,12 @@ class Engine:
         for tell in self.after_epoch:
             tell(row)
         self._tell_step()
+
+    def _validated(self, epoch: int) -> PassResult | None:
+        if self.valid is None:
+            return None
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            return self.valid.run(epoch, self.place, self.progress, self.facts)
 
     def _tell_step(self) -> None:
         for tell in self.after_step:
@@ -273,6 +284,8 @@ class Engine:
                 self._step_scheduler("step")
             if share.last:
                 self.place.updates += 1
+                if self.average is not None:
+                    self.average.update()
             self.progress.step(table)
             if table.asked is not None:
                 self.learner.finite.check_running(table)

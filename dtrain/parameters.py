@@ -71,11 +71,11 @@ def regroup(
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
-        parts: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
+        parts: dict[str, dict[str, Any]] = {}
         for parameter in group["params"]:
             own = _options(names.get(id(parameter), ""), rules)
-            parts.setdefault(tuple(own.items()), []).append(parameter)
-        groups += [{**group, **dict(own), "params": held} for own, held in parts.items()]
+            parts.setdefault(repr(own), {**group, **own, "params": []})["params"].append(parameter)
+        groups += parts.values()
     optimizer.param_groups[:] = groups
 
 

@@ -271,6 +271,7 @@ def configured_engine(task: Task, world: World, settings: Settings, **more: Any)
         fetch_batches=train.fetch_batches,
         precision=train.precision,
         clip=Limit(train.clip_norm, train.clip_value),
+        ema_decay=train.ema_decay,
         **more,
     )
     follow_schedule(engine, train)

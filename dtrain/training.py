@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.arguments import check_positive, check_whole
+from dtrain.arguments import check_positive, check_share, check_whole
 from dtrain.clipping import Limit
 from dtrain.dealing import BatchMode
 from dtrain.engine import Engine
@@ -63,6 +63,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     precision: Precision | None = None,
     clip_norm: float | None = None,
     clip_value: float | None = None,
+    ema_decay: float | None = None,
     seed: int = 42,
     verbose: bool = True,
     cpu: bool = False,
@@ -93,6 +94,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
             its graph); by default that of Accelerate's settings. The weights stay as they are.
         clip_norm: the largest 2-norm of all gradients of an optimizer together, which are those of the whole batch.
         clip_value: the largest magnitude of each number of a gradient.
+        ema_decay: of an exponential moving average of the weights (above 0, below 1), with which is validated, and
+            which the net has in the end.
         seed: the order of the samples and each rank's random stream are derived from it.
         verbose: whether rank 0 shows progress.
         cpu: compute on the CPU also where there is an accelerator.
@@ -114,6 +117,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     arguments = dict(locals())
     check_whole(epochs=epochs, log_step_freq=log_step_freq, accumulation=accumulation)
     check_precision(precision)
+    check_share(ema_decay=ema_decay)
     check_positive(clip_norm=clip_norm, clip_value=clip_value)
     limit = Limit(clip_norm, clip_value)
     task = Task(
@@ -143,9 +147,13 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         fetch_batches=fetch_batches,
         precision=precision,
         clip=limit,
+        ema_decay=ema_decay,
         progress=shown,
     )
-    return engine.fit().dataframe()
+    history = engine.fit()
+    if engine.average is not None:
+        engine.average.settle()
+    return history.dataframe()
 
 
 def _tutorials(step: Step, model: nn.Module) -> Step:

@@ -46,6 +46,9 @@ class TrainConfig(_Section):
     nan: Literal["stop", "skip", "ignore"] = Field(
         "stop", description="a train loss that is NaN or infinite stops the run, has its batch left out, or goes on"
     )
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="an average of the weights, with which is validated and which is saved"
+    )
     schedule: Literal["constant", "linear", "cosine"] | None = Field(
         None, description="the learning rate over the run, by optimizer steps; in place of build_scheduler"
     )

@@ -134,7 +134,7 @@ class Keeper:
     ) -> None:
         self._writer.wait()  # the copy's memory is in use until then
         structure, tensors = flatten(self._run_state(), RUN)
-        weights = weights_state(self._engine.task.module)
+        weights = weights_state(self._engine)
         named = {f"{WEIGHTS}:{name}": tensor for name, tensor in weights.items()} | tensors
         beside = self._writer.beside and self._has_room(named) if beside is None else beside
         copied = self._snapshot.take(named) if beside else {name: _plain(tensor) for name, tensor in named.items()}

@@ -47,6 +47,7 @@ def run_state(engine: Engine) -> State:
         "scheduler": None if task.scheduler is None else _kept(task.scheduler),
         "others": {name: _kept(other) for name, other in task.others.items()},
         "buffers": _other_buffers(task.module),
+        "trained weights": None if engine.average is None else engine.average.trained(),
     }
 
 
@@ -60,9 +61,11 @@ def rank_state(engine: Engine) -> State:
     }
 
 
-def weights_state(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the net's weights and buffers, where they are."""
-    return {name: value.detach() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+def weights_state(engine: Engine) -> dict[str, Tensor]:
+    """Returns the net's weights and buffers, where they are: those that validation has, averaged where that is so."""
+    state = engine.task.module.state_dict().items()
+    averaged = {} if engine.average is None else engine.average.weights()
+    return {name: averaged.get(name, value.detach()) for name, value in state if isinstance(value, Tensor)}
 
 
 def random_state(device: torch.device) -> State:
@@ -113,6 +116,8 @@ def restore(engine: Engine, weights: Mapping[str, Tensor], run: State, ranks: li
     """
     task = engine.task
     task.module.load_state_dict(weights, strict=False)
+    if engine.average is not None:
+        engine.average.take_up(run["trained weights"], run["updates"])
     buffers = dict(task.module.named_buffers())
     for name, value in run["buffers"].items():
         if name in buffers and buffers[name].shape == value.shape:

@@ -55,6 +55,7 @@ LAYERS = [
         "dtrain.progress",
         "dtrain.signatures",
         "dtrain.clipping",
+        "dtrain.averaging",
     ],
     ["dtrain.finite", "dtrain.report"],
     ["dtrain.accumulation", "dtrain.learning", "dtrain.descent", "dtrain.passes"],

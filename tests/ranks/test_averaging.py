@@ -1,0 +1,104 @@
+"""The average of the weights: a recursion in NumPy over the weights of each step; validated with, saved and resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.commands import Dtrain
+from helpers.ranks import run_ranks
+from helpers.sweep import some
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import dtrain as library
+
+DECAY = 0.8
+X = torch.randn(22, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+Y = X.sum(dim=1, keepdim=True) * 2
+
+
+def averaged(world, kinds: list[str]) -> dict[str, Any]:
+    """One rank: by kind of step, the weights after each step, what validation saw, the history, and the end."""
+    found = {}
+    for kind in kinds:
+        torch.manual_seed(4)
+        net = nn.Linear(3, 1).double()
+        steps: list[list[float]] = []
+        seen: list[list[float]] = []
+        net.optimizer = torch.optim.SGD(net.parameters(), lr=0.05)  # type: ignore[assignment]
+        net.optimizer.register_step_post_hook(lambda *_, net=net, steps=steps: steps.append(net.weight[0].tolist()))
+
+        def step(model, x, y, kind=kind, seen=seen):
+            loss = ((model(x) - y) ** 2).mean()
+            if not model.training:
+                seen.append(model.weight[0].tolist())
+            elif kind == "imperative":
+                model.optimizer.zero_grad()
+                loss.backward()
+                model.optimizer.step()
+                return loss.item()
+            return loss
+
+        loaders = [DataLoader(TensorDataset(X, Y), batch_size=size) for size in (6, 22)]
+        frame = library.train_model(
+            net,
+            3,
+            *loaders,
+            train_step=step,
+            valid_step=step,
+            ema_decay=DECAY,
+            batch="global",
+            verbose=False,
+            world=world,
+        )
+        found[kind] = [steps, seen, frame["val_loss"].tolist(), net.weight[0].tolist(), net.bias.item()]
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_average_is_numpys_recursion_and_what_validation_has(ranks: int) -> None:
+    for rank, found in enumerate(run_ranks(averaged, ranks, kinds=["imperative", "declarative"])):
+        for steps, seen, losses, weight, bias in found.values():
+            average, after = np.array(steps[0]), []
+            for number, weights in enumerate(steps):
+                average = average if number == 0 else DECAY * average + (1 - DECAY) * np.array(weights)
+                after.append(average)
+            assert len(steps) == 12
+            np.testing.assert_allclose(weight, after[-1], rtol=1e-12)
+            if rank == 0:  # the other ranks may have no share of one batch
+                np.testing.assert_allclose(seen, after[3::4], rtol=1e-12)
+            prediction = X.numpy() @ after[-1] + bias
+            assert losses[-1] == pytest.approx(np.mean((prediction - Y.numpy()[:, 0]) ** 2), rel=1e-9)
+
+
+@pytest.mark.parametrize("ranks", some([2], [1]))
+def test_a_run_saves_the_average_and_goes_on_with_both(dtrain: Dtrain, recipes: Path, ranks: int) -> None:
+    """Cut off within an epoch and gone on with, it ends as if it had not been; and what is saved is what was validated."""
+    words = ["train", recipes / "small.py", "-n", ranks, "--cpu", "train.ema_decay=0.7", "checkpoint.every_steps=1"]
+    words += ["epochs=3", "checkpoint.keep_last=99", "n_train=20"]
+    runs = dtrain.folder / "runs"
+    for name in ("whole", "cut"):
+        done = dtrain(*words, f"run.name={name}")
+        assert done.code == 0, done.text
+    for path in (runs / "cut/checkpoints").iterdir():
+        if path.name not in ("epoch-1", "epoch-2-step-1"):
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+    done = dtrain(*words, "run.name=cut")
+    assert done.code == 0 and "goes on from runs/cut/checkpoints/epoch-2-step-1" in done.out, done.text
+    ends = [load_file(runs / name / "checkpoints/epoch-3/model.safetensors") for name in ("whole", "cut")]
+    states = [load_file(runs / name / "checkpoints/epoch-3/state.safetensors") for name in ("whole", "cut")]
+    for one, two in (ends, states):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    row = library.read_history(runs / "whole").iloc[-1]
+    done = dtrain("evaluate", "runs/whole", "--checkpoint", "last")
+    assert f"val_loss = {row['val_loss']:.6f}"[:18] in done.out, done.text
+    trained = next(tensor for name, tensor in states[0].items() if "trained weights" in name and tensor.shape == (1, 3))
+    assert not torch.equal(trained, ends[0]["weight"])
