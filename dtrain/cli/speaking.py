@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from dtrain.events import Events, tell_end
+from dtrain.launch.reports import supervised
 
 if TYPE_CHECKING:
     from dtrain.launch.local import Ending
@@ -105,6 +106,8 @@ class Manner:
         set_up_log(self._level, rank, self.events, all_ranks=self._all_ranks)
         view = "auto" if self._form is LogFormat.JSON else self._form.value
         self.voice = Voice(view, self.events, self._all_ranks)  # type: ignore[arg-type]
+        if rank > 0 and not supervised():  # whose supervisor lets them take turns
+            self.voice.make_way()
 
     def tell_end(self, ending: Ending) -> None:
         """Tells how a job of local ranks ended, where it did not end well and events are wanted."""

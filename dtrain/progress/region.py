@@ -32,15 +32,17 @@ class Region:
     Args:
         out: the terminal.
         width: returns how wide it is, in cells.
+        own: whether this process draws the lines; if not, another one does, on the same terminal, and what is printed
+            here makes way for them.
     """
 
-    def __init__(self, out: TextIO, width: Callable[[], int]) -> None:
+    def __init__(self, out: TextIO, width: Callable[[], int] = lambda: 80, *, own: bool = True) -> None:
         self._out = out
         self._width = width
         self._lines: Sequence[str] = ()
         self._begun = ""  # a printed line whose end has not come yet
         self._lock = threading.RLock()
-        self._process = os.getpid()
+        self._process = os.getpid() if own else None
         self._gone = False
 
     @property

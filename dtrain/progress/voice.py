@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from dtrain.events import Events
 from dtrain.progress.base import Progress, Silent
-from dtrain.progress.choose import View, choose_progress
+from dtrain.progress.choose import View, can_be_live, choose_progress
 from dtrain.progress.jsonl import JsonLines
 
 
@@ -39,6 +40,13 @@ class Voice:
             return JsonLines(self.events, log_step_freq, rank)
         view: View = "plain" if self.all_ranks else self.view
         return choose_progress(is_main=True, epochs=epochs, log_step_freq=log_step_freq, view=view)
+
+    def make_way(self) -> None:
+        """Has a rank that draws no bars print its lines so that those of rank 0, on the same terminal, stay whole."""
+        from dtrain.progress.region import Region, Surrounded
+
+        if self.events is None and not self.all_ranks and self.view != "plain" and can_be_live():
+            Surrounded(Region(sys.stdout, own=False)).begin()
 
     def tell(self, event: str, **facts: Any) -> None:
         """Tells of an event, where events are wanted; rank 0 calls it."""
