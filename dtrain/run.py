@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import shlex
 import shutil
 import socket
@@ -33,7 +32,7 @@ from dtrain.launch.requests import StopRequest
 from dtrain.learning import Task
 from dtrain.lock import owned
 from dtrain.passes import Place
-from dtrain.progress import Voice
+from dtrain.progress import Voice, together
 from dtrain.recipe import bind, load_recipe
 from dtrain.recipe_file import locate
 from dtrain.resuming.finding import Loaded, Parts, read
@@ -46,10 +45,11 @@ from dtrain.seeding import seed_everything
 from dtrain.starts import here, noted
 from dtrain.stopping import Stopping, check_not_asked
 from dtrain.telling import sum_up, tell_complete, tell_resumed, tell_start
-from dtrain.trackers import Tracker, make_trackers
+from dtrain.tracking.about import about_run, commit_of
+from dtrain.tracking.base import End
+from dtrain.tracking.starting import start_tracking
+from dtrain.tracking.tracking import Tracking
 from dtrain.world import World
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -119,18 +119,20 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
         if world.is_main:
             tell_complete(engine.history, folder, voice)
         return folder
-    trackers = agree(world, lambda: _start_trackers(settings, folder, ids) if world.is_main else [])
+    tracking = agree(world, lambda: _start_tracking(engine, settings, folder, ids) if world.is_main else None)
     if world.is_main and train.nan != "ignore":
         engine.after_epoch.append(tell_validation)
-    engine.after_epoch += [tracker.log_epoch for tracker in trackers]
-    keeper = _keeper(engine, settings, folder, trackers)
+    keeper = _keeper(engine, settings, folder, tracking)
+    if tracking is not None:
+        tracking.settled = lambda: not keeper.writing
+        engine.progress = together(engine.progress, tracking)
     if world.is_main:
         tell_start(engine, settings, folder, came_from, voice)
     stopping = Stopping(world, request, folder / STOP_FILE, lambda: engine.is_over)
     engine.heed(stopping)
     try:
         with _noted(engine, settings, folder, came_from), stopping:
-            _fit(engine, keeper, trackers, folder)
+            _fit(engine, keeper, tracking, folder)
     except StopRequested:
         world.gather_json(None)  # rank 0 has written what any of them tells of
         raise StopRequested(_stopped(stopping.why(), engine.place, folder, settings)) from None
@@ -178,7 +180,9 @@ def begin(
         stop_early(engine, EarlyStopping(early.monitor, early.mode, early.patience))
     if loaded is None:
         return Path(folder), {}, None
-    return Path(folder), loaded.facts.get("trackers", {}), loaded.path
+    # A new run that begins from another one's checkpoint has trackers' runs of its own.
+    again = opened is not None and opened.again
+    return Path(folder), loaded.facts.get("trackers", {}) if again else {}, loaded.path
 
 
 def _opened(engine: Engine, settings: Settings, resume: str, own: Callable[[Path], None]) -> Opened:
@@ -220,24 +224,24 @@ def _noted(
     return noted(folder, facts, lambda: int(engine.history.rows[-1]["epoch"]) if engine.history.rows else 0)
 
 
-def _keeper(engine: Engine, settings: Settings, folder: Path, trackers: list[Tracker]) -> Keeper:
+def _keeper(engine: Engine, settings: Settings, folder: Path, tracking: Tracking | None) -> Keeper:
     """Has the engine saved as the config says."""
 
     def facts() -> dict[str, Any]:
-        return {**facts_of(engine, settings), "trackers": {tracker.name: tracker.run_id() for tracker in trackers}}
+        return {**facts_of(engine, settings), "trackers": {} if tracking is None else tracking.ids()}
 
     keeper = Keeper(engine, folder / CHECKPOINTS, settings.config.checkpoint, facts)
     keeper.attach()
     return keeper
 
 
-def _fit(engine: Engine, keeper: Keeper, trackers: list[Tracker], folder: Path) -> None:
+def _fit(engine: Engine, keeper: Keeper, tracking: Tracking | None, folder: Path) -> None:
     """Trains; whatever ends it, the last checkpoint is on the disk and the trackers are told."""
-    failed = True
+    failed, complete = True, False
     try:
         engine.fit()
         keeper.close()
-        failed = False
+        failed, complete = False, True
     except StopRequested:
         failed = False
         raise
@@ -248,7 +252,9 @@ def _fit(engine: Engine, keeper: Keeper, trackers: list[Tracker], folder: Path) 
             _leave_word(folder, engine.place, engine.world, error)
         raise
     finally:
-        _finish(trackers, failed=failed)
+        if tracking is not None:
+            weights = keeper.weights(tracking.artifacts) if complete and tracking.artifacts else None
+            tracking.finish(End(failed, complete, tuple(engine.history.rows), weights))
 
 
 def configured_engine(task: Task, world: World, settings: Settings, **more: Any) -> Engine:
@@ -326,25 +332,31 @@ def _leave_word(folder: Path, place: Place, world: World, error: BaseException) 
         add_remark(error, remark)
 
 
-def _start_trackers(settings: Settings, folder: Path, ids: dict[str, str]) -> list[Tracker]:
+def _start_tracking(engine: Engine, settings: Settings, folder: Path, ids: dict[str, str]) -> Tracking | None:
     """Starts the trackers; where that fails, no empty run is left behind."""
+    world, place = engine.world, engine.place
+    path = locate(settings.config.recipe, settings.base)
     try:
-        return make_trackers(settings.config, folder, folder.name, ids)
+        about = about_run(
+            settings,
+            engine.task.module,
+            ranks=world.size,
+            device=world.device.type,
+            code=None if path is None else commit_of(path.parent),
+        )
+        return start_tracking(
+            settings,
+            folder,
+            about=about,
+            device=world.device,
+            rows=engine.history.rows,
+            updates=place.updates,
+            ids=ids,
+        )
     except BaseException:
         if not (folder / CHECKPOINTS).exists() and not (folder / FILE_NAME).exists():
             shutil.rmtree(folder)
         raise
-
-
-def _finish(trackers: list[Tracker], *, failed: bool) -> None:
-    """Ends the trackers; what they raise never takes the place of what ended the run."""
-    for tracker in trackers:
-        try:
-            tracker.finish(failed=failed)
-        except Exception:
-            if not failed:
-                raise
-            logger.warning("a tracker could not end its run", exc_info=True)
 
 
 def agree(world: World, attempt: Callable[[], T]) -> T:

@@ -48,6 +48,12 @@ class Keeping:
             if one.path not in kept:
                 remove(one.path)
 
+    def chosen(self, folder: Path, which: Literal["best", "last"]) -> Saved | None:
+        """Returns the best or the last checkpoint of an epoch's end; None where there is none."""
+        saved = all_saved(folder)
+        ends = [one for one in saved if one.step is None]
+        return next(iter(self.ranked(saved) if which == "best" else ends[-1:]), None)
+
     def check(self, row: dict[str, Any]) -> None:
         """Compares the monitor with a row of the history.
 

@@ -17,6 +17,7 @@ from dtrain.cli.jobs import cancel, jobs, requeue
 from dtrain.cli.launch import launch
 from dtrain.cli.slurm_job import slurm_job
 from dtrain.cli.submit import submit
+from dtrain.cli.sync import sync
 from dtrain.cli.train import train
 from dtrain.launch.leaving import leave, must_leave_at_once
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (train, evaluate, predict, summary, submit, jobs, logs, cancel, requeue, history, bench, doctor):
+for _verb in (train, evaluate, predict, summary, submit, jobs, logs, cancel, requeue, history, bench, doctor, sync):
     app.command()(_verb)
 app.command(name="bench-rank", hidden=True)(bench_rank)
 app.command(name="doctor-rank", hidden=True)(doctor_rank)

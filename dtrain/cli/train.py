@@ -74,10 +74,12 @@ def _train(  # noqa: PLR0917 - the options
 ) -> int:
     from dtrain.launch.facts import read_rank_facts
     from dtrain.launch.requests import hear_no_more, request_of_this_process
+    from dtrain.tracking.wanted import check_installed
 
     manner.check()
     request = request_of_this_process() if not dry_run else None
     settings = read_target(words)
+    check_installed(settings.config.track)
     if request is None:
         _show_plan(settings, ranks or read_rank_facts().size)
         return 0

@@ -121,12 +121,31 @@ class WandbConfig(_Section):
     project: str = Field(min_length=1, description="the project that the run is filed under")
     mode: Literal["online", "offline", "disabled"] = Field("online", description="offline: sync it later")
     entity: str | None = Field(None, description="the team; by default that of your account")
+    wait_seconds: float = Field(10.0, gt=0, description="so long the end of training waits for the server")
+
+
+class MlflowConfig(_Section):
+    """MLflow; used where an experiment or a uri is named."""
+
+    uri: str | None = Field(None, description="the tracking server or store; by default MLflow's own")
+    experiment: str = Field("dtrain", min_length=1, description="what the run is filed under")
+
+
+class TrackioConfig(_Section):
+    """trackio; used where a project is named."""
+
+    project: str = Field(min_length=1, description="the project that the run is filed under")
 
 
 class TrackConfig(_Section):
-    """Experiment trackers."""
+    """Experiment trackers; several at once."""
 
     wandb: WandbConfig | None = Field(None, description="Weights & Biases")
+    tensorboard: bool = Field(False, description="TensorBoard, in the run's folder")
+    mlflow: MlflowConfig | None = Field(None, description="MLflow")
+    trackio: TrackioConfig | None = Field(None, description="trackio")
+    every_seconds: float = Field(1.0, ge=0, description="values within an epoch, so often at most; 0: of epochs alone")
+    artifacts: Literal[False, "best", "last"] = Field(False, description="weights that W&B and MLflow get at the end")
 
 
 class RunConfig(_Section):

@@ -143,7 +143,7 @@ def _flatten(node: yaml.MappingNode, loader: _Loader, path: Path, prefix: str) -
 
 def _is_section(dotted: str) -> bool:
     """Whether a mapping under this key is a section of ours; deeper ones are a builder's own value."""
-    return "." not in dotted or dotted == "track.wandb"
+    return "." not in dotted or dotted in ("track.wandb", "track.mlflow", "track.trackio")
 
 
 def read_environment(environ: Mapping[str, str]) -> dict[str, Value]:

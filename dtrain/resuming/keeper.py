@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -106,6 +106,11 @@ class Keeper:
             OSError: it could not be written.
         """
         self._tolerating(self._writer.wait)
+
+    def weights(self, which: Literal["best", "last"]) -> Path | None:
+        """Returns the file with the best or the last saved epoch's weights; None where there is none."""
+        saved = self._keeping.chosen(self._folder, which)
+        return None if saved is None else saved.path / WEIGHTS
 
     def _due(self, place: Place) -> bool:
         policy, engine = self._policy, self._engine

@@ -51,7 +51,7 @@ LAYERS = [
         "dtrain.steps",
         "dtrain.bounds",
         "dtrain.checkpoint",
-        "dtrain.trackers",
+        "dtrain.tracking",
         "dtrain.progress",
         "dtrain.signatures",
         "dtrain.clipping",

@@ -1,0 +1,11 @@
+"""Experiment trackers, behind one small interface. Only global rank 0 has any.
+
+::
+
+    engine -> Tracking    rate-limited; rows once they are not computed anew
+                |-- tracking/steps.jsonl and history.csv on the disk
+                |       \\-- dtrain.tracking.beside, a process of its own -> W&B (or `dtrain sync`, later)
+                \\-- a thread each: TensorBoard, MLflow, trackio, by way of Accelerate's trackers
+
+Nothing is loaded here: who sends to W&B, and who only reads runs, needs no torch.
+"""

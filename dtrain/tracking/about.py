@@ -1,0 +1,75 @@
+"""What trackers are told of a run once: its config, versions, code and net. Nothing of environment, command or user."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dtrain import __version__
+from dtrain.config import Settings
+
+
+def about_run(settings: Settings, module: nn.Module, *, ranks: int, device: str, code: str | None) -> dict[str, Any]:
+    """Returns what is told besides the config.
+
+    Args:
+        settings: the run's config.
+        module: the net.
+        ranks: how many ranks work.
+        device: their kind, such as "cuda".
+        code: the commit of the recipe's checkout, where there is one.
+    """
+    parameters = list(module.parameters())
+    return {
+        "dtrain": __version__,
+        "torch": metadata.version("torch"),
+        "code": code,
+        "recipe": settings.config.recipe.rpartition("/")[2],
+        "ranks": ranks,
+        "device": device,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "model": _layers(module),
+    }
+
+
+def _layers(module: nn.Module) -> str:
+    """The net's layers and sizes, by torchinfo, which runs nothing for it."""
+    from torchinfo import summary
+
+    training = module.training
+    try:
+        return str(summary(module, verbose=0, depth=4))
+    finally:
+        module.train(training)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns a tree of mappings as dotted keys; what no tracker takes as a parameter becomes text."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return found
+
+
+def commit_of(folder: Path) -> str | None:
+    """Returns the commit that is checked out where a folder lies; None where that is no git repository."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "--verify", "HEAD"],  # noqa: S607 - the user's own git
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=5,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
