@@ -6,6 +6,7 @@ and wherever it was online. W&B's server tells how far it is; the rest follows, 
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,9 @@ def check_tracked(run: Path) -> None:
 
 
 def _send(run: Path, entries: list[Entry], values: Values, wait: float) -> str:
+    # What wandb's client has to say for itself is no affair of whoever sends ten runs; nor does it call home.
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     url, why = server()
     if why:
         kind = UsageError if "API key" in why else SyncError

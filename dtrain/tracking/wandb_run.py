@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dtrain.tracking.files import ABOUT, FOLDER, read_json, write_json
-from dtrain.tracking.probe import no_key, what_is_wrong
+from dtrain.tracking.probe import PATIENCE, last_step, no_key, what_is_wrong
 from dtrain.tracking.values import Entry, Values
 
 STATE = "wandb.json"
 _INIT_SECONDS = 20.0
+_SETTLE_SECONDS = 3.0  # for a server to show what it has taken
 
 
 class NotSentError(Exception):
     """Values did not get to the server; the message says why."""
 
 
-def server() -> tuple[str, str]:
-    """Returns the server's address, and why it cannot be used, "" where it can. Asks nobody at a terminal."""
+def _login() -> tuple[str, str | None]:
+    """Returns the server's address, and the API key for it, where there is one."""
     import requests
     import wandb
 
@@ -29,9 +31,21 @@ def server() -> tuple[str, str]:
     if not key:
         found = requests.utils.get_netrc_auth(url)
         key = found[1] if found else None
-    if not key and not settings.identity_token_file:
+    return url, key
+
+
+def server(patience: float = PATIENCE) -> tuple[str, str]:
+    """Returns the server's address, and why it cannot be used, "" where it can. Asks nobody at a terminal.
+
+    Args:
+        patience: seconds that it has to answer.
+    """
+    import wandb
+
+    url, key = _login()
+    if not key and not wandb.setup().settings.identity_token_file:
         return url, no_key(url)
-    return url, what_is_wrong(url, key)
+    return url, what_is_wrong(url, key, patience)
 
 
 class WandbRun:
@@ -95,9 +109,7 @@ class WandbRun:
         except Exception as error:
             raise NotSentError(_first_line(error)) from error
         self._run.define_metric("epoch", hidden=True)
-        self._run.define_metric("*", step_metric="epoch")
-        self._run.define_metric("step/*", step_metric="step/optimizer_steps")
-        self._run.define_metric("gpu/*", step_metric="step/optimizer_steps")
+        self._columns: set[str] = {"epoch"}
         # What the server has, or what lies in the folder from before, is not sent twice.
         self._first = self._run.starting_step if online else self._state.get("written", -1) + 1
 
@@ -112,8 +124,10 @@ class WandbRun:
             if entry.step < self._first:
                 continue
             values = dict(entry.values)
-            if not entry.is_row:
-                values["step/optimizer_steps"] = entry.step
+            if entry.is_row:
+                for name in values.keys() - self._columns:
+                    self._run.define_metric(name, step_metric="epoch")
+                self._columns |= values.keys()
             if entry.at:
                 values["_timestamp"] = entry.at
             self._run.log(values, step=entry.step)
@@ -122,13 +136,16 @@ class WandbRun:
         """Ends W&B's run, and notes what it has.
 
         Args:
-            values: all of whose entries were sent.
+            values: all of whose entries were logged.
             end: how the run ended: `failed`; `complete`, with which its history is added as a table; `artifact`, the
                 path of weights to send along, or None. Empty where it was killed.
 
         Raises:
             NotSentError: the server did not take all of it in time.
         """
+        self._note(values, end, sent=False)
+        if self._online:
+            self._wait_for_server()
         problems: list[Exception] = []
         try:
             if end.get("complete") and values.rows:
@@ -141,11 +158,44 @@ class WandbRun:
             self._run.finish(exit_code=int(end.get("failed", True)))
         except Exception as error:  # noqa: BLE001 - it is told below
             problems.append(error)
-        self._note(values, end, sent=self._online and not problems)
+        missing = "" if problems or not self._online else self._missing(values.last)
+        self._note(values, end, sent=self._online and not problems and not missing)
+        if missing:
+            raise NotSentError(missing)
         if problems:
             late = isinstance(problems[-1], TimeoutError)
             words = "the server did not take them in time" if late else _first_line(problems[-1])
             raise NotSentError(words) from problems[-1]
+
+    def _wait_for_server(self) -> None:
+        """What is sent at the end waits for a server that is gone for longer than anybody wants to wait.
+
+        Raises:
+            NotSentError: it is gone. What W&B's client holds back for it is in the run's folder.
+        """
+        until = time.monotonic() + self._patience / 2
+        while True:
+            _, why = server(max(1.0, min(PATIENCE, until - time.monotonic())))
+            if not why:
+                return
+            if time.monotonic() > until - 1:
+                raise NotSentError(why)
+            time.sleep(0.5)
+
+    def _missing(self, last: int) -> str:
+        """Returns what the server lacks, "" where it has all: W&B's client may have given up on it, and not say so.
+
+        A server that does not tell is believed to have all.
+        """
+        url, key = _login()
+        until = time.monotonic() + min(self._patience / 2, _SETTLE_SECONDS)
+        while True:
+            step = last_step(url, key, entity=self._run.entity, project=self._run.project, run_id=self._run.id)
+            if step is None or step >= last:
+                return ""
+            if time.monotonic() > until:
+                return f"{url} has them up to optimizer step {max(step, 0)} of {last}"
+            time.sleep(0.25)
 
     def _log_artifact(self, path: Path) -> None:
         import wandb

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 LOG = "wandb.log"
 _START_SECONDS = 30.0  # for Python and W&B to load, and to write what needs no network
 _ANNOUNCE_SECONDS = 1.0
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 1.0
 
 # What W&B's client may see of the environment: where it lives, how the network is reached, its own settings.
 _NAMES = (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -78,10 +80,11 @@ class WandbServer:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def vanish(self) -> None:
-        """Refuses connections from now on."""
+        """Hangs up, and refuses connections from now on."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
+            self._server.hang_up()
             self._server = None
 
     def close(self) -> None:
@@ -173,7 +176,7 @@ class WandbServer:
         source = {"__typename": "ArtifactSequence", "name": name, "project": project}
         found = {
             "__typename": "Artifact", "id": variables["id"], "artifactSequence": source, "versionIndex": 0,
-            "artifactType": {"name": kind}, "description": None, "metadata": "{}", "ttlDurationSeconds": None,
+            "artifactType": {"name": kind}, "description": None, "metadata": "{}", "ttlDurationSeconds": -1,
             "ttlIsInherited": True, "tags": [], "historyStep": None, "state": "COMMITTED", "size": 1, "digest": "d",
             "commitHash": "c", "fileCount": 1, "createdAt": "2026-01-01T00:00:00Z", "updatedAt": None, "aliases": [],
         }  # fmt: skip
@@ -203,6 +206,20 @@ class WandbServer:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        self.open: list[Any] = []
+        super().__init__(*arguments)
+
+    def get_request(self) -> Any:
+        connection, address = super().get_request()
+        self.open.append(connection)
+        return connection, address
+
+    def hang_up(self) -> None:
+        for connection in self.open:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, *_: Any) -> None:
         pass  # who hangs up has its reasons
