@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,10 @@ def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Processes that are killed leave their temporary files; here they are in one folder, which goes at the end."""
     tmp_path_factory.getbasetemp()  # which stays where it is
     before = os.environ.get("TMPDIR")
-    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="dtrain-tests-")
+    folder = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="dtrain-tests-")
+    # After multiprocessing, which keeps a folder in it, has removed that.
+    Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-200)
     yield
-    shutil.rmtree(tempfile.tempdir, ignore_errors=True)
     tempfile.tempdir = None
     os.environ.pop("TMPDIR")
     if before is not None:

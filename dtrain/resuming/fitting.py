@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dtrain import __version__
 from dtrain.checkpoint.weights import WEIGHTS, check_fit
-from dtrain.config import Settings
+from dtrain.config import RunConfig, Settings
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
 from dtrain.launch.fingerprint import file_hash
@@ -107,8 +107,10 @@ def check_facts(there: Mapping[str, Any], here: Mapping[str, Any], settings: Set
 
 def config_differences(there: Mapping[str, Any], here: Mapping[str, Any], settings: Settings) -> list[str]:
     """Returns, in words, the values that differ and that the numbers depend on."""
-    # A builder's default counts as given: the recipe's content, compared besides, says what it was.
-    before, now = ({**settings.defaults, **_flat(values)} for values in (there, here))
+    # A builder's default counts as given: the recipe's content, compared besides, says what it was. So does that of a
+    # key that was not there yet in the dtrain that saved the checkpoint.
+    defaults = {**_flat(RunConfig().model_dump()), **settings.defaults}
+    before, now = ({**defaults, **_flat(values)} for values in (there, here))
     return [
         f"{key} was {before.get(key, 'not given')!r} and is {now.get(key, 'not given')!r} ({settings.place_of(key)})"
         for key in dict.fromkeys((*before, *now))

@@ -12,6 +12,7 @@ import psutil
 
 BIN = Path(sys.executable).parent
 MARK = "DTRAIN_TEST_PROCESS"
+SERVERS: set[int] = set()  # processes that start others, and stay till the tests' end
 # Variables with which the caller's own launcher or settings would reach into a test.
 _FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 # With it each part of a print() is a write of its own, and two ranks' lines run into each other.
@@ -31,7 +32,9 @@ def children_of_tests() -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == str(os.getpid()) and process.status() != psutil.STATUS_ZOMBIE:
+            if process.pid in SERVERS or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if process.environ().get(MARK) == str(os.getpid()):
                 found.append(f"{process.pid} {' '.join(process.cmdline())}")
         except (psutil.Error, OSError):
             continue

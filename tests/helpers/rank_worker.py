@@ -7,13 +7,20 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).resolve().parent.parent
 
 
-def main() -> None:
-    job = json.loads(sys.argv[1])
-    sys.path.insert(0, str(TESTS))
+def as_process(job: dict[str, Any], environment: dict[str, str]) -> None:
+    """What a process does that was forked from one without this rank's environment."""
+    os.environ.clear()
+    os.environ.update(environment)
+    run(job)
+
+
+def run(job: dict[str, Any]) -> None:
+    """Calls the job's function once, or, in a pool, for each line of arguments that comes; then leaves."""
     from dtrain.world import bring_up
 
     world = bring_up(cpu=True)
@@ -34,4 +41,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
-    main()
+    sys.path.insert(0, str(TESTS))
+    run(json.loads(sys.argv[1]))

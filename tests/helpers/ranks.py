@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 from dtrain.launch.local import free_port, rank_environment
-from helpers.commands import clean_environment
+from helpers.commands import SERVERS, clean_environment
+from helpers.rank_worker import as_process
 
-_WORKER = Path(__file__).with_name("rank_worker.py")
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
+_HEAVY = ["torch", "accelerate", "pandas", "dtrain.run", "dtrain.training", "dtrain.keras", "dtrain.script"]
 
 
 def run_ranks(
@@ -34,23 +40,48 @@ def run_ranks(
     """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(sys.modules[function.__module__].__file__ or "")
-        job = json.dumps({"file": str(file), "function": function.__name__, "arguments": arguments, "out": folder})
+        file = sys.modules[function.__module__].__file__
+        job = {"file": file, "function": function.__name__, "arguments": arguments, "out": folder}
         ranks = [
-            subprocess.Popen(
-                [sys.executable, str(_WORKER), job],
-                env=rank_process_environment(rank, size, port, folder) | (env or {}),
+            _server().Process(
+                target=as_process, args=(job, rank_process_environment(rank, size, port, folder) | (env or {}))
             )
             for rank in range(size)
         ]
+        end = time.monotonic() + timeout
         try:
-            codes = [rank.wait(timeout) for rank in ranks]
+            for rank in ranks:
+                rank.start()
+            for rank in ranks:
+                rank.join(max(0.0, end - time.monotonic()))
         finally:
             for rank in ranks:
                 rank.kill()
-                rank.wait()
+                rank.join()
+        codes = [rank.exitcode for rank in ranks]
         assert codes == [0] * size, f"exit codes by rank: {codes}"
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+@functools.cache
+def _server() -> ForkServerContext:
+    """Starts processes that have imported torch and dtrain already, which takes a process of its own seconds.
+
+    It ends with the tests; what it starts carries their mark.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_HEAVY)
+    resource_tracker.ensure_running()
+    before = dict(os.environ)
+    try:
+        os.environ.clear()
+        os.environ.update(clean_environment(OMP_NUM_THREADS="1"))
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    SERVERS.add(forkserver._forkserver._forkserver_pid)
+    return context
 
 
 def rank_process_environment(rank: int, size: int, port: int, folder: str) -> dict[str, str]:

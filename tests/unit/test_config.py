@@ -129,3 +129,14 @@ def test_a_bare_key_that_two_have_is_ambiguous() -> None:
 def test_a_bare_key_that_nobody_has_lists_what_is_there() -> None:
     with pytest.raises(ConfigError, match=r"(?s)'widht'.*Did you mean 'width'.*model: width"):
         load_settings(None, ["widht=4"], {}).place({"model": ["width"]})
+
+
+def test_a_key_that_an_older_dtrain_did_not_have_counts_as_its_default() -> None:
+    from dtrain.resuming.fitting import config_differences
+
+    settings = load_settings("digits", [], {})
+    there = settings.plain()
+    del there["train"]["clip_norm"], there["parameters"]
+    assert config_differences(there, settings.plain(), settings) == []
+    now = load_settings("digits", ["clip_norm=1.0"], {})
+    assert config_differences(there, now.plain(), now) == ["train.clip_norm was None and is 1.0 (command line)"]
