@@ -17,11 +17,13 @@ class Limits:
         train: number of the training loader's batches, None for all.
         valid: number of the validation loader's batches, None for all.
         merge: how many of a loader's batches are joined to one before they are dealt out.
+        same: whether every epoch takes the same training batches.
     """
 
     train: int | None = None
     valid: int | None = None
     merge: int = 1
+    same: bool = False
 
 
 @dataclass(frozen=True)

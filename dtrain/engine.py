@@ -69,6 +69,7 @@ class Engine:
         precision: in which the net's forward computes; by default that of Accelerate's settings.
         clip: how long a gradient may be.
         ema_decay: of an average of the weights, with which is validated; None for no average.
+        max_steps: optimizer steps after which training ends, with the epoch's row; None where the epochs end it.
         history: gets a row an epoch, on every rank.
         progress: what a person sees.
         after_epoch: called on every rank with each new row.
@@ -100,6 +101,7 @@ class Engine:
     precision: Precision | None = None
     clip: Limit = UNLIMITED
     ema_decay: float | None = None
+    max_steps: int | None = None
     history: History = field(default_factory=History)
     progress: Progress = field(default_factory=Silent)
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
@@ -187,10 +189,18 @@ class Engine:
             self.place.heartbeat.enter(DONE)  # what comes now is the caller's own
         return self.history
 
+    @property
+    def spent(self) -> bool:
+        """Whether all optimizer steps that there were to be have been taken."""
+        return self.max_steps is not None and self.place.updates >= self.max_steps
+
     def updates_in_all(self) -> int | None:
         """Returns the optimizer steps of the whole run; None where the loader cannot tell its length."""
         steps = self.train_loader.steps()
-        return None if steps is None else -(-steps // self.accumulation) * self.epochs
+        total = None if steps is None else -(-steps // self.accumulation) * self.epochs
+        if self.max_steps is None:
+            return total
+        return self.max_steps if total is None else min(total, self.max_steps)
 
     @property
     def is_over(self) -> bool:
@@ -210,6 +220,7 @@ class Engine:
         if self.after_train is not None:
             self.after_train(trained)
         train = trained.result
+        self.stopping = self.stopping or self.spent
         valid = self._validated(epoch)
         row = self._row(epoch, train, valid)
         if epoch == 1:
@@ -271,14 +282,17 @@ class Engine:
         self.table = table = MeanTable("train", self.names, self.task.metrics)
         if start.table is not None:
             table.load(start.table, self.world.device)
+        most = self._most_shares(start)
         steps = self.train_loader.steps()
+        if most is not None:
+            steps = most if steps is None else min(steps, most)
         samples = lambda: table.samples  # noqa: E731
         self.progress.begin(PassFacts("train", epoch, steps, start.skip, start.seconds, samples, self.facts))
         by_step = self.task.scheduler is not None and self.task.interval == "step"
         self.began = time.perf_counter() - start.seconds
         # The streams are put back after the iteration has begun, which draws from them.
         ready = start.randomness if start.skip else None
-        for share in shares_on_device(self.train_loader, self.world, self.place, start.skip, ready):
+        for share in shares_on_device(self.train_loader, self.world, self.place, start.skip, ready, most):
             table.add(self.learner.learn(share), share.count)
             if by_step and share.last:
                 self._step_scheduler("step")
@@ -304,6 +318,12 @@ class Engine:
         # DDP keeps rank 0's buffers (BatchNorm's statistics) for all while it trains; so does what comes after.
         self.world.broadcast_(list(module.buffers()))
         return result
+
+    def _most_shares(self, start: Start) -> int | None:
+        """Returns after how many shares of the epoch the last optimizer step of the run is taken, if in this one."""
+        if self.max_steps is None:
+            return None
+        return start.skip + (self.max_steps - self.place.updates) * self.accumulation
 
     def generators(self) -> list[torch.Generator]:
         """Returns the generators that the user gave the loaders or their samplers."""
@@ -344,4 +364,6 @@ class Engine:
             limit=self.limits.train,
             merge=self.limits.merge,
         )
-        return ShardedLoader(loader, how, self.seed, "train", fetch_batches=self.fetch_batches)
+        return ShardedLoader(
+            loader, how, self.seed, "train", fetch_batches=self.fetch_batches, same_order=self.limits.same
+        )

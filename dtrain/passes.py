@@ -53,8 +53,13 @@ class Place:
             self.heartbeat.step(self.step)
 
 
-def shares_on_device(
-    loader: ShardedLoader, world: World, place: Place, skip: int = 0, ready: Callable[[], None] | None = None
+def shares_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all of them
+    loader: ShardedLoader,
+    world: World,
+    place: Place,
+    skip: int = 0,
+    ready: Callable[[], None] | None = None,
+    most: int | None = None,
 ) -> Iterator[Share]:
     """Yields the rank's shares of the epoch that the place names, on its device; keeps the place up to date.
 
@@ -64,12 +69,13 @@ def shares_on_device(
         place: where the run is.
         skip: so many of the first shares are left out.
         ready: called once the iteration has begun, before the first share is fetched.
+        most: the number of shares after which the pass ends, those left out included; None for all.
     """
     shares = loader.shares(place.epoch) if ready is None else loader.shares(place.epoch, skip, ready)
     place.step = skip
     # Once, before the first step, where a difference between the ranks could still hang them.
     compare = place.split == "train" and not place.compared
-    while True:
+    while most is None or place.step < most:
         place.advance()  # also while its batch is fetched
         share = next(shares, None)
         if compare:

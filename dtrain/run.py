@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 
 from dtrain.best import EarlyStopping, stop_early
+from dtrain.building import configured_engine, load_task, run_epochs
 from dtrain.checkpoint.folder import Saved
-from dtrain.clipping import Limit
 from dtrain.config import Settings
 from dtrain.engine import Engine
 from dtrain.errors import EXIT_USAGE, AgreedError, StopRequested, UsageError, add_remark
@@ -29,19 +29,16 @@ from dtrain.launch.postmortem import Failure, last_checkpoint, read_failure, rem
 from dtrain.launch.reports import PEER, name_run, supervised
 from dtrain.launch.requests import FILE_NAME as STOP_FILE
 from dtrain.launch.requests import StopRequest
-from dtrain.learning import Task
 from dtrain.lock import owned
 from dtrain.passes import Place
 from dtrain.progress import Voice, together
-from dtrain.recipe import bind, load_recipe
 from dtrain.recipe_file import locate
 from dtrain.resuming.finding import Loaded, Parts, read
 from dtrain.resuming.fitting import check_facts, check_ranks, check_shapes, facts_of
 from dtrain.resuming.keeper import Keeper
 from dtrain.resuming.state import restore
 from dtrain.run_folder import CHECKPOINTS, Opened, open_folder, take_up
-from dtrain.schedules import follow_schedule
-from dtrain.seeding import seed_everything
+from dtrain.seeding import deterministic
 from dtrain.starts import here, noted
 from dtrain.stopping import Stopping, check_not_asked
 from dtrain.telling import sum_up, tell_complete, tell_resumed, tell_start
@@ -52,12 +49,6 @@ from dtrain.tracking.tracking import Tracking
 from dtrain.world import World
 
 T = TypeVar("T")
-
-
-def load_task(settings: Settings) -> Task:
-    """Seeds, imports the recipe and builds its objects, so that every rank builds the same net."""
-    seed_everything(settings.config.train.seed)
-    return bind(load_recipe(settings.config.recipe, settings.base), settings)
 
 
 def train_run(
@@ -103,14 +94,10 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
 ) -> Path:
     task = agree(world, lambda: load_task(settings))
     train = settings.config.train
-    engine = configured_engine(
-        task,
-        world,
-        settings,
-        epochs=train.epochs,
-        nan=train.nan,
-        progress=voice.progress(world.rank, train.epochs, train.log_step_freq),
-    )
+    owner.enter_context(deterministic(train.deterministic))
+    epochs = run_epochs(task, world, settings)
+    progress = voice.progress(world.rank, epochs, train.log_step_freq)
+    engine = configured_engine(task, world, settings, epochs=epochs, nan=train.nan, progress=progress)
     check_not_asked(world, request)
     folder, ids, came_from = begin(engine, settings, resume, lambda folder: owner.enter_context(_taken(folder)))
     if world.local_rank == 0:  # on each node, for the ranks' logs
@@ -255,33 +242,6 @@ def _fit(engine: Engine, keeper: Keeper, tracking: Tracking | None, folder: Path
         if tracking is not None:
             weights = keeper.weights(tracking.artifacts) if complete and tracking.artifacts else None
             tracking.finish(End(failed, complete, tuple(engine.history.rows), weights))
-
-
-def configured_engine(task: Task, world: World, settings: Settings, **more: Any) -> Engine:
-    """Returns an engine that computes what the config says.
-
-    Args:
-        task: the recipe's objects.
-        world: the ranks.
-        settings: the config.
-        more: how long, how much and for whom: further fields of the engine.
-    """
-    train = settings.config.train
-    engine = Engine(
-        task,
-        world,
-        seed=train.seed,
-        batch=train.batch,
-        accumulation=train.accumulation,
-        sync_batchnorm=train.sync_batchnorm,
-        fetch_batches=train.fetch_batches,
-        precision=train.precision,
-        clip=Limit(train.clip_norm, train.clip_value),
-        ema_decay=train.ema_decay,
-        **more,
-    )
-    follow_schedule(engine, train)
-    return engine
 
 
 @contextlib.contextmanager

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import random
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def derive(seed: int, *purpose: object) -> int:
@@ -55,6 +58,26 @@ class CommonRandomness:
             yield
         finally:
             _restore(outside)
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """While inside, if wanted, torch takes algorithms that give the same each time, and raises where it has none."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    workspace = os.environ.get(_CUBLAS)
+    os.environ[_CUBLAS] = workspace or ":4096:8"  # without it cuBLAS has none
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+        if workspace is None:
+            del os.environ[_CUBLAS]
 
 
 def seed_everything_on_cpu(seed: int) -> None:

@@ -53,12 +53,23 @@ class ShardedLoader:
         seed: the run's seed; the order is derived from it and the epoch.
         split: "train" or "valid".
         fetch_batches: whether whole batches are fetched at once where that gives the same.
+        same_order: whether every epoch has the first one's order.
 
     Raises:
         UsageError: the loader was already sharded by another library.
     """
 
-    def __init__(self, loader: Any, how: Dealing, seed: int, split: str, *, fetch_batches: bool = True) -> None:
+    def __init__(  # noqa: PLR0913 - keyword-only after what is dealt, and how
+        self,
+        loader: Any,
+        how: Dealing,
+        seed: int,
+        split: str,
+        *,
+        fetch_batches: bool = True,
+        same_order: bool = False,
+    ) -> None:
+        self._same_order = same_order
         if type(loader).__module__.startswith("accelerate."):
             raise UsageError(
                 f"the {split} loader was prepared by Accelerate already ({type(loader).__name__}) and would be "
@@ -87,6 +98,7 @@ class ShardedLoader:
             batches = len(self.loader)
         except TypeError:
             return None
+        batches = batches if self._how.limit is None else min(batches, self._how.limit)
         return batches if self._how.mode == "global" else -(-batches // self._how.size)
 
     @property
@@ -103,7 +115,7 @@ class ShardedLoader:
                 of them; any other is read up to there.
             ready: called when the iteration has begun, and drawn what it draws, before the first share is fetched.
         """
-        seed = derive(self._seed, "order", self._split, epoch)
+        seed = derive(self._seed, "order", self._split, 1 if self._same_order else epoch)
         if self._indexed is not None:
             return self._indexed.shares(seed, epoch, skip, ready)
         _set_epoch(self.loader, epoch)

@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader
 from dtrain.bench.advice import Measured
 from dtrain.bench.stopwatch import ItemCounter, Stopwatch, watch
 from dtrain.bounds import Limits
+from dtrain.building import configured_engine, load_task
 from dtrain.config import Settings
 from dtrain.dealing import Share
 from dtrain.engine import Engine
 from dtrain.fetching import RowsOf, fetched_by_batch
 from dtrain.metrics import Value
 from dtrain.progress import PlainLines
-from dtrain.run import agree, configured_engine, load_task
+from dtrain.run import agree
 from dtrain.world import World
 
 WARM_UP = 5

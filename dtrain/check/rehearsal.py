@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dtrain.batches import tensor_bytes
 from dtrain.bounds import Limits
+from dtrain.building import configured_engine, load_task
 from dtrain.config import Settings
 from dtrain.config.schema import CheckpointConfig
 from dtrain.dealing import Share
@@ -22,7 +23,7 @@ from dtrain.metrics import Mean, Observed, Value
 from dtrain.passes import Place
 from dtrain.resuming.fitting import facts_of
 from dtrain.resuming.keeper import Keeper
-from dtrain.run import agree, begin, configured_engine, load_task
+from dtrain.run import agree, begin
 from dtrain.run_folder import CHECKPOINTS
 from dtrain.world import World
 

@@ -12,11 +12,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from dtrain.batches import first_rows, tensor_bytes
 from dtrain.bounds import Limits
+from dtrain.building import configured_engine, load_task
 from dtrain.config import Settings
 from dtrain.dealing import Share
 from dtrain.engine import Engine
 from dtrain.metrics import Mean, Observed, Value
-from dtrain.run import agree, configured_engine, load_task
+from dtrain.run import agree
 from dtrain.world import World
 
 

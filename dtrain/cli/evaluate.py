@@ -116,7 +116,7 @@ def summary(
 
         target, overrides = split_words(words or [])
         settings = load_settings(target, overrides)
-        from dtrain.run import load_task
+        from dtrain.building import load_task
         from dtrain.summary import batch_summary
 
         typer.echo(batch_summary(load_task(settings)))

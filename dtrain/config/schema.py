@@ -30,6 +30,15 @@ class TrainConfig(_Section):
     """How long and how training goes."""
 
     epochs: int = Field(3, ge=1, description="passes over the training data")
+    max_steps: int | None = Field(
+        None, ge=1, description="optimizer steps after which training ends; epochs follow where not given"
+    )
+    limit_batches: int | None = Field(None, ge=1, description="only so many batches of each loader, in each pass")
+    overfit_batches: int | None = Field(
+        None, ge=1, description="train on the same first so many batches in each epoch: whether the net can learn them"
+    )
+    deterministic: bool = Field(False, description="algorithms that give the same each time, or an error: slower")
+    channels_last: bool = Field(False, description="images and convolution weights with their channels last in memory")
     log_step_freq: int = Field(10, ge=1, description="plain output: a line every so many steps")
     seed: int = Field(42, ge=0, lt=2**32, description="one seed for weights, order and dropout")
     batch: Literal["per_rank", "global"] = Field(
@@ -60,6 +69,12 @@ class TrainConfig(_Section):
     stop_seconds: float = Field(
         600.0, ge=0, description="ranks of -n N may take so long to stop on request, their checkpoint included"
     )
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> TrainConfig:
+        if self.limit_batches is not None and self.overfit_batches is not None:
+            raise ValueError("limit_batches and overfit_batches both say how many batches: give one of them")
+        return self
 
     @model_validator(mode="after")
     def _check_schedule(self) -> TrainConfig:

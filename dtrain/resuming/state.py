@@ -138,6 +138,7 @@ def restore(engine: Engine, weights: Mapping[str, Tensor], run: State, ranks: li
     engine.learner.replica.lay_out(run["layout"])
     engine.place.updates = run["updates"]
     engine.start = _start(engine, run, ranks)
+    engine.stopping = engine.spent and engine.start.skip == 0 and engine.start.trained is None
 
 
 def _start(engine: Engine, run: State, ranks: list[State]) -> Start:

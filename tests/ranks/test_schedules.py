@@ -71,8 +71,8 @@ def test_the_lr_column_is_the_same_on_any_number_of_ranks(ranks: int) -> None:
 
 def scheduled(world, recipe: str, cases: list[list[str]]) -> list[list[float]]:
     """One rank: the rate of each optimizer step, for schedules by name."""
+    from dtrain.building import configured_engine, load_task
     from dtrain.config import load_settings
-    from dtrain.run import configured_engine, load_task
 
     found = []
     for words in cases:

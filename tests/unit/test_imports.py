@@ -62,6 +62,7 @@ LAYERS = [
     ["dtrain.engine", "dtrain.prepared"],
     ["dtrain.parameters", "dtrain.schedules"],
     ["dtrain.inference", "dtrain.training", "dtrain.recipe", "dtrain.export", "dtrain.summary", "dtrain.best"],
+    ["dtrain.building"],
     ["dtrain.resuming"],
     ["dtrain.run_folder"],
     ["dtrain.telling"],

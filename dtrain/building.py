@@ -1,0 +1,77 @@
+"""A config's task, and the engine that computes what the config says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dtrain.bounds import Limits
+from dtrain.clipping import Limit
+from dtrain.config import Settings
+from dtrain.dealing import Dealing
+from dtrain.engine import Engine
+from dtrain.errors import UsageError
+from dtrain.learning import Task
+from dtrain.recipe import bind, load_recipe
+from dtrain.schedules import follow_schedule
+from dtrain.seeding import seed_everything
+from dtrain.sharding import ShardedLoader
+from dtrain.world import World
+
+
+def load_task(settings: Settings) -> Task:
+    """Seeds, imports the recipe and builds its objects, so that every rank builds the same net."""
+    seed_everything(settings.config.train.seed)
+    return bind(load_recipe(settings.config.recipe, settings.base), settings)
+
+
+def run_epochs(task: Task, world: World, settings: Settings) -> int:
+    """Returns the epochs of a run: those of the config, or, where only `train.max_steps` is given, as many as it takes.
+
+    Raises:
+        UsageError: the training loader has no length, so that this cannot be known.
+    """
+    train = settings.config.train
+    if train.max_steps is None or "train.epochs" in settings.places:
+        return train.epochs
+    how = Dealing(0, world.size, train.batch, fill=True, limit=train.overfit_batches or train.limit_batches)
+    steps = ShardedLoader(task.dl_train, how, train.seed, "train").steps()
+    if not steps:
+        raise UsageError(
+            f"train.max_steps = {train.max_steps}: the training loader has no length. Give train.epochs, too: training "
+            "ends with what comes first."
+        )
+    return -(-train.max_steps // -(-steps // train.accumulation))
+
+
+def configured_engine(task: Task, world: World, settings: Settings, **more: Any) -> Engine:
+    """Returns an engine that computes what the config says.
+
+    Args:
+        task: the recipe's objects.
+        world: the ranks.
+        settings: the config.
+        more: how long, how much and for whom: further fields of the engine.
+    """
+    train = settings.config.train
+    if train.channels_last:
+        task.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batches = train.overfit_batches or train.limit_batches
+    more.setdefault("limits", Limits(batches, train.limit_batches, same=train.overfit_batches is not None))
+    engine = Engine(
+        task,
+        world,
+        seed=train.seed,
+        batch=train.batch,
+        accumulation=train.accumulation,
+        sync_batchnorm=train.sync_batchnorm,
+        fetch_batches=train.fetch_batches,
+        precision=train.precision,
+        clip=Limit(train.clip_norm, train.clip_value),
+        ema_decay=train.ema_decay,
+        max_steps=train.max_steps,
+        **more,
+    )
+    follow_schedule(engine, train)
+    return engine
