@@ -13,7 +13,7 @@ _WIDTH, _HEIGHT = 320, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 26, 26
 _MOST_PANELS = 2
 _MOST_POINTS = 400  # of a curve: as many as there are pixels
-_TRAIN, _VALID = "#3b82c4", "#e07b39"  # told apart also by those who see no red or green, on black and on white
+_TRAIN, _VALID = "#2f78bd", "#c8601f"  # told apart also by those who see no red or green, on black and on white
 
 Point = tuple[float, float]
 

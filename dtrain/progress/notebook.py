@@ -110,7 +110,11 @@ def table_html(rows: Sequence[Mapping[str, Any]]) -> str:
     half = _MOST_ROWS // 2
     cut = len(rows) > _MOST_ROWS + 1
     first, last = (rows[:half], rows[-half:]) if cut else (rows, [])
-    gap = f'<tr><td colspan="{len(names)}">... {len(rows) - 2 * half} more ...</td></tr>' if cut else ""
+    gap = (
+        f'<tr><td colspan="{len(names)}" style="text-align:center">... {len(rows) - 2 * half} more ...</td></tr>'
+        if cut
+        else ""
+    )
     body = "".join(map(_row, first)) + gap + "".join(map(_row, last))
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -6,43 +6,13 @@ import os
 import sys
 from typing import Any
 
-import pyte
 import pytest
+from helpers.screens import Screen
 
 from dtrain.launch.ranklog import RankLog
 from dtrain.progress.region import Above, Region, Surrounded
 
 BARS = ["bar one ━━━━━━", "bar two ━━━"]
-
-
-class Screen:
-    """A terminal that is a stream, too."""
-
-    encoding = "utf-8"
-
-    def __init__(self, columns: int = 40, rows: int = 12) -> None:
-        self.emulator = pyte.Screen(columns, rows)
-        self._stream = pyte.Stream(self.emulator)
-        self.written = ""
-        self.writes = 0
-
-    def write(self, text: str) -> int:
-        self.written += text
-        self.writes += 1
-        self._stream.feed(text.replace("\n", "\r\n"))
-        return len(text)
-
-    def flush(self) -> None: ...
-
-    def isatty(self) -> bool:
-        return True
-
-    @property
-    def lines(self) -> list[str]:
-        found = [line.rstrip() for line in self.emulator.display]
-        while found and not found[-1]:
-            found.pop()
-        return found
 
 
 @pytest.fixture

@@ -1,0 +1,217 @@
+"""The live view as a whole, with a clock of the test's, and who gets which view."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import pytest
+from helpers.screens import Screen
+
+from dtrain.progress import LiveBar, PassFacts, PlainLines, RunFacts, Several, Silent, bar, choose_progress, together
+
+RUN = RunFacts(3, 1, lambda: 0.001)
+ROW = {"epoch": 1, "loss": 0.5, "acc": 0.25, "val_loss": 0.75, "val_acc": 0.125, "lr": 1e-3, "seconds": 2.0}
+
+
+class Table:
+    """Running means that can be counted."""
+
+    def __init__(self) -> None:
+        self.steps, self.asked_for = 0, 0
+
+    def running(self) -> dict[str, float]:
+        self.asked_for += 1
+        return {"loss": 0.5, "acc": 0.25}
+
+
+class Now:
+    """A clock that goes when it is told to."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> Now:
+    clock = Now()
+    monkeypatch.setattr(bar, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    for name in ("NO_COLOR", "COLUMNS", "LINES", "FORCE_COLOR", "TTY_COMPATIBLE", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    one = Screen(80, 12)
+    monkeypatch.setattr(one, "fileno", lambda: 1, raising=False)
+
+    def size(_file: int) -> os.terminal_size:
+        return os.terminal_size((one.emulator.columns, one.emulator.lines))
+
+    monkeypatch.setattr(bar.os, "get_terminal_size", size)
+    return one
+
+
+def a_pass(live: LiveBar, now: Now, table: Table, steps: int, seconds: float, split: str = "train") -> None:
+    live.begin(PassFacts(split, 1, steps, samples=lambda: 10 * table.steps, run=RUN))
+    for _ in range(steps):
+        now.seconds += seconds / steps
+        table.steps += 1
+        live.step(table)  # type: ignore[arg-type]
+
+
+def test_a_thousand_steps_a_second_are_drawn_ten_times(screen: Screen, now: Now) -> None:
+    live, table = LiveBar(3, screen), Table()
+    a_pass(live, now, table, 5000, 5.0)
+    assert 40 < screen.writes <= 51
+    assert table.asked_for == screen.writes - 1  # the first drawing asks for nothing: there is nothing yet
+    live.close()
+
+
+def test_a_terminal_that_is_slow_is_drawn_on_less_often(
+    screen: Screen, now: Now, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = screen.write
+
+    def slowly(text: str) -> int:
+        now.seconds += 0.1
+        return write(text)
+
+    monkeypatch.setattr(screen, "write", slowly)
+    live = LiveBar(3, screen)  # type: ignore[arg-type]
+    a_pass(live, now, Table(), 50_000, 50.0)
+    assert 5 < screen.writes <= 12  # a fiftieth of the time, at most
+    live.close()
+
+
+def test_a_whole_epoch(screen: Screen, now: Now, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", screen)
+    live, table = LiveBar(3, screen), Table()
+    a_pass(live, now, table, 10, 2.0)
+    first, second, third = screen.lines[1:]
+    assert first.startswith("train 10/10  ━")
+    assert first.endswith("━  50 samples/s  0:00 left")
+    assert second.startswith("epoch 1/3    ━")
+    assert second.endswith(" 0:04 left")
+    assert third == "loss 0.5000  acc 0.2500  lr 0.001"
+    a_pass(live, now, Table(), 10, 1.0, "valid")
+    assert screen.lines[1].startswith("valid 10/10")
+    live.end_epoch(ROW)
+    assert screen.lines[0] == "epoch 1  loss 0.5000  acc 0.2500  val_loss 0.7500  val_acc 0.1250  2.0s"
+    print("and the user's")
+    assert screen.lines[1:3] == ["and the user's", ""]
+    live.close()
+    live.close()
+    assert screen.lines[1:] == ["and the user's"]
+    assert sys.stdout is screen
+
+
+def test_it_can_begin_again_after_its_end(screen: Screen, now: Now) -> None:
+    live = LiveBar(3, screen)  # type: ignore[arg-type]
+    for _ in range(2):
+        a_pass(live, now, Table(), 3, 1.0)
+        assert "train 3/3" in screen.lines[-3]
+        live.close()
+        assert screen.lines == []
+
+
+def test_a_terminal_of_another_size(screen: Screen, now: Now) -> None:
+    live = LiveBar(3, screen)  # type: ignore[arg-type]
+    for columns, rows in ((80, 12), (30, 12), (5, 12), (1, 12), (200, 12), (80, 3), (80, 1)):
+        screen.emulator.resize(rows, columns)
+        a_pass(live, now, Table(), 4, 1.0)
+        assert len(screen.lines) <= rows
+        drawn = screen.lines[screen.emulator.cursor.y + 1 :]  # the cursor waits above them
+        assert all(len(line) < columns for line in drawn)
+        assert bool(drawn) == (columns > 1 and rows > 1)
+        live.end_epoch(ROW)
+    live.close()
+    assert "━" not in "".join(screen.lines)
+
+
+def test_no_colour_and_no_utf8(screen: Screen, now: Now, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(screen, "encoding", "iso-8859-1", raising=False)
+    live = LiveBar(3, screen)  # type: ignore[arg-type]
+    a_pass(live, now, Table(), 4, 1.0)
+    live.end_epoch(ROW)
+    assert screen.written.isascii()
+    assert "####" in screen.written
+    assert "\x1b[" in screen.written  # to move
+    assert not any(f"\x1b[{code}m" in screen.written for code in range(30, 48))
+    live.close()
+
+
+def test_colours(screen: Screen, now: Now) -> None:
+    live = LiveBar(3, screen)  # type: ignore[arg-type]
+    a_pass(live, now, Table(), 4, 1.0)
+    bars = [cell for row in (1, 2) for cell in screen.emulator.buffer[row].values() if cell.data == "━"]
+    assert {cell.fg for cell in bars} == {"cyan", "green"}
+    live.close()
+
+
+@pytest.mark.parametrize(
+    ("term", "tty", "view", "kind"),
+    [
+        ("xterm", True, "auto", LiveBar),
+        ("dumb", True, "auto", PlainLines),
+        ("", True, "auto", PlainLines),
+        ("xterm", False, "auto", PlainLines),
+        ("xterm", True, "plain", PlainLines),
+        ("dumb", False, "rich", LiveBar),
+    ],
+)
+def test_who_gets_which_view(
+    screen: Screen, monkeypatch: pytest.MonkeyPatch, term: str, tty: bool, view: Any, kind: type
+) -> None:
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(screen, "isatty", lambda: tty)
+    assert type(choose_progress(is_main=True, epochs=1, log_step_freq=1, view=view)) is kind
+    assert type(choose_progress(is_main=False, epochs=1, log_step_freq=1, view=view)) is Silent
+
+
+class Noted:
+    """Notes what it is told."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.told: list[str] = []
+        self.fails = fails
+
+    def begin(self, facts: PassFacts) -> None:
+        self.told.append(f"begin {facts.split}")
+
+    def step(self, table: Any) -> None:
+        self.told.append(f"step {table.steps}")
+
+    def end_epoch(self, row: Any) -> None:
+        self.told.append(f"end {row['epoch']}")
+
+    def close(self) -> None:
+        self.told.append("close")
+        if self.fails:
+            raise OSError("cannot be closed")
+
+
+def test_several_hear_the_same_and_all_are_closed() -> None:
+    parts = [Noted(fails=True), Noted()]
+    both = together(Silent(), *parts)
+    assert isinstance(both, Several)
+    both.begin(PassFacts("train", 1))
+    both.step(Table())  # type: ignore[arg-type]
+    both.end_epoch(ROW)
+    with pytest.raises(OSError, match="cannot be closed"):
+        both.close()
+    assert [part.told for part in parts] == [["begin train", "step 0", "end 1", "close"]] * 2
+
+
+def test_one_alone_is_itself() -> None:
+    one = Noted()
+    assert together(Silent(), one, Silent()) is one
+    assert isinstance(together(), Silent)
