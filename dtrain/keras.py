@@ -21,7 +21,7 @@ from dtrain.errors import UsageError
 from dtrain.inference import evaluate_task, predict
 from dtrain.learning import Task
 from dtrain.precision import Precision, check_precision
-from dtrain.progress import Progress, Silent, choose_progress
+from dtrain.progress import Progress, fed, progress_of
 from dtrain.spawn.call import call_on_ranks, starts_ranks
 from dtrain.synced import is_torchmetric
 from dtrain.world import World, bring_up
@@ -138,7 +138,7 @@ class KerasModel(nn.Module):
         clip_norm: float | None = None,
         clip_value: float | None = None,
         seed: int = 42,
-        verbose: bool = True,
+        verbose: bool | Progress = True,
         cpu: bool = False,
         world: World | None = None,
         num_processes: int | None = None,
@@ -162,7 +162,7 @@ class KerasModel(nn.Module):
             accumulation, precision, clip_norm, clip_value: as in `dtrain.train_model`; `evaluate` and `predict` then
                 compute in this precision, too.
             seed: the order of the samples and each rank's random stream are derived from it.
-            verbose: whether rank 0 shows progress.
+            verbose: whether rank 0 shows progress; or what it is to tell it to, as in `dtrain.train_model`.
             cpu: compute on the CPU also where there is an accelerator.
             world: ranks that were brought up before, by default brought up here.
             num_processes: start this many ranks on this machine for the call, from a notebook, a prompt or a script
@@ -185,15 +185,13 @@ class KerasModel(nn.Module):
         self._cpu, self._fetch_batches, self._precision = cpu, fetch_batches, precision
         if num_processes is not None and starts_ranks(num_processes, world):
             self._task(plan.train_data, plan.val_data)  # tells what is missing; makes the default optimizer
-            how = {**vars(plan), "batch": batch, "seed": seed, "verbose": verbose, "cpu": cpu}
+            how = {"model": self, **vars(plan), "batch": batch, "seed": seed, "cpu": cpu}
             how |= {"sync_batchnorm": sync_batchnorm, "fetch_batches": fetch_batches, "accumulation": accumulation}
             how |= {"precision": precision, "clip_norm": clip_norm, "clip_value": clip_value}
-            return call_on_ranks(_fit, {"model": self, **how}, num_processes, cpu=cpu)
+            with fed(verbose, epochs=plan.epochs, log_step_freq=plan.log_step_freq) as (how["verbose"], meanwhile):
+                return call_on_ranks(_fit, how, num_processes, cpu=cpu, meanwhile=meanwhile)
         world = world if world is not None else bring_up(cpu=cpu)
         task = self._task(plan.train_data, plan.val_data)
-        progress: Progress = Silent()
-        if verbose:
-            progress = choose_progress(is_main=world.is_main, epochs=plan.epochs, log_step_freq=plan.log_step_freq)
         engine = Engine(
             task,
             world,
@@ -205,7 +203,7 @@ class KerasModel(nn.Module):
             accumulation=accumulation,
             precision=precision,
             clip=limit,
-            progress=progress,
+            progress=progress_of(verbose, is_main=world.is_main, epochs=plan.epochs, log_step_freq=plan.log_step_freq),
         )
         keeper = _keeper(plan, engine)
         if keeper is not None:

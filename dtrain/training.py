@@ -15,7 +15,7 @@ from dtrain.engine import Engine
 from dtrain.errors import UsageError
 from dtrain.learning import Interval, Task
 from dtrain.precision import Precision, check_precision
-from dtrain.progress import Silent, choose_progress
+from dtrain.progress import Progress, fed, progress_of
 from dtrain.spawn.call import call_on_ranks, starts_ranks
 from dtrain.steps import Step
 from dtrain.synced import check_metrics
@@ -65,7 +65,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     clip_value: float | None = None,
     ema_decay: float | None = None,
     seed: int = 42,
-    verbose: bool = True,
+    verbose: bool | Progress = True,
     cpu: bool = False,
     world: World | None = None,
     num_processes: int | None = None,
@@ -97,7 +97,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         ema_decay: of an exponential moving average of the weights (above 0, below 1), with which is validated, and
             which the net has in the end.
         seed: the order of the samples and each rank's random stream are derived from it.
-        verbose: whether rank 0 shows progress.
+        verbose: whether rank 0 shows progress: in a notebook as a table and curves, on a terminal as bars, else as
+            lines; or what it is to tell its progress to, a `dtrain.progress.Progress`.
         cpu: compute on the CPU also where there is an accelerator.
         world: ranks that were brought up before, by default brought up here.
         num_processes: start this many ranks on this machine for the call, from a notebook, a prompt or a script
@@ -133,9 +134,9 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     )
     if num_processes is not None and starts_ranks(num_processes, world):
         del arguments["world"], arguments["num_processes"]
-        return call_on_ranks(train_model, arguments, num_processes, cpu=cpu)
+        with fed(verbose, epochs=epochs, log_step_freq=log_step_freq) as (arguments["verbose"], meanwhile):
+            return call_on_ranks(train_model, arguments, num_processes, cpu=cpu, meanwhile=meanwhile)
     world = world if world is not None else bring_up(cpu=cpu)
-    shown = choose_progress(is_main=world.is_main, epochs=epochs, log_step_freq=log_step_freq) if verbose else Silent()
     engine = Engine(
         task,
         world,
@@ -148,7 +149,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         precision=precision,
         clip=limit,
         ema_decay=ema_decay,
-        progress=shown,
+        progress=progress_of(verbose, is_main=world.is_main, epochs=epochs, log_step_freq=log_step_freq),
     )
     history = engine.fit()
     if engine.average is not None:

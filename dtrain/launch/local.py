@@ -112,7 +112,7 @@ def run_local_ranks(  # noqa: PLR0913 - keyword-only
     size: int,
     environment: dict[str, str] | None = None,
     *,
-    relayed: bool = False,
+    relayed: bool | Callable[[], None] = False,
     hang_seconds: float = 0.0,
     stop_seconds: float | None = None,
     caught: Sequence[int] = (),
@@ -125,7 +125,7 @@ def run_local_ranks(  # noqa: PLR0913 - keyword-only
         size: number of ranks, at least 1.
         environment: further variables for every rank.
         relayed: the ranks' output goes through this process's sys.stdout and sys.stderr, and they have no input;
-            else through its file descriptors, and rank 0 has its input.
+            else through its file descriptors, and rank 0 has its input. A function is called again and again besides.
         hang_seconds: how long a rank may stand still; 0 is for ever. See `dtrain.launch.hangs`.
         stop_seconds: how long ranks may take to stop on request; None where the program does not know how to.
         caught: signals that came before this.
@@ -141,7 +141,7 @@ def run_job(
     job: Job,
     about: Mapping[str, str] | None = None,
     *,
-    relayed: bool = False,
+    relayed: bool | Callable[[], None] = False,
     caught: Sequence[int] = (),
 ) -> Ending:
     """Runs this node's part of a job: meets the other nodes, starts the ranks, and waits until all have ended.
@@ -168,13 +168,13 @@ def run_job(
 
 
 def _run_part(
-    argv: Sequence[str], job: Job, meeting: Meeting | None, caught: Sequence[int], *, relayed: bool
+    argv: Sequence[str], job: Job, meeting: Meeting | None, caught: Sequence[int], *, relayed: bool | Callable[[], None]
 ) -> Ending:
     reaper: Reaper | None = None
     with tempfile.TemporaryDirectory(prefix="dtrain-") as name:
         ranks = Ranks(job.first_rank, [], Path(name))
         orders = Orders(caught, job.stop_seconds, ranks.reports)
-        output = Relayed() if relayed else Output(lambda: job.log_dir or _runs_logs(ranks.reports), orders.ends)
+        output = Relayed(relayed) if relayed else Output(lambda: job.log_dir or _runs_logs(ranks.reports), orders.ends)
         hangs = HangWatch(ranks.reports, job.hang_seconds, alone=job.nodes == 1)
         post_mortem = PostMortem(ranks.reports, range(job.first_rank, job.first_rank + job.ranks))
         try:

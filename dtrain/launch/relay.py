@@ -10,7 +10,7 @@ import os
 import selectors
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, Literal
 
 # Python holds back what it writes to a pipe, and may write it in another encoding.
@@ -23,13 +23,17 @@ Stream = Literal["stdout", "stderr"]
 class Relayed:
     """`Relay` in the form that a supervisor uses, in place of `dtrain.launch.output`.
 
+    Args:
+        meanwhile: called each time that there was something to pass on, or nothing for a while; True is nothing.
+
     Attributes:
         environment: further variables for every rank.
     """
 
     environment: Mapping[str, str] = RELAYED_ENVIRONMENT
 
-    def __init__(self) -> None:
+    def __init__(self, meanwhile: bool | Callable[[], None] = True) -> None:
+        self._meanwhile = None if isinstance(meanwhile, bool) else meanwhile
         self._relay = Relay()
         self._ranks: list[int] = []
 
@@ -46,6 +50,8 @@ class Relayed:
     def wait(self, seconds: float) -> None:
         """Passes on what comes, some seconds at most."""
         self._relay.wait(seconds)
+        if self._meanwhile is not None:
+            self._meanwhile()
 
     def close(self, _last_words: Mapping[int, str]) -> None:
         """Passes on what is left once the ranks have ended."""

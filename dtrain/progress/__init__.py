@@ -5,8 +5,9 @@ Global rank 0 alone speaks, where nothing else is asked for.
 
 from dtrain.progress.bar import LiveBar
 from dtrain.progress.base import Progress, Several, Silent, together
-from dtrain.progress.choose import choose_progress
+from dtrain.progress.choose import choose_progress, progress_of
 from dtrain.progress.facts import PassFacts, RunFacts
+from dtrain.progress.feed import fed
 from dtrain.progress.plain import PlainLines, epoch_line, metrics_text
 from dtrain.progress.voice import Voice
 
@@ -21,6 +22,8 @@ __all__ = [
     "Voice",
     "choose_progress",
     "epoch_line",
+    "fed",
     "metrics_text",
+    "progress_of",
     "together",
 ]

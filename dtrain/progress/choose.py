@@ -35,6 +35,22 @@ def choose_progress(*, is_main: bool, epochs: int, log_step_freq: int, view: Vie
     return LiveBar(epochs) if live else PlainLines(epochs, log_step_freq)
 
 
+def progress_of(verbose: bool | Progress, *, is_main: bool, epochs: int, log_step_freq: int) -> Progress:
+    """Returns what a rank tells its progress to, of a function's argument `verbose`.
+
+    Args:
+        verbose: whether rank 0 shows progress; or what it tells it to.
+        is_main: whether this is global rank 0.
+        epochs: of the run.
+        log_step_freq: train steps between two plain lines.
+    """
+    if not verbose or not is_main:
+        return Silent()
+    if not isinstance(verbose, bool):
+        return verbose
+    return choose_progress(is_main=True, epochs=epochs, log_step_freq=log_step_freq)
+
+
 def can_be_live() -> bool:
     """Whether the standard output is a terminal that can move its cursor."""
     return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM", "").lower() not in _CANNOT_MOVE

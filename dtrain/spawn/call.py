@@ -49,7 +49,12 @@ def starts_ranks(num_processes: int | None, world: World | None) -> bool:
 
 
 def call_on_ranks(
-    function: Callable[..., pd.DataFrame], arguments: Mapping[str, Any], ranks: int, *, cpu: bool
+    function: Callable[..., pd.DataFrame],
+    arguments: Mapping[str, Any],
+    ranks: int,
+    *,
+    cpu: bool,
+    meanwhile: Callable[[], None] | None = None,
 ) -> pd.DataFrame:
     """Calls `function(**arguments, world=world)` on ranks of this machine and waits for them.
 
@@ -62,6 +67,7 @@ def call_on_ranks(
         arguments: what it is given; errors call them by these names.
         ranks: their number.
         cpu: whether they compute on the CPU also where there is an accelerator.
+        meanwhile: called again and again while they run.
 
     Returns:
         the history, as the function returned it on rank 0.
@@ -79,7 +85,8 @@ def call_on_ranks(
         folder = Path(name)
         changing = write_parcel(folder, function, arguments)
         check_returnable(changing)
-        _raise_failure(run_local_ranks([str(_PROGRAM), name], ranks, relayed=True, hang_seconds=_HANG_SECONDS), ranks)
+        argv, relay = [str(_PROGRAM), name], meanwhile or True
+        _raise_failure(run_local_ranks(argv, ranks, relayed=relay, hang_seconds=_HANG_SECONDS), ranks)
         history: pd.DataFrame = pd.DataFrame(read_results(folder, changing))
         return history
 

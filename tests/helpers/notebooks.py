@@ -22,19 +22,22 @@ class CellOutput:
     result: str
     error: tuple[str, str]
     shown: str
+    page: str = ""  # what is displayed and updated, as it was last
 
     @classmethod
     def of(cls, cell: Any) -> CellOutput:
         streams = {"stdout": "", "stderr": ""}
-        result, error, shown = "", ("", ""), ""
+        result, error, shown, page = "", ("", ""), "", ""
         for output in cell.outputs:
             if output.output_type == "stream":
                 streams[output.name] += output.text
             elif output.output_type == "error":
                 error, shown = (output.ename, output.evalue), "\n".join(output.traceback)
+            elif output.output_type == "display_data":
+                page += output.data["text/html"]
             else:
                 result += output.data["text/plain"]
-        return cls(streams["stdout"], streams["stderr"], result, error, shown)
+        return cls(streams["stdout"], streams["stderr"], result, error, shown, page)
 
 
 class _Interrupting(NotebookClient):

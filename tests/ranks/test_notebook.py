@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -95,6 +96,10 @@ print([p.cmdline() for p in psutil.Process().children(recursive=True)])
 print(glob.glob(tempfile.gettempdir() + "/dtrain-*"))
 print(all(torch.equal(a, b) for a, b in zip(kept, broken.parameters())))
 """
+ALONE = """
+other = Net()
+dfhistory = model_of(other).fit(3, dl_train, dl_valid, cpu=True)
+"""
 CELLS = {
     "define": DEFINE,
     "fit": FIT,
@@ -104,6 +109,7 @@ CELLS = {
     "unpicklable": UNPICKLABLE,
     "interrupt": INTERRUPT,
     "left": LEFT,
+    "alone": ALONE,
 }
 
 
@@ -122,11 +128,26 @@ def test_a_cell_shows_progress_and_history(shown: dict[str, CellOutput]) -> None
     cell = shown["fit"]
     assert cell.error == ("", ""), cell.shown
     assert cell.err == ""
-    lines = cell.out.splitlines()
-    assert lines[1] == "epoch 1/2, 6 steps"
-    assert [line.split("]")[0] for line in lines[2:5]] == ["[step = 2", "[step = 4", "[step = 6"]
-    assert [line[:9] for line in lines if line.startswith("EPOCH")] == ["EPOCH = 1", "EPOCH = 2"]
-    assert [line.split()[-2:][0] for line in cell.result.splitlines()] == ["epoch", "1", "2"]
+    assert cell.out.splitlines() == ["threads True"]
+    table, curves = cell.page.split("</table>")
+    cells = re.findall(r"<t[hd]>([^<]*)</t[hd]>", table)
+    names, first, second = cells[:8], cells[8:16], cells[16:]
+    assert names == ["epoch", "loss", "acc", "val_loss", "val_acc", "lr", "seconds", "samples_per_second"]
+    assert (first[0], second[0], second[5]) == ("1", "2", "0.05")
+    result = [line.split()[-2:] for line in cell.result.splitlines()[1:]]
+    assert [[epoch, f"{float(value):.4g}"] for epoch, value in result] == [["1", first[4]], ["2", second[4]]]
+    points = re.findall(r'points="([^"]*)"', curves)
+    assert [len(curve.split()) for curve in points] == [2] * 4  # loss and acc, train and valid, over two epochs
+    assert "<progress" not in cell.page  # all is over
+
+
+def test_without_ranks_of_its_own_a_cell_shows_the_same(shown: dict[str, CellOutput]) -> None:
+    cell = shown["alone"]
+    assert cell.error == ("", ""), cell.shown
+    assert cell.out == ""
+    assert len(re.findall("<tr><td>", cell.page)) == 3
+    assert "<svg" in cell.page
+    assert shown["again"].page == ""  # verbose=False
 
 
 def test_net_optimizer_and_buffers_are_the_callers_own_and_trained(shown: dict[str, CellOutput]) -> None:

@@ -1,0 +1,153 @@
+"""Progress of a rank shown by another process: a file of JSON lines, written here and read there.
+
+A call with `num_processes` trains in ranks that it starts, and it is the caller who has the notebook or the terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtrain.progress.base import Progress
+from dtrain.progress.choose import choose_progress
+from dtrain.progress.facts import PassFacts, RunFacts
+from dtrain.progress.plain import PlainLines
+
+if TYPE_CHECKING:
+    from dtrain.metrics import MeanTable
+
+_STEP_SECONDS = 0.1
+
+
+class FeedWriter:
+    """Writes what it is told, a step at most ten times a second.
+
+    Args:
+        path: the file; whoever starts the rank has it for this alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._facts: PassFacts | None = None
+        self._next = 0.0
+
+    def begin(self, facts: PassFacts) -> None:
+        """A pass begins."""
+        self._facts = facts
+        names = ("split", "epoch", "steps", "skipped", "seconds")
+        told = {name: getattr(facts, name) for name in names}
+        self._write("begin", **told, epochs=facts.epochs, ranks=facts.run.ranks, samples=facts.samples(), lr=facts.lr())
+
+    def step(self, table: MeanTable) -> None:
+        """A step is done."""
+        now = time.monotonic()
+        if now < self._next or self._facts is None:
+            return
+        self._write(
+            "step", steps=table.steps, samples=self._facts.samples(), running=table.running(), lr=self._facts.lr()
+        )
+        self._next = time.monotonic() + _STEP_SECONDS
+
+    def end_epoch(self, row: Mapping[str, Any]) -> None:
+        """An epoch is done."""
+        self._write("end_epoch", row=dict(row))
+
+    def close(self) -> None:
+        """The reader knows by itself when all is over."""
+
+    def _write(self, what: str, **facts: Any) -> None:
+        # Python's own JSON, which has NaN: it is read by the class below alone.
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"what": what, **facts}) + "\n")
+
+
+@dataclass
+class _Seen:
+    """A rank's table and facts, as far as they were told."""
+
+    steps: int = 0
+    samples: int = 0
+    lr: float | None = None
+    means: dict[str, float] = field(default_factory=dict)
+
+    def running(self) -> dict[str, float]:
+        """The means."""
+        return self.means
+
+
+class FeedReader:
+    """Tells a listener what a `FeedWriter` was told.
+
+    Args:
+        path: the file.
+        shown: the listener.
+    """
+
+    def __init__(self, path: Path, shown: Progress) -> None:
+        self._path = path
+        self._shown = shown
+        self._read = 0
+        self._seen = _Seen()
+
+    def poll(self) -> None:
+        """Passes on what has come since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._read)
+                data = file.read()
+        except FileNotFoundError:  # nothing was told yet
+            return
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.splitlines():
+            self._tell(**json.loads(line))
+
+    def _tell(self, what: str, **told: Any) -> None:
+        if what == "end_epoch":
+            self._shown.end_epoch(told["row"])
+            return
+        if what == "begin":
+            seen = self._seen = _Seen(told["skipped"], told["samples"], told["lr"])
+            run = RunFacts(told["epochs"], told["ranks"], lambda: seen.lr)
+            known = {name: told[name] for name in ("split", "epoch", "steps", "skipped", "seconds")}
+            self._shown.begin(PassFacts(**known, samples=lambda: seen.samples, run=run))
+            return
+        seen = self._seen
+        seen.steps, seen.samples, seen.means, seen.lr = told["steps"], told["samples"], told["running"], told["lr"]
+        self._shown.step(seen)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def fed(
+    verbose: bool | Progress, *, epochs: int, log_step_freq: int
+) -> Iterator[tuple[bool | Progress, Callable[[], None] | None]]:
+    """Has this process show the progress of ranks that it starts, where it has more than lines for it.
+
+    Args:
+        verbose: as for `dtrain.train_model`.
+        epochs: of the run.
+        log_step_freq: train steps between two plain lines.
+
+    Yields:
+        what the ranks get in place of `verbose`, and what is to be called again and again meanwhile, if anything.
+    """
+    shown = choose_progress(is_main=True, epochs=epochs, log_step_freq=log_step_freq) if verbose is True else None
+    if shown is None or isinstance(shown, PlainLines):  # which the rank prints itself, and they are passed on
+        yield verbose, None
+        return
+    with tempfile.TemporaryDirectory(prefix="dtrain-feed-") as folder:
+        path = Path(folder) / "progress.jsonl"
+        reader = FeedReader(path, shown)
+        try:
+            yield FeedWriter(path), reader.poll
+        finally:
+            try:
+                reader.poll()
+            finally:
+                shown.close()
