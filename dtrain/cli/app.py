@@ -15,6 +15,7 @@ from dtrain.cli.history import history
 from dtrain.cli.joblogs import logs
 from dtrain.cli.jobs import cancel, jobs, requeue
 from dtrain.cli.launch import launch
+from dtrain.cli.report import report
 from dtrain.cli.slurm_job import slurm_job
 from dtrain.cli.submit import submit
 from dtrain.cli.sync import sync
@@ -28,7 +29,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (train, evaluate, predict, summary, submit, jobs, logs, cancel, requeue, history, bench, doctor, sync):
+for _verb in (
+    *(train, evaluate, predict, summary, bench, doctor),
+    *(submit, jobs, logs, cancel, requeue),
+    *(history, report, sync),
+):
     app.command()(_verb)
 app.command(name="bench-rank", hidden=True)(bench_rank)
 app.command(name="doctor-rank", hidden=True)(doctor_rank)

@@ -62,8 +62,8 @@ class Run:
 
     def numbers(self, column: str) -> list[float | None]:
         """Returns a column's numbers; None where there is none."""
-        values = (value_of(cell) for cell in self.texts(column))
-        return [float(value) if isinstance(value, int | float) else None for value in values]
+        cells = self.texts(column)
+        return [float(cell) if isinstance(value_of(cell), int | float) else None for cell in cells]
 
     @cached_property
     def epochs(self) -> list[int]:

@@ -139,9 +139,9 @@ def _epochs(run: Run) -> str:
 
 def comparison_grid(whole: Comparison) -> Grid:
     """Returns runs side by side."""
-    at_epoch = "same epoch" if whole.epoch is None else f"at epoch {whole.epoch}"
-    at_time = "same time" if whole.seconds is None else f"after {duration(whole.seconds)}"
-    head = ("RUN", "STATE", "EPOCHS", "STARTS", "FINAL", "BEST", at_epoch.upper(), at_time.upper())
+    at_epoch = "SAME EPOCH" if whole.epoch is None else f"AT EPOCH {whole.epoch}"
+    at_time = "SAME TIME" if whole.seconds is None else f"AFTER {duration(whole.seconds)}"
+    head = ("RUN", "STATE", "EPOCHS", "STARTS", "FINAL", "BEST", at_epoch, at_time)
     rows = [
         (
             printable(one.run.name),

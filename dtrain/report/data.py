@@ -1,0 +1,121 @@
+"""What the page shows of runs, as JSON: the histories' cells as they are written, all else as text."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dtrain import __version__
+from dtrain.columns import mode_of
+from dtrain.report.finding import changed
+from dtrain.report.runs import Run
+from dtrain.starts import Start
+
+_START_FACTS = ("host", "ranks", "device", "gpu", "cores", "code", "job", "checkpoint")
+_FAILURE_FACTS = ("rank", "host", "device", "epoch", "step", "phase", "cause", "traceback", "file")
+
+
+def page_data(runs: Sequence[Run], *, live: bool) -> dict[str, Any]:
+    """Returns what the page shows.
+
+    Args:
+        runs: in this order.
+        live: whether the page is to ask for more.
+    """
+    return {
+        "dtrain": __version__,
+        "made": None if live else time.time(),
+        "live": live,
+        "runs": [_run(run) for run in runs],
+    }
+
+
+def _run(run: Run) -> dict[str, Any]:
+    monitor, mode = run.monitor()
+    modes = {name: mode_of(name) for name in run.columns}
+    return {
+        "name": run.name,
+        "folder": str(run.folder),
+        "state": run.state,
+        "changed": changed(run.folder),
+        "epoch": run.epoch,
+        "planned": run.planned,
+        "columns": list(run.columns),
+        "epochs": run.epochs,
+        "seconds": run.seconds,
+        "cells": {name: run.texts(name) for name in run.columns},
+        "monitor": monitor,
+        "modes": modes | ({} if monitor is None else {monitor: mode}),
+        "resumed": run.resumed_after(),
+        "config": dict(flat(run.config)),
+        "starts": [_start(one) for one in run.starts],
+        "failures": [_failure(one) for one in run.failures],
+        "incarnations": _incarnations(run.job),
+    }
+
+
+def flat(nested: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Returns a config's values as text, by dotted keys."""
+    found: list[tuple[str, str]] = []
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        found += flat(value, f"{name}.") if isinstance(value, Mapping) and value else [(name, _text(value) or "null")]
+    return found
+
+
+def _start(one: Start) -> dict[str, Any]:
+    versions = one.facts.get("versions")
+    return {
+        "at": _number(one.at),
+        "ended": _number(one.ended),
+        "why": one.why,
+        "text": one.text,
+        "epoch": one.epoch,
+        "before": one.before,
+        **{name: _text(one.facts.get(name)) for name in _START_FACTS},
+        "versions": {str(k): _text(v) for k, v in versions.items()} if isinstance(versions, Mapping) else {},
+    }
+
+
+def _failure(one: Mapping[str, Any]) -> dict[str, Any]:
+    raised = one.get("exception")
+    raised = raised if isinstance(raised, Mapping) else {}
+    others = one.get("others")
+    told = "; ".join(f"rank {rank}: {how}" for rank, how in others.items()) if isinstance(others, Mapping) else None
+    return {
+        "at": _number(one.get("at")),
+        **{name: _text(one.get(name)) for name in _FAILURE_FACTS},
+        "type": _text(raised.get("type")),
+        "message": _text(raised.get("message")),
+        "others": told or None,
+    }
+
+
+def _incarnations(job: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The times that SLURM started the run; nothing of where its files are."""
+    return [
+        {
+            "job_id": _text(one["job_id"]),
+            "nodes": _text(one["nodes"]),
+            "started": _number(one["started"]),
+            "ended": _number(one["ended"]),
+            "code": _number(one["code"]),
+            "why": _text(one["why"]),
+        }
+        for one in (job or {}).get("incarnations", ())
+    ]
+
+
+def _text(value: Any) -> str | None:
+    """Files of a run's folder may hold anything; what is shown of it is text."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,0 +1,162 @@
+"""The served page: it shows new rows while training goes on, and answers nobody but this machine."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers.browser import Browser
+from helpers.commands import Dtrain
+from helpers.running import Running, running, wait_for
+from helpers.runs import cells, make_run, rows
+
+from dtrain.history import History
+
+
+@contextmanager
+def served(folder: Path, *words: object) -> Iterator[tuple[Running, int]]:
+    """The command, serving on a free port; it is told the address."""
+    with running(folder, "report", *words, "--serve", "--port", 0) as run:
+        wait_for(lambda: "ssh -L" in run.text or run.process.poll() is not None, "the address")
+        found = re.search(r"^report: http://127\.0\.0\.1:(\d+)/ ", run.text)
+        assert found is not None, run.text
+        yield run, int(found[1])
+
+
+def ask(port: int, path: str = "/", method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.putrequest(method, path, skip_host="Host" in headers)
+        for name, value in headers.items():
+            connection.putheader(name.replace("_", "-"), value)
+        connection.endheaders()
+        answer = connection.getresponse()
+        return answer.status, dict(answer.getheaders()), answer.read()
+    finally:
+        connection.close()
+
+
+def values(browser: Browser, run: str) -> list[str]:
+    return browser.texts(f'#runs tr[data-run="{run}"] > *')
+
+
+def test_rows_and_runs_appear_while_training_goes_on(browser: Browser, tmp_path: Path, recipes: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with served(tmp_path) as (server, port):
+        browser.open(f"http://127.0.0.1:{port}/")
+        assert browser.texts("#count") == ["0 runs"]
+        folder = make_run(tmp_path / "runs/by-hand", config={"train": {"epochs": 9}})
+        history = History(folder / "history.csv")
+        browser.until("return document.querySelector('#runs tr[data-run=by-hand]')")
+        for row in rows(4):
+            history.append(row)
+            browser.until(
+                "return document.querySelector('#runs tr[data-run=by-hand]').children[2].textContent === arguments[0]",
+                f"{row['epoch']}/9",
+            )
+        last = cells(folder)[-1]["val_loss"]
+        assert values(browser, "by-hand")[4] == f"{float(last):.5g}"
+        words = ["train", recipes / "long.py", "--cpu", "epochs=3", "run.name=real", "model.pause=0.005"]
+        with running(tmp_path / "runs", *words, f"run.dir={tmp_path}/runs") as run:
+            browser.until("return document.querySelector('#runs tr[data-run=real] .running')", seconds=60)
+            assert run.end() == 0, run.text
+        browser.until("return document.querySelector('#runs tr[data-run=real] .complete')")
+        browser.until("return document.querySelector('#runs tr[data-run=real]').children[2].textContent === '3/3'")
+        assert values(browser, "real")[4] == f"{float(cells(tmp_path / 'runs/real')[-1]['val_loss']):.5g}"
+        assert browser.texts("#timeline [data-run=real] .words") == ["1 start: complete"]
+        shutil.rmtree(folder)
+        browser.until("return !document.querySelector('#runs tr[data-run=by-hand]')")
+        assert {url.partition("?")[0] for url in browser.requests()} == {
+            f"http://127.0.0.1:{port}/{name}" for name in ("", "data.json")
+        }
+        server.send(signal.SIGINT)
+        assert server.end() == 0
+        assert server.text.splitlines()[-1] == "ended."
+        browser.until("return document.getElementById('live').textContent.includes('does not answer')")
+        assert all("ERR_CONNECTION_REFUSED" in error for error in browser.errors())
+
+
+def test_what_a_person_is_doing_is_not_undone_by_a_new_row(browser: Browser, tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        make_run(tmp_path / "runs" / name, rows(20, len(name)))
+    history = History.resumed(tmp_path / "runs/two/history.csv", rows(20, 3))
+    with served(tmp_path, "one", "two", "three") as (_, port):
+        browser.open(f"http://localhost:{port}/")
+        browser.one('#run-chips [data-name="one"]').click()
+        browser.one("#filter").send_keys("t")
+        browser.all("#runs thead button")[0].click()
+        browser.one("#zoom-in").click()
+        script = "return document.querySelector('[data-panel=loss] .u-over').getBoundingClientRect().width"
+        assert browser.run(script) > 100
+        history.append(rows(21, 3)[-1])
+        browser.until("return document.querySelector('#runs tr[data-run=two]').children[2].textContent === '21'")
+        assert browser.texts("#runs tbody th") == ["three", "two"]
+        assert (
+            browser.run("return document.activeElement.textContent").startswith("Run")
+            or browser.run("return document.activeElement.id") == "zoom-in"
+        )
+        assert browser.one('#run-chips [data-name="one"]').get_attribute("aria-pressed") == "false"
+
+
+def test_it_answers_for_two_addresses_and_to_this_machine_alone(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "runs/one", rows(3))
+    with served(tmp_path) as (_, port):
+        status, headers, body = ask(port, "/data.json")
+        assert status == 200
+        assert json.loads(body)["runs"][0]["cells"]["loss"] == [row["loss"] for row in cells(folder)]
+        tag = headers["ETag"]
+        assert ask(port, "/data.json", If_None_Match=tag)[::2] == (304, b"")
+        History.resumed(folder / "history.csv", rows(3)).append(rows(4)[-1])
+        status, headers, body = ask(port, "/data.json", If_None_Match=tag)
+        assert (status, headers["ETag"] != tag, len(json.loads(body)["runs"][0]["epochs"])) == (200, True, 4)
+        status, headers, body = ask(port)
+        assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+        assert "connect-src 'self'" in headers["Content-Security-Policy"]
+        assert ask(port, "/", "HEAD")[::2] == (200, b"")
+        for path in ("/runs/", "/runs/one/history.csv", "/../../etc/passwd", "/index.html", "/data.json/"):
+            assert ask(port, path)[0] == 404, path
+        assert ask(port, "/", "POST")[0] == 501
+        for host in (
+            "evil.example",
+            f"evil.example:{port}",
+            "127.0.0.1.evil.example",
+            "",
+            "localhost@evil",
+            f"[::1]:{port}",
+        ):
+            for path in ("/", "/data.json"):
+                status, _, body = ask(port, path, Host=host)
+                assert (status, b"loss" in body) == (403, False), host
+        for host in ("localhost", f"localhost:{port}", "127.0.0.1:4711", "LOCALHOST"):
+            assert ask(port, "/data.json", Host=host)[0] == 200, host
+        with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.2", port), 5):
+            pass
+
+
+def test_a_busy_port_is_one_message_that_names_it(dtrain: Dtrain) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = dtrain("report", "--serve", "--port", port)
+    assert (done.code, done.out) == (2, "")
+    assert f"port {port} is in use by process" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_a_browser_that_goes_leaves_no_traceback(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs/one", rows(2000))
+    with served(tmp_path) as (run, port):
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", port)) as rude:
+                rude.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # its end is a reset
+        assert ask(port)[0] == 200
+        assert "Traceback" not in run.text
