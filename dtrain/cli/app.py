@@ -15,6 +15,7 @@ from dtrain.cli.history import history
 from dtrain.cli.joblogs import logs
 from dtrain.cli.jobs import cancel, jobs, requeue
 from dtrain.cli.launch import launch
+from dtrain.cli.plot import plot
 from dtrain.cli.report import report
 from dtrain.cli.slurm_job import slurm_job
 from dtrain.cli.submit import submit
@@ -32,7 +33,7 @@ app = typer.Typer(
 for _verb in (
     *(train, evaluate, predict, summary, bench, doctor),
     *(submit, jobs, logs, cancel, requeue),
-    *(history, report, sync),
+    *(history, plot, report, sync),
 ):
     app.command()(_verb)
 app.command(name="bench-rank", hidden=True)(bench_rank)

@@ -1,0 +1,122 @@
+"""`dtrain plot`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dtrain.cli.guard import reported
+from dtrain.cli.history import RunNames, RunsDir
+
+if TYPE_CHECKING:
+    from dtrain.report.curves import Panel
+
+_MOST_PANELS = 4  # in a terminal, where no metric is named
+_PIPE_WIDTH = 100
+
+
+def plot(
+    names: RunNames = None,
+    *,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE.png|svg|pdf", help="Write a picture there.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric", metavar="NAME", help="loss: training and validation; val_loss: that alone; repeatable."
+        ),
+    ] = None,
+    x: Annotated[str, typer.Option("--x", metavar="epoch|time|COLUMN", help="What lies along the x axis.")] = "epoch",
+    log: Annotated[bool, typer.Option("--log", help="Values on a log scale.")] = False,
+    runs: RunsDir = Path("runs"),
+) -> None:
+    """Plot runs' curves: a panel for each metric, training dashed; without -o as text, here.
+
+    With no run named it is the one that changed last.
+
+    Examples: dtrain plot; dtrain plot a b -o curves.png; dtrain plot a b --metric val_loss --log --x time
+    """
+    with reported():
+        from dtrain.errors import UsageError
+        from dtrain.report.curves import make_panels
+        from dtrain.report.finding import find_runs
+        from dtrain.report.runs import read_run
+
+        if out is not None:
+            _check_kind(out)
+        places = find_runs(names or [], runs)
+        if not places:
+            raise UsageError(f"there is no run in {runs} (looked in {Path.cwd()}). --dir names another folder of runs.")
+        found = [read_run(place) for place in (places if names else places[:1])]
+        panels = make_panels(found, metric or [], x)
+        empty = [run.name for run in found if not run.cells]
+        if empty:
+            typer.echo(f"dtrain: no row yet, and so not in the plot: {', '.join(empty)}", err=True)
+        if out is None:
+            _print(panels, x=x, log=log, most=None if metric else _MOST_PANELS)
+        else:
+            _write(out, panels, x=x, log=log)
+
+
+def _kind(out: Path) -> str:
+    return out.suffix.removeprefix(".").lower()
+
+
+def _check_kind(out: Path) -> None:
+    from dtrain.errors import UsageError
+    from dtrain.report.files import check_target
+    from dtrain.report.picture import FORMATS
+
+    if _kind(out) not in FORMATS:
+        raise UsageError(f"-o {out}: should end in .{', .'.join(FORMATS)}.")
+    check_target(out, out)
+
+
+def _write(out: Path, panels: Sequence[Panel], *, x: str, log: bool) -> None:
+    from dtrain.report.files import write_bytes
+    from dtrain.report.picture import picture
+
+    write_bytes(out.expanduser(), picture(panels, x=x, log=log, kind=_kind(out)))
+    typer.echo(f"plot: {out}")
+    for panel in panels:
+        for remark in panel.remarks(log=log):
+            typer.echo(f"  {remark}")
+
+
+def _print(panels: Sequence[Panel], *, x: str, log: bool, most: int | None) -> None:
+    """Prints the curves; in a pipe the same without colours."""
+    import shutil
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from dtrain.report.textplot import Look, legend, text_panel
+
+    terminal = sys.stdout.isatty()
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, no_color=None if terminal else True)
+    width = shutil.get_terminal_size().columns if terminal else _PIPE_WIDTH
+    braille = _can_show("\N{BRAILLE PATTERN DOTS-1}┤")
+    look = Look(x, log, width, braille=braille)
+    shown = panels[:most]
+    for panel in shown:
+        for line in text_panel(panel, look):
+            text = Text.assemble(*((piece, style or "") for piece, style in line))
+            console.print(text if braille else Text(text.plain.replace("┤", "|")))
+    console.print(
+        Text.assemble(*((piece, style or "") for piece, style in legend([a for p in shown for a in p.lines])))
+    )
+    if len(shown) < len(panels):
+        console.print(f"not shown: {', '.join(panel.title for panel in panels[len(shown) :])} (--metric NAME)")
+
+
+def _can_show(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
