@@ -89,9 +89,10 @@ def _show(runs: Sequence[Run], whole: Comparison, *, listed: bool, chosen: str |
 
     mode = whole.mode if chosen is not None else None
     if listed:
-        _print(listing_grid(runs, [changed(run.folder) for run in runs], chosen, mode))
+        grid = listing_grid(runs, [changed(run.folder) for run in runs], chosen, mode)
+        _print(grid.fitted(width, ("CHANGED", "EPOCHS", "STATE")))
     elif len(runs) > 1:
-        _print(comparison_grid(whole))
+        _print(comparison_grid(whole).fitted(width, ("STARTS", "STATE", "EPOCHS")))
     else:
         typer.echo(about(runs[0]))
         if runs[0].cells:

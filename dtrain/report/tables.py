@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.cells import cell_len
 
@@ -49,6 +49,23 @@ class Grid:
         """Of its widest line."""
         return max(map(cell_len, self.lines()))
 
+    def fitted(self, width: int | None, spare: Sequence[str]) -> Grid:
+        """Returns the table without so many of the spare columns, the first ones first, that it fits a terminal.
+
+        Args:
+            width: characters; None leaves it as it is.
+            spare: the names of columns that may be left out.
+        """
+        grid, left_out = self, list[str]()
+        for name in spare:
+            if width is None or grid.width <= width:
+                break
+            at = grid.head.index(name)
+            rows = tuple((*row[:at], *row[at + 1 :]) for row in grid.rows)
+            grid = replace(grid, head=(*grid.head[:at], *grid.head[at + 1 :]), rows=rows)
+            left_out.append(name)
+        return replace(grid, under=(*grid.under, *_told_left_out(left_out)))
+
 
 def history_grid(run: Run, *, metric: str | None, mode: Mode | None, width: int | None) -> Grid:
     """Returns a run's history.
@@ -61,18 +78,12 @@ def history_grid(run: Run, *, metric: str | None, mode: Mode | None, width: int 
     """
     best = run.best(metric, mode)
     name, own_mode = run.monitor(metric)
-    columns = list(run.columns)
     rows = list(range(len(run.cells))) if width is None else shortened(len(run.cells), best)
-    left_out: list[str] = []
-    grid = _history(run, columns, rows, best)
-    for column in droppable(columns, name) if width is not None else ():
-        if grid.width <= (width or 0):
-            break
-        columns.remove(column)
-        left_out.append(column)
-        grid = _history(run, columns, rows, best)
-    under = [*_about_best(run, name, mode or own_mode, best), *_about_rest(run, rows, left_out)]
-    return Grid(grid.head, grid.rows, grid.marked, tuple(under))
+    under = _about_best(run, name, mode or own_mode, best)
+    if len(rows) < len(run.cells):
+        under.append(f"{len(run.cells) - len(rows)} of {len(run.cells)} epochs are left out (--all)")
+    whole = replace(_history(run, rows, best), under=tuple(under))
+    return whole.fitted(width, [printable(column) for column in droppable(run.columns, name)])
 
 
 def shortened(count: int, best: int | None) -> list[int]:
@@ -93,17 +104,16 @@ def droppable(columns: Sequence[str], metric: str | None) -> list[str]:
     )
 
 
-def _history(run: Run, columns: Sequence[str], rows: Sequence[int], best: int | None) -> Grid:
-    indices = [run.columns.index(name) for name in columns]
+def _history(run: Run, rows: Sequence[int], best: int | None) -> Grid:
     lines: list[tuple[str, ...]] = []
     marked = set()
     for before, row in zip([-1, *rows], rows, strict=False):
         if row != before + 1:
-            lines.append(("", *[_DOTS] * len(indices)))
+            lines.append(("", *[_DOTS] * len(run.columns)))
         if row == best:
             marked.add(len(lines))
-        lines.append(("*" if row == best else "", *(rounded(run.cells[row][i]) for i in indices)))
-    return Grid(("", *map(printable, columns)), tuple(lines), frozenset(marked))
+        lines.append(("*" if row == best else "", *map(rounded, run.cells[row])))
+    return Grid(("", *map(printable, run.columns)), tuple(lines), frozenset(marked))
 
 
 def _about_best(run: Run, metric: str | None, mode: Mode, best: int | None) -> list[str]:
@@ -115,13 +125,8 @@ def _about_best(run: Run, metric: str | None, mode: Mode, best: int | None) -> l
     return [f"* best epoch: {run.epochs[best]} ({word} {printable(metric)}, {run.texts(metric)[best]})"]
 
 
-def _about_rest(run: Run, rows: Sequence[int], left_out: Sequence[str]) -> list[str]:
-    told = []
-    if len(rows) < len(run.cells):
-        told.append(f"{len(run.cells) - len(rows)} of {len(run.cells)} epochs are left out (--all)")
-    if left_out:
-        told.append(f"columns left out: {', '.join(map(printable, left_out))} (--all)")
-    return told
+def _told_left_out(columns: Sequence[str]) -> list[str]:
+    return [f"columns left out: {', '.join(map(printable, columns))} (--all)"] if columns else []
 
 
 def about(run: Run) -> str:

@@ -18,7 +18,7 @@ from dtrain.lock import owned
 from dtrain.report.compare import as_plain, compare
 from dtrain.report.finding import find_runs
 from dtrain.report.runs import Run, read_run
-from dtrain.report.tables import history_grid, shortened
+from dtrain.report.tables import comparison_grid, history_grid, shortened
 from dtrain.report.words import duration, printable, rounded
 
 
@@ -324,3 +324,17 @@ def test_no_text_commands_a_terminal(text: str) -> None:
 )
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_a_comparison_misses_its_spare_columns_where_it_is_narrow(tmp_path: Path) -> None:
+    runs = [read(make_run(tmp_path / name, rows(4, seed))) for seed, name in enumerate(("one", "a" * 30))]
+    grid = comparison_grid(compare(runs))
+    spare = ("STARTS", "STATE", "EPOCHS")
+    assert grid.fitted(None, spare) == grid.fitted(grid.width, spare) == grid
+    narrow = grid.fitted(grid.width - 1, spare)
+    assert (narrow.head, narrow.under[-1]) == (
+        tuple(n for n in grid.head if n != "STARTS"),
+        "columns left out: STARTS (--all)",
+    )
+    assert grid.fitted(10, spare).head == tuple(name for name in grid.head if name not in spare)
+    assert [row[0] for row in grid.fitted(10, spare).rows] == ["one", "a" * 30]

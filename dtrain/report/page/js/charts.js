@@ -168,11 +168,25 @@ class Panel {
     const told = this.told(this.u.data[0][idx]);
     this.tip.replaceChildren(told.head, told.table);
     this.tip.hidden = false;
-    const room = this.plot.clientWidth - this.tip.offsetWidth;
-    const x = left + this.u.over.offsetLeft;
-    this.tip.style.left = `${Math.max(0, Math.min(room, x + 14 + this.tip.offsetWidth > this.plot.clientWidth ? x - this.tip.offsetWidth - 14 : x + 14))}px`;
-    this.tip.style.top = `${this.plot.offsetTop + 8}px`;
+    this.placeTip(left + this.u.over.offsetLeft);
     this.words = told.words;
+  }
+
+  // Under the curve, so that it hides nothing of it; above it where the window ends; else beside the pointer.
+  placeTip(x) {
+    const box = this.plot.getBoundingClientRect();
+    const { offsetWidth: width, offsetHeight: height } = this.tip;
+    let left = x - width / 2;
+    let top = this.plot.offsetTop + this.plot.offsetHeight;
+    if (box.bottom + height > innerHeight) {
+      if (box.top - height > 0) top = this.plot.offsetTop - height;
+      else {
+        top = this.plot.offsetTop;
+        left = x + 14 + width > box.width ? x - width - 14 : x + 14;
+      }
+    }
+    this.tip.style.left = `${Math.max(0, Math.min(box.width - width, left))}px`;
+    this.tip.style.top = `${top}px`;
   }
 
   told(x) {
