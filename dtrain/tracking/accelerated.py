@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config.schema import MlflowConfig, TrackConfig, TrackioConfig
+from dtrain.history import FILE_NAME
 from dtrain.tracking.about import flat
 from dtrain.tracking.base import End
 from dtrain.tracking.threaded import Backend
@@ -94,6 +95,7 @@ class MlflowBackend:
 
         if self._options.uri is not None:
             mlflow.set_tracking_uri(self._options.uri)
+        mlflow.set_experiment(self._options.experiment)  # Accelerate would give a new one this run's tags
         # Else it finds out the user's name and the command's path.
         tags = {"mlflow.user": "", "mlflow.source.name": "dtrain", "mlflow.source.type": "LOCAL"}
         commit = self._what.about.get("code")
@@ -120,9 +122,8 @@ class MlflowBackend:
         """Adds the history and, where they are asked for, weights; tells how the run ended."""
         import mlflow
 
-        if end.rows:
-            columns = list(end.rows[0])
-            mlflow.log_table({name: [row.get(name) for row in end.rows] for name in columns}, "history.json")
+        if end.rows:  # MLflow's own log_table would append to that of a run that is gone on with
+            mlflow.log_artifact(str(self._what.folder / FILE_NAME))
         if end.weights is not None:
             self._tracker.log_artifact(str(end.weights), "weights")
         mlflow.end_run("FAILED" if end.failed else "FINISHED" if end.complete else "KILLED")

@@ -50,7 +50,7 @@ def start_tracking(  # noqa: PLR0913 - keyword-only
         return None
     log = StepLog(folder, len(rows), updates)
     known = {**(ids or {}), **read_json(folder / FOLDER / IDS)}
-    config = {**settings.plain(), "recipe": settings.config.recipe}  # not where it lies on this machine
+    config = _told(settings)
     tracking = Tracking(folder, log, every=track.every_seconds, device=device, artifacts=track.artifacts)
     if wandb is not None:
         run_id = known.get("wandb") or secrets.token_hex(4)
@@ -66,6 +66,16 @@ def start_tracking(  # noqa: PLR0913 - keyword-only
         if not is_known:
             _tell_before(tracker, rows)
     return tracking
+
+
+def _told(settings: Settings) -> dict[str, Any]:
+    """The config as trackers are told of it: not where the recipe lies on this machine, and no password."""
+    config = settings.plain()
+    mlflow = config["track"]["mlflow"]
+    if mlflow and "@" in (mlflow["uri"] or ""):
+        scheme, _, rest = mlflow["uri"].partition("://")
+        mlflow["uri"] = f"{scheme}://{rest.rpartition('@')[2]}"
+    return {**config, "recipe": settings.config.recipe}
 
 
 def _wandb(track: TrackConfig) -> WandbConfig | None:

@@ -12,6 +12,7 @@ from dtrain.tracking.base import End
 
 logger = logging.getLogger(__name__)
 
+_START_SECONDS = 60.0  # to load a library and to make a store's tables, which is better not left half done
 _FINISH_SECONDS = 10.0
 _MOST = 10_000  # calls that wait; a server that hangs for hours fills no memory
 
@@ -47,6 +48,7 @@ class Threaded:
         self._told = told
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(_MOST)
         self._failed = False
+        self._started = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
         self._calls.put(self._start)
         self._thread.start()
@@ -68,12 +70,15 @@ class Threaded:
         """Waits until the thread is done, for a bounded time."""
         self._call(lambda: self._backend.finish(end))
         self._call(None)
+        self._started.wait(_START_SECONDS)
         self._thread.join(_FINISH_SECONDS)
         if self._thread.is_alive():
+            self._failed = True
             logger.warning("%s: not all is told: it did not answer within %g s", self.name, _FINISH_SECONDS)
 
     def _start(self) -> None:
         self._id = self._backend.start()
+        self._started.set()
 
     def _call(self, call: Callable[[], None] | None) -> None:
         if self._failed:
@@ -93,4 +98,5 @@ class Threaded:
 
     def _give_up(self, why: str) -> None:
         self._failed = True
+        self._started.set()
         logger.warning("%s: not tracked from here on, since %s. Training goes on; history.csv has all.", self.name, why)

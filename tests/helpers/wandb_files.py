@@ -28,7 +28,7 @@ def _records(data: bytes) -> Iterator[bytes]:
 
 
 def wandb_rows(file: Path) -> list[dict[str, float]]:
-    """The run's history rows, without W&B's own columns."""
+    """The run's rows of the history, without W&B's own columns and what is of moments within epochs."""
     from wandb.proto import wandb_internal_pb2
 
     rows = []
@@ -37,5 +37,5 @@ def wandb_rows(file: Path) -> list[dict[str, float]]:
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
             items = {(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-            rows.append({name: value for name, value in items.items() if not name.startswith("_")})
-    return rows
+            rows.append({k: v for k, v in items.items() if not k.startswith(("_", "step/", "gpu/", "history"))})
+    return [row for row in rows if row]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gzip
 import json
@@ -30,7 +31,9 @@ class SentRun:
     def rows(self) -> list[dict[str, Any]]:
         """The history, without W&B's own columns and the running values; lines without a row are left out."""
         lines = [line for _, line in sorted(self.lines.items())]
-        rows = [{k: v for k, v in line.items() if not k.startswith(("_", "step/", "gpu/"))} for line in lines]
+        rows = [
+            {k: v for k, v in line.items() if not k.startswith(("_", "step/", "gpu/", "history"))} for line in lines
+        ]
         return [row for row in rows if row]
 
 
@@ -254,6 +257,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bytes) -> tuple[int, Any]:
         owner, path = self.server_of, urlsplit(self.path)
+        known = base64.b64encode(f"api:{owner.key}".encode()).decode()
+        if path.path != "/upload" and self.headers.get("Authorization") != f"Basic {known}":
+            return 401, {"error": "who are you?"}
         if owner.status != 200:
             return owner.status, {"error": "so it is"}
         if path.path == "/upload":

@@ -1,0 +1,384 @@
+"""The parts of tracking, each by itself: what is kept, what is released when, what a server is asked."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.wandb_server import KEY, WandbServer
+
+from dtrain.config.schema import MlflowConfig, TrackConfig
+from dtrain.errors import UsageError
+from dtrain.metrics import MeanTable
+from dtrain.progress import PassFacts, RunFacts
+from dtrain.tracking import threaded, tracking, wanted
+from dtrain.tracking.base import End
+from dtrain.tracking.files import FOLDER, STEPS, StepLog, Tail, read_json, read_lines
+from dtrain.tracking.probe import last_step, no_key, what_is_wrong
+from dtrain.tracking.threaded import Threaded
+from dtrain.tracking.tracking import Tracking
+from dtrain.tracking.values import Values
+from dtrain.tracking.wandb_tracker import environment
+
+
+def written(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k != "at"} for line in read_lines(run / FOLDER / STEPS)]
+
+
+def history(run: Path, epochs: int, torn: str = "") -> None:
+    rows = "".join(f"{epoch},{epoch / 3},\n" for epoch in range(1, epochs + 1))
+    (run / "history.csv").write_text(f"epoch,loss,val_loss\n{rows}{torn}")
+
+
+# --- what is kept -------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_goes_on_keeps_what_its_checkpoint_holds(tmp_path: Path) -> None:
+    log = StepLog(tmp_path)
+    lines: list[dict[str, Any]] = [
+        {"updates": 2, "step/loss": 1.0}, {"row": 1, "updates": 3}, {"firm": 1}, {"updates": 5, "step/loss": 0.5},
+        {"row": 2, "updates": 6}, {"firm": 2}, {"updates": 8, "step/loss": float("nan")}, {"row": 3, "updates": 9},
+    ]  # fmt: skip
+    for line in lines:
+        log.add(line)
+    log.close()
+    with (tmp_path / FOLDER / STEPS).open("a") as file:
+        file.write('{"updates": 10, "step/lo')  # a kill
+    again = StepLog(tmp_path, epochs=2, updates=7)
+    again.add({"updates": 8, "step/loss": 0.4})
+    again.close()
+    assert written(tmp_path) == [*lines[:6], {"updates": 8, "step/loss": 0.4}]
+    assert again.told == 2
+    StepLog(tmp_path, epochs=1, updates=3).close()
+    assert written(tmp_path) == lines[:3]
+
+
+def test_rows_from_before_it_was_tracked_get_their_places(tmp_path: Path) -> None:
+    StepLog(tmp_path, epochs=3, updates=10).close()
+    assert written(tmp_path) == [
+        {"row": 1, "updates": 3}, {"row": 2, "updates": 6}, {"row": 3, "updates": 10}, {"firm": 3},
+    ]  # fmt: skip
+
+
+def test_a_growing_file_gives_whole_lines_once(tmp_path: Path) -> None:
+    tail = Tail(tmp_path / "file")
+    assert tail.news() == []
+    (tmp_path / "file").write_bytes(b"one\ntw")
+    assert tail.news() == ["one"]
+    with (tmp_path / "file").open("ab") as file:
+        file.write(b"o\n\xff\xfe\n")
+    assert tail.news()[0] == "two"
+    assert tail.news() == []
+
+
+# --- in which order it is sent ------------------------------------------------------------------------------
+
+
+def test_values_come_in_their_order_and_a_row_once_it_is_firm(tmp_path: Path) -> None:
+    log, values = StepLog(tmp_path), Values(tmp_path)
+    log.add({"updates": 2, "at": 5.0, "step/loss": 1.0})
+    assert [(e.step, e.at, e.values, e.is_row) for e in values.news()] == [(2, 5.0, {"step/loss": 1.0}, False)]
+    history(tmp_path, 1)
+    log.add({"row": 1, "updates": 3, "at": 6.0})
+    log.add({"updates": 4, "at": 7.0, "step/loss": 0.9})
+    assert values.news() == []  # it might be computed anew
+    log.add({"firm": 1})
+    assert [(e.step, e.values) for e in values.news()] == [(3, {"epoch": 1, "loss": 1 / 3}), (4, {"step/loss": 0.9})]
+    assert (values.rows, values.last) == ([{"epoch": 1, "loss": 1 / 3, "val_loss": None}], 4)
+    log.close()
+
+
+def test_all_that_there_is_holds_also_rows_that_were_not_marked(tmp_path: Path) -> None:
+    log = StepLog(tmp_path)
+    history(tmp_path, 3, torn="4,0.1")
+    for line in ({"row": 1, "updates": 3}, {"row": 2, "updates": 3}, {"firm": 1}):
+        log.add(line)
+    log.close()
+    found = Values(tmp_path).news(everything=True)
+    assert [(e.step, e.values["epoch"]) for e in found] == [(3, 1), (4, 2), (5, 3)]  # no two rows in one of W&B's steps
+    assert [e.values["epoch"] for e in Values(tmp_path).news()] == [1]
+
+
+# --- what the engine tells ----------------------------------------------------------------------------------
+
+
+class Recorder:
+    name = "recorder"
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, dict[str, float]]] = []
+        self.epochs: list[int] = []
+        self.ends: list[End] = []
+
+    def run_id(self) -> str:
+        return "r1"
+
+    def log_steps(self, values: Mapping[str, float], step: int) -> None:
+        self.steps.append((step, dict(values)))
+
+    def log_epoch(self, row: Mapping[str, Any]) -> None:
+        self.epochs.append(row["epoch"])
+
+    def finish(self, end: End) -> None:
+        self.ends.append(end)
+        raise RuntimeError("a tracker's own trouble")
+
+
+class Clock:
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return 1000.0 + self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(tracking, "time", found)
+    return found
+
+
+def tracked(run: Path, every: float = 1.0) -> tuple[Tracking, Recorder]:
+    recorder = Recorder()
+    found = Tracking(run, StepLog(run), every=every, device=torch.device("cpu"))
+    found.trackers.append(recorder)
+    return found, recorder
+
+
+class Asked(MeanTable):
+    """A table that counts how often it was read, which on a GPU waits for the device."""
+
+    times = 0
+
+    def running(self) -> dict[str, float]:
+        self.times += 1
+        return super().running()
+
+
+def test_between_two_moments_a_step_is_a_look_at_the_clock(tmp_path: Path, clock: Clock) -> None:
+    found, recorder = tracked(tmp_path)
+    table = Asked("train")
+    updates = iter(range(7, 100))
+    run = RunFacts(epochs=1, ranks=2, lr=lambda: 0.5, updates=lambda: next(updates))
+    found.begin(PassFacts("train", 1, samples=lambda: table.samples, run=run))
+    for second in (0.0, 0.5, 0.99, 2.0, 2.5, 2.9, 3.0):
+        clock.now = 100.0 + second
+        table.add({"loss": second}, 4)
+        found.step(table)
+    assert table.times == 2
+    assert [step for step, _ in recorder.steps] == [7, 8]
+    first, second = (values for _, values in recorder.steps)
+    assert first == {"step/loss": (0.5 + 0.99 + 2.0) / 4, "step/lr": 0.5, "step/samples_per_second": 16 * 2 / 2.0}
+    assert second["step/samples_per_second"] == 12 * 2 / 1.0
+    assert written(tmp_path) == [{"updates": step, **values} for step, values in recorder.steps]
+    found.begin(PassFacts("valid", 1, samples=lambda: table.samples))
+    clock.now += 10
+    found.step(table)
+    assert table.times == 2, "validation's means are told with the epoch's row"
+    assert read_json(tmp_path / FOLDER / "ids.json") == {"recorder": "r1"}
+
+
+def test_with_epochs_alone_no_step_tells_anything(tmp_path: Path, clock: Clock) -> None:
+    found, recorder = tracked(tmp_path, every=0.0)
+    found.begin(PassFacts("train", 1))
+    clock.now += 1e6
+    found.step(Asked("train"))
+    assert recorder.steps == written(tmp_path) == []
+
+
+def test_a_row_waits_for_the_checkpoint_that_holds_it(tmp_path: Path, clock: Clock) -> None:
+    found, recorder = tracked(tmp_path)
+    writing = True
+    found.settled = lambda: not writing
+    found.begin(PassFacts("train", 1, run=RunFacts(updates=lambda: 3)))
+    found.end_epoch({"epoch": 1, "loss": 0.5})
+    found.begin(PassFacts("train", 2))
+    assert recorder.epochs == []
+    assert written(tmp_path) == [{"row": 1, "updates": 3}]
+    writing = False
+    clock.now += 1
+    found.step(Asked("train"))
+    assert recorder.epochs == [1]
+    writing = True
+    found.end_epoch({"epoch": 2, "loss": 0.4})
+    found.finish(End())  # and whatever a tracker makes of it, the run ends well
+    assert recorder.epochs == [1, 2]
+    assert len(recorder.ends) == 1
+    assert written(tmp_path)[-1] == {"firm": 2}
+
+
+def test_a_full_disk_is_told_of_once_and_ends_nothing(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, recorder = tracked(tmp_path)
+
+    def full(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(StepLog, "add", lambda _self, line: full(line))
+    found.begin(PassFacts("train", 1))
+    found.end_epoch({"epoch": 1})
+    found.end_epoch({"epoch": 2})
+    found.finish(End())
+    assert recorder.epochs == [1, 2]
+    assert [r.message for r in caplog.records if "cannot be kept" in r.message] == [
+        "values for the trackers cannot be kept: [Errno 28] No space left on device"
+    ]
+
+
+# --- a thread of its own ------------------------------------------------------------------------------------
+
+
+class Slow:
+    name = "slow"
+
+    def __init__(self, at: str = "", error: Exception | None = None) -> None:
+        self.at, self.error = at, error
+        self.go = threading.Event()
+        self.seen: list[Any] = []
+
+    def _do(self, what: str) -> None:
+        if what == self.at:
+            if self.error is not None:
+                raise self.error
+            self.go.wait(30)
+        self.seen.append(what)
+
+    def start(self) -> str:
+        self._do("start")
+        return "id-1"
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        self._do(f"log {step}")
+
+    def finish(self, end: End) -> None:
+        self._do("finish")
+
+
+def test_a_thread_gets_all_in_order_and_not_what_it_was_told_before() -> None:
+    backend = Slow()
+    tracker = Threaded(backend, told=2)
+    for epoch in (2, 3):
+        tracker.log_epoch({"epoch": epoch})
+    tracker.log_steps({"step/loss": 1.0}, 40)
+    tracker.finish(End())
+    assert (backend.seen, tracker.run_id()) == (["start", "log 3", "log 40", "finish"], "id-1")
+
+
+@pytest.mark.parametrize("at", ["start", "log 1", "finish"])
+def test_a_tracker_that_fails_is_told_of_once(at: str, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Threaded(Slow(at, OSError("no route to host\nand more")))
+    for epoch in (1, 2):
+        tracker.log_epoch({"epoch": epoch})
+    tracker.finish(End())
+    (record,) = caplog.records
+    assert record.message == (
+        "slow: not tracked from here on, since OSError: no route to host. Training goes on; history.csv has all."
+    )
+
+
+def test_a_tracker_that_hangs_keeps_the_end_for_a_bounded_time(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threaded, "_FINISH_SECONDS", 0.1)
+    monkeypatch.setattr(threaded, "_MOST", 4)
+    backend = Slow("log 1")
+    tracker = Threaded(backend)
+    for epoch in range(1, 20):
+        tracker.log_epoch({"epoch": epoch})  # never waits, and fills no memory
+    tracker.finish(End())
+    assert any("it does not answer" in r.message or "did not answer" in r.message for r in caplog.records)
+    backend.go.set()
+
+
+# --- what a server is asked ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    found = WandbServer()
+    yield found
+    found.close()
+
+
+def test_a_server_that_is_well_is_used(server: WandbServer) -> None:
+    assert what_is_wrong(server.url, KEY, 20) == ""
+
+
+def test_what_is_wrong_with_a_server_is_said(server: WandbServer) -> None:
+    url = server.url
+    assert what_is_wrong(url, "another key" * 4, 20) == (
+        f"{url} refuses the API key (401): run `wandb login --relogin`, or set WANDB_API_KEY"
+    )
+    server.status = 500
+    assert what_is_wrong(url, KEY, 20) == f"{url} answers 500"
+    server.status = 200
+    server.hangs.set()
+    assert what_is_wrong(url, KEY, 0.3) == f"{url} does not answer within 0.3 s"
+    server.vanish()
+    assert what_is_wrong(url, KEY, 20) == f"{url} cannot be reached: Connection refused"
+    assert no_key(url) == f"there is no API key for {url[7:]}: run `wandb login`, or set WANDB_API_KEY"
+
+
+def test_a_server_that_answers_drop_by_drop_has_no_more_time_than_another() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        stop = threading.Event()
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                while not stop.wait(0.05):
+                    connection.sendall(b"H")
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        began = time.monotonic()
+        assert what_is_wrong(url, KEY, 0.5) == f"{url} does not answer within 0.5 s"
+        assert time.monotonic() - began < 20
+        stop.set()
+        thread.join(10)
+
+
+def test_a_server_is_asked_how_far_a_run_is(server: WandbServer) -> None:
+    def ask() -> int | None:
+        return last_step(server.url, KEY, entity="me", project="p", run_id="r")
+
+    assert ask() is None  # there is no such run
+    server.graphql({"query": "mutation UpsertBucket", "variables": {"name": "r"}})
+    assert ask() == -1
+    server.stream("r", {"files": {"wandb-history.jsonl": {"offset": 0, "content": [json.dumps({"_step": 41})]}}})
+    assert ask() == 41
+    server.status = 500
+    assert ask() is None
+
+
+# --- what leaves --------------------------------------------------------------------------------------------
+
+
+def test_wandbs_client_sees_its_own_part_of_the_environment() -> None:
+    given = {
+        "HOME": "/home/me", "PATH": "/bin", "WANDB_API_KEY": "k", "WANDB_BASE_URL": "u", "WANDB_RUN_ID": "x",
+        "AWS_SECRET": "s", "https_proxy": "p", "DTRAIN_X": "d", "SSL_CERT_FILE": "c", "WANDB_MODE": "offline",
+    }  # fmt: skip
+    assert environment(given) == {
+        "HOME": "/home/me", "PATH": "/bin", "WANDB_API_KEY": "k", "WANDB_BASE_URL": "u", "https_proxy": "p",
+        "SSL_CERT_FILE": "c", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true",
+    }  # fmt: skip
+
+
+def test_a_tracker_that_is_not_installed_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wanted, "find_spec", lambda _: None)
+    wanted.check_installed(TrackConfig())
+    with pytest.raises(UsageError, match=r"track.mlflow is set, and mlflow is not installed: pip install 'dtrain\[ml"):
+        wanted.check_installed(TrackConfig(mlflow=MlflowConfig()))
