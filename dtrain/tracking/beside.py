@@ -13,6 +13,7 @@ import json
 import os
 import select
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ LOCK = "wandb.lock"
 _POLL_SECONDS = 0.5
 _AGAIN_SECONDS = 300.0  # after which a server that could not be used is asked again
 _LOCK_SECONDS = 30.0
+_KILLED_SECONDS = 20.0  # less than that: what is not sent by then is sent by the run that goes on
 
 
 class Line:
@@ -138,6 +140,8 @@ class Sender:
     def finish(self, end: Mapping[str, Any]) -> str:
         """Sends what is left; returns why that could not be done, "" where it could."""
         self._run.send(self._values.news(everything=bool(end)))
+        if not end:  # it was killed; the next one that goes on with it may be waiting
+            threading.Timer(_KILLED_SECONDS, os._exit, (1,)).start()
         try:
             self._run.finish(self._values, end)
         except NotSentError as error:

@@ -110,6 +110,7 @@ class WandbRun:
             raise NotSentError(_first_line(error)) from error
         self._run.define_metric("epoch", hidden=True)
         self._columns: set[str] = {"epoch"}
+        self._at = time.time()  # of the last values
         # What the server has, or what lies in the folder from before, is not sent twice.
         self._first = self._run.starting_step if online else self._state.get("written", -1) + 1
 
@@ -129,7 +130,7 @@ class WandbRun:
                     self._run.define_metric(name, step_metric="epoch")
                 self._columns |= values.keys()
             if entry.at:
-                values["_timestamp"] = entry.at
+                values["_timestamp"] = self._at = entry.at
             self._run.log(values, step=entry.step)
 
     def finish(self, values: Values, end: Mapping[str, Any]) -> None:
@@ -145,11 +146,11 @@ class WandbRun:
         """
         self._note(values, end, sent=False)
         if self._online:
-            self._wait_for_server()
+            self._wait_for_server(self._patience / 2 if end else 0.0)
         problems: list[Exception] = []
         try:
             if end.get("complete") and values.rows:
-                self._run.log({"history": _table(values.rows)}, step=values.last)
+                self._run.log({"history": _table(values.rows), "_timestamp": self._at}, step=values.last)
             if end.get("artifact"):
                 self._log_artifact(Path(end["artifact"]))
         except Exception as error:  # noqa: BLE001 - it is told below; the values matter more
@@ -167,13 +168,13 @@ class WandbRun:
             words = "the server did not take them in time" if late else _first_line(problems[-1])
             raise NotSentError(words) from problems[-1]
 
-    def _wait_for_server(self) -> None:
+    def _wait_for_server(self, seconds: float) -> None:
         """What is sent at the end waits for a server that is gone for longer than anybody wants to wait.
 
         Raises:
             NotSentError: it is gone. What W&B's client holds back for it is in the run's folder.
         """
-        until = time.monotonic() + self._patience / 2
+        until = time.monotonic() + seconds
         while True:
             _, why = server(max(1.0, min(PATIENCE, until - time.monotonic())))
             if not why:
