@@ -54,11 +54,10 @@ class TensorBoardBackend:
         """Opens two event files."""
         from accelerate.tracking import TensorBoardTracker
 
-        folder, resumes = self._what.folder / TENSORBOARD, self._what.epochs or self._what.updates
+        folder = self._what.folder / TENSORBOARD
+        # Always, since TensorBoard takes only the second one of a folder for a restart.
         purge = {"epochs": self._what.epochs + 1, "steps": self._what.updates + 1}
-        self._writers = {
-            part: TensorBoardTracker(part, folder, purge_step=purge[part] if resumes else None) for part in purge
-        }
+        self._writers = {part: TensorBoardTracker(part, folder, purge_step=step) for part, step in purge.items()}
         for writer in self._writers.values():
             writer.start()
         texts = {"config": _as_code(self._what.config), "about": _as_code(self._what.about)}
