@@ -39,10 +39,10 @@ from dtrain.resuming.keeper import Keeper
 from dtrain.resuming.state import restore
 from dtrain.run_folder import CHECKPOINTS, Opened, open_folder, take_up
 from dtrain.seeding import deterministic
-from dtrain.starts import here, noted
+from dtrain.starts import commit_of, here, noted
 from dtrain.stopping import Stopping, check_not_asked
 from dtrain.telling import sum_up, tell_complete, tell_resumed, tell_start
-from dtrain.tracking.about import about_run, commit_of
+from dtrain.tracking.about import about_run
 from dtrain.tracking.base import End
 from dtrain.tracking.starting import start_tracking
 from dtrain.tracking.tracking import Tracking

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -57,19 +55,3 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
     return found
-
-
-def commit_of(folder: Path) -> str | None:
-    """Returns the commit that is checked out where a folder lies; None where that is no git repository."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "--verify", "HEAD"],  # noqa: S607 - the user's own git
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=5,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

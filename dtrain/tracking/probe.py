@@ -34,7 +34,7 @@ def last_step(url: str, key: str | None, *, entity: str, project: str, run_id: s
     """Returns the step of the last values that a server has of a run: -1 for none; None where it does not tell."""
     import requests
 
-    body = {"query": _HOW_FAR, "variables": {"project": project, "entity": entity, "name": run_id}}
+    body: dict[str, Any] = {"query": _HOW_FAR, "variables": {"project": project, "entity": entity, "name": run_id}}
     try:
         answer = requests.post(
             f"{url.rstrip('/')}/graphql", json=body, auth=("api", key) if key else None, timeout=PATIENCE

@@ -106,7 +106,7 @@ class WandbTracker:
             self._hear(0.1)
             if not announced and self._up and time.monotonic() - asked > _ANNOUNCE_SECONDS:
                 announced = True
-                logger.info("W&B: sending the last values, for %g s at most", self._patience)
+                print(f"W&B: sending the last values, for {self._patience:g} s at most")  # noqa: T201
         self._sum_up()
         self._close()
 
@@ -131,7 +131,7 @@ class WandbTracker:
         if event == "up":
             self._up, self._since = True, time.monotonic()
         elif event == "online":
-            logger.info("W&B: %s", word["url"])
+            print(f"W&B: {word['url']}")  # noqa: T201
         elif event == "offline" and why:
             logger.warning("W&B: offline, since %s. All values are kept; send them later: %s", why, self._remedy())
         elif event == "failed":

@@ -5,6 +5,7 @@ DTRAIN_TEST_SWEEP=full pytest tests/launch/test_tracking_wandb.py    # each faul
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -153,8 +154,6 @@ def made_run(run: Path, epochs: int, **options: Any) -> Path:
 
 def beside(run: Path, env: dict[str, str], end: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Runs the process that sends, to its end; what it has told."""
-    import json
-
     done = subprocess.run(
         [sys.executable, "-m", "dtrain.tracking.beside", str(run)],
         input="" if end is None else json.dumps(end) + "\n",
@@ -215,6 +214,11 @@ def test_a_server_that_vanishes_and_a_kill_and_sync_makes_one_run_of_it(
     first = start(dtrain, words, {**env, "SLOW": "0.3"})
     try:
         server.wait_for(lambda: any(run.lines for run in server.runs.values()))
+        family = psutil.Process(first.pid).children(recursive=True)
+        assert family
+        assert not any("dtrain.tracking" in " ".join(p.cmdline()) for p in family), (
+            "its work is no sign of a rank's life"
+        )
         server.vanish()
         wait_until(lambda: (run / "history.csv").is_file() and len(truth(run)) >= 1, first)
     finally:
@@ -284,6 +288,29 @@ def test_a_server_that_vanishes_at_the_end_holds_nobody_up(tmp_path: Path, serve
     process.wait(30)
     assert f'"sent": false, "why": "{server.url} cannot be reached: Connection refused"' in told
     assert "sent" not in read_json(run / FOLDER / "wandb.json")
+
+
+def test_a_server_that_comes_later_gets_all(tmp_path: Path, server: WandbServer) -> None:
+    run = made_run(tmp_path / "it", epochs=2)
+    server.vanish()
+    often = "import sys, dtrain.tracking.beside as b; b._AGAIN_SECONDS = 0.2; b.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", often, str(run)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={k: v for k, v in clean_environment(**server.environment()).items() if k != MARK},
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    told = [json.loads(process.stdout.readline()) for _ in range(2)]
+    assert [word["event"] for word in told] == ["up", "offline"]
+    server.start()
+    assert json.loads(process.stdout.readline())["event"] == "online"
+    process.stdin.write('{"failed": false, "complete": true}\n')
+    process.stdin.close()
+    assert json.loads(process.stdout.readline()) == {"event": "done", "sent": True, "why": ""}
+    process.stdout.close()
+    process.wait(30)
+    assert plain(server.the_run().rows()) == plain(truth(run))
 
 
 def test_a_client_that_gave_up_in_silence_is_found_out(tmp_path: Path, server: WandbServer) -> None:
