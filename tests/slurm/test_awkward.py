@@ -31,10 +31,11 @@ def test_awkward_names_and_values(slurm: Cluster, tmp_path: Path) -> None:
     one = slurm.dtrain("submit", *words, f"run.name={json.dumps(names[0])}", "--cpu", "--time", "10", cwd=folder)
     assert one.code == 0, one.text
     job = one.out.partition("submitted: job ")[2].split()[0]
-    slurm.wait(job, "COMPLETED")
-    assert (runs / names[0] / "slurm" / f"job-{job}.out").is_file()
     by_hand = (TEMPLATES / "train.sbatch", *words, f"run.name={names[1]}")
-    slurm.wait(slurm.sbatch("--nodes=1", "--time=10", *by_hand, cwd=folder, **NO_GPU), "COMPLETED")
+    other = slurm.sbatch("--nodes=1", "--time=10", *by_hand, cwd=folder, **NO_GPU)
+    for name in (job, other):
+        slurm.wait(name, "COMPLETED")
+    assert (runs / names[0] / "slurm" / f"job-{job}.out").is_file()
     configs = [yaml.safe_load((runs / name / "config.yaml").read_text()) for name in ("here", *names)]
     assert configs[0]["model"]["mark"] == VALUE
     assert [one["model"] for one in configs] == [configs[0]["model"]] * 3

@@ -15,8 +15,9 @@ SECONDS = 15  # from a rank's end to that of the whole job
 def test_a_person_ends_it_with_a_checkpoint(slurm: Cluster, tmp_path: Path, whole: Callable[[int], Path]) -> None:
     """By scancel, by the file STOP, and by `dtrain cancel`, after which it can be gone on with."""
     runs = {name: Queued(slurm, tmp_path / name) for name in ("scancel", "stop", "cancel")}
-    for run in runs.values():
-        run.submit(*WORDS, "checkpoint.every_steps=null", slow=0.3)
+    for name, run in runs.items():
+        way = ["--per-rank"] if name == "cancel" else []
+        run.submit(*WORDS, "checkpoint.every_steps=null", *way, slow=0.3)
     for run in runs.values():
         run.at_work()
     slurm.told("scancel", runs["scancel"].job)
@@ -31,7 +32,9 @@ def test_a_person_ends_it_with_a_checkpoint(slurm: Cluster, tmp_path: Path, whol
         assert not (run.run / "failure.json").exists()
     last = runs["cancel"]
     last.go()
-    last.submit(*WORDS, "checkpoint.every_steps=null").wait("COMPLETED")
+    done = slurm.dtrain("requeue", last.job, cwd=last.folder)
+    assert done.code == 0, done.text
+    last.wait("COMPLETED", restarts=1)
     assert_same(last.run, whole(2))
 
 
@@ -44,8 +47,8 @@ def test_a_fault_of_the_users_code_and_a_killed_rank_end_all_at_once(slurm: Clus
     for name, words in cases.items():
         mark = f"model.mark={tmp_path}/{name}.time"
         runs[name] = Queued(slurm, tmp_path / name).submit(*FAULT, mark, *words, recipe="faults.py")
-    for name in ("code", "killed"):
-        assert runs[name].wait("FAILED", seconds=90).restarts == 0
+    for run in runs.values():
+        assert run.wait("FAILED", seconds=90).restarts == 0
     for name, run in runs.items():
         wait_for(lambda run=run: run.record.incarnations[0].ended, f"the first start of {name} to end", 90)
         ended = run.record.incarnations[0].ended

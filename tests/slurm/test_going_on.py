@@ -31,7 +31,9 @@ def test_a_lost_node_takes_no_more_than_the_steps_since_the_last_checkpoint(
     slurm: Cluster, tmp_path: Path, whole: Callable[[int], Path]
 ) -> None:
     """The one with the batch script, and another one."""
-    runs = [Queued(slurm, tmp_path / name).submit(*WORDS, slow=0.3) for name in ("first", "second")]
+    runs = [Queued(slurm, tmp_path / name) for name in ("first", "second")]
+    for run, way in zip(runs, ([], ["--per-rank"]), strict=True):
+        run.submit(*WORDS, *way, slow=0.3)
     lost = []
     for run, place in zip(runs, (0, 1), strict=True):
         run.at_work(checkpoint=True)

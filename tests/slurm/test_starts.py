@@ -21,7 +21,10 @@ def states(slurm: Cluster) -> dict[str, str]:
 def test_two_nodes_are_one_world_however_it_starts(
     slurm: Cluster, tmp_path: Path, whole: Callable[[int], Path]
 ) -> None:
-    """Two ranks a node; but for the batch script with a task per rank, and within salloc, where one will do."""
+    """Two ranks a node; but for the batch script with a task per rank, and within salloc, where one will do.
+
+    The GPUs are no more than numbers: as many ranks as there are of them.
+    """
     before = states(slurm)
     ranks = {"submit": 4, "launchers": 4, "srun": 4, "tasks": 2, "salloc": 2}
     ways = {name: tmp_path / name for name in ranks}
@@ -29,7 +32,7 @@ def test_two_nodes_are_one_world_however_it_starts(
         folder.mkdir()
     jobs = [Queued(slurm, ways["submit"]).submit(*WORDS, "-n", 2).job]
     run = ("--time=10", TEMPLATES / "train.sbatch", *TRAIN[1:])
-    jobs.append(slurm.sbatch("--nodes=2", *run, cwd=ways["launchers"], RANKS="2", **NO_GPU))
+    jobs.append(slurm.sbatch("--nodes=2", "--gpus-per-node=2", *run, cwd=ways["launchers"], **NO_GPU))
     run = ("--ntasks-per-node=1", "--time=10", TEMPLATES / "train_per_rank.sbatch", *TRAIN[1:])
     jobs.append(slurm.sbatch("--nodes=2", *run, cwd=ways["tasks"], **NO_GPU))
     size = ("--nodes=2", "--ntasks-per-node=2", "--time=10")
