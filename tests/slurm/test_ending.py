@@ -34,7 +34,7 @@ def test_a_person_ends_it_with_a_checkpoint(slurm: Cluster, tmp_path: Path, whol
     last.go()
     done = slurm.dtrain("requeue", last.job, cwd=last.folder)
     assert done.code == 0, done.text
-    last.wait("COMPLETED", restarts=1)
+    last.wait("COMPLETED")
     assert_same(last.run, whole(2))
 
 
