@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 from helpers.cluster import Cluster
 from helpers.queued import WORDS, Queued, assert_same
+from helpers.wandb_files import wandb_rows
+
+from dtrain import read_history
+
+WANDB = ("track.wandb.project=mine", "track.wandb.mode=offline")
 
 
 @pytest.mark.timeout(400)
 def test_three_starts_under_a_time_limit_are_one_run(queued: Queued, whole: Callable[[int], Path]) -> None:
     """SLURM looks at limits every 30 s, and so asks up to so much earlier than --stop-before says."""
-    queued.submit(*WORDS, "--time", "1", "--stop-before", 15, slow=0.7)
+    queued.submit(*WORDS, *WANDB, "--time", "1", "--stop-before", 15, slow=0.7)
     queued.wait("RUNNING", restarts=2, seconds=180)
     queued.go()
     job = queued.wait("COMPLETED")
@@ -24,6 +29,11 @@ def test_three_starts_under_a_time_limit_are_one_run(queued: Queued, whole: Call
     assert begun == sorted(set(begun)), f"each start went on where the one before had come to: {begun}"
     assert job.text.count("stopped ahead of a limit") == job.restarts
     assert "TIME LIMIT" not in job.text, "the limit itself was never reached"
+    parts = sorted((queued.run / "wandb").glob("offline-run-*"))
+    assert len(parts) == len(starts)
+    assert len({part.name.rpartition("-")[2] for part in parts}) == 1, "one run of W&B's"
+    sent = [row for part in parts for row in wandb_rows(next(part.glob("run-*.wandb")))]
+    assert sent == [pytest.approx(row) for row in read_history(queued.run).to_dict("records")]
 
 
 @pytest.mark.timeout(400)
