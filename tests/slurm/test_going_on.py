@@ -33,7 +33,9 @@ def test_three_starts_under_a_time_limit_are_one_run(queued: Queued, whole: Call
     assert len(parts) == len(starts)
     assert len({part.name.rpartition("-")[2] for part in parts}) == 1, "one run of W&B's"
     sent = [row for part in parts for row in wandb_rows(next(part.glob("run-*.wandb")))]
-    assert sent == [pytest.approx(row) for row in read_history(queued.run).to_dict("records")]
+    assert [row for row in sent if "epoch" in row] == [
+        pytest.approx(row) for row in read_history(queued.run).to_dict("records")
+    ]
 
 
 @pytest.mark.timeout(400)
