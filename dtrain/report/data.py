@@ -61,7 +61,7 @@ def flat(nested: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for key, value in nested.items():
         name = f"{prefix}{key}"
-        found += flat(value, f"{name}.") if isinstance(value, Mapping) and value else [(name, _text(value) or "null")]
+        found += flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, _text(value) or "null")]
     return found
 
 
