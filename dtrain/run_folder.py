@@ -19,11 +19,12 @@ from dtrain.recipe_file import title_of
 from dtrain.resuming.finding import Found, checkpoint_at, find_good
 from dtrain.resuming.fitting import config_differences
 from dtrain.slurm.record import FOLDER as SLURM
+from dtrain.starts import FILE_NAME as STARTS
 
 logger = logging.getLogger(__name__)
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
-_NOT_OF_A_RUN = (OWNER, SLURM)  # what may be there before a run is: a job is submitted first
+_NOT_OF_A_RUN = (OWNER, SLURM, STARTS)  # what may be there before a run is: a job is submitted first
 
 
 @dataclass(frozen=True)
