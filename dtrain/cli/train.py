@@ -81,7 +81,7 @@ def _train(  # noqa: PLR0917 - the options
     settings = read_target(words)
     check_installed(settings.config.track)
     if request is None:
-        _show_plan(settings, ranks or read_rank_facts().size)
+        _show_plan(settings, ranks or read_rank_facts().size, as_words=manner.events is not None)
         return 0
 
     def work(world: World) -> None:
@@ -163,7 +163,8 @@ def split_words(words: list[str]) -> tuple[str | None, list[str]]:
     return None, words
 
 
-def _show_plan(settings: Settings, ranks: int) -> None:
+def _show_plan(settings: Settings, ranks: int, *, as_words: bool) -> None:
+    """Shows it; as words for a person, on standard error, where the standard output is for events."""
     from dtrain.plan import make_plan, plan_text, value_rows
     from dtrain.recipe import bind, load_recipe
     from dtrain.seeding import seed_everything
@@ -171,4 +172,5 @@ def _show_plan(settings: Settings, ranks: int) -> None:
     seed_everything(settings.config.train.seed)
     recipe = load_recipe(settings.config.recipe, settings.base)
     task = bind(recipe, settings)
-    typer.echo(plan_text(make_plan(task, settings, ranks), value_rows(settings, recipe), settings.config.train.epochs))
+    plan = plan_text(make_plan(task, settings, ranks), value_rows(settings, recipe), settings.config.train.epochs)
+    typer.echo(plan, err=as_words)

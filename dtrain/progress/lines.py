@@ -12,6 +12,7 @@ rate, then the last metrics; of an epoch's line the time, then the training's me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,8 +107,13 @@ def epoch_parts(row: Mapping[str, Any], width: int, glyphs: Glyphs) -> list[Part
 
 
 def short_value(value: float) -> str:
-    """Returns a metric with four digits, as wide each time: 0.3120, 12.34, 1.234e-05."""
-    return f"{value:#.4g}".rstrip(".")
+    """Returns a metric in six cells where that can be, so that lines of epochs are alike: 0.3121, 12.345, 1.23e-05."""
+    size = abs(value)
+    if math.isnan(value) or math.isinf(value):
+        return str(value)
+    if value and not 1e-3 <= size < 1e4:
+        return f"{value:.2e}"
+    return f"{value:.{4 - sum(size >= power for power in (10, 100, 1000))}f}"
 
 
 def _of_pass(clock: Clock, now: float) -> _Gauge:

@@ -66,7 +66,7 @@ def assert_clean(terminal: Terminal, folder: Path, ranks: int, *, supervised: bo
     for line, row in zip(epochs, rows_of(folder), strict=True):
         shown = dict(zip(line.split()[2::2], line.split()[3::2], strict=False))
         for name in ("loss", "val_loss"):
-            assert shown[name] == f"{float(row[name]):#.4g}"
+            assert shown[name] == f"{float(row[name]):.4f}"
 
 
 def assert_sensible(terminal: Terminal, columns: int) -> list[list[str]]:
@@ -267,7 +267,21 @@ def test_a_failure_in_one_process_and_bad_usage_are_events(dtrain: Dtrain, recip
     assert event["text"] == done.err.rstrip("\n")
 
 
-def test_a_stop_is_an_event_and_what_goes_on_starts_there(dtrain: Dtrain, recipes: Path, tmp_path: Path) -> None:
+def test_what_goes_on_says_from_where(dtrain: Dtrain, recipes: Path) -> None:
+    words = ["train", recipes / "small.py", "run.name=it", "--cpu", "--log-format=json"]
+    for epochs, begins in ((1, {"epoch": 1, "checkpoint": None}), (2, {"epoch": 2})):
+        done = dtrain(*words, f"epochs={epochs}")
+        assert done.code == 0, done.text
+        told = events(done.out)
+        assert [event["event"] for event in told] == ["start", "epoch", "complete"]
+        assert {name: told[0][name] for name in begins} == begins
+    assert told[0]["checkpoint"].endswith("runs/it/checkpoints/epoch-1")
+    assert f"goes on from {told[0]['checkpoint']}" in done.err
+    done = dtrain(*words, "epochs=2")  # nothing is left to do
+    assert [event["event"] for event in events(done.out)] == ["complete"]
+
+
+def test_a_stop_is_an_event(recipes: Path, tmp_path: Path) -> None:
     words = ["train", recipes / "long.py", "--cpu", "epochs=1000", "run.name=it", "--log-format=json"]
     with running(tmp_path, *words) as run:
         run.until("train-0")

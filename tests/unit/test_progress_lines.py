@@ -95,10 +95,10 @@ def test_an_epochs_line_keeps_what_matters_most() -> None:
     def line(width: int) -> str:
         return epoch_parts(row, width, FINE)[0][1]
 
-    assert line(200) == "epoch 3  loss 0.1030  accuracy 0.9670  val_loss 0.09400  val_accuracy 0.9830  0.8s"
-    assert line(79) == "epoch 3  loss 0.1030  accuracy 0.9670  val_loss 0.09400  val_accuracy 0.9830"
-    assert line(60) == "epoch 3  loss 0.1030  val_loss 0.09400  val_accuracy 0.9830"
-    assert line(40) == "epoch 3  loss 0.1030  val_loss 0.09400"
+    assert line(200) == "epoch 3  loss 0.1030  accuracy 0.9670  val_loss 0.0940  val_accuracy 0.9830  0.8s"
+    assert line(79) == "epoch 3  loss 0.1030  accuracy 0.9670  val_loss 0.0940  val_accuracy 0.9830"
+    assert line(60) == "epoch 3  loss 0.1030  val_loss 0.0940  val_accuracy 0.9830"
+    assert line(40) == "epoch 3  loss 0.1030  val_loss 0.0940"
     assert line(5) == "epoc…"
 
 
@@ -110,7 +110,18 @@ def test_bars_in_ascii() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.25, "0.2500"), (12.3456, "12.35"), (0.0000123456, "1.235e-05"), (1234.5, "1234"), (float("nan"), "nan")],
+    [
+        (0.25, "0.2500"),
+        (9.99994, "9.9999"),
+        (12.3456, "12.346"),
+        (123.456, "123.46"),
+        (-1234.56, "-1234.6"),
+        (0.0, "0.0000"),
+        (0.0000123456, "1.23e-05"),
+        (56789.0, "5.68e+04"),
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
+    ],
 )
 def test_values(value: float, text: str) -> None:
     assert short_value(value) == text
