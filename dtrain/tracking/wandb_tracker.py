@@ -78,6 +78,8 @@ class WandbTracker:
                 bufsize=0,
             )
         self._out: int = self._process.stdout.fileno()  # type: ignore[union-attr]
+        self._poll = select.poll()  # select() takes none of the files of a process that has opened a thousand
+        self._poll.register(self._out, select.POLLIN | select.POLLHUP)
 
     def run_id(self) -> str:
         """Returns W&B's id of the run."""
@@ -104,7 +106,7 @@ class WandbTracker:
         announced = False
         while not self._over and time.monotonic() < self._until(asked):
             self._hear(0.1)
-            if not announced and self._up and time.monotonic() - asked > _ANNOUNCE_SECONDS:
+            if not announced and "online" in self._state and time.monotonic() - asked > _ANNOUNCE_SECONDS:
                 announced = True
                 print(f"W&B: sending the last values, for {self._patience:g} s at most")  # noqa: T201
         self._sum_up()
@@ -113,11 +115,13 @@ class WandbTracker:
     def _until(self, asked: float) -> float:
         if not self._up:
             return max(asked, self._began + _START_SECONDS)
-        return max(asked, self._since) + self._patience + _GRACE_SECONDS
+        # What is written here, and not sent, takes no longer than this machine needs for it.
+        patience = max(self._patience, _START_SECONDS) if "offline" in self._state else self._patience
+        return max(asked, self._since) + patience + _GRACE_SECONDS
 
     def _hear(self, seconds: float) -> None:
         """Takes what the other process has told, and tells a person what matters."""
-        while not self._over and select.select([self._out], [], [], seconds)[0]:
+        while not self._over and self._poll.poll(1000 * seconds):
             data = os.read(self._out, 65536)
             if not data:
                 self._over = True
@@ -146,7 +150,8 @@ class WandbTracker:
         done = self._state.get("done")
         if "failed" in self._state or (done is not None and (done["sent"] or not done["why"])):
             return
-        why = "it did not end in time" if done is None else done["why"]
+        ended = f"its process ended, see {self._folder / FOLDER / LOG}" if self._over else "it did not end in time"
+        why = ended if done is None else done["why"]
         logger.warning("W&B: not all is sent, since %s. All values are kept; send them later: %s", why, self._remedy())
 
     def _close(self) -> None:
