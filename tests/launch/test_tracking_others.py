@@ -101,7 +101,11 @@ def test_each_tracker_has_what_the_history_has(dtrain: Dtrain, recipes: Path) ->
     assert [epoch for epoch, _ in expected["loss"]] == [1, 2, 3]
     for name, read in readers.items():
         assert read(run) == expected, name
-    rows = [row for part in sorted(run.glob("wandb/offline-run-*/*.wandb")) for row in wandb_rows(part)]
+    parts = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+    assert [part.stem for part in parts] == [f"run-{read_json(run / FOLDER / 'ids.json')['wandb']}"] * 2, (
+        "one run of W&B's"
+    )
+    rows = [row for part in parts for row in wandb_rows(part)]
     assert {name: [(row["epoch"], row[name]) for row in rows] for name in rows[0]} == expected
     assert set(read_json(run / FOLDER / "ids.json")) == {"wandb", *readers}
     for path in dtrain.folder.rglob("*"):

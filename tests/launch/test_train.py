@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.commands import BIN, MARK, Dtrain, clean_environment
-from helpers.wandb_files import wandb_rows
 
 import dtrain as package
 from dtrain import read_history
@@ -188,36 +187,6 @@ def test_no_rank_outlives_its_supervisor(dtrain: Dtrain, recipes: Path, number: 
     assert alive == []
     expected = {signal.SIGKILL: -9, signal.SIGHUP: 129}.get(number, 130)
     assert process.returncode == expected
-
-
-def test_wandb_gets_one_run_with_metrics_and_config_and_no_environment(dtrain: Dtrain, recipes: Path) -> None:
-    done = dtrain(
-        "train", recipes / "small.py", "epochs=2", "track.wandb.project=mine", "track.wandb.mode=offline", "-n", 2, "--cpu",
-        CANARY_SECRET="the-canary-in-the-environment",
-    )  # fmt: skip
-    assert done.code == 0, done.text
-    run = dtrain.run_folder()
-    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
-    data = file.read_bytes()
-    for text in (b"val_loss", b"samples_per_second", b"small.py", b"log_step_freq"):
-        assert text in data
-    for path in run.rglob("*"):
-        if path.is_file():
-            assert b"the-canary-in-the-environment" not in path.read_bytes()
-    rows = read_history(run).to_dict("records")
-    assert wandb_rows(file) == [
-        {name: pytest.approx(value, nan_ok=True) for name, value in row.items()} for row in rows
-    ]
-
-
-def test_a_run_that_goes_on_goes_on_with_its_wandb_run(dtrain: Dtrain, recipes: Path) -> None:
-    words = ("train", recipes / "small.py", "run.name=mine", "track.wandb.project=mine", "track.wandb.mode=offline")
-    for epochs in (1, 2):
-        assert dtrain(*words, f"epochs={epochs}").code == 0
-    first, second = sorted((dtrain.run_folder() / "wandb").glob("offline-run-*"))
-    assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2], "two runs of W&B's"
-    epochs_of = [[row["epoch"] for row in wandb_rows(next(part.glob("run-*.wandb")))] for part in (first, second)]
-    assert epochs_of == [[1], [2]]
 
 
 def test_without_wandb_it_is_not_loaded(dtrain: Dtrain, recipes: Path) -> None:

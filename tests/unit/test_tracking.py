@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from dtrain.progress import PassFacts, RunFacts
 from dtrain.tracking import threaded, tracking, wanted
 from dtrain.tracking.base import End
 from dtrain.tracking.files import FOLDER, STEPS, StepLog, Tail, read_json, read_lines
+from dtrain.tracking.gpu import GpuGauge
 from dtrain.tracking.probe import last_step, no_key, what_is_wrong
 from dtrain.tracking.threaded import Threaded
 from dtrain.tracking.tracking import Tracking
@@ -186,6 +188,40 @@ def test_between_two_moments_a_step_is_a_look_at_the_clock(tmp_path: Path, clock
     found.step(table)
     assert table.times == 2, "validation's means are told with the epoch's row"
     assert read_json(tmp_path / FOLDER / "ids.json") == {"recorder": "r1"}
+
+
+def test_a_step_calls_the_clock_and_nothing_else(tmp_path: Path) -> None:
+    found, _ = tracked(tmp_path, every=1000.0)
+    table = MeanTable("train")
+    found.begin(PassFacts("train", 1))
+    calls: list[str] = []
+
+    def note(frame: Any, event: str, arg: Any) -> None:
+        if event in ("call", "c_call"):
+            calls.append(arg.__name__ if event == "c_call" else frame.f_code.co_name)
+
+    sys.setprofile(note)
+    found.step(table)
+    sys.setprofile(None)
+    assert calls == ["step", "monotonic", "setprofile"]
+
+
+def test_a_gpu_is_read_as_far_as_it_tells(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    assert GpuGauge(torch.device("cpu")).read() == {}
+    busy: list[int | Exception] = [37, ModuleNotFoundError("pynvml")]
+
+    def utilization(_: torch.device) -> int:
+        said = busy.pop(0)
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 3 * 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 5 * 2**20)
+    monkeypatch.setattr(torch.cuda, "utilization", utilization)
+    gauge, memory = GpuGauge(torch.device("cuda", 0)), {"gpu/memory_mib": 3.0, "gpu/memory_peak_mib": 5.0}
+    assert gauge.read() == {**memory, "gpu/utilisation_percent": 37.0}
+    assert gauge.read() == gauge.read() == memory  # what does not tell once is not asked again
 
 
 def test_with_epochs_alone_no_step_tells_anything(tmp_path: Path, clock: Clock) -> None:
