@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,15 @@ def state_of(run: Path) -> dict[str, Any]:
 @pytest.mark.timeout(7200)
 def test_killed_again_and_again_it_ends_as_if_it_had_not_been(dtrain: Dtrain, recipes: Path) -> None:
     every = ["model.pause=0.05", "checkpoint.every_steps=1", "data.workers=2"]
+    began = time.monotonic()
     whole = dtrain(*words(recipes, "run.name=whole", *every))
+    seconds = time.monotonic() - began
     assert whole.code == 0, whole.text
     draw, kills, starts = random.Random(11), 0, 0
     run = dtrain.folder / "runs" / "cut"
     seen = 0.0
     while kills < KILLS:
-        code = killed_after(dtrain, draw.uniform(4, 14), *words(recipes, "run.name=cut", *every))
+        code = killed_after(dtrain, seconds * draw.uniform(0.3, 1), *words(recipes, "run.name=cut", *every))
         starts += 1
         if code == 0:
             check_equal(dtrain.folder / "runs" / "whole", run)
