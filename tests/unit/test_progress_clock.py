@@ -48,6 +48,7 @@ def test_a_run_that_goes_on_within_an_epoch_counts_its_own_steps_alone() -> None
     clock = Clock()
     samples = [900]
     clock.begin(facts("train", 2, 100, skipped=90, seconds=500.0, samples=lambda: samples[0], ranks=2), 0.0)
+    assert clock.steps == 90  # what is shown before the first look
     samples[0] = 950
     clock.look(95, 10.0)
     assert clock.epoch_left(10.0) == pytest.approx(10.0)  # 5 steps at 2 s, not 5 at what 95 took

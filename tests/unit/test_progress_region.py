@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import tty
 from typing import Any
 
 import pytest
 from helpers.screens import Screen
 
 from dtrain.launch.ranklog import RankLog
+from dtrain.launch.screen import Screen as Shared
 from dtrain.progress.region import Above, Region, Surrounded
 
 BARS = ["bar one ━━━━━━", "bar two ━━━"]
@@ -206,3 +208,26 @@ def test_a_stream_that_cannot_encode_a_bar_takes_it_all_the_same() -> None:
     screen.encoding = "latin-1"
     Region(screen, lambda: 40).draw(["损失 ━"])  # type: ignore[arg-type]
     assert screen.lines == ["", "?? ?"]
+
+
+def test_under_a_supervisor_other_ranks_print_at_once_and_clear_the_bars_away() -> None:
+    ours, theirs = os.openpty()
+    tty.setraw(theirs)
+    terminal, shared = Screen(), Shared(theirs)
+    drawing, other = object(), object()
+    frame = Screen()
+    region = Region(frame, lambda: 40)  # type: ignore[arg-type]
+    region.draw(BARS)
+    shared.show(drawing, frame.written.encode())
+    shared.show(other, b"one\ntwo\nthree\n")
+    assert shared.next_release() is None  # nothing waits
+    terminal.write(os.read(ours, 10_000).decode())
+    assert terminal.lines == ["one", "two", "three"]
+    shared.show(drawing, frame.written.encode())
+    terminal.write(os.read(ours, 10_000).decode())
+    assert terminal.lines == ["one", "two", "three", "", *BARS]
+    shared.end_line()
+    terminal.write(os.read(ours, 10_000).decode())
+    assert terminal.lines == ["one", "two", "three"]
+    os.close(theirs)
+    os.close(ours)
