@@ -40,6 +40,16 @@ def reported(events: Events | None = None) -> Iterator[None]:
         raise typer.Exit(code) from None
 
 
+@contextlib.contextmanager
+def piped() -> Iterator[None]:
+    """Lets whoever reads the output, such as `head`, go when it has seen enough; the verb then ends without a word."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def _words(error: BaseException) -> tuple[str, int, Told]:
     if isinstance(error, AgreedError):
         return str(error), error.exit_code, Told("exception", error.failures[0].kind, str(error), "")

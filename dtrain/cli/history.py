@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dtrain.cli.guard import reported
+from dtrain.cli.guard import piped, reported
 
 if TYPE_CHECKING:
     from dtrain.report.compare import Comparison
@@ -53,7 +54,7 @@ def history(
 
     Examples: dtrain history; dtrain history digits-lr; dtrain history a b --metric val_accuracy; dtrain history a --csv
     """
-    with reported():
+    with reported(), piped():
         from dtrain.errors import UsageError
         from dtrain.report.compare import as_plain, compare
         from dtrain.report.finding import find_runs
@@ -101,9 +102,10 @@ def _show(runs: Sequence[Run], whole: Comparison, *, listed: bool, chosen: str |
 
 def _print(grid: Grid) -> None:
     head, *rows = grid.lines()
-    typer.secho(head, bold=True)
+    colour = False if os.environ.get("NO_COLOR") else None  # None: on a terminal
+    typer.secho(head, bold=True, color=colour)
     for index, row in enumerate(rows):
-        typer.secho(row, fg="green" if index in grid.marked else None)
+        typer.secho(row, fg="green" if index in grid.marked else None, color=colour)
     for line in grid.under:
         typer.echo(line)
 

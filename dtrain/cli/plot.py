@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain.cli.guard import reported
+from dtrain.cli.guard import piped, reported
 from dtrain.cli.history import RunNames, RunsDir
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def plot(
 
     Examples: dtrain plot; dtrain plot a b -o curves.png; dtrain plot a b --metric val_loss --log --x time
     """
-    with reported():
+    with reported(), piped():
         from dtrain.errors import UsageError
         from dtrain.report.curves import make_panels
         from dtrain.report.finding import find_runs
@@ -103,15 +103,16 @@ def _print(panels: Sequence[Panel], *, x: str, log: bool, most: int | None) -> N
     braille = _can_show("\N{BRAILLE PATTERN DOTS-1}┤")
     look = Look(x, log, width, braille=braille)
     shown = panels[:most]
-    for panel in shown:
-        for line in text_panel(panel, look):
-            text = Text.assemble(*((piece, style or "") for piece, style in line))
-            console.print(text if braille else Text(text.plain.replace("┤", "|")))
-    console.print(
-        Text.assemble(*((piece, style or "") for piece, style in legend([a for p in shown for a in p.lines])))
-    )
-    if len(shown) < len(panels):
-        console.print(f"not shown: {', '.join(panel.title for panel in panels[len(shown) :])} (--metric NAME)")
+    with console.capture() as captured:
+        for panel in shown:
+            for line in text_panel(panel, look):
+                text = Text.assemble(*((piece, style or "") for piece, style in line))
+                console.print(text if braille else Text(text.plain.replace("┤", "|")))
+        whose = legend([line for panel in shown for line in panel.lines])
+        console.print(Text.assemble(*((piece, style or "") for piece, style in whose)))
+        if len(shown) < len(panels):
+            console.print(f"not shown: {', '.join(panel.title for panel in panels[len(shown) :])} (--metric NAME)")
+    typer.echo(captured.get(), nl=False)
 
 
 def _can_show(text: str) -> bool:

@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers.commands import Dtrain
+from helpers.commands import BIN, Dtrain
 from helpers.running import running, wait_for
 from helpers.runs import COLUMNS, aged, cells, make_run, rows
 
@@ -124,6 +124,16 @@ def test_several_runs(two: Dtrain) -> None:
     assert table == [
         {"run": name, **row} for name in ("short", "long") for row in values[name][: 4 if name == "short" else 40]
     ]
+
+
+@pytest.mark.parametrize("words", ["history", "history long", "history long --csv", "plot long", "history long --json"])
+def test_a_reader_that_has_seen_enough_may_go(two: Dtrain, words: str) -> None:
+    long = make_run(two.folder / "runs/longer", rows(3000))
+    assert long.is_dir()
+    words = words.replace("long", "longer")
+    script = f"set -o pipefail; {BIN}/dtrain {words} | head -n 1; echo $?"
+    done = two.run("bash", "-c", script)
+    assert (done.err, done.out.splitlines()[-1]) == ("", "0")
 
 
 def test_which_runs_there_are(two: Dtrain) -> None:

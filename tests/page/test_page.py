@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from helpers.browser import Browser
 from helpers.commands import Dtrain
+from helpers.pointing import SHIFT, drag, ends, hover, place, told, where
 from helpers.runs import a_start, aged, an_end, cells, make_run, rows
 
 Open = Callable[..., Browser]
-SHIFT = 8
 BAD = "<img src=x onerror=window.harmed=1>"
 TRACE = f"Traceback (most recent call last):\n</script>{BAD}\nValueError: labels should be in 0..9"
 
@@ -47,53 +47,6 @@ def runs(dtrain: Dtrain) -> Path:
         file.write("26,0.1")  # torn
     aged(folder / "other", 2000)
     return folder
-
-
-def place(browser: Browser, panel: str, share: float) -> tuple[float, float]:
-    """A place in the window, so far from the left of a panel's curve to its right."""
-    script = """const over = document.querySelector(`[data-panel="${arguments[0]}"] .u-over`);
-    over.scrollIntoView({block: "center"}); const r = over.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]"""
-    left, top, width, height = browser.run(script, panel)
-    return left + min(share, 0.999) * width, top + height / 2
-
-
-def hover(browser: Browser, panel: str, share: float) -> None:
-    x, y = place(browser, panel, share)
-    browser.mouse("mouseMoved", x, y)
-    browser.until("return !document.querySelector(`[data-panel='${arguments[0]}'] .tip`).hidden", panel)
-
-
-def told(browser: Browser, panel: str) -> dict[str, dict[str, str]]:
-    """What the tip says: run -> column -> value."""
-    script = """const found = {};
-    for (const row of document.querySelectorAll(`[data-panel="${arguments[0]}"] .tip tbody tr`))
-        found[row.dataset.run] = Object.fromEntries([...row.querySelectorAll("td")].map((cell) => [cell.dataset.column, cell.textContent]));
-    return found"""
-    found: dict[str, dict[str, str]] = browser.run(script, panel)
-    return found
-
-
-def where(browser: Browser, panel: str) -> str:
-    return browser.texts(f'[data-panel="{panel}"] .tip > div')[0]
-
-
-def drag(browser: Browser, panel: str, start: float, end: float, modifiers: int = 0) -> None:
-    (x, y), (to, _) = place(browser, panel, start), place(browser, panel, end)
-    more = {"button": "left", "modifiers": modifiers}
-    browser.mouse("mouseMoved", x, y, modifiers=modifiers)
-    browser.mouse("mousePressed", x, y, clickCount=1, **more)
-    for step in range(1, 11):
-        browser.mouse("mouseMoved", x + (to - x) * step / 10, y, buttons=1, **more)
-    browser.mouse("mouseReleased", to, y, clickCount=1, **more)
-
-
-def ends(browser: Browser, panel: str) -> tuple[int, int]:
-    """The first and the last epoch that a panel shows."""
-    found = []
-    for share in (0.001, 0.999):
-        hover(browser, panel, share)
-        found.append(int(where(browser, panel).removeprefix("epoch ")))
-    return found[0], found[1]
 
 
 def painted(browser: Browser, panel: str, run: str) -> int:
@@ -134,18 +87,18 @@ def test_the_page_has_the_very_values_and_no_error(runs: Path, page: Open) -> No
     assert browser.requests() == [(runs.parent / "report.html").as_uri()]
 
 
-@pytest.mark.parametrize("epoch", [1, 11, 21, 30, 40])
-def test_pointing_at_a_curve_shows_what_the_history_has(runs: Path, page: Open, epoch: int) -> None:
+def test_pointing_at_a_curve_shows_what_the_history_has(runs: Path, page: Open) -> None:
     browser = page("base", "odd")
+    known = {name: {row["epoch"]: row for row in cells(runs / name)} for name in ("base", "odd")}
     for panel, columns in (("loss", ("loss", "val_loss")), ("accuracy", ("accuracy", "val_accuracy"))):
-        hover(browser, panel, (epoch - 1) / 39)
-        assert where(browser, panel) == f"epoch {epoch}"
-        known = {name: {row["epoch"]: row for row in cells(runs / name)} for name in ("base", "odd")}
-        assert told(browser, panel) == {
-            name: {column: table[str(epoch)][column] or "–" for column in columns}
-            for name, table in known.items()
-            if str(epoch) in table
-        }
+        for epoch in (1, 11, 21, 30, 40):
+            hover(browser, panel, (epoch - 1) / 39)
+            assert where(browser, panel) == f"epoch {epoch}"
+            assert told(browser, panel) == {
+                name: {column: table[str(epoch)][column] or "–" for column in columns}
+                for name, table in known.items()
+                if str(epoch) in table
+            }
     assert browser.texts('[data-panel="loss"] .said') == [
         "odd: loss is NaN or infinite in 1 epoch; odd: val_loss is NaN or infinite in 1 epoch"
     ]
