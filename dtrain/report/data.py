@@ -28,11 +28,12 @@ def page_data(runs: Sequence[Run], *, live: bool) -> dict[str, Any]:
         "dtrain": __version__,
         "made": None if live else time.time(),
         "live": live,
-        "runs": [_run(run) for run in runs],
+        "runs": [run_data(run) for run in runs],
     }
 
 
-def _run(run: Run) -> dict[str, Any]:
+def run_data(run: Run) -> dict[str, Any]:
+    """Returns what the page shows of one run."""
     monitor, mode = run.monitor()
     modes = {name: mode_of(name) for name in run.columns}
     return {

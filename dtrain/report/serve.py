@@ -11,26 +11,29 @@ import socket
 import socketserver
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
+from dtrain import __version__
 from dtrain.config.saved import CONFIG
 from dtrain.errors import UsageError
 from dtrain.launch.ports import holder_of
 from dtrain.lock import living_owner
-from dtrain.report.data import page_data
+from dtrain.report.data import page_data, run_data
 from dtrain.report.finding import Place, find_runs
 from dtrain.report.render import policy, render
-from dtrain.report.runs import Run, read_run
+from dtrain.report.runs import read_run
 from dtrain.slurm.record import FILE_NAME as JOB
 from dtrain.slurm.record import FOLDER as SLURM
 from dtrain.starts import FILE_NAME as STARTS
 
 ADDRESS = "127.0.0.1"
 _NAMES = (ADDRESS, "localhost")
+_ANSWERS = 16  # that a page may come back to
 _READ = (CONFIG, STARTS, f"{SLURM}/{JOB}")
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -40,6 +43,9 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Content-Security-Policy": policy(live=True) + "; frame-ancestors 'none'",
 }
+
+
+_Mark = tuple[Any, ...]
 
 
 class Site:
@@ -57,38 +63,50 @@ class Site:
         self._names = names
         self._runs = runs
         self._places = find_runs(names, runs)
-        self._known: dict[Place, tuple[Any, Run]] = {}
-        self._seen: Any = None
-        self._body, self._tag = b"", ""
+        self._known: dict[Place, tuple[_Mark, bytes]] = {}  # each run's files, and what the page shows of it, as JSON
+        self._told: dict[str, dict[Place, _Mark]] = {}  # by tag, the last ones
         self._turn = threading.Lock()
 
-    def data(self) -> tuple[bytes, str]:
-        """Returns the runs as JSON, and a tag that is another one whenever that is."""
+    def data(self, since: str = "", known: str = "") -> tuple[bytes | None, str]:
+        """Returns the runs as JSON, and a tag that is another one whenever that is.
+
+        Args:
+            since: the tag of an earlier answer; of a run that has not changed since there is the name alone.
+            known: the tag of an answer that is at hand; where nothing has changed since, there is no other: None.
+        """
         with self._turn:
-            runs = list(self._read())
-            seen = [(place, mark) for place, (mark, _) in self._known.items()]
-            if seen != self._seen:
-                self._body = json.dumps(page_data(runs, live=True), allow_nan=False, separators=(",", ":")).encode()
-                self._tag = f'"{hashlib.sha256(self._body).hexdigest()[:32]}"'
-                self._seen = seen
-            return self._body, self._tag
+            self._read()
+            marks = {place: mark for place, (mark, _) in self._known.items()}
+            tag = hashlib.sha256(repr([__version__, *marks.items()]).encode(errors="replace")).hexdigest()[:32]
+            before = self._told.get(since, {})
+            self._told = dict([*((k, v) for k, v in self._told.items() if k != tag), (tag, marks)][-_ANSWERS:])
+            if tag == known:
+                return None, tag
+            parts = [
+                json.dumps(place.name).encode() if before.get(place) == mark else body
+                for place, (mark, body) in self._known.items()
+            ]
+        head = json.dumps(page_data([], live=True) | {"tag": tag}).encode()
+        return head.replace(b'"runs": []', b'"runs": [' + b",".join(parts) + b"]"), tag
 
     def page(self) -> bytes:
         """Returns the page, with the runs in it."""
-        return render(json.loads(self.data()[0]), live=True).encode()
+        return render(json.loads(self.data()[0] or b"{}"), live=True).encode()
 
-    def _read(self) -> Iterator[Run]:
+    def _read(self) -> None:
         with contextlib.suppress(UsageError):  # one has gone since: the others are still shown
             self._places = find_runs(self._names, self._runs)
         before, self._known = self._known, {}
         for place in self._places:
             mark = _mark(place)
             known = before.get(place)
-            self._known[place] = known if known is not None and known[0] == mark else (mark, read_run(place))
-            yield self._known[place][1]
+            if known is None or known[0] != mark:
+                shown = json.dumps(run_data(read_run(place)), allow_nan=False, separators=(",", ":"))
+                known = mark, shown.encode()
+            self._known[place] = known
 
 
-def _mark(place: Place) -> tuple[Any, ...]:
+def _mark(place: Place) -> _Mark:
     """Returns what is another one whenever a run's files have changed, or its owner."""
     failures = sorted(place.folder.glob("failure*.json"))
     files = [place.history, *(place.folder / name for name in _READ), *failures]
@@ -131,11 +149,13 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815 - its name is the base class's
 
     def _data(self) -> None:
-        body, tag = self.server.site.data()
-        if self.headers.get("If-None-Match") == tag:
-            self._answer(HTTPStatus.NOT_MODIFIED, None, b"", ETag=tag)
+        since = parse_qs(urlsplit(self.path).query).get("since", [""])[0]
+        known = self.headers.get("If-None-Match", "").strip('"')
+        body, tag = self.server.site.data(since, known)
+        if body is None:
+            self._answer(HTTPStatus.NOT_MODIFIED, None, b"", ETag=f'"{tag}"')
         else:
-            self._answer(HTTPStatus.OK, "application/json", body, ETag=tag)
+            self._answer(HTTPStatus.OK, "application/json", body, ETag=f'"{tag}"')
 
     def _answer(self, status: HTTPStatus, kind: str | None, body: bytes, **more: str) -> None:
         self.send_response(status)

@@ -116,6 +116,13 @@ def test_it_answers_for_two_addresses_and_to_this_machine_alone(tmp_path: Path) 
         History.resumed(folder / "history.csv", rows(3)).append(rows(4)[-1])
         status, headers, body = ask(port, "/data.json", If_None_Match=tag)
         assert (status, headers["ETag"] != tag, len(json.loads(body)["runs"][0]["epochs"])) == (200, True, 4)
+        make_run(tmp_path / "runs/two", rows(2))
+        tag = headers["ETag"].strip('"')
+        fresh = json.loads(ask(port, f"/data.json?since={tag}")[2])
+        assert [run if isinstance(run, str) else run["name"] + "!" for run in fresh["runs"]] == ["two!", "one"]
+        assert ask(port, f"/data.json?since={fresh['tag']}", If_None_Match=f'"{fresh["tag"]}"')[0] == 304
+        for unknown in ("", "0" * 32):
+            assert all("cells" in run for run in json.loads(ask(port, f"/data.json?since={unknown}")[2])["runs"])
         status, headers, body = ask(port)
         assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
         assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]

@@ -46,7 +46,7 @@ function start() {
     live.start((fresh) => {
       take(fresh);
       drawAll();
-    });
+    }, data);
   }
   performance.mark("dtrain-drawn");
 }
