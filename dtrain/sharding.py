@@ -190,6 +190,8 @@ class _IndexedBatches:
         _set_epoch(self._batches, epoch)
         _set_epoch(getattr(self._batches, "sampler", None), epoch)
         _set_epoch(self._loader.dataset, epoch)
+        if isinstance(self._loader.generator, _Generator):
+            self._loader.generator.manual_seed(derive(seed, "base", self._how.rank))
         batches = iter(self._loader)  # draws from the random state, also where it is not used
         ready()
         if self._rows is None:
@@ -273,6 +275,11 @@ def _rebuilt(loader: DataLoader[Any], batch_sampler: Any, *, fetch_batches: bool
     """The same DataLoader with another batch sampler."""
     dataset, collate_fn = fetched_by_batch(loader) if fetch_batches else (loader.dataset, loader.collate_fn)
     workers: dict[str, Any] = {}
+    generator = loader.generator
+    if loader.persistent_workers:
+        # It draws its workers' seed when it first begins an epoch, which is another one where a run goes on. That must
+        # not come from a random state that anything else depends on.
+        generator = _Generator()
     if loader.num_workers > 0:
         workers = {
             "prefetch_factor": loader.prefetch_factor,
@@ -287,7 +294,7 @@ def _rebuilt(loader: DataLoader[Any], batch_sampler: Any, *, fetch_batches: bool
         collate_fn=collate_fn,
         pin_memory=loader.pin_memory,
         worker_init_fn=shielded(loader.worker_init_fn),
-        generator=loader.generator,
+        generator=generator,
         **workers,
     )
 

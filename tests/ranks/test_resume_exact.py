@@ -215,10 +215,13 @@ def cases(ranks: int) -> list[dict[str, Any]]:
                 "in_valid": draw.random() < 0.3,
             }
         )
+    found[0] |= {"data": "persistent", "in_valid": True}  # workers begin in another epoch than they had
     for case in found:
         if case["norm"] and ranks > 1:  # a rank's part may be a single sample
             case["mode"], case["n"] = "per_rank", case["n"] // 20 * 20 or 20
             case["batch_size"] = 5 if case["n"] % 5 == 0 else 4
+        elif case["norm"] and case["n"] % case["batch_size"] == 1:  # the last batch would be
+            case["n"] += 1
         if case["imperative"] and case["accumulation"] == 1 and case["schedule"] == "none":
             case["known"] = False  # the step alone knows it
     return found
