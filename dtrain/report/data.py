@@ -62,7 +62,7 @@ def flat(nested: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for key, value in nested.items():
         name = f"{prefix}{key}"
-        found += flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, _text(value) or "null")]
+        found += flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, _shown(value))]
     return found
 
 
@@ -116,6 +116,11 @@ def _text(value: Any) -> str | None:
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value)
+
+
+def _shown(value: Any) -> str:
+    text = _text(value)
+    return "null" if text is None else text
 
 
 def _number(value: Any) -> float | None:

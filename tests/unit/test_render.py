@@ -95,8 +95,8 @@ def test_a_config_is_text_by_dotted_keys(config: dict[str, Any]) -> None:
 
 
 def test_a_config_by_dotted_keys() -> None:
-    nested = {"a": {"b": [1, "x"], "c": {}}, "d": None, "e": True, "f": 1e-5}
-    assert flat(nested) == [("a.b", "[1, 'x']"), ("a.c", "{}"), ("d", "null"), ("e", "true"), ("f", "1e-05")]
+    nested = {"a": {"b": [1, "x"], "c": {}}, "d": None, "e": True, "f": 1e-5, "g": ""}
+    assert flat(nested) == [("a.b", "[1, 'x']"), ("d", "null"), ("e", "true"), ("f", "1e-05"), ("g", "")]
 
 
 @pytest.mark.parametrize("live", [False, True])
