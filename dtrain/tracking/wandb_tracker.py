@@ -121,6 +121,7 @@ class WandbTracker:
 
     def _hear(self, seconds: float) -> None:
         """Takes what the other process has told, and tells a person what matters."""
+        self._process.poll()  # it has detached itself, and what it detached from is not to stay as a zombie
         while not self._over and self._poll.poll(1000 * seconds):
             data = os.read(self._out, 65536)
             if not data:

@@ -95,7 +95,7 @@ class WandbServer:
     def close(self) -> None:
         self.vanish()
 
-    def wait_for(self, condition: Any, seconds: float = 60) -> None:
+    def wait_for(self, condition: Any, seconds: float = 200) -> None:
         """Waits until a condition holds, which is looked at after each request."""
         with self.news:
             assert self.news.wait_for(condition, seconds), f"after {seconds} s: {self.operations}, {self.runs}"

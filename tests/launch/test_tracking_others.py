@@ -78,6 +78,7 @@ KEYS = {
 }
 
 
+@pytest.mark.timeout(900)
 def test_each_tracker_has_what_the_history_has(dtrain: Dtrain, recipes: Path) -> None:
     """All that are installed at once, and W&B; stopped after an epoch and gone on with on two ranks."""
     readers: dict[str, Callable[[Path], Series]] = {n: read for n, (_, read) in KEYS.items() if find_spec(n)}
