@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import select
 import struct
 import subprocess
@@ -18,6 +19,7 @@ import pyte
 from helpers.commands import clean_environment
 
 PATIENCE = 90.0
+_DRAWING = re.compile(rb".*?\x1b\[\d+A|.+\Z", re.DOTALL)  # it ends with the cursor's way back
 
 
 class Terminal:
@@ -30,7 +32,7 @@ class Terminal:
 
     Attributes:
         seen: all bytes that came.
-        frames: what was on the screen each time that bytes had come.
+        frames: what was on the screen each time that bytes had come, and after each drawing among them.
     """
 
     def __init__(self, file: int, columns: int, rows: int) -> None:
@@ -64,8 +66,9 @@ class Terminal:
         except OSError:  # the other end is closed
             return False
         self.seen += chunk
-        self._stream.feed(chunk)
-        self.frames.append(self.lines)
+        for piece in _DRAWING.findall(chunk):  # a test that comes late sees each of them all the same
+            self._stream.feed(piece)
+            self.frames.append(self.lines)
         return bool(chunk)
 
     def until(self, there: Callable[[], object], what: str) -> None:
