@@ -78,9 +78,9 @@ class Run:
         found = self.numbers(SECONDS)
         total, sums = 0.0, []
         for value in found:
-            if value is None or not math.isfinite(value):
+            total += math.nan if value is None else value
+            if not math.isfinite(total):
                 return None
-            total += value
             sums.append(total)
         return sums
 
