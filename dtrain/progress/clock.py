@@ -75,12 +75,13 @@ class Clock:
 
     def pass_left(self, now: float) -> float | None:
         """Seconds until the pass that runs is over; None where there is nothing to tell it by."""
-        total = self.total
-        if total is None or len(self._looks) < 2:
+        total, facts = self.total, self.facts
+        if total is None or facts is None:
             return None
         (since, before, _), (until, after, _) = self._looks[0], self._looks[-1]
-        if after <= before:
-            return None
+        if after <= before:  # it has just begun: as long as last time
+            known = None if facts.skipped else self._took.get(facts.split)
+            return None if known is None else max(0.0, known - (now - self._begun))
         left = (total - after) * (until - since) / (after - before)
         return max(0.0, left - (now - until))
 

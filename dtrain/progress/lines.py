@@ -23,6 +23,8 @@ from dtrain.columns import VALID, metrics_of
 from dtrain.progress.clock import Clock, short_number, short_time
 
 _LEAST_BAR, _MOST_BAR = 8, 60
+# Room that is kept for what is not known yet, so that a bar does not jump when it comes.
+_RATES, _LEFT = (len("9999 samples/s"), len("9999/s"), 0), len("0:00 left")
 _GAP = "  "
 
 Part = tuple[str, str]  # its style, its text
@@ -141,10 +143,10 @@ def _of_run(clock: Clock, now: float) -> _Gauge:
 def _gauges(gauges: Sequence[_Gauge], width: int, glyphs: Glyphs) -> list[list[Part]]:
     """Lays the gauges out in columns that they share."""
     label = max(cell_len(gauge.label) for gauge in gauges)
-    left = max(cell_len(gauge.left) for gauge in gauges)
-    for form in (0, 1, None):
-        rates = ["" if form is None or not g.rates else g.rates[form] for g in gauges]
-        rate = max(map(cell_len, rates))
+    left = max(_LEFT, *(cell_len(gauge.left) for gauge in gauges))
+    for form in (0, 1, 2):
+        rates = [gauge.rates[form] if form < len(gauge.rates) else "" for gauge in gauges]
+        rate = max(_RATES[form], *map(cell_len, rates))
         bar = width - label - sum(len(_GAP) + part for part in (rate, left) if part) - len(_GAP)
         if bar >= _LEAST_BAR:
             bar = min(bar, _MOST_BAR)
@@ -174,11 +176,9 @@ def _bar(gauge: _Gauge, width: int, glyphs: Glyphs) -> list[Part]:
 
 
 def _values(values: Mapping[str, float], lr: float | None, width: int, glyphs: Glyphs) -> list[list[Part]]:
-    """One line of them; none where there is nothing yet."""
+    """One line of them, also where there is nothing yet."""
     said = [f"{name} {short_value(value)}" for name, value in values.items()]
     rate = [] if lr is None else [f"lr {lr:g}"]
-    if not said and not rate:
-        return []
     if cell_len(_GAP.join([*said, *rate])) <= width:
         return [[("", _GAP.join([*said, *rate]))]]
     while len(said) > 1 and cell_len(_GAP.join(said)) > width:

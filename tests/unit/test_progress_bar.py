@@ -96,7 +96,7 @@ def test_a_whole_epoch(screen: Screen, now: Now, monkeypatch: pytest.MonkeyPatch
     a_pass(live, now, table, 10, 2.0)
     first, second, third = screen.lines[1:]
     assert first.startswith("train 10/10  ━")
-    assert first.endswith("━  50 samples/s  0:00 left")
+    assert first.endswith("━    50 samples/s  0:00 left")
     assert second.startswith("epoch 1/3    ━")
     assert second.endswith(" 0:04 left")
     assert third == "loss 0.5000  acc 0.2500  lr 0.001"

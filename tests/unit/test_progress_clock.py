@@ -33,6 +33,7 @@ def test_validation_and_what_else_an_epoch_takes_count_once_they_were_seen() -> 
     a_pass(clock, facts("valid", 1, 10), 20.0, 24.0, 10)
     clock.end_epoch(24.0)
     clock.begin(facts("train", 2, 100), 25.0)
+    assert clock.epoch_left(26.0) == pytest.approx(19.0 + 4.0)  # as long as last time, until a step is seen
     clock.look(50, 35.0)
     assert clock.epoch_left(35.0) == pytest.approx(10.0 + 4.0)
     assert clock.run_left(35.0) == pytest.approx(14.0 + 2 * 24.0)
