@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ def as_process(job: dict[str, Any], environment: dict[str, str]) -> None:
     """What a process does that was forked from one without this rank's environment."""
     os.environ.clear()
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that nothing was forked for
     run(job)
 
 
