@@ -19,6 +19,7 @@ _SHOW_CURSOR = b"\x1b[?25h"
 # next clears them away.
 _WAITING = re.compile(rb"\r\x1b\[\d+A[^\r\n]*$")
 _CLEAR = b"\r\x1b[J"
+_BELOW = b"\x1b[J"
 
 
 class Screen:
@@ -78,6 +79,8 @@ class Screen:
     def _write(self, source: object | None, chunk: bytes) -> None:
         if self._drawn_by not in (None, source):
             chunk = _CLEAR + chunk
+        elif self._drawn_by is not None and not chunk.startswith(b"\r"):  # its own C code, which knows of no lines
+            chunk = _BELOW + chunk
         drawn = self.is_terminal and _WAITING.search(chunk) is not None
         self._owner = None if chunk.endswith(b"\n") or drawn else source
         self._drawn_by = source if drawn else None

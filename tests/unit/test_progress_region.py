@@ -231,3 +231,19 @@ def test_under_a_supervisor_other_ranks_print_at_once_and_clear_the_bars_away() 
     assert terminal.lines == ["one", "two", "three"]
     os.close(theirs)
     os.close(ours)
+
+
+def test_under_a_supervisor_c_code_of_the_rank_that_draws_leaves_no_bar_behind_others() -> None:
+    ours, theirs = os.openpty()
+    tty.setraw(theirs)
+    terminal, shared = Screen(), Shared(theirs)
+    drawing, other = object(), object()
+    frame = Screen()
+    Region(frame, lambda: 40).draw(BARS)  # type: ignore[arg-type]
+    shared.show(drawing, frame.written.encode())
+    shared.show(drawing, b"its own C\n")
+    shared.show(other, b"C of another\n")
+    terminal.write(os.read(ours, 10_000).decode())
+    assert terminal.lines == ["its own C", "C of another"]
+    os.close(theirs)
+    os.close(ours)
