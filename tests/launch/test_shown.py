@@ -145,7 +145,6 @@ def epochs_in(text: str) -> list[str]:
     return re.findall(r"^.*EPOCH = \d+", text, re.MULTILINE)
 
 
-@pytest.mark.skipif(not FULL, reason="the same ranks are on a terminal above; DTRAIN_TEST_SWEEP=full has both")
 def test_four_ranks_of_accelerate_launch_in_a_pipe(dtrain: Dtrain, recipes: Path) -> None:
     done = dtrain.run(*ACCELERATE, 4, "-m", "dtrain", *train(recipes, "log_step_freq=4"))
     assert done.code == 0, done.text
