@@ -65,9 +65,12 @@ def test_rows_and_runs_appear_while_training_goes_on(browser: Browser, tmp_path:
             )
         last = cells(folder)[-1]["val_loss"]
         assert values(browser, "by-hand")[4] == f"{float(last):.5g}"
+        work = tmp_path / "work"
+        work.mkdir()
         words = ["train", recipes / "long.py", "--cpu", "epochs=3", "run.name=real", "model.pause=0.005"]
-        with running(tmp_path / "runs", *words, f"run.dir={tmp_path}/runs") as run:
-            browser.until("return document.querySelector('#runs tr[data-run=real] .running')", seconds=60)
+        with running(work, *words, f"run.dir={tmp_path}/runs", SLOW="0.3") as run:
+            browser.until("return document.querySelector('#runs tr[data-run=real] .running')", seconds=120)
+            (work / "go").touch()  # it has been seen, and need be slow no longer
             assert run.end() == 0, run.text
         browser.until("return document.querySelector('#runs tr[data-run=real] .complete')")
         browser.until("return document.querySelector('#runs tr[data-run=real]').children[2].textContent === '3/3'")
