@@ -9,6 +9,7 @@ import torch
 from dtrain.bounds import Limits
 from dtrain.clipping import Limit
 from dtrain.config import Settings
+from dtrain.config.schema import TrainConfig
 from dtrain.dealing import Dealing
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
@@ -26,7 +27,19 @@ def load_task(settings: Settings) -> Task:
     return bind(load_recipe(settings.config.recipe, settings.base), settings)
 
 
-def run_epochs(task: Task, world: World, settings: Settings) -> int:
+def steps_per_epoch(task: Task, ranks: int, train: TrainConfig) -> int | None:
+    """Returns the train steps (micro-batches) of each rank in an epoch; None where the loader cannot tell its length.
+
+    Args:
+        task: its training loader is asked.
+        ranks: how many there are.
+        train: the config's section.
+    """
+    how = Dealing(0, ranks, train.batch, fill=True, limit=train.overfit_batches or train.limit_batches)
+    return ShardedLoader(task.dl_train, how, train.seed, "train").steps()
+
+
+def run_epochs(task: Task, ranks: int, settings: Settings) -> int:
     """Returns the epochs of a run: those of the config, or, where only `train.max_steps` is given, as many as it takes.
 
     Raises:
@@ -35,8 +48,7 @@ def run_epochs(task: Task, world: World, settings: Settings) -> int:
     train = settings.config.train
     if train.max_steps is None or "train.epochs" in settings.places:
         return train.epochs
-    how = Dealing(0, world.size, train.batch, fill=True, limit=train.overfit_batches or train.limit_batches)
-    steps = ShardedLoader(task.dl_train, how, train.seed, "train").steps()
+    steps = steps_per_epoch(task, ranks, train)
     if not steps:
         raise UsageError(
             f"train.max_steps = {train.max_steps}: the training loader has no length. Give train.epochs, too: training "

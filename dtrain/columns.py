@@ -10,6 +10,7 @@ Mode = Literal["min", "max"]
 
 EPOCH, LR, SECONDS, RATE = "epoch", "lr", "seconds", "samples_per_second"
 NO_METRICS = (EPOCH, LR, SECONDS, RATE)
+TIMES = (SECONDS, RATE)  # which are another one each time
 VALID = "val_"
 
 # Words of a name that say that less is better; of any other metric, more is.

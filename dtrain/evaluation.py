@@ -130,4 +130,4 @@ def _bar(restored: Restored, world: World) -> Progress:
     """A live bar on a terminal; elsewhere a pass of its own has nothing to say before its end."""
     if not sys.stdout.isatty():
         return Silent()
-    return choose_progress(is_main=world.is_main, epochs=restored.row["epoch"], log_step_freq=1)
+    return choose_progress(is_main=world.is_main, log_step_freq=1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dtrain import __version__
+from dtrain.config.flat import flatten
 from dtrain.errors import WorldError
 from dtrain.launch.facts import RankFacts
 from dtrain.launch.fingerprint import code_hash, file_hash
@@ -72,18 +73,11 @@ def config_claims(values: Mapping[str, Any], recipe: Path | None) -> dict[str, s
         values: the config, nested.
         recipe: the recipe's file, or None where it is a module.
     """
-    claims = {f"config {key}": repr(value) for key, value in _flat(values, "")}
+    claims = {f"config {key}": repr(value) for key, value in flatten(values).items()}
     if recipe is not None:
         claims["config recipe"] = recipe.name
         claims[f"the content of {recipe.name}"] = file_hash(recipe)
     return claims
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        found += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return found
 
 
 def check_identities(said: Sequence[Said]) -> None:

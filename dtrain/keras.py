@@ -188,7 +188,7 @@ class KerasModel(nn.Module):
             how = {"model": self, **vars(plan), "batch": batch, "seed": seed, "cpu": cpu}
             how |= {"sync_batchnorm": sync_batchnorm, "fetch_batches": fetch_batches, "accumulation": accumulation}
             how |= {"precision": precision, "clip_norm": clip_norm, "clip_value": clip_value}
-            with fed(verbose, epochs=plan.epochs, log_step_freq=plan.log_step_freq) as (how["verbose"], meanwhile):
+            with fed(verbose, log_step_freq=plan.log_step_freq) as (how["verbose"], meanwhile):
                 return call_on_ranks(_fit, how, num_processes, cpu=cpu, meanwhile=meanwhile)
         world = world if world is not None else bring_up(cpu=cpu)
         task = self._task(plan.train_data, plan.val_data)
@@ -203,7 +203,7 @@ class KerasModel(nn.Module):
             accumulation=accumulation,
             precision=precision,
             clip=limit,
-            progress=progress_of(verbose, is_main=world.is_main, epochs=plan.epochs, log_step_freq=plan.log_step_freq),
+            progress=progress_of(verbose, is_main=world.is_main, log_step_freq=plan.log_step_freq),
         )
         keeper = _keeper(plan, engine)
         if keeper is not None:

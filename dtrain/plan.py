@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dtrain.building import run_epochs, steps_per_epoch
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.config.schema import leaves
-from dtrain.dealing import Dealing
 from dtrain.learning import Task
 from dtrain.recipe import Recipe
-from dtrain.sharding import ShardedLoader
 
 
 @dataclass(frozen=True)
@@ -22,28 +21,34 @@ class Plan:
         batch_per_rank: samples a rank takes per step, None where the loader cannot tell.
         batch_in_all: samples of an optimizer step.
         steps_per_epoch: train steps (micro-batches) of each rank per epoch, None where the loader cannot tell.
-        optimizer_steps: over all epochs.
+        epochs: at most so many.
+        optimizer_steps: of the whole run.
     """
 
     ranks: int
     batch_per_rank: int | None
     batch_in_all: int | None
     steps_per_epoch: int | None
+    epochs: int
     optimizer_steps: int | None
 
 
 def make_plan(task: Task, settings: Settings, ranks: int) -> Plan:
-    """Works out a run's sizes from its loaders."""
+    """Works out a run's sizes from its loaders.
+
+    Raises:
+        UsageError: how long it is cannot be known.
+    """
     train = settings.config.train
-    how = Dealing(rank=0, size=ranks, mode=train.batch, fill=True)
-    steps = ShardedLoader(task.dl_train, how, train.seed, "train").steps()
+    steps, epochs = steps_per_epoch(task, ranks, train), run_epochs(task, ranks, settings)
     size = _batch_size(task.dl_train)
     per_rank = in_all = None
     if size is not None:
         per_rank, in_all = (size, size * ranks) if train.batch == "per_rank" else (-(-size // ranks), size)
     in_all = None if in_all is None else in_all * train.accumulation
-    optimizer_steps = None if steps is None else -(-steps // train.accumulation) * train.epochs
-    return Plan(ranks, per_rank, in_all, steps, optimizer_steps)
+    total = None if steps is None else -(-steps // train.accumulation) * epochs
+    bounds = [bound for bound in (total, train.max_steps) if bound is not None]
+    return Plan(ranks, per_rank, in_all, steps, epochs, min(bounds, default=None))
 
 
 def _batch_size(loader: Any) -> int | None:
@@ -74,7 +79,7 @@ def value_rows(settings: Settings, recipe: Recipe) -> list[tuple[str, str, str]]
     return rows
 
 
-def plan_text(plan: Plan, rows: list[tuple[str, str, str]], epochs: int) -> str:
+def plan_text(plan: Plan, rows: list[tuple[str, str, str]]) -> str:
     """Returns a plan and the values as a table for a person."""
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"{key:<{widths[0]}}  {value:<{widths[1]}}  {place}" for key, value, place in rows]
@@ -83,7 +88,7 @@ def plan_text(plan: Plan, rows: list[tuple[str, str, str]], epochs: int) -> str:
         ("batch per rank", plan.batch_per_rank),
         ("batch in all", plan.batch_in_all),
         ("steps per epoch", plan.steps_per_epoch),
-        ("epochs", epochs),
+        ("epochs", plan.epochs),
         ("optimizer steps in total", plan.optimizer_steps),
     ]
     lines += ["", *(f"{name:<24}  {'unknown: the loader has no length' if n is None else n}" for name, n in sizes)]

@@ -95,8 +95,8 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
     task = agree(world, lambda: load_task(settings))
     train = settings.config.train
     owner.enter_context(deterministic(train.deterministic))
-    epochs = run_epochs(task, world, settings)
-    progress = voice.progress(world.rank, epochs, train.log_step_freq)
+    epochs = run_epochs(task, world.size, settings)
+    progress = voice.progress(world.rank, train.log_step_freq)
     engine = configured_engine(task, world, settings, epochs=epochs, nan=train.nan, progress=progress)
     check_not_asked(world, request)
     folder, ids, came_from = begin(engine, settings, resume, lambda folder: owner.enter_context(_taken(folder)))

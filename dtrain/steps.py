@@ -22,14 +22,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dtrain.columns import NO_METRICS, VALID
 from dtrain.errors import StepError
 from dtrain.metrics import Mean, Observed, Value
 
 Step = Callable[..., Any]
 Kind = Literal["imperative", "declarative"]
-
-# Columns of the history that are dtrain's.
-RESERVED = ("epoch", "lr", "seconds", "samples_per_second")
 
 HOW_TO_LEARN = (
     "Either call model.optimizer.zero_grad(), loss.backward() and model.optimizer.step() in the step, "
@@ -114,10 +112,10 @@ def metric_name(model: Any) -> str:
 def _check_name(name: Any, split: str) -> str:
     if not isinstance(name, str) or not name:
         raise StepError(f"the {split} step returned a mapping with the key {name!r}. Name its values by text.")
-    if name in RESERVED or name.startswith("val_"):
+    if name in NO_METRICS or name.startswith(VALID):
         raise StepError(
             f"the {split} step returned a value named {name!r}, which is the name of a column of dtrain's own "
-            f"({', '.join(RESERVED)}, val_...). Choose another."
+            f"({', '.join(NO_METRICS)}, {VALID}...). Choose another."
         )
     return name
 

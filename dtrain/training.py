@@ -134,7 +134,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     )
     if num_processes is not None and starts_ranks(num_processes, world):
         del arguments["world"], arguments["num_processes"]
-        with fed(verbose, epochs=epochs, log_step_freq=log_step_freq) as (arguments["verbose"], meanwhile):
+        with fed(verbose, log_step_freq=log_step_freq) as (arguments["verbose"], meanwhile):
             return call_on_ranks(train_model, arguments, num_processes, cpu=cpu, meanwhile=meanwhile)
     world = world if world is not None else bring_up(cpu=cpu)
     engine = Engine(
@@ -149,7 +149,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         precision=precision,
         clip=limit,
         ema_decay=ema_decay,
-        progress=progress_of(verbose, is_main=world.is_main, epochs=epochs, log_step_freq=log_step_freq),
+        progress=progress_of(verbose, is_main=world.is_main, log_step_freq=log_step_freq),
     )
     history = engine.fit()
     if engine.average is not None:

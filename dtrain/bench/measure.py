@@ -95,7 +95,7 @@ def _engine(settings: Settings, world: World, steps: int) -> Engine:
         settings,
         epochs=1,
         limits=Limits(train=(steps + WARM_UP + 1) * per_step),
-        progress=PlainLines(1, train.log_step_freq, io.StringIO()),  # lines as in training, to nowhere
+        progress=PlainLines(train.log_step_freq, io.StringIO()),  # lines as in training, to nowhere
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-_TIMES = ("seconds", "samples_per_second")
+from dtrain.columns import TIMES
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _norm(*tensors: np.ndarray) -> float:
 def _compare_history(alone: Record, together: Record, tolerance: float) -> Parting | None:
     one, many = alone.ranks[0]["history"][0], together.ranks[0]["history"][0]
     for name, value in one.items():
-        if name not in _TIMES and _apart(value, many.get(name, float("nan")), tolerance):
+        if name not in TIMES and _apart(value, many.get(name, float("nan")), tolerance):
             cause = _cause(alone, name.removeprefix("val_"), value, many.get(name, float("nan")), len(together.ranks))
             return Parting(f"the history's {name}", f"{value:.9g}", f"{many.get(name)}", cause)
     return None

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtrain.columns import TIMES
+
 Line = dict[str, Any]
-_TIMES = ("seconds", "samples_per_second")
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _compare_state(one: Line, two: Line) -> Difference | None:
 
 def _compare_row(one: Line | None, two: Line | None) -> Difference | None:
     for name, value in (one or {}).items():
-        if name not in _TIMES and repr(value) != repr((two or {}).get(name)):
+        if name not in TIMES and repr(value) != repr((two or {}).get(name)):
             cause = (
                 "validation draws from a random stream outside the global ones, or a metric keeps a state of its own."
                 if name.startswith("val_")

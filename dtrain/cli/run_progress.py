@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +10,7 @@ import yaml
 
 from dtrain.columns import VALID, metrics_of
 from dtrain.config.saved import CONFIG
-from dtrain.history import FILE_NAME
+from dtrain.history import FILE_NAME, read_cells, value_of
 
 
 @dataclass(frozen=True)
@@ -49,19 +47,11 @@ def read_progress(run: Path) -> RunProgress:
 
 def _last_row(path: Path) -> dict[str, float | None]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        columns, rows = read_cells(path)
+    except OSError:
         return {}
-    whole = text[: text.rfind("\n") + 1]  # a row may be on its way
-    rows = list(csv.DictReader(io.StringIO(whole)))
-    return {name: _number(cell) for name, cell in rows[-1].items() if name} if rows else {}
-
-
-def _number(cell: str | None) -> float | None:
-    try:
-        return float(cell) if cell else None
-    except ValueError:
-        return None
+    values = zip(columns, map(value_of, rows[-1] if rows else ()), strict=False)
+    return {name: float(value) if isinstance(value, (int, float)) else None for name, value in values}
 
 
 def _epochs(path: Path) -> int | None:

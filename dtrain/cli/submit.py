@@ -207,7 +207,6 @@ def _checked(runs: Sequence[Run], settings: list[Settings], ranks: int) -> list[
     from dtrain.errors import DtrainError, add_remark
     from dtrain.resuming.ahead import check_ahead
 
-    first = settings[0]
     try:
         plan = _plan(settings, ranks)
     except Exception as error:
@@ -218,10 +217,9 @@ def _checked(runs: Sequence[Run], settings: list[Settings], ranks: int) -> list[
         check_ahead(run.folder, one, ranks)
     unknown = "unknown, the loader has no length"
     batch = f"{plan.batch_per_rank} per rank, {plan.batch_in_all} in all" if plan.batch_in_all else unknown
-    epochs = first.config.train.epochs
     steps = unknown
     if plan.steps_per_epoch is not None:
-        steps = f"{plan.steps_per_epoch} an epoch, {plan.optimizer_steps} of the optimizer in {epochs} epochs"
+        steps = f"{plan.steps_per_epoch} an epoch, {plan.optimizer_steps} of the optimizer in {plan.epochs} epochs"
     which = f" (of {runs[0].name})" if len(runs) > 1 else ""
     return [f"batch: {batch}{which}", f"steps: {steps}{which}"]
 

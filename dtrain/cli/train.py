@@ -172,5 +172,5 @@ def _show_plan(settings: Settings, ranks: int, *, as_words: bool) -> None:
     seed_everything(settings.config.train.seed)
     recipe = load_recipe(settings.config.recipe, settings.base)
     task = bind(recipe, settings)
-    plan = plan_text(make_plan(task, settings, ranks), value_rows(settings, recipe), settings.config.train.epochs)
+    plan = plan_text(make_plan(task, settings, ranks), value_rows(settings, recipe))
     typer.echo(plan, err=as_words)

@@ -8,11 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dtrain.progress.clock import Clock
 from dtrain.progress.facts import PassFacts
+from dtrain.progress.paced import Paced
 
 if TYPE_CHECKING:
-    from dtrain.metrics import MeanTable
     from dtrain.progress.lines import Part
 
 _REDRAW_SECONDS = 0.1
@@ -20,52 +19,35 @@ _MOST_SHARE = 0.02  # of the time that drawing may take, where a terminal or a d
 _LEAST_ROWS = 6  # of a terminal that has room for more than one line
 
 
-class LiveBar:
+class LiveBar(Paced):
     """Bars with loss, metrics, learning rate, samples a second and time left; above them a line for each epoch.
 
     It draws from `step` alone, at most ten times a second: there is no thread that a fork could catch with a lock.
 
     Args:
-        epochs: number of epochs of the run.
         out: the terminal, by default the standard output.
     """
 
-    def __init__(self, epochs: int, out: TextIO | None = None) -> None:
+    def __init__(self, out: TextIO | None = None) -> None:
         from rich.console import Console
 
         from dtrain.progress.lines import ASCII, FINE
         from dtrain.progress.region import Region, Surrounded
 
+        super().__init__()
         self._out = out or sys.stdout
         self._console = Console(file=self._out, highlight=False, markup=False)
         self._glyphs = FINE if self._console.encoding.startswith("utf") else ASCII
         self._region = Region(self._out, lambda: self._size()[0])
         self._around = Surrounded(self._region)
-        self._epochs = epochs
-        self._clock = Clock()
-        self._values: Mapping[str, float] = {}
         self._shown = False
-        self._next = 0.0
 
     def begin(self, facts: PassFacts) -> None:
         """Draws the bars anew for a pass."""
         if not self._shown:
             self._around.begin()
             self._shown = True
-        now = time.monotonic()
-        self._clock.begin(facts, now)
-        self._values = {}
-        if now >= self._next:
-            self._draw(now)
-
-    def step(self, table: MeanTable) -> None:
-        """Redraws now and then, so that short steps cost nothing."""
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._clock.look(table.steps, now)
-        self._values = table.running()
-        self._draw(now)
+        super().begin(facts)
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Prints the epoch's line above the bars."""
@@ -82,7 +64,7 @@ class LiveBar:
             self._around.end()
             self._region.clear()
 
-    def _draw(self, now: float) -> None:
+    def _show(self, now: float) -> None:
         from dtrain.progress.lines import lines_of
 
         columns, rows = self._size()

@@ -15,12 +15,11 @@ View = Literal["auto", "rich", "plain"]
 _CANNOT_MOVE = frozenset({"", "dumb", "unknown"})
 
 
-def choose_progress(*, is_main: bool, epochs: int, log_step_freq: int, view: View = "auto") -> Progress:
+def choose_progress(*, is_main: bool, log_step_freq: int, view: View = "auto") -> Progress:
     """Returns what a rank tells its progress to.
 
     Args:
         is_main: whether this is global rank 0; the others are silent.
-        epochs: of the run.
         log_step_freq: train steps between two plain lines.
         view: "rich" is the live bars, "plain" are lines; "auto" is a table and a curve in a notebook, the bars on a
             terminal, and lines anywhere else.
@@ -32,23 +31,22 @@ def choose_progress(*, is_main: bool, epochs: int, log_step_freq: int, view: Vie
 
         return NotebookView()
     live = can_be_live() if view == "auto" else view == "rich"
-    return LiveBar(epochs) if live else PlainLines(epochs, log_step_freq)
+    return LiveBar() if live else PlainLines(log_step_freq)
 
 
-def progress_of(verbose: bool | Progress, *, is_main: bool, epochs: int, log_step_freq: int) -> Progress:
+def progress_of(verbose: bool | Progress, *, is_main: bool, log_step_freq: int) -> Progress:
     """Returns what a rank tells its progress to, of a function's argument `verbose`.
 
     Args:
         verbose: whether rank 0 shows progress; or what it tells it to.
         is_main: whether this is global rank 0.
-        epochs: of the run.
         log_step_freq: train steps between two plain lines.
     """
     if not verbose or not is_main:
         return Silent()
     if not isinstance(verbose, bool):
         return verbose
-    return choose_progress(is_main=True, epochs=epochs, log_step_freq=log_step_freq)
+    return choose_progress(is_main=True, log_step_freq=log_step_freq)
 
 
 def can_be_live() -> bool:

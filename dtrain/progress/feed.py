@@ -124,20 +124,17 @@ class FeedReader:
 
 
 @contextlib.contextmanager
-def fed(
-    verbose: bool | Progress, *, epochs: int, log_step_freq: int
-) -> Iterator[tuple[bool | Progress, Callable[[], None] | None]]:
+def fed(verbose: bool | Progress, *, log_step_freq: int) -> Iterator[tuple[bool | Progress, Callable[[], None] | None]]:
     """Has this process show the progress of ranks that it starts, where it has more than lines for it.
 
     Args:
         verbose: as for `dtrain.train_model`.
-        epochs: of the run.
         log_step_freq: train steps between two plain lines.
 
     Yields:
         what the ranks get in place of `verbose`, and what is to be called again and again meanwhile, if anything.
     """
-    shown = choose_progress(is_main=True, epochs=epochs, log_step_freq=log_step_freq) if verbose is True else None
+    shown = choose_progress(is_main=True, log_step_freq=log_step_freq) if verbose is True else None
     if shown is None or isinstance(shown, PlainLines):  # which the rank prints itself, and they are passed on
         yield verbose, None
         return

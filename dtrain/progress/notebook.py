@@ -6,50 +6,28 @@ import html
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dtrain.progress.clock import Clock, short_number, short_time
 from dtrain.progress.curve import curves_svg
-from dtrain.progress.facts import PassFacts
+from dtrain.progress.paced import Paced
 from dtrain.progress.plain import epoch_line, metrics_text
-
-if TYPE_CHECKING:
-    from dtrain.metrics import MeanTable
 
 _UPDATE_SECONDS = 0.5
 _MOST_ROWS = 20  # of a long run's table, half of them its first, half its last
 
 
-class NotebookView:
+class NotebookView(Paced):
     """Shows progress under a notebook's cell; the last state stays there, and in the notebook's file.
 
     It updates from `step` and after an epoch, at most twice a second, and when all is over.
     """
 
     def __init__(self) -> None:
-        self._clock = Clock()
+        super().__init__()
         self._rows: list[Mapping[str, Any]] = []
-        self._values: Mapping[str, float] = {}
         self._handle: Any = None
         self._curves = ""
-        self._next = 0.0
-
-    def begin(self, facts: PassFacts) -> None:
-        """A pass begins."""
-        now = time.monotonic()
-        self._clock.begin(facts, now)
-        self._values = {}
-        if now >= self._next:
-            self._show(now)
-
-    def step(self, table: MeanTable) -> None:
-        """Updates the bar now and then."""
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._clock.look(table.steps, now)
-        self._values = table.running()
-        self._show(now)
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Adds an epoch's row, and draws its curves."""

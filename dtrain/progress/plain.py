@@ -19,13 +19,11 @@ class PlainLines:
     The means within an epoch are this rank's own so far; those of an epoch are exact over all ranks.
 
     Args:
-        epochs: number of epochs of the run.
         log_step_freq: train steps between two lines.
         out: where to, by default the standard output.
     """
 
-    def __init__(self, epochs: int, log_step_freq: int, out: TextIO | None = None) -> None:
-        self._epochs = epochs
+    def __init__(self, log_step_freq: int, out: TextIO | None = None) -> None:
         self._freq = log_step_freq
         self._out = out
         self._training = False
@@ -35,7 +33,7 @@ class PlainLines:
         self._training = facts.split == "train"
         if self._training:
             of_steps = "" if facts.steps is None else f", {facts.steps} steps"
-            self._print(f"epoch {facts.epoch}/{self._epochs}{of_steps}")
+            self._print(f"epoch {facts.epoch}/{facts.epochs}{of_steps}")
 
     def step(self, table: MeanTable) -> None:
         """Prints a line at every `log_step_freq`-th train step."""

@@ -26,12 +26,11 @@ class Voice:
     events: Events | None = None
     all_ranks: bool = False
 
-    def progress(self, rank: int, epochs: int, log_step_freq: int) -> Progress:
+    def progress(self, rank: int, log_step_freq: int) -> Progress:
         """Returns what a rank tells its progress to.
 
         Args:
             rank: this one.
-            epochs: of the run.
             log_step_freq: train steps between two lines or events.
         """
         if rank > 0 and not self.all_ranks:
@@ -39,7 +38,7 @@ class Voice:
         if self.events is not None:
             return JsonLines(self.events, log_step_freq, rank)
         view: View = "plain" if self.all_ranks else self.view
-        return choose_progress(is_main=True, epochs=epochs, log_step_freq=log_step_freq, view=view)
+        return choose_progress(is_main=True, log_step_freq=log_step_freq, view=view)
 
     def make_way(self) -> None:
         """Has a rank that draws no bars print its lines so that those of rank 0, on the same terminal, stay whole."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from dtrain import __version__
 from dtrain.columns import mode_of
+from dtrain.config.flat import flatten
 from dtrain.report.finding import changed
 from dtrain.report.runs import Run
 from dtrain.starts import Start
@@ -50,20 +51,11 @@ def run_data(run: Run) -> dict[str, Any]:
         "monitor": monitor,
         "modes": modes | ({} if monitor is None else {monitor: mode}),
         "resumed": run.resumed_after(),
-        "config": dict(flat(run.config)),
+        "config": {name: _shown(value) for name, value in flatten(run.config).items()},
         "starts": [_start(one) for one in run.starts],
         "failures": [_failure(one) for one in run.failures],
         "incarnations": _incarnations(run.job),
     }
-
-
-def flat(nested: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Returns a config's values as text, by dotted keys."""
-    found: list[tuple[str, str]] = []
-    for key, value in nested.items():
-        name = f"{prefix}{key}"
-        found += flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, _shown(value))]
-    return found
 
 
 def _start(one: Start) -> dict[str, Any]:

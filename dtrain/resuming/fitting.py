@@ -13,6 +13,7 @@ from torch import Tensor
 from dtrain import __version__
 from dtrain.checkpoint.weights import WEIGHTS, check_fit
 from dtrain.config import RunConfig, Settings
+from dtrain.config.flat import flatten
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
 from dtrain.launch.fingerprint import file_hash
@@ -109,20 +110,13 @@ def config_differences(there: Mapping[str, Any], here: Mapping[str, Any], settin
     """Returns, in words, the values that differ and that the numbers depend on."""
     # A builder's default counts as given: the recipe's content, compared besides, says what it was. So does that of a
     # key that was not there yet in the dtrain that saved the checkpoint.
-    defaults = {**_flat(RunConfig().model_dump()), **settings.defaults}
-    before, now = ({**defaults, **_flat(values)} for values in (there, here))
+    defaults = {**flatten(RunConfig().model_dump()), **settings.defaults}
+    before, now = ({**defaults, **flatten(values)} for values in (there, here))
     return [
         f"{key} was {before.get(key, 'not given')!r} and is {now.get(key, 'not given')!r} ({settings.place_of(key)})"
         for key in dict.fromkeys((*before, *now))
         if before.get(key) != now.get(key) and not key.startswith(FREE)
     ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def check_ranks(there: Mapping[str, Any], step: int | None, ranks: int, settings: Settings) -> None:

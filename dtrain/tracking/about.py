@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from dtrain import __version__
 from dtrain.config import Settings
+from dtrain.config.flat import flatten
 
 
 def about_run(settings: Settings, module: nn.Module, *, ranks: int, device: str, code: str | None) -> dict[str, Any]:
@@ -46,12 +48,7 @@ def _layers(module: nn.Module) -> str:
         module.train(training)
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def as_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a tree of mappings as dotted keys; what no tracker takes as a parameter becomes text."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return found
+    kinds = (bool, int, float, str)
+    return {name: value if isinstance(value, kinds) else str(value) for name, value in flatten(values).items()}

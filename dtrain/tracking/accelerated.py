@@ -10,7 +10,7 @@ from typing import Any
 
 from dtrain.config.schema import MlflowConfig, TrackConfig, TrackioConfig
 from dtrain.history import FILE_NAME
-from dtrain.tracking.about import flat
+from dtrain.tracking.about import as_parameters
 from dtrain.tracking.base import End
 from dtrain.tracking.threaded import Backend
 
@@ -109,7 +109,7 @@ class MlflowBackend:
         self._tracker.start()
         if resumed is None:  # parameters are set once
             about = {f"about.{name}": value for name, value in self._what.about.items() if name != "model"}
-            self._tracker.store_init_configuration(flat({**self._what.config, **about}))
+            self._tracker.store_init_configuration(as_parameters({**self._what.config, **about}))
             mlflow.log_text(self._what.about["model"], "model.txt")
         return str(self._tracker.tracker.info.run_id)
 
@@ -146,7 +146,7 @@ class TrackioBackend:
             self._options.project,
             name=name,
             resume="allow" if before else "never",
-            config=flat({**self._what.config, "about": dict(self._what.about)}),
+            config=as_parameters({**self._what.config, "about": dict(self._what.about)}),
             embed=False,
             auto_log_gpu=False,
             auto_log_cpu=False,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.history import FILE_NAME
+from dtrain.history import FILE_NAME, value_of
 from dtrain.tracking.files import FOLDER, STEPS, Tail, parse_lines
 
 
@@ -100,12 +100,6 @@ class Values:
             if self._columns is None:
                 self._columns = cells
                 continue
-            row = {name: _number(cell) for name, cell in zip(self._columns, cells, strict=False)}
+            row = {name: value_of(cell) for name, cell in zip(self._columns, cells, strict=False)}
             if isinstance(row.get("epoch"), int):
                 self._known[row["epoch"]] = row  # type: ignore[index]
-
-
-def _number(cell: str) -> int | float | None:
-    if not cell:
-        return None
-    return int(cell) if cell.isdigit() else float(cell)

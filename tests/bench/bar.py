@@ -44,7 +44,7 @@ def engine(progress):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     return Engine(Task(net, train_step, [x] * {STEPS}, optimizer=optimizer), bring_up(cpu=True), epochs=1, progress=progress)
 
-bar = LiveBar(1)
+bar = LiveBar()
 engines = [engine(bar), engine(Silent())]
 pairs = []
 for number in range(int(sys.argv[1]) + 1):

@@ -66,7 +66,7 @@ def all_fitted(world, recipe: str, cases: list[list[str]]) -> list[dict[str, Any
 def fitted(world: Any, recipe: str, words: list[str]) -> dict[str, Any]:
     settings = load_settings(recipe, ["train.batch=global", *words], {})
     task = load_task(settings)
-    epochs = run_epochs(task, world, settings)
+    epochs = run_epochs(task, world.size, settings)
     engine = configured_engine(task, world, settings, epochs=epochs)
     total = engine.updates_in_all()
     rows = engine.fit().rows
@@ -198,6 +198,6 @@ def test_without_a_length_the_epochs_are_to_be_given(recipe: Path) -> None:
     settings = load_settings(str(recipe), ["max_steps=3"], {})
     task = load_task(settings)
     with pytest.raises(UsageError, match=r"train\.max_steps = 3: the training loader has no length"):
-        run_epochs(task, bring_up(cpu=True), settings)
+        run_epochs(task, 1, settings)
     with pytest.raises(Exception, match="limit_batches and overfit_batches both say"):
         load_settings(str(recipe), ["limit_batches=3", "overfit_batches=1"], {})

@@ -7,9 +7,21 @@ import sys
 from typing import Any
 
 import pytest
+from helpers.clock import Now, stopped
 from helpers.screens import Screen
 
-from dtrain.progress import LiveBar, PassFacts, PlainLines, RunFacts, Several, Silent, bar, choose_progress, together
+from dtrain.progress import (
+    LiveBar,
+    PassFacts,
+    PlainLines,
+    RunFacts,
+    Several,
+    Silent,
+    bar,
+    choose_progress,
+    paced,
+    together,
+)
 
 RUN = RunFacts(3, 1, lambda: 0.001)
 ROW = {"epoch": 1, "loss": 0.5, "acc": 0.25, "val_loss": 0.75, "val_acc": 0.125, "lr": 1e-3, "seconds": 2.0}
@@ -26,21 +38,9 @@ class Table:
         return {"loss": 0.5, "acc": 0.25}
 
 
-class Now:
-    """A clock that goes when it is told to."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def monotonic(self) -> float:
-        return self.seconds
-
-
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> Now:
-    clock = Now()
-    monkeypatch.setattr(bar, "time", clock)
-    return clock
+    return stopped(monkeypatch, bar, paced)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def a_pass(live: LiveBar, now: Now, table: Table, steps: int, seconds: float, sp
 
 
 def test_a_thousand_steps_a_second_are_drawn_ten_times(screen: Screen, now: Now) -> None:
-    live, table = LiveBar(3, screen), Table()
+    live, table = LiveBar(screen), Table()
     a_pass(live, now, table, 5000, 5.0)
     assert 40 < screen.writes <= 51
     assert table.asked_for == screen.writes - 1  # the first drawing asks for nothing: there is nothing yet
@@ -84,7 +84,7 @@ def test_a_terminal_that_is_slow_is_drawn_on_less_often(
         return write(text)
 
     monkeypatch.setattr(screen, "write", slowly)
-    live = LiveBar(3, screen)  # type: ignore[arg-type]
+    live = LiveBar(screen)  # type: ignore[arg-type]
     a_pass(live, now, Table(), 50_000, 50.0)
     assert 5 < screen.writes <= 12  # a fiftieth of the time, at most
     live.close()
@@ -92,7 +92,7 @@ def test_a_terminal_that_is_slow_is_drawn_on_less_often(
 
 def test_a_whole_epoch(screen: Screen, now: Now, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", screen)
-    live, table = LiveBar(3, screen), Table()
+    live, table = LiveBar(screen), Table()
     a_pass(live, now, table, 10, 2.0)
     first, second, third = screen.lines[1:]
     assert first.startswith("train 10/10  ━")
@@ -113,7 +113,7 @@ def test_a_whole_epoch(screen: Screen, now: Now, monkeypatch: pytest.MonkeyPatch
 
 
 def test_it_can_begin_again_after_its_end(screen: Screen, now: Now) -> None:
-    live = LiveBar(3, screen)  # type: ignore[arg-type]
+    live = LiveBar(screen)  # type: ignore[arg-type]
     for _ in range(2):
         a_pass(live, now, Table(), 3, 1.0)
         assert "train 3/3" in screen.lines[-3]
@@ -122,7 +122,7 @@ def test_it_can_begin_again_after_its_end(screen: Screen, now: Now) -> None:
 
 
 def test_a_terminal_of_another_size(screen: Screen, now: Now) -> None:
-    live = LiveBar(3, screen)  # type: ignore[arg-type]
+    live = LiveBar(screen)  # type: ignore[arg-type]
     for columns, rows in ((80, 12), (30, 12), (5, 12), (1, 12), (200, 12), (80, 3), (80, 1)):
         screen.emulator.resize(rows, columns)
         a_pass(live, now, Table(), 4, 1.0)
@@ -138,7 +138,7 @@ def test_a_terminal_of_another_size(screen: Screen, now: Now) -> None:
 def test_no_colour_and_no_utf8(screen: Screen, now: Now, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(screen, "encoding", "iso-8859-1", raising=False)
-    live = LiveBar(3, screen)  # type: ignore[arg-type]
+    live = LiveBar(screen)  # type: ignore[arg-type]
     a_pass(live, now, Table(), 4, 1.0)
     live.end_epoch(ROW)
     assert screen.written.isascii()
@@ -149,7 +149,7 @@ def test_no_colour_and_no_utf8(screen: Screen, now: Now, monkeypatch: pytest.Mon
 
 
 def test_colours(screen: Screen, now: Now) -> None:
-    live = LiveBar(3, screen)  # type: ignore[arg-type]
+    live = LiveBar(screen)  # type: ignore[arg-type]
     a_pass(live, now, Table(), 4, 1.0)
     bars = [cell for row in (1, 2) for cell in screen.emulator.buffer[row].values() if cell.data == "━"]
     assert {cell.fg for cell in bars} == {"cyan", "green"}
@@ -173,8 +173,8 @@ def test_who_gets_which_view(
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("TERM", term)
     monkeypatch.setattr(screen, "isatty", lambda: tty)
-    assert type(choose_progress(is_main=True, epochs=1, log_step_freq=1, view=view)) is kind
-    assert type(choose_progress(is_main=False, epochs=1, log_step_freq=1, view=view)) is Silent
+    assert type(choose_progress(is_main=True, log_step_freq=1, view=view)) is kind
+    assert type(choose_progress(is_main=False, log_step_freq=1, view=view)) is Silent
 
 
 class Noted:

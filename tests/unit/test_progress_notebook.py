@@ -11,8 +11,9 @@ from typing import Any
 import IPython
 import IPython.display
 import pytest
+from helpers.clock import Now, stopped
 
-from dtrain.progress import PassFacts, PlainLines, RunFacts, choose, choose_progress, notebook
+from dtrain.progress import PassFacts, PlainLines, RunFacts, choose, choose_progress, notebook, paced
 from dtrain.progress.curve import curves_svg
 from dtrain.progress.feed import FeedReader, FeedWriter, fed
 from dtrain.progress.notebook import NotebookView, table_html
@@ -111,18 +112,9 @@ class Handle:
         self._pages.append(page)
 
 
-class Now:
-    seconds = 0.0
-
-    def monotonic(self) -> float:
-        return self.seconds
-
-
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> Now:
-    clock = Now()
-    monkeypatch.setattr(notebook, "time", clock)
-    return clock
+    return stopped(monkeypatch, notebook, paced)
 
 
 @pytest.fixture
@@ -213,16 +205,16 @@ def test_what_a_rank_tells_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_ranks_print_their_lines_where_there_is_nothing_better(capsys: Any) -> None:
-    assert isinstance(choose_progress(is_main=True, epochs=1, log_step_freq=1), PlainLines)
+    assert isinstance(choose_progress(is_main=True, log_step_freq=1), PlainLines)
     for verbose in (True, False, Noted()):
-        with fed(verbose, epochs=1, log_step_freq=1) as found:
+        with fed(verbose, log_step_freq=1) as found:
             assert found == (verbose, None)
 
 
 def test_what_came_before_a_failure_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Noted()
     monkeypatch.setattr("dtrain.progress.feed.choose_progress", lambda **_: shown)
-    with pytest.raises(OSError, match="a rank failed"), fed(True, epochs=1, log_step_freq=1) as (writer, _):
+    with pytest.raises(OSError, match="a rank failed"), fed(True, log_step_freq=1) as (writer, _):
         writer.end_epoch(row(1))  # type: ignore[union-attr]
         raise OSError("a rank failed")
     assert (shown.told, shown.closed) == ([row(1)], 1)
@@ -243,4 +235,4 @@ def test_a_process_that_was_forked_off_a_notebook_is_none(
     monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
     assert choose.can_display() is is_one
     kind = NotebookView if is_one else PlainLines
-    assert type(choose_progress(is_main=True, epochs=1, log_step_freq=1)) is kind
+    assert type(choose_progress(is_main=True, log_step_freq=1)) is kind

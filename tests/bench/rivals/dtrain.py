@@ -71,7 +71,7 @@ def _fit(problem: Any, epochs: int, between: Any, net: Any, train_step: Any, val
 
     world = bring_up(cpu=True)
     task = Task(net, train_step, problem.train_loader(), valid_step, problem.valid_loader())
-    shown = choose_progress(is_main=world.is_main, epochs=epochs, log_step_freq=10)
+    shown = choose_progress(is_main=world.is_main, log_step_freq=10)
     engine = Engine(task, world, epochs=epochs, history=History("history.csv"), progress=shown)
     engine.after_epoch.append(lambda row: between(**{name: row[name] for name in _MEANS}))
     with Stopping(world, StopRequest()) as stopping:

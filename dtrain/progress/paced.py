@@ -1,0 +1,42 @@
+"""What the live views have in common: they show what there is now and then, never at every step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from dtrain.progress.clock import Clock
+from dtrain.progress.facts import PassFacts
+
+if TYPE_CHECKING:
+    from dtrain.metrics import MeanTable
+
+
+class Paced:
+    """Follows a pass. A view says in `_show` what it shows, and sets `_next`, before which it shows nothing again."""
+
+    def __init__(self) -> None:
+        self._clock = Clock()
+        self._values: Mapping[str, float] = {}
+        self._next = 0.0
+
+    def begin(self, facts: PassFacts) -> None:
+        """A pass begins."""
+        now = time.monotonic()
+        self._clock.begin(facts, now)
+        self._values = {}
+        if now >= self._next:
+            self._show(now)
+
+    def step(self, table: MeanTable) -> None:
+        """A step is done: a look at the clock, so that short steps cost nothing."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._clock.look(table.steps, now)
+        self._values = table.running()
+        self._show(now)
+
+    def _show(self, now: float) -> None:
+        raise NotImplementedError
