@@ -49,12 +49,13 @@ def run_epochs(task: Task, ranks: int, settings: Settings) -> int:
     if train.max_steps is None or "train.epochs" in settings.places:
         return train.epochs
     steps = steps_per_epoch(task, ranks, train)
-    if not steps:
+    if steps is None:
         raise UsageError(
             f"train.max_steps = {train.max_steps}: the training loader has no length. Give train.epochs, too: training "
             "ends with what comes first."
         )
-    return -(-train.max_steps // -(-steps // train.accumulation))
+    # Without a batch there is nothing to count by; that is told where the loader is read.
+    return -(-train.max_steps // -(-steps // train.accumulation)) if steps else train.epochs
 
 
 def configured_engine(task: Task, world: World, settings: Settings, **more: Any) -> Engine:

@@ -167,6 +167,10 @@ class Engine:
             Exception: whatever the user's code raises, with a note of rank, epoch and step.
         """
         seed_everything(derive(self.seed, "rank", self.world.rank))
+        if self.task.scheduler is not None and self.task.optimizer is not None:
+            # The order is the engine's own. torch would else warn of it where the first step is left out (float16's
+            # scale is still too large), or was taken before the run was cut off.
+            self.task.optimizer._opt_called = True  # type: ignore[attr-defined]
         if self.start.randomness is not None and self.start.skip == 0:
             self.start.randomness()
         try:

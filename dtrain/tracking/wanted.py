@@ -17,6 +17,4 @@ def check_installed(track: TrackConfig) -> None:
     wanted = {"wandb": track.wandb, "tensorboard": track.tensorboard, "mlflow": track.mlflow, "trackio": track.trackio}
     for name, asked in wanted.items():
         if asked and find_spec(name) is None:
-            raise UsageError(
-                f"track.{name} is set, and {name} is not installed: pip install 'dtrain[{name}]', or leave it out."
-            )
+            raise UsageError(f"track.{name} is set, and {name} is not installed: pip install {name}, or leave it out.")

@@ -138,6 +138,6 @@ def test_a_tracker_that_is_missing_is_told_before_anything_starts(dtrain: Dtrain
     done = dtrain("train", recipes / "small.py", "track.mlflow.experiment=x", "-n", 2, PYTHONPATH=str(dtrain.folder))
     assert done.code == 2
     assert done.err == (
-        "dtrain: error: track.mlflow is set, and mlflow is not installed: pip install 'dtrain[mlflow]', or leave it out.\n"
+        "dtrain: error: track.mlflow is set, and mlflow is not installed: pip install mlflow, or leave it out.\n"
     )
     assert not (dtrain.folder / "runs").exists()

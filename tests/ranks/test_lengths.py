@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from dtrain import read_history
 from dtrain.building import configured_engine, load_task, run_epochs
 from dtrain.config import load_settings
-from dtrain.errors import AgreedError, UsageError
+from dtrain.errors import AgreedError, DataError, UsageError
+from dtrain.plan import make_plan
 from dtrain.run import train_run
 from dtrain.world import bring_up
 
@@ -201,3 +202,28 @@ def test_without_a_length_the_epochs_are_to_be_given(recipe: Path) -> None:
         run_epochs(task, 1, settings)
     with pytest.raises(Exception, match="limit_batches and overfit_batches both say"):
         load_settings(str(recipe), ["limit_batches=3", "overfit_batches=1"], {})
+
+
+def test_a_plan_says_how_long_it_will_be(recipe: Path) -> None:
+    for words, epochs, steps in (
+        (["max_steps=7"], 2, 7),
+        (["max_steps=7", "accumulation=2"], 3, 7),
+        (["max_steps=99", "epochs=2"], 2, 10),
+        (["limit_batches=2", "epochs=3"], 3, 6),
+        (["overfit_batches=1", "max_steps=4"], 4, 4),
+    ):
+        settings = load_settings(str(recipe), ["train.batch=global", *words], {})
+        task = load_task(settings)
+        plan = make_plan(task, settings, 2)
+        assert (plan.epochs, plan.optimizer_steps) == (epochs, steps), words
+        engine = configured_engine(task, bring_up(cpu=True), settings, epochs=plan.epochs)
+        assert engine.updates_in_all() == steps
+
+
+def test_a_loader_without_a_batch_is_told_as_such(recipe: Path) -> None:
+    recipe.write_text(RECIPE + "\ndef build_dataloaders():\n    return DataLoader(X[:0], batch_size=4), None\n")
+    settings = load_settings(str(recipe), ["max_steps=3", "train.schedule=cosine"], {})
+    with pytest.raises(DataError, match="the train loader yielded no batch"):
+        configured_engine(
+            task := load_task(settings), bring_up(cpu=True), settings, epochs=run_epochs(task, 1, settings)
+        ).fit()

@@ -157,14 +157,15 @@ def test_mixed_precision_follows_float32(ranks: int) -> None:
 
 
 def test_float16_keeps_small_gradients_by_scaling() -> None:
-    """Without the scaler a gradient of 1e-8 is 0 in float16."""
+    """Without the scaler a gradient of 1e-9 is 0 in float16, whose smallest number is 6e-8."""
 
     def step(model, x, y):
-        return ((model(x) - y) ** 2).mean() * 1e-7
+        return ((model(x) - y) ** 2).mean() * 1e-9
 
+    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     before = net[0].weight.detach().clone()
-    net.optimizer = torch.optim.SGD(net.parameters(), lr=1e6)  # type: ignore[assignment]
+    net.optimizer = torch.optim.SGD(net.parameters(), lr=1e8)  # type: ignore[assignment]
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.float16):
         lost = torch.autograd.grad(step(net, x, x.sum(1, keepdim=True)), net[0].weight)[0]
@@ -186,9 +187,13 @@ def test_gradients_that_overflow_are_a_step_left_out() -> None:
     net.optimizer = torch.optim.SGD(net.parameters(), lr=1e-6)  # type: ignore[assignment]
     x = torch.randn(8, 4) * 100
     loader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=8)
-    library.train_model(net, 1, loader, train_step=step, precision="fp16", clip_norm=1.0, verbose=False, cpu=True)
+    how: dict[str, Any] = {"train_step": step, "precision": "fp16", "clip_norm": 1.0, "verbose": False, "cpu": True}
+    schedule = torch.optim.lr_scheduler.LambdaLR(net.optimizer, lambda _: 1.0)
+    how |= {"scheduler": schedule, "scheduler_interval": "step"}  # which goes on, without a warning
+    library.train_model(net, 1, loader, **how)
     assert torch.equal(net.weight, before), "the first step overflows"
-    library.train_model(net, 30, loader, train_step=step, precision="fp16", clip_norm=1.0, verbose=False, cpu=True)
+    assert schedule.last_epoch == 1
+    library.train_model(net, 30, loader, **how)
     assert torch.isfinite(net.weight).all() and not torch.equal(net.weight, before)
 
 

@@ -416,5 +416,5 @@ def test_wandbs_client_sees_its_own_part_of_the_environment() -> None:
 def test_a_tracker_that_is_not_installed_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wanted, "find_spec", lambda _: None)
     wanted.check_installed(TrackConfig())
-    with pytest.raises(UsageError, match=r"track.mlflow is set, and mlflow is not installed: pip install 'dtrain\[ml"):
+    with pytest.raises(UsageError, match=r"track.mlflow is set, and mlflow is not installed: pip install ml"):
         wanted.check_installed(TrackConfig(mlflow=MlflowConfig()))
