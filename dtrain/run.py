@@ -104,7 +104,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
         name_run(folder)
     if engine.start.epoch > engine.epochs or engine.stopping:
         if world.is_main:
-            tell_complete(engine.history, folder, voice)
+            tell_complete(engine, settings, folder, voice)
         return folder
     tracking = agree(world, lambda: _start_tracking(engine, settings, folder, ids) if world.is_main else None)
     if world.is_main and train.nan != "ignore":

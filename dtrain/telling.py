@@ -37,10 +37,17 @@ def tell_start(engine: Engine, settings: Settings, folder: Path, came_from: Path
     )
 
 
-def tell_complete(history: History, folder: Path, voice: Voice) -> None:
-    """Says that there is nothing left to do."""
-    print(f"{folder} is complete: {len(history.rows)} epochs. Give more epochs, or another run.name.")  # noqa: T201
-    sum_up(history, folder, voice)
+def tell_complete(engine: Engine, settings: Settings, folder: Path, voice: Voice) -> None:
+    """Says that there is nothing left to do, and what would give it something."""
+    done = len(engine.history.rows)
+    more = "Give more epochs, or another run.name."
+    if engine.spent:
+        more = f"All optimizer steps of train.max_steps = {engine.max_steps} are taken. Give another run.name."
+    elif done < engine.epochs:
+        patience = settings.config.early_stopping.patience
+        more = f"early_stopping.patience = {patience} ended it. Give more patience, or another run.name."
+    print(f"{folder} is complete: {done} {'epoch' if done == 1 else 'epochs'}. {more}")  # noqa: T201
+    sum_up(engine.history, folder, voice)
 
 
 def sum_up(history: History, folder: Path, voice: Voice) -> None:

@@ -20,7 +20,6 @@ from dtrain.launch.ports import free_port, is_own_address, listen_on
 PORTS, HOST_NAME, WANDB = "ports", "host name", "W&B"
 _PATIENCE = 3.0
 _SLOW_NAME = 1.0
-_WANDB_URL = "https://api.wandb.ai"
 
 T = TypeVar("T")
 
@@ -119,7 +118,7 @@ def check_wandb(environ: Mapping[str, str] | None = None, patience: float = _PAT
     env = os.environ if environ is None else environ
     if env.get("WANDB_MODE", "online") != "online":
         return Finding(WANDB, "skip", f"WANDB_MODE={env['WANDB_MODE']}")
-    url = env.get("WANDB_BASE_URL", _WANDB_URL)
+    url = env.get("WANDB_BASE_URL") or _wandb_server()
     began = time.monotonic()
     try:
         status = bounded(lambda: _status(url), patience)
@@ -130,6 +129,13 @@ def check_wandb(environ: Mapping[str, str] | None = None, patience: float = _PAT
         )
     words = f"{url} answered {status} in {seconds(time.monotonic() - began)}"
     return passed(WANDB, words)
+
+
+def _wandb_server() -> str:
+    """Returns where the installed wandb sends to by default."""
+    from wandb import Settings
+
+    return str(Settings().base_url)
 
 
 def _status(url: str) -> int:

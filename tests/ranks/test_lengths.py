@@ -134,7 +134,7 @@ def test_a_run_of_so_many_steps_goes_on_within_its_last_epoch(
         assert all(torch.equal(one[key], two[key]) for key in one)
         assert read_history(cut)["loss"].tolist() == read_history(whole)["loss"].tolist()
         run_in(tmp_path, recipe, *words)
-        assert "is complete: 2 epochs" in capsys.readouterr().out
+        assert "is complete: 2 epochs. All optimizer steps of train.max_steps = 8 are taken." in capsys.readouterr().out
         shutil.rmtree(cut)
     with pytest.raises(AgreedError, match=r"train\.max_steps was 8 and is 9"):
         run_in(tmp_path, recipe, "max_steps=9", *words[1:], name="whole")

@@ -167,7 +167,7 @@ def test_early_stopping_counts_what_was_before(tmp_path: Path, capsys: pytest.Ca
     assert read_history(run)["epoch"].tolist() == [1, 2, 3, 4], "one best, and three without"
     capsys.readouterr()
     start(tmp_path, *watch, "epochs=9")
-    assert "is complete: 4 epochs" in capsys.readouterr().out
+    assert "is complete: 4 epochs. early_stopping.patience = 3 ended it. Give more patience" in capsys.readouterr().out
 
 
 def other_ranks(world: World, folder: str, words: list[str]) -> str:

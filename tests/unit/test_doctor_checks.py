@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,10 +184,13 @@ def served() -> Iterator[str]:
         thread.join()
 
 
-def test_wandb_is_never_a_failure() -> None:
+def test_wandb_is_never_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     with served() as url:
         has(network.check_wandb({"WANDB_BASE_URL": url}), "pass", "answered 200")
     has(network.check_wandb({"WANDB_BASE_URL": url}), "warn", "Connection refused", "track.wandb.mode=offline")
+    with monkeypatch.context() as patch:  # named nowhere, it is the server that wandb would use
+        patch.setattr("wandb.Settings", lambda: SimpleNamespace(base_url=url))
+        has(network.check_wandb({}), "warn", url)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         has(network.check_wandb({"WANDB_BASE_URL": url}, 0.1), "warn", "no answer within 0.1 s", "offline")
