@@ -11,6 +11,7 @@ from dtrain.errors import ConfigError, nearest
 
 _PACKAGE = Path(__file__).resolve().parent
 FOLDERS = ("configs", "launch", "slurm")
+OWN_CONFIG = "train.yaml"  # of the current folder: what a command that names nothing runs
 
 
 def folder(name: str) -> Path:

@@ -12,6 +12,7 @@ from dtrain.cli.bench import bench, bench_rank
 from dtrain.cli.doctor import doctor, doctor_node, doctor_rank
 from dtrain.cli.evaluate import evaluate, predict, summary
 from dtrain.cli.history import history
+from dtrain.cli.init import init
 from dtrain.cli.joblogs import logs
 from dtrain.cli.jobs import cancel, jobs, requeue
 from dtrain.cli.launch import launch
@@ -31,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _verb in (
-    *(train, evaluate, predict, summary, bench, doctor),
+    *(init, train, evaluate, predict, summary, bench, doctor),
     *(submit, jobs, logs, cancel, requeue),
     *(history, plot, report, sync),
 ):

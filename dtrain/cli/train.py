@@ -36,7 +36,8 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar=METAVAR,
-            help="A YAML config, a recipe, or nothing for the bundled digits; then values, such as epochs=5.",
+            help="A YAML config, a recipe, or nothing: this folder's train.yaml, else the bundled digits. Then values, "
+            "such as epochs=5.",
             show_default=False,
         ),
     ] = None,
@@ -59,7 +60,7 @@ def train(
     all_ranks: AllRanks = False,
     log_level: Level = None,
 ) -> None:
-    """Train. With nothing named: the bundled digits, 3 epochs.
+    """Train. With nothing named: this folder's train.yaml, as `dtrain init` writes it, else the bundled digits.
 
     Examples: dtrain train epochs=5 lr=0.003; dtrain train my_recipe.py -n 2 --cpu
     """
@@ -79,6 +80,7 @@ def _train(  # noqa: PLR0917 - the options
     manner.check()
     request = request_of_this_process() if not dry_run else None
     settings = read_target(words)
+    tell_own_config(words, as_words=manner.events is None)
     check_installed(settings.config.track)
     if request is None:
         _show_plan(settings, ranks or read_rank_facts().size, as_words=manner.events is not None)
@@ -157,10 +159,36 @@ def read_target(words: list[str]) -> Settings:
 
 
 def split_words(words: list[str]) -> tuple[str | None, list[str]]:
-    """Splits the words of the command line into the config or recipe, if one is named, and the overrides."""
-    if words and not re.match(r"[A-Za-z_][\w.]*=", words[0]):
+    """Splits the words of the command line into the config or recipe, if one is named, and the overrides.
+
+    Where none is named, neither by recipe=..., it is the current folder's own config, if it has one.
+    """
+    words = with_own_config(words)
+    if words and not _is_override(words[0]):
         return words[0], words[1:]
     return None, words
+
+
+def with_own_config(words: list[str]) -> list[str]:
+    """Puts the current folder's own config before words that name neither a config nor a recipe."""
+    from dtrain.share import OWN_CONFIG
+
+    named = (words and not _is_override(words[0])) or any(word.startswith("recipe=") for word in words)
+    return words if named or not Path(OWN_CONFIG).is_file() else [OWN_CONFIG, *words]
+
+
+def _is_override(word: str) -> bool:
+    return re.match(r"[A-Za-z_][\w.]*=", word) is not None
+
+
+def tell_own_config(words: list[str], *, as_words: bool) -> None:
+    """Says that the current folder's own config is taken, once: nobody has named it."""
+    from dtrain.launch.facts import read_rank_facts
+    from dtrain.launch.reports import supervised
+
+    taken = with_own_config(words)
+    if taken != words and as_words and not supervised() and read_rank_facts().rank == 0:
+        typer.echo(f"config: {taken[0]}")
 
 
 def _show_plan(settings: Settings, ranks: int, *, as_words: bool) -> None:

@@ -21,6 +21,8 @@ LAYERS = [
     ["dtrain", "dtrain.errors", "dtrain.arguments"],
     [
         "dtrain.share",
+        "dtrain.scaffold",
+        "dtrain.templates",
         "dtrain.config",
         "dtrain.launch",
         "dtrain.here",
@@ -71,6 +73,7 @@ LAYERS = [
     ["dtrain.cli"],
     ["dtrain.__main__"],
 ]
+BUNDLED = ("dtrain.recipes", "dtrain.templates.")  # what users run and copy
 WITHOUT_TORCH = (
     "dtrain.config",
     "dtrain.launch",
@@ -79,6 +82,7 @@ WITHOUT_TORCH = (
     "dtrain.errors",
     "dtrain.events",
     "dtrain.share",
+    "dtrain.scaffold",
     "dtrain.recipe_file",
     "dtrain.columns",
     "dtrain.starts",
@@ -91,7 +95,7 @@ def modules() -> dict[str, Path]:
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return {name: path for name, path in found.items() if not name.startswith("dtrain.recipes")}
+    return {name: path for name, path in found.items() if not name.startswith(BUNDLED)}
 
 
 def layer_of(module: str) -> int:

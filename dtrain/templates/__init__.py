@@ -1,0 +1,1 @@
+"""Files that `dtrain init` copies; see `dtrain.scaffold`."""

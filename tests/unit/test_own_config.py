@@ -1,0 +1,62 @@
+"""A command that names neither a config nor a recipe takes the current folder's train.yaml, if there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtrain.cli.train import read_target, split_words, tell_own_config, with_own_config
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "train.yaml"
+    file.write_text("train:\n  epochs: 7\n")
+    (tmp_path / "other.yaml").write_text("train:\n  epochs: 8\n")
+    return file
+
+
+def test_it_is_taken_where_nothing_is_named(own: Path) -> None:
+    settings = read_target(["train.seed=1"])
+    assert (settings.config.train.epochs, settings.config.train.seed) == (7, 1)
+    assert settings.place_of("train.epochs") == "train.yaml:2"
+    assert split_words([]) == ("train.yaml", [])
+    assert with_own_config(["epochs=1"]) == ["train.yaml", "epochs=1"]
+
+
+@pytest.mark.parametrize(
+    "words", [["digits"], ["other.yaml"], ["recipe=dtrain.recipes.digits"], ["epochs=3", "recipe=m"]]
+)
+def test_what_is_named_counts_alone(own: Path, words: list[str]) -> None:
+    assert with_own_config(words) == words
+    assert read_target(words).config.train.epochs in (3, 8)
+
+
+def test_without_it_the_bundled_digits_are_trained(own: Path) -> None:
+    own.unlink()
+    assert with_own_config(["epochs=5"]) == ["epochs=5"]
+    assert read_target([]).config.recipe == "dtrain.recipes.digits"
+    own.mkdir()  # a folder of that name is no config
+    assert read_target([]).config.recipe == "dtrain.recipes.digits"
+
+
+def test_it_is_said_once_to_people_alone(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tell_own_config([], as_words=False)
+    tell_own_config(["digits"], as_words=True)
+    with monkeypatch.context() as launched:
+        for name, value in {
+            "RANK": "1",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "1",
+            "MASTER_ADDR": "a",
+            "MASTER_PORT": "1",
+        }.items():
+            launched.setenv(name, value)
+        tell_own_config([], as_words=True)
+    assert capsys.readouterr().out == ""
+    tell_own_config([], as_words=True)
+    assert capsys.readouterr().out == "config: train.yaml\n"
