@@ -10,7 +10,7 @@ import typer
 
 from dtrain.cli.guard import reported
 from dtrain.cli.speaking import asked_for_events
-from dtrain.cli.train import Retries, read_target
+from dtrain.cli.train import Retries, read_target, tell_own_config
 from dtrain.events import Events, tell_end
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ def _launch(program: str, arguments: list[str], asked: Asked, dry_run: bool, ret
 
     is_verb = program in VERBS and not Path(program).is_file()
     settings = _settings(arguments) if is_verb and program == "train" else None
+    if settings is not None:
+        tell_own_config(arguments, as_words=True)
     files = _recipes_file(settings) if is_verb else _scripts_file(program)
     stop_seconds = _stop_seconds(settings) if is_verb and program == "train" else None
     if asked.hang_seconds is None and settings is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dtrain.cli.guard import reported
-from dtrain.cli.train import METAVAR, read_target, with_own_config
+from dtrain.cli.train import METAVAR, read_target, tell_own_config, with_own_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -176,6 +176,7 @@ def _runs(words: list[str], grid: list[list[str]] | None, *, dry_run: bool) -> t
     dashed = next((word for word in words if word.startswith("-")), None)
     if dashed is not None:
         raise UsageError(f"{dashed!r}: should not begin with a dash, as options do; write ./{dashed} for a file.")
+    tell_own_config(words, as_words=True, err=dry_run)
     words = with_own_config(words)  # named in the batch script, too
     base = read_target(words)
     for one in grid or ():

@@ -181,14 +181,14 @@ def _is_override(word: str) -> bool:
     return re.match(r"[A-Za-z_][\w.]*=", word) is not None
 
 
-def tell_own_config(words: list[str], *, as_words: bool) -> None:
+def tell_own_config(words: list[str], *, as_words: bool, err: bool = False) -> None:
     """Says that the current folder's own config is taken, once: nobody has named it."""
     from dtrain.launch.facts import read_rank_facts
     from dtrain.launch.reports import supervised
 
     taken = with_own_config(words)
     if taken != words and as_words and not supervised() and read_rank_facts().rank == 0:
-        typer.echo(f"config: {taken[0]}")
+        typer.echo(f"config: {taken[0]}", err=err)
 
 
 def _show_plan(settings: Settings, ranks: int, *, as_words: bool) -> None:

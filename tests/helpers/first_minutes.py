@@ -9,6 +9,7 @@ import csv
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -78,9 +79,10 @@ def play(template: str, folder: Path, environ: dict[str, str], most: int | None 
 
 
 def _run(argv: list[str], folder: Path, environ: dict[str, str]) -> str:
-    found = next(path for place in environ["PATH"].split(os.pathsep) if (path := Path(place, argv[0])).is_file())
+    found = shutil.which(argv[0], path=environ["PATH"])
+    assert found is not None, f"there is no {argv[0]} on the PATH"
     done = subprocess.run(
-        [str(found), *argv[1:]], cwd=folder, env=environ, capture_output=True, text=True, timeout=240, check=False,
+        [found, *argv[1:]], cwd=folder, env=environ, capture_output=True, text=True, timeout=240, check=False,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, (

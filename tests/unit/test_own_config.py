@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dtrain.cli.app import app
 from dtrain.cli.train import read_target, split_words, tell_own_config, with_own_config
 
 
@@ -60,3 +62,17 @@ def test_it_is_said_once_to_people_alone(
     assert capsys.readouterr().out == ""
     tell_own_config([], as_words=True)
     assert capsys.readouterr().out == "config: train.yaml\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (["launch", "-n", "2", "--cpu", "--dry-run", "--", "train", "epochs=1"], "config: train.yaml\n"),
+        (["submit", "--dry-run", "--no-check", "--time", "10", "--cpu", "-n", "2", "epochs=1"], "\n    train.yaml\n"),
+    ],
+)
+def test_what_starts_ranks_elsewhere_names_it(own: Path, command: list[str], shown: str) -> None:
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert shown in done.output
+    assert "config: train.yaml\n" in done.output
