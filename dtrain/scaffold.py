@@ -21,13 +21,11 @@ class Template:
     """Files to begin with.
 
     Attributes:
-        about: what it is, in a few words.
         files: name in the new folder -> the file that it is a copy of.
         commands: what may be run in the new folder, as it is.
         renamed: what is written otherwise in the copies: text -> text.
     """
 
-    about: str
     files: Mapping[str, Path]
     commands: tuple[str, ...] = _TRAIN
     renamed: Mapping[str, str] | None = None
@@ -40,29 +38,26 @@ class Template:
         return found
 
 
-def _bundled(name: str, about: str) -> Template:
+def _bundled(name: str) -> Template:
     """A bundled recipe with its config, whose copies belong to each other."""
     files = {"recipe.py": _PACKAGE / f"recipes/{name}.py", share.OWN_CONFIG: share.folder("configs") / f"{name}.yaml"}
     renamed = {
         f"dtrain train configs/{name}.yaml": "dtrain train",
         f"recipe: dtrain.recipes.{name}": "recipe: recipe.py",
     }
-    return Template(about, files, renamed=renamed)
+    return Template(files, renamed=renamed)
 
 
 def templates() -> dict[str, Template]:
     """Returns the templates by name, the default first."""
     own = _PACKAGE / "templates"
     return {
-        "function": Template(
-            "a net, its data and two steps as functions",
-            {"recipe.py": own / "function.py", share.OWN_CONFIG: own / "function.yaml"},
-        ),
-        "script": Template("a training loop of your own", {"train.py": own / "script.py"}, _SCRIPT),
-        "keras": Template("compile, fit, evaluate, predict", {"train.py": own / "keras.py"}, _SCRIPT),
-        "text": _bundled("text", "a transformer over the characters of a text"),
-        "tabular": _bundled("diabetes", "numbers in a table"),
-        "image-folder": _bundled("images", "images in folders, one for each class"),
+        "function": Template({"recipe.py": own / "function.py", share.OWN_CONFIG: own / "function.yaml"}),
+        "script": Template({"train.py": own / "script.py"}, _SCRIPT),
+        "keras": Template({"train.py": own / "keras.py"}, _SCRIPT),
+        "text": _bundled("text"),
+        "tabular": _bundled("diabetes"),
+        "image-folder": _bundled("images"),
     }
 
 

@@ -79,8 +79,8 @@ def _train(  # noqa: PLR0917 - the options
 
     manner.check()
     request = request_of_this_process() if not dry_run else None
-    settings = read_target(words)
     tell_own_config(words, as_words=manner.events is None)
+    settings = read_target(words)
     check_installed(settings.config.track)
     if request is None:
         _show_plan(settings, ranks or read_rank_facts().size, as_words=manner.events is not None)

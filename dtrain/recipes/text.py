@@ -1,6 +1,6 @@
 """A small transformer that predicts the next character of a text.
 
-Without a file of yours it is Python's language reference, as in help(). A character is a byte of UTF-8.
+`data.file=PATH` takes a text of yours. Without it, Python's language reference, as in help(). A character is a byte.
 """
 
 from pathlib import Path
@@ -53,7 +53,7 @@ def read_text(file: str) -> bytes:
 def build_dataloaders(
     file: str = "", characters: int = 150_000, length: int = 64, batch_size: int = 16
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """The first so many characters, cut into pieces of one length; the labels are each piece's next characters."""
+    """Pieces of the first so many characters, of one length: at most the net's context. Labels: the next characters."""
     text = torch.tensor(bytearray(read_text(file)[: characters + 1]), dtype=torch.long)
     pieces = (len(text) - 1) // length
     features, labels = (part[: pieces * length].view(pieces, length) for part in (text[:-1], text[1:]))
