@@ -30,7 +30,9 @@ from dtrain.launch.reports import PEER, name_run, supervised
 from dtrain.launch.requests import FILE_NAME as STOP_FILE
 from dtrain.launch.requests import StopRequest
 from dtrain.lock import owned
+from dtrain.norms import Norms
 from dtrain.passes import Place
+from dtrain.profiling import Profile, start_profile
 from dtrain.progress import Voice, together
 from dtrain.recipe_file import locate
 from dtrain.resuming.finding import Loaded, Parts, read
@@ -117,6 +119,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
         tell_start(engine, settings, folder, came_from, voice)
     stopping = Stopping(world, request, folder / STOP_FILE, lambda: engine.is_over)
     engine.heed(stopping)
+    profile = _watched(engine, settings, folder, tracking, owner)
     try:
         with _noted(engine, settings, folder, came_from), stopping:
             _fit(engine, keeper, tracking, folder)
@@ -125,7 +128,24 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
         raise StopRequested(_stopped(stopping.why(), engine.place, folder, settings)) from None
     if world.is_main:
         sum_up(engine.history, folder, voice)
+        if profile is not None:
+            print(profile.words())  # noqa: T201
     return folder
+
+
+def _watched(
+    engine: Engine, settings: Settings, folder: Path, tracking: Tracking | None, owner: contextlib.ExitStack
+) -> Profile | None:
+    """Has norms logged and steps profiled where the config says so; returns the profile, ended with the training."""
+    train, profile = settings.config.train, None
+    if train.log_norms is not None:
+        norms = Norms(engine, train.log_norms, folder, None if tracking is None else tracking.moment)
+        owner.callback(norms.close)
+    if train.profile is not None and (engine.world.is_main or train.profile_ranks == "all"):
+        profile = start_profile(engine, train.profile, folder)
+    if profile is not None:
+        owner.callback(profile.close)
+    return profile
 
 
 def begin(

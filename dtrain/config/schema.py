@@ -65,6 +65,13 @@ class TrainConfig(_Section):
     warmup_epochs: float | None = Field(None, ge=0, description="or so many epochs")
     warmup_fraction: float | None = Field(None, ge=0, le=1, description="or so much of the run")
     floor: float = Field(0.0, ge=0, le=1, description="with schedule: what linear and cosine end at, as a factor")
+    profile: int | None = Field(
+        None, ge=1, description="optimizer steps that torch.profiler records, in the run's profile/"
+    )
+    profile_ranks: Literal["main", "all"] = Field("main", description="with profile: rank 0 alone, or each rank")
+    log_norms: int | None = Field(
+        None, ge=1, description="norms of each gradient and weight every so many optimizer steps, in norms.csv"
+    )
     hang_seconds: float = Field(600.0, ge=0, description="ranks of -n N may stand still so long; 0 is for ever")
     stop_seconds: float = Field(
         600.0, ge=0, description="ranks of -n N may take so long to stop on request, their checkpoint included"

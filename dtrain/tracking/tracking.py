@@ -113,6 +113,11 @@ class Tracking:
             write_json(self._run / FOLDER / IDS, ids)
             self._ids = ids
 
+    def moment(self, values: Mapping[str, float]) -> None:
+        """Takes further values of now, where values within an epoch are wanted at all."""
+        if self._every:
+            self._moment(values)
+
     # --- on to the trackers -------------------------------------------------------------------------------
 
     def _tick(self, table: MeanTable, now: float) -> None:
@@ -125,12 +130,14 @@ class Tracking:
         if rate is not None:
             values["step/lr"] = rate
         values["step/samples_per_second"] = (samples - before[1]) * facts.run.ranks / max(now - before[0], 1e-9)
-        values |= self._gpu.read()
-        updates = facts.updates()
+        self._moment(values | self._gpu.read())
+        self.note_ids()
+
+    def _moment(self, values: Mapping[str, float]) -> None:
+        updates = self._facts.updates()
         self._keep({"updates": updates, "at": time.time(), **values})
         for tracker in self.trackers:
             tracker.log_steps(values, updates)
-        self.note_ids()
 
     def _release(self, *, everything: bool = False) -> None:
         if not self._held or not (everything or self.settled()):
