@@ -66,7 +66,7 @@ class Norms:
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in self._engine.task.module.named_parameters():
-            if id(parameter) not in held or name in self._weights:
+            if not parameter.requires_grad or id(parameter) not in held or name in self._weights:
                 continue
             self._weights[name] = self._norm(parameter)
             if parameter.grad is not None:
@@ -98,7 +98,7 @@ class Norms:
             tensor = tensor.coalesce().values()
         norm = torch.linalg.vector_norm(tensor, dtype=None if tensor.is_complex() else self._engine.world.sum_dtype)
         # Of a parameter that the ranks have parts of (a DTensor) all of them must take part in the sum.
-        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return whole.to(self._engine.world.sum_dtype)
 
 

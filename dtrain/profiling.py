@@ -79,9 +79,12 @@ class Profile:
                 ended.stop()
 
     def words(self) -> str:
-        """Returns what was found, as a table for a person."""
+        """Ends the recording and returns what was found, as a table for a person."""
+        self.close()
         if not self.steps:
-            return f"profile: the run has ended within its first {WAIT + WARM_UP} optimizer steps, which are not recorded"
+            return (
+                f"profile: the run has ended within its first {WAIT + WARM_UP} optimizer steps, which are not recorded"
+            )
         head = f"profile of {self.steps} optimizer step{'s' * (self.steps > 1)}: {self.path}"
         return "\n".join([head, *table(self._operators, "device" if self._on_device else "CPU")])
 
@@ -128,7 +131,9 @@ def table(operators: Sequence[Operator], device: str) -> list[str]:
     width = max((len(name) for _, name in shown), default=0)
     lines = [f"  {'operator':<{width}}  {'calls':>7}  {device + ' ms':>10}  share"]
     for one, name in shown:
-        lines.append(f"  {name:<{width}}  {one.calls:>7}  {1e3 * one.seconds:>10.2f}  {100 * one.seconds / total:>3.0f} %")
+        lines.append(
+            f"  {name:<{width}}  {one.calls:>7}  {1e3 * one.seconds:>10.2f}  {100 * one.seconds / total:>3.0f} %"
+        )
     return lines
 
 

@@ -271,6 +271,20 @@ def in_data_order(loader: Any) -> Any:
     return _rebuilt(loader, BatchSampler(plain, loader.batch_sampler.batch_size, drop_last=False))
 
 
+def with_batch_size(loader: Any, size: int) -> Any:
+    """Returns a DataLoader over the same samples in batches of another size.
+
+    Raises:
+        UsageError: it makes its batches in a way of its own.
+    """
+    if _has_indices(loader) and type(loader.batch_sampler) is BatchSampler:
+        return _rebuilt(loader, BatchSampler(loader.batch_sampler.sampler, size, loader.batch_sampler.drop_last))
+    raise UsageError(
+        f"the batch size of the training loader ({type(loader).__name__}) cannot be changed from outside: it is no "
+        "DataLoader over a map-style dataset with a batch_size. Give build_dataloaders a parameter batch_size."
+    )
+
+
 def _rebuilt(loader: DataLoader[Any], batch_sampler: Any, *, fetch_batches: bool = False) -> DataLoader[Any]:
     """The same DataLoader with another batch sampler."""
     dataset, collate_fn = fetched_by_batch(loader) if fetch_batches else (loader.dataset, loader.collate_fn)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dtrain import __version__
-from dtrain.cli import check
+from dtrain.cli import check, find
 from dtrain.cli.bench import bench, bench_rank
 from dtrain.cli.doctor import doctor, doctor_node, doctor_rank
 from dtrain.cli.evaluate import evaluate, predict, summary
@@ -44,6 +44,7 @@ app.command(name="doctor-node", hidden=True)(doctor_node)
 app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.command(name="slurm-job", hidden=True)(slurm_job)
 app.add_typer(check.app, name="check")
+app.add_typer(find.app, name="find")
 
 
 def _print_version(wanted: bool) -> None:

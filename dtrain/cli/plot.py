@@ -48,7 +48,7 @@ def plot(
         from dtrain.report.runs import read_run
 
         if out is not None:
-            _check_kind(out)
+            check_kind(out)
         places = find_runs(names or [], runs)
         if not places:
             raise UsageError(f"there is no run in {runs} (looked in {Path.cwd()}). --dir names another folder of runs.")
@@ -58,21 +58,27 @@ def plot(
         if empty:
             typer.echo(f"dtrain: no row yet, and so not in the plot: {', '.join(empty)}", err=True)
         if out is None:
-            _print(panels, x=x, log=log, most=None if metric else _MOST_PANELS)
+            print_panels(panels, x=x, log=log, most=None if metric else _MOST_PANELS)
         else:
             _write(out, panels, x=x, log=log)
 
 
-def _kind(out: Path) -> str:
+def kind_of(out: Path) -> str:
+    """Returns the kind of picture that a file's name asks for."""
     return out.suffix.removeprefix(".").lower()
 
 
-def _check_kind(out: Path) -> None:
+def check_kind(out: Path) -> None:
+    """Refuses, before any work is done for it, a picture that cannot be written.
+
+    Raises:
+        UsageError: by kind or by place.
+    """
     from dtrain.errors import UsageError
     from dtrain.report.files import check_target
     from dtrain.report.picture import FORMATS
 
-    if _kind(out) not in FORMATS:
+    if kind_of(out) not in FORMATS:
         raise UsageError(f"-o {out}: should end in .{', .'.join(FORMATS)}.")
     check_target(out, out)
 
@@ -81,15 +87,15 @@ def _write(out: Path, panels: Sequence[Panel], *, x: str, log: bool) -> None:
     from dtrain.report.files import write_bytes
     from dtrain.report.picture import picture
 
-    write_bytes(out.expanduser(), picture(panels, x=x, log=log, kind=_kind(out)))
+    write_bytes(out.expanduser(), picture(panels, x=x, log=log, kind=kind_of(out)))
     typer.echo(f"plot: {out}")
     for panel in panels:
         for remark in panel.remarks(log=log):
             typer.echo(f"  {remark}")
 
 
-def _print(panels: Sequence[Panel], *, x: str, log: bool, most: int | None) -> None:
-    """Prints the curves; in a pipe the same without colours."""
+def print_panels(panels: Sequence[Panel], *, x: str, log: bool, most: int | None) -> None:
+    """Prints curves as text; in a pipe the same without colours."""
     import shutil
 
     from rich.console import Console

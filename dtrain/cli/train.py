@@ -102,7 +102,7 @@ def _train(  # noqa: PLR0917 - the options
     try:
         if retries and not _is_rank():
             return _retried(ranks or 1, retries, watch, manner)
-        return on_ranks(ranks, cpu, work, claims=lambda: _claims(settings), manner=manner, **watch)
+        return on_ranks(ranks, cpu, work, claims=lambda: claims_of(settings), manner=manner, **watch)
     finally:
         hear_no_more()
 
@@ -137,7 +137,8 @@ def _retried(ranks: int, retries: int, watch: dict[str, Any], manner: Manner) ->
     return told(ending)
 
 
-def _claims(settings: Settings) -> dict[str, str]:
+def claims_of(settings: Settings) -> dict[str, str]:
+    """Returns what must be the same on all ranks: the config and the recipe's content."""
     from dtrain.identity import config_claims
     from dtrain.recipe_file import locate
 

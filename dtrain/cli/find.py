@@ -1,0 +1,137 @@
+"""`dtrain find lr` and `dtrain find batch`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dtrain.cli.find_batch import batch, try_batch
+from dtrain.cli.guard import reported
+from dtrain.cli.ranks import on_ranks
+from dtrain.cli.train import METAVAR, claims_of, read_target
+
+if TYPE_CHECKING:
+    from dtrain.config import Settings
+    from dtrain.errors import DtrainError
+    from dtrain.finding.curve import Curve, Suggestion
+    from dtrain.finding.lr import Found
+    from dtrain.world import World
+
+app = typer.Typer(help="Find a learning rate, or the largest batch that fits. Keeps nothing.", no_args_is_help=True)
+app.command()(batch)
+app.command(name="try-batch", hidden=True)(try_batch)
+_TOLD = 10  # lines while it runs
+
+
+@app.command()
+def lr(
+    words: Annotated[list[str] | None, typer.Argument(metavar=METAVAR, show_default=False)] = None,
+    *,
+    ranks: Annotated[
+        int | None, typer.Option("-n", "--ranks", min=1, help="Start this many ranks on this machine.")
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU, also where there is a GPU.")] = False,
+    start: Annotated[float, typer.Option("--from", help="The first learning rate.")] = 1e-7,
+    end: Annotated[float, typer.Option("--to", help="The last one.")] = 10.0,
+    steps: Annotated[int, typer.Option("--steps", min=10, help="Optimizer steps from the one to the other.")] = 100,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE.png|svg|pdf", help="Write a picture there.")
+    ] = None,
+) -> None:
+    """Find a learning rate: let it grow with each optimizer step, and see where the loss falls. Keeps nothing.
+
+    Exit code 1 where the loss does not come down.
+
+    Examples: dtrain find lr; dtrain find lr my_recipe.py -n 2 --cpu --steps 200 -o lr.png
+    """
+    with reported():
+        from dtrain.finding.curve import growing
+
+        if out is not None:
+            from dtrain.cli.plot import check_kind
+
+            check_kind(out)
+        rates = growing(start, end, steps)
+        settings = read_target(words or [])
+
+        def work(world: World) -> None:
+            from dtrain.finding.lr import find_lr
+
+            found = find_lr(settings, world, rates, _tell if world.is_main else None)
+            if world.is_main:
+                _show(found, settings, out)
+            world.gather_json(None)  # none fails, and has the others ended, before that is shown
+            suggestion = found.curve.suggestion()
+            if suggestion is None:
+                raise _no_suggestion(found.curve)
+            if world.is_main:
+                options = [*(["-n", str(ranks)] if ranks else []), *["--cpu"] * cpu]
+                _say_next(found, suggestion, settings, words or [], options)
+
+        code = on_ranks(ranks, cpu, work, claims=lambda: claims_of(settings))
+    raise typer.Exit(code)
+
+
+def _tell(curve: Curve) -> None:
+    done, steps = len(curve.losses), len(curve.rates)
+    if done % max(1, steps // _TOLD) == 0 and not curve.ended:
+        typer.echo(f"[step = {done}/{steps}] lr: {curve.rates[done - 1]:.2g}, loss: {curve.smoothed[-1]:.4g}")
+
+
+def _show(found: Found, settings: Settings, out: Path | None) -> None:
+    """The curve here, and as a picture where one is wanted."""
+    import math
+
+    from dtrain.cli.plot import print_panels
+    from dtrain.recipe_file import title_of
+    from dtrain.report.curves import Line, Panel
+    from dtrain.report.runs import Run
+
+    curve = found.curve
+    if curve.ended:
+        typer.echo(f"ended after {len(curve.losses)} of {len(curve.rates)} steps: {curve.ended}")
+    rates, _, smoothed = curve.points()
+    if not rates:
+        return
+    run, top = Run(title_of(settings.config.recipe), Path()), curve.top()
+    shown = [(math.log10(rate), loss) for rate, loss in zip(rates, smoothed, strict=True) if loss <= top]
+    line = Line(run, 0, "loss", False, *map(tuple, zip(*shown, strict=True)), None, ())
+    print_panels([Panel("smoothed training loss", (line,))], x="log10 of the lr", log=False, most=None)
+    if out is not None:
+        from dtrain.cli.plot import kind_of
+        from dtrain.finding.picture import picture
+        from dtrain.report.files import write_bytes
+
+        write_bytes(out.expanduser(), picture(curve, curve.suggestion(), kind=kind_of(out)))
+        typer.echo(f"plot: {out}")
+
+
+def _no_suggestion(curve: Curve) -> DtrainError:
+    from dtrain.errors import DtrainError
+
+    error = DtrainError(
+        f"no lr is suggested: the loss does not come down between lr {curve.rates[0]:.2g} and "
+        f"{curve.rates[len(curve.losses) - 1]:.2g}. Try other bounds (--from, --to), more --steps or larger batches; "
+        "dtrain train ... overfit_batches=1 shows whether the net can learn at all."
+    )
+    error.agreed = True
+    return error
+
+
+def _say_next(found: Found, suggestion: Suggestion, settings: Settings, words: list[str], options: list[str]) -> None:
+    typer.echo(f"lr = {suggestion.steepest:.2g}: where the smoothed loss falls most steeply")
+    typer.echo(
+        f"lr = {suggestion.tenth:.2g}: a tenth of the lr at which it is lowest ({suggestion.lowest:.2g}, "
+        f"loss {suggestion.loss:.4g})"
+    )
+    if found.several:
+        times = ", ".join(f"{ratio:g}" for ratio in found.several)
+        typer.echo(f"the optimizer's groups kept their ratios: theirs were {times} times the lr")
+    if found.key is None:
+        typer.echo(f"next: set it where {settings.config.recipe} makes its optimizer: no builder takes it as lr")
+        return
+    kept = [word for word in words if word.partition("=")[0] not in (found.key, f"optimizer.{found.key}")]
+    typer.echo(f"next: {shlex.join(['dtrain', 'train', *kept, f'{found.key}={suggestion.steepest:.2g}', *options])}")

@@ -1,0 +1,227 @@
+"""A learning-rate range test on a recipe: the rate grows with each optimizer step, and the losses are noted."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dtrain.building import configured_engine
+from dtrain.config import Settings
+from dtrain.config.schema import leaves
+from dtrain.dealing import Share
+from dtrain.engine import Engine
+from dtrain.errors import StepError, StopRequested, UsageError
+from dtrain.finding.curve import Curve
+from dtrain.learning import Task
+from dtrain.metrics import Mean, Observed, Value
+from dtrain.passes import Place
+from dtrain.recipe import Recipe, bind, load_recipe
+from dtrain.run import agree
+from dtrain.seeding import seed_everything
+from dtrain.world import World
+
+Tell = Callable[[Curve], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a test came to.
+
+    Attributes:
+        curve: the losses.
+        key: the config's key of the optimizer's rate; None where no builder of the recipe takes it.
+        several: the rates of the optimizer's groups over that one, where there are several.
+    """
+
+    curve: Curve
+    key: str | None
+    several: tuple[float, ...] = ()
+
+
+def find_lr(settings: Settings, world: World, rates: list[float], tell: Tell | None = None) -> Found:
+    """Trains a recipe's net with a growing learning rate; the net is another one then, and nothing is kept.
+
+    The recipe's schedule, validation, weight average and trackers are left out. A loader that ends goes around again.
+
+    Args:
+        settings: the recipe and its parameters.
+        world: the ranks.
+        rates: the learning rate of each optimizer step.
+        tell: is told after each step.
+
+    Raises:
+        UsageError: there is no optimizer that dtrain knows, or it does not step.
+        StepError: the train step returns no loss.
+        AgreedError: some rank could not set up; every rank raises it.
+    """
+    recipe, task = agree(world, lambda: load_bound(settings))
+    optimizer = task.optimizer
+    if optimizer is None:
+        raise _agreed(
+            UsageError(
+                "find lr needs an optimizer that dtrain knows: build_optimizer(model), or model.optimizer. "
+                f"{recipe.path} has none, or several."
+            )
+        )
+    rate = own_rate(optimizer)
+    ratios = agree(world, lambda: ratios_of(optimizer, rate))
+    key = key_of_rate(recipe, settings, rate)
+    task.dl_valid, task.valid_step, task.scheduler = None, None, None
+    once = isinstance(task.dl_train, Iterator)
+    short = shortened(settings, max_steps=len(rates))
+    engine = configured_engine(task, world, short, epochs=1 if once else len(rates), nan="ignore")
+    test = RangeTest(engine, optimizer, ratios, Curve(rates), tell)
+    with test.rates_set(), contextlib.suppress(StopRequested):
+        engine.fit()
+    return Found(test.curve, key, tuple(ratios) if len(set(ratios)) > 1 else ())
+
+
+def load_bound(settings: Settings) -> tuple[Recipe, Task]:
+    """Seeds, imports the recipe and builds its objects; returns both."""
+    seed_everything(settings.config.train.seed)
+    recipe = load_recipe(settings.config.recipe, settings.base)
+    return recipe, bind(recipe, settings)
+
+
+def shortened(settings: Settings, **train: Any) -> Settings:
+    """Returns settings for a few steps: without what belongs to a whole run, and with other values of `train`."""
+    left_out = {"schedule": None, "ema_decay": None}
+    config = settings.config
+    changed = config.train.model_copy(update=left_out | train)
+    return replace(settings, config=config.model_copy(update={"train": changed}))
+
+
+class RangeTest:
+    """Sets the rate before each optimizer step of an engine and notes the loss of each.
+
+    Args:
+        engine: it has not trained yet; `max_steps` ends it.
+        optimizer: the task's.
+        ratios: the rate of each of its groups over the curve's.
+        curve: gets the losses.
+        tell: is told after each step.
+    """
+
+    def __init__(
+        self, engine: Engine, optimizer: Optimizer, ratios: list[float], curve: Curve, tell: Tell | None = None
+    ) -> None:
+        self.curve = curve
+        self._engine = engine
+        self._optimizer = optimizer
+        self._ratios = ratios
+        self._tell = tell
+        self._stepped = False
+        self._total = self._count = 0.0
+        self._learn = engine.learner.learn
+        engine.learner.learn = self._followed  # type: ignore[method-assign]
+        engine.after_step.append(self._note)
+
+    @contextlib.contextmanager
+    def rates_set(self) -> Iterator[None]:
+        """While inside, the optimizer steps with the curve's rates, whoever calls its `step()`."""
+        handle = self._optimizer.register_step_pre_hook(self._set_rate)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _set_rate(self, *_: Any) -> None:
+        self._stepped = True
+        rate = self.curve.rates[self._engine.place.updates]
+        for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * ratio)
+            else:
+                group["lr"] = rate * ratio
+
+    def _followed(self, share: Share) -> dict[str, Value]:
+        values = self._learn(share)
+        loss = values.get("loss")
+        if loss is None or isinstance(loss, Observed):
+            raise StepError(f"find lr: the train step returns no value named loss; it returns {', '.join(values)}.")
+        if share.count:
+            total, count = (
+                (loss.total, loss.count) if isinstance(loss, Mean) else (_number(loss) * share.count, share.count)
+            )
+            self._total += _number(total)
+            self._count += _number(count)
+        return values
+
+    def _note(self, place: Place) -> None:
+        """After an optimizer step: its loss, over all ranks and micro-batches.
+
+        Raises:
+            StopRequested: the test is over; all ranks find the same.
+        """
+        if place.split != "train":
+            return
+        if not self._stepped and self._engine.learner.scaler is None:  # which leaves steps out
+            raise _agreed(
+                UsageError(
+                    "find lr: the train step does not step the optimizer that dtrain knows, so that its lr cannot be "
+                    "set. Use model.optimizer in the step, or return the loss."
+                )
+            )
+        total, count = self._engine.world.all_reduce([self._total, self._count])
+        self._total = self._count = 0.0
+        goes_on = self.curve.add(total / count if count else math.nan)
+        if self._tell is not None:
+            self._tell(self.curve)
+        if not goes_on:
+            raise StopRequested(self.curve.ended)
+
+
+def own_rate(optimizer: Optimizer) -> float:
+    """Returns the rate that an optimizer was made with: that of groups without one of their own."""
+    first = optimizer.param_groups[0]
+    rate = optimizer.defaults.get("lr")
+    return float(first.get("initial_lr", first["lr"]) if rate is None else rate)
+
+
+def ratios_of(optimizer: Optimizer, rate: float) -> list[float]:
+    """Returns the rate of each group over one, without what a schedule has made of it.
+
+    Raises:
+        UsageError: that one is 0, and the groups differ.
+    """
+    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    if rate == 0:
+        if any(rates):
+            raise UsageError(
+                f"find lr keeps the ratios of the optimizer's groups, of lr {', '.join(map(str, rates))}, to its own "
+                "lr, which is 0. Give it another one."
+            )
+        return [1.0] * len(rates)
+    return [own / rate for own in rates]
+
+
+def key_of_rate(recipe: Recipe, settings: Settings, rate: float) -> str | None:
+    """Returns the key with which the optimizer's rate is set, bare where that is enough; None where there is none."""
+    takers = recipe.parameters()
+    for section in ("optimizer", "model"):
+        for name in ("lr", "learning_rate"):
+            if name not in takers.get(section, ()):
+                continue
+            given = getattr(settings.config, section)
+            value = given.get(name, recipe.builders[section].defaults().get(name))
+            if isinstance(value, (int, float)) and math.isclose(value, rate, rel_tol=1e-6):
+                alone = sum(name in names for names in takers.values()) == 1
+                known = any(leaf.rpartition(".")[2] == name for leaf in leaves())
+                return name if alone and not known else f"{section}.{name}"
+    return None
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
+
+
+def _agreed(error: UsageError) -> UsageError:
+    """Every rank raises it, so that rank 0 alone speaks."""
+    error.agreed = True
+    return error

@@ -1,0 +1,244 @@
+"""The learning-rate range test: losses against NumPy, on any number of ranks, and what they suggest."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.commands import Dtrain
+from helpers.ranks import run_ranks
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from dtrain.config import load_settings
+from dtrain.errors import AgreedError, StepError, UsageError
+from dtrain.finding.curve import SMOOTHING, Curve, growing
+from dtrain.finding.lr import find_lr
+from dtrain.world import bring_up
+
+N, BATCH, STEPS = 19, 6, 14
+
+RECIPE = """
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import dtrain
+
+def build_model(kind: str = "declarative", flat: bool = False):
+    net = nn.Linear(3, 1).double()
+    nn.init.zeros_(net.weight)
+    nn.init.zeros_(net.bias)
+    net.kind, net.flat = kind, flat
+    return net
+
+def build_dataloaders(once: bool = False):
+    rows = np.random.RandomState(5).randn(19, 3)
+    data = TensorDataset(torch.from_numpy(rows), torch.from_numpy(rows @ [[3.0], [-4.0], [5.0]]))
+    loader = DataLoader(data, batch_size=6)
+    return iter(loader) if once else loader, loader
+
+def build_optimizer(model, lr: float = 0.01, none: bool = False, own: bool = False):
+    model.own = None if not own else torch.optim.SGD(model.parameters(), lr=lr)
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "lr": lr / 4}]
+    return None if none else torch.optim.SGD(groups, lr=lr)
+
+def build_scheduler(optimizer, warmup: bool = False):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 if warmup else 1.0), "step"
+
+def train_step(model, x, y):
+    loss = ((model(x) - y) ** 2).mean()
+    if model.flat:
+        loss = loss * 0 + 3.0 + model.bias.sum() * 0
+    if model.kind == "imperative":
+        optimizer = model.own or model.optimizer
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+    if model.kind == "mean":
+        return dtrain.Mean(((model(x) - y) ** 2).sum(), len(x))
+    return loss
+
+def valid_step(model, x, y):
+    raise RuntimeError("there is no validation in a range test")
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "ranged.py"
+    file.write_text(RECIPE)
+    return file
+
+
+def found(recipe: str, *words: str, world: Any = None, rates: list[float] | None = None) -> Any:
+    settings = load_settings(recipe, ["batch=global", *words], {})
+    return find_lr(settings, world or bring_up(cpu=True), rates or growing(1e-4, 0.5, STEPS))
+
+
+def all_found(world: Any, recipe: str, cases: list[list[Any]]) -> list[list[float]]:
+    """One rank: the losses of each case."""
+    words = [[f"model.kind={kind}", f"accumulation={accumulation}"] for kind, accumulation in cases]
+    return [found(recipe, *some, world=world).curve.losses for some in words]
+
+
+def by_numpy(accumulation: int) -> list[float]:
+    """The losses of the same steps, over the whole global batches, until they are 4 times the best."""
+    x = np.random.RandomState(5).randn(N, 3)
+    y = x @ np.array([3.0, -4.0, 5.0])
+    weight, bias = np.zeros(3), 0.0
+    losses: list[float] = []
+    mean, best = 0.0, math.inf
+    starts = list(range(0, N, BATCH * accumulation)) * STEPS
+    for step in range(STEPS):
+        rows = slice(starts[step], starts[step] + BATCH * accumulation)
+        rate = 1e-4 * (0.5 / 1e-4) ** (step / (STEPS - 1))
+        error = x[rows] @ weight + bias - y[rows]
+        losses.append(float(np.mean(error**2)))
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * losses[-1]
+        smooth = mean / (1 - SMOOTHING ** (step + 1))
+        best = min(best, smooth) if step else best
+        if smooth > 4 * best:
+            break
+        weight = weight - rate * 2 * error @ x[rows] / len(error)
+        bias = bias - rate / 4 * 2 * error.mean()
+    return losses
+
+
+CASES = [[kind, accumulation] for kind in ("imperative", "declarative", "mean") for accumulation in (1, 2)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_losses_are_those_of_the_global_batches_by_numpy(ranks: int, recipe: Path) -> None:
+    """14 steps of at most 4 an epoch: the loader goes around; the groups' rates keep their ratio of 4."""
+    for answers in run_ranks(all_found, ranks, recipe=str(recipe), cases=CASES):
+        for case, losses in zip(CASES, answers, strict=True):
+            np.testing.assert_allclose(losses, by_numpy(case[1]), rtol=1e-9, err_msg=str(case))
+
+
+def test_rates_grow_by_a_factor_whatever_schedule_and_groups_there_are(recipe: Path) -> None:
+    rates = growing(1e-4, 1e-2, 11)
+    for words in ([], ["scheduler.warmup=true"], ["scheduler.warmup=true", "optimizer.lr=3.0"]):
+        taken: list[list[float]] = []
+        note = lambda optimizer, *_: taken.append([group["lr"] for group in optimizer.param_groups])  # noqa: B023, E731
+        handle = register_optimizer_step_post_hook(note)
+        try:
+            test = found(str(recipe), *words, rates=rates)
+        finally:
+            handle.remove()
+        np.testing.assert_allclose(taken, [[rate, rate / 4] for rate in rates])
+        assert (test.key, test.several) == ("lr", (1.0, 0.25))
+    np.testing.assert_allclose(np.diff(np.log(rates)), np.log(100) / 10)
+    once = found(str(recipe), "data.once=true")
+    assert len(once.curve.losses) == 4, "an iterator does not go around"
+
+
+def test_what_cannot_be_is_an_error_by_name(recipe: Path) -> None:
+    with pytest.raises(UsageError, match=r"needs an optimizer that dtrain knows.*ranged\.py has none, or several"):
+        recipe.write_text(RECIPE.replace("def build_scheduler", "def no_scheduler"))
+        found(str(recipe), "optimizer.none=true")
+    with pytest.raises(UsageError, match="does not step the optimizer that dtrain knows"):
+        found(str(recipe), "optimizer.own=true", "model.kind=imperative")
+    with pytest.raises(
+        AgreedError, match=r"ratios of the optimizer's groups, of lr 0.0, 2.0, to its own lr, which is 0"
+    ):
+        recipe.write_text(RECIPE.replace('"lr": lr / 4', '"lr": 2.0'))
+        found(str(recipe), "optimizer.lr=0.0")
+    with pytest.raises(StepError, match="the train step returns no value named loss; it returns mistake"):
+        recipe.write_text(RECIPE.replace("return loss.item()", 'return {"mistake": loss.item()}'))
+        found(str(recipe), "model.kind=imperative")
+    for start, end in ((1.0, 1.0), (2.0, 1.0), (0.0, 1.0), (1.0, math.inf)):
+        with pytest.raises(UsageError, match="--from should be less than --to"):
+            growing(start, end, 10)
+
+
+def test_the_key_is_named_only_where_it_sets_the_rate(recipe: Path) -> None:
+    def key(text: str) -> str | None:
+        recipe.write_text(text)
+        key: str | None = found(str(recipe)).key
+        return key
+
+    assert key(RECIPE.replace("flat: bool", "lr: int = 1, flat: bool")) == "optimizer.lr", "two builders have an lr"
+    assert key(RECIPE.replace("lr: float", "rate: float").replace("lr / 4", "rate").replace("lr=lr", "lr=rate")) is None
+    assert key(RECIPE.replace("lr / 4", "2 * lr").replace("lr=lr", "lr=2 * lr")) is None, "it sets another rate"
+
+
+# --- the curve alone ------------------------------------------------------------------------------------
+
+
+def curve_of(losses: list[float], steps: int = 100) -> Curve:
+    curve = Curve(growing(1e-6, 1.0, steps))
+    for loss in losses:
+        if not curve.add(loss):
+            break
+    return curve
+
+
+def test_the_smoothing_has_no_bias_to_zero() -> None:
+    assert curve_of([3.0] * 20).smoothed == pytest.approx([3.0] * 20)
+    losses = np.random.RandomState(0).rand(30) + 1
+    weights = SMOOTHING ** np.arange(29, -1, -1)
+    assert curve_of(list(losses)).smoothed[-1] == pytest.approx(float(weights @ losses / weights.sum()))
+
+
+def test_steepest_and_lowest_are_found_by_their_rules() -> None:
+    """Against NumPy's own gradient; the loss is a smooth step down, and then up again."""
+    at = np.arange(100)
+    losses = 2 - 1 / (1 + np.exp(-(at - 50) / 4)) + np.exp((at - 88) / 2)
+    curve = curve_of(list(losses))
+    found = curve.suggestion()
+    assert found is not None
+    smoothed = np.array(curve.smoothed)
+    lowest = int(smoothed[10:].argmin()) + 10
+    slopes = np.gradient(smoothed)
+    assert curve.rates.index(found.steepest) == int(slopes[10 : lowest + 1].argmin()) + 10
+    assert (found.lowest, found.tenth) == (curve.rates[lowest], curve.rates[lowest] / 10)
+    assert found.loss == smoothed[lowest]
+
+
+@pytest.mark.parametrize("shift", [0.0, -50.0])
+def test_a_loss_that_grows_or_is_not_finite_ends_it(shift: float) -> None:
+    """Also where it is below 0, of which 4 times is less."""
+    grown = curve_of([10.0 + shift] * 60 + [1000.0] * 20)
+    assert 60 < len(grown.losses) < 80 and "4 times its best" in grown.ended
+    broken = curve_of([2.0 + shift] * 40 + [math.nan])
+    assert broken.ended == "the loss is no longer finite" and len(broken.points()[0]) == 40
+    assert curve_of([2.0 + shift] * 100).ended == ""
+
+
+def test_no_rate_is_suggested_where_the_loss_does_not_come_down() -> None:
+    noise = list(2.0 + 0.2 * np.random.RandomState(1).randn(100))
+    for losses in ([2.0] * 100, noise, [2.0] * 20 + [9.0] * 80, [math.inf], [2.0] * 5):
+        assert curve_of(losses).suggestion() is None
+    falling = [value - max(0, at - 40) / 40 for at, value in enumerate(noise)]
+    assert curve_of(falling).suggestion() is not None
+
+
+# --- as a user has it -----------------------------------------------------------------------------------
+
+
+def test_the_command_shows_a_curve_and_says_what_is_next(dtrain: Dtrain, recipe: Path) -> None:
+    words = ("batch=global", "optimizer.lr=0.5", "--from", "1e-4", "--steps", 40, "-n", 2, "--cpu", "-o", "lr.svg")
+    done = dtrain("find", "lr", recipe, *words)
+    assert done.code == 0, done.text
+    assert "smoothed training loss" in done.out and "log10 of the lr" in done.out
+    assert "4 times its best" in done.out
+    lines = done.out.splitlines()
+    (steepest,) = (line.split()[2].rstrip(":") for line in lines if "falls most steeply" in line)
+    assert 1e-4 < float(steepest) < 1
+    assert f"next: dtrain train {recipe} batch=global lr={steepest} -n 2 --cpu" in lines
+    assert (dtrain.folder / "lr.svg").read_text().lstrip().startswith("<?xml")
+    assert sorted(path.name for path in dtrain.folder.iterdir() if path.name != "__pycache__") == [
+        "lr.svg",
+        "ranged.py",
+    ]
+
+
+def test_a_loss_that_stays_is_exit_code_1_without_a_suggestion(dtrain: Dtrain, recipe: Path) -> None:
+    done = dtrain("find", "lr", recipe, "model.flat=true", "--steps", 20, "--cpu")
+    assert done.code == 1
+    assert "no lr is suggested: the loss does not come down between lr 1e-07 and 10." in done.err
+    assert "next:" not in done.out and not (dtrain.folder / "runs").exists()
