@@ -98,7 +98,8 @@ def _show(found: Found, settings: Settings, out: Path | None) -> None:
         return
     run, top = Run(title_of(settings.config.recipe), Path()), curve.top()
     shown = [(math.log10(rate), loss) for rate, loss in zip(rates, smoothed, strict=True) if loss <= top]
-    line = Line(run, 0, "loss", False, *map(tuple, zip(*shown, strict=True)), None, ())
+    xs, ys = zip(*shown, strict=True)
+    line = Line(run, 0, "loss", False, xs, ys, None, ())
     print_panels([Panel("smoothed training loss", (line,))], x="log10 of the lr", log=False, most=None)
     if out is not None:
         from dtrain.cli.plot import kind_of
