@@ -173,7 +173,7 @@ def test_a_fault_of_the_users_own_is_no_lack_of_memory(dtrain: Dtrain, recipe: P
     assert "a fault of the user's own" in done.err and "largest batch" not in done.out
 
 
-@pytest.mark.parametrize("ranks", some([], [2]))
+@pytest.mark.parametrize("ranks", some([2], [3]))
 def test_the_worst_rank_decides(ranks: int, dtrain: Dtrain, recipe: Path) -> None:
     words = ("most=3", f"only_rank={ranks - 1}", "train.batch=global", "-n", ranks, "--cpu")
     done = dtrain("find", "batch", recipe, *words)
