@@ -6,12 +6,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dtrain.checkpoint.tensors import total_bytes
+from dtrain.memory import read_memory
 
 logger = logging.getLogger(__name__)
 
@@ -106,36 +106,10 @@ class Writer:
 def fits_beside(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a copy of tensors takes at most half of the memory that is still free."""
     needed = total_bytes(tensors)
-    return needed <= _LEAST_COPIED or needed * 2 <= free_memory()
-
-
-def free_memory() -> int:
-    """Returns the bytes that this process could still take: of the machine, or of its control group."""
-    free = [_machine_free()]
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        numbers = [_number(Path("/sys/fs/cgroup") / name) for name in (limit, used)]
-        if numbers[0] is not None and numbers[1] is not None:
-            free.append(max(0, numbers[0] - numbers[1]))
-    return min(free)
-
-
-def _machine_free() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 1 << 62  # not Linux: not known
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 1 << 62)
-
-
-def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None  # "max": no limit
+    if needed <= _LEAST_COPIED:
+        return True
+    memory = read_memory()
+    return memory is None or needed * 2 <= memory.left
 
 
 def timed(job: Callable[[], None]) -> float:

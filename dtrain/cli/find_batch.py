@@ -52,16 +52,16 @@ def batch(
 
 def _limit(memory: float | None, ranks: int) -> tuple[int | None, int | None]:
     """Returns the bytes that a rank may take: as asked for, and of the machine's memory in any case."""
-    from dtrain.doctor.cores import memory_left
     from dtrain.errors import UsageError
     from dtrain.launch.facts import read_rank_facts
+    from dtrain.memory import read_memory
 
     if read_rank_facts().launched:
         raise UsageError("find batch starts its ranks itself, again and again: run it without a launcher, with -n N.")
     if memory is not None and memory <= 0:
         raise UsageError(f"--memory {memory:g}: should be above 0, in GiB for each rank.")
-    left, _ = memory_left()
-    share = None if left is None else int(left * (1 - _LEFT_ALONE) / ranks)
+    there = read_memory()
+    share = None if there is None else int(there.left * (1 - _LEFT_ALONE) / ranks)
     return (None if memory is None else int(memory * _GIB)), share
 
 

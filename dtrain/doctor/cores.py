@@ -12,6 +12,7 @@ from pathlib import Path
 from dtrain.doctor.finding import Finding, passed
 from dtrain.doctor.words import GIB, MIB, many, size
 from dtrain.launch.threads import usable_cores
+from dtrain.memory import read_memory
 
 CORES, MEMORY, SHARED, FILES = "cores", "memory", "shared memory", "open files"
 _SHM = Path("/dev/shm")  # noqa: S108 - it is the thing to look at
@@ -81,9 +82,12 @@ def _more_cores(env: Mapping[str, str], ranks: int) -> str:
 
 def check_memory(ranks: int) -> Finding:
     """Compares the memory that is left, by machine and by cgroup, with what ranks need to start: about 1 GiB each."""
-    left, words = memory_left()
-    if left is None:
+    memory = read_memory()
+    if memory is None:
         return Finding(MEMORY, "skip", "cannot be told on this system")
+    left, words = memory.left, f"{size(memory.free)} free of {size(memory.total)}"
+    if memory.grouped and memory.group is not None:
+        words = f"{size(left)} left of this cgroup's {size(memory.group[1])} ({words} in the machine)"
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if space != resource.RLIM_INFINITY:
         words, left = f"{words}, ulimit -v {size(space)}", min(left, space)
@@ -91,54 +95,6 @@ def check_memory(ranks: int) -> Finding:
         remedy = f"start fewer ranks, end what else runs, or ask for more memory: {many(ranks, 'rank')} take 1 GiB each"
         return Finding(MEMORY, "warn", words, remedy)
     return passed(MEMORY, words)
-
-
-def memory_left() -> tuple[int | None, str]:
-    """Returns the bytes that this process and its children may still take, and the same in words."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None, ""
-    table = {name: int(rest.split()[0]) << 10 for name, _, rest in (line.partition(":") for line in lines)}
-    left, words = table["MemAvailable"], f"{size(table['MemAvailable'])} free of {size(table['MemTotal'])}"
-    limit = _cgroup_left()
-    if limit is not None and limit[0] < left:
-        left, words = limit[0], f"{size(limit[0])} left of this cgroup's {size(limit[1])} ({words} in the machine)"
-    return left, words
-
-
-_LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-
-
-def _cgroup_left() -> tuple[int, int] | None:
-    """Returns what is left and the limit of the tightest cgroup that holds this process; None without a limit."""
-    found = []
-    for folder in _cgroup_folders():
-        for limit, used in _LIMITS:
-            try:
-                most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
-            except (OSError, ValueError):
-                continue
-            if most.isdigit():
-                found.append((max(0, int(most) - now), int(most)))
-    return min(found, default=None)
-
-
-def _cgroup_folders() -> list[Path]:
-    """Returns the folders of this process's memory cgroup and of all above it, of version 1 and 2."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    folders = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root = Path("/sys/fs/cgroup") / ("memory" if controllers else "")
-        inner = root / path.lstrip("/")
-        folders += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root)]
-    return folders
 
 
 def check_shared_memory(folder: Path = _SHM) -> Finding:

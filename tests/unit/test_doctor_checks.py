@@ -18,9 +18,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers.commands import clean_environment
 from typer.testing import CliRunner
 
+from dtrain.checkpoint.writer import fits_beside
 from dtrain.cli.app import app
 from dtrain.doctor import cluster, cores, folder, gpus, network, ranks, versions
 from dtrain.doctor.finding import Finding, State, guarded, passed
@@ -63,8 +65,10 @@ def test_memory_of_the_tightest_cgroup(monkeypatch: pytest.MonkeyPatch, tmp_path
     has(cores.check_memory(1), "pass", "free of")
     (tmp_path / "memory.max").write_text(f"{1 << 30}\n")
     (tmp_path / "memory.current").write_text(f"{900 << 20}\n")
-    monkeypatch.setattr(cores, "_cgroup_folders", lambda: [tmp_path])
+    monkeypatch.setattr("dtrain.memory._group_folders", lambda: [tmp_path])
     has(cores.check_memory(1), "warn", "124 MiB left of this cgroup's 1 GiB", "ask for more memory")
+    assert fits_beside({"a": torch.empty(60 << 20, dtype=torch.uint8, device="meta")})
+    assert not fits_beside({"a": torch.empty(64 << 20, dtype=torch.uint8, device="meta")}), "more than half of it"
 
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ LAYERS = [
         "dtrain.deferred",
         "dtrain.events",
         "dtrain.columns",
+        "dtrain.memory",
     ],
     ["dtrain.identity", "dtrain.profiles", "dtrain.lock", "dtrain.slurm", "dtrain.starts"],
     ["dtrain.arrival"],
@@ -85,6 +86,7 @@ WITHOUT_TORCH = (
     "dtrain.scaffold",
     "dtrain.recipe_file",
     "dtrain.columns",
+    "dtrain.memory",
     "dtrain.starts",
     "dtrain.report",
 )
