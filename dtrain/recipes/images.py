@@ -27,7 +27,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         files = [[file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES] for path in classes]
         found = ", ".join(f"{path.name}: {len(inside)}" for path, inside in zip(classes, files, strict=True)) or "none"
         if len(classes) < 2 or min(map(len, files)) < 2:
-            raise ConfigError(f"data.folder = {folder}: needs 2 folders, one a class, of 2 images. It has {found}.")
+            raise ConfigError(f"data.folder = {folder.resolve()}: needs 2 or more folders of 2 images; has {found}.")
         self.files, self.size = [file for inside in files for file in inside], size
         self.labels = [label for label, inside in enumerate(files) for _ in inside]  # in the alphabet's order
 

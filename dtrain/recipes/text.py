@@ -32,8 +32,7 @@ class Transformer(nn.Module):
         hidden = self.characters(text)
         hidden = hidden + self.nearest(hidden.transpose(1, 2))[:, :, :length].transpose(1, 2) + self.places[:length]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=text.device)
-        logits: Tensor = self.logits(self.layers(hidden, mask=mask, is_causal=True))
-        return logits
+        return self.logits(self.layers(hidden, mask=mask, is_causal=True))  # type: ignore[no-any-return]
 
 
 def build_model(width: int = 64, layers: int = 2, heads: int = 4, context: int = 64) -> nn.Module:
@@ -41,20 +40,21 @@ def build_model(width: int = 64, layers: int = 2, heads: int = 4, context: int =
     return Transformer(width, layers, heads, context)
 
 
-def read_text(file: str) -> bytes:
+def read_text(file: str, least: int) -> bytes:
     """Your file's bytes, or the language reference's."""
     if not file:
         return "\n".join(topics[name] for name in sorted(topics)).encode()
-    if not Path(file).is_file():
-        raise ConfigError(f"data.file = {file}: there is no such file in {Path.cwd()}.")
-    return Path(file).read_bytes()
+    content = Path(file).read_bytes() if Path(file).is_file() else b""
+    if len(content) < least:
+        raise ConfigError(f"data.file = {file}: should be a file of {least} bytes or more, and has {len(content)}.")
+    return content
 
 
 def build_dataloaders(
     file: str = "", characters: int = 150_000, length: int = 64, batch_size: int = 16
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Pieces of the first so many characters, of one length: at most the net's context. Labels: the next characters."""
-    text = torch.tensor(bytearray(read_text(file)[: characters + 1]), dtype=torch.long)
+    text = torch.tensor(bytearray(read_text(file, 10 * length + 1)[: characters + 1]), dtype=torch.long)
     pieces = (len(text) - 1) // length
     features, labels = (part[: pieces * length].view(pieces, length) for part in (text[:-1], text[1:]))
     train = pieces * 9 // 10
