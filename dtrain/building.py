@@ -81,8 +81,10 @@ def configured_engine(task: Task, world: World, settings: Settings, **more: Any)
         sync_batchnorm=train.sync_batchnorm,
         fetch_batches=train.fetch_batches,
         precision=train.precision,
+        compile=train.compile,
         clip=Limit(train.clip_norm, train.clip_value),
         ema_decay=train.ema_decay,
+        val_every_steps=train.val_every_steps,
         max_steps=train.max_steps,
         **more,
     )

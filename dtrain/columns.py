@@ -25,6 +25,11 @@ def metrics_of(names: Iterable[str]) -> list[str]:
     return [name for name in names if name not in NO_METRICS]
 
 
+def validated(names: Iterable[str]) -> list[str]:
+    """Returns the columns that are values of validation, as they come."""
+    return [name for name in names if name.startswith(VALID)]
+
+
 def base_of(name: str) -> str:
     """Returns what a column is called without its split: "loss" for both loss and val_loss."""
     return name.removeprefix(VALID)

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from dtrain.checks import word_in_terms_of_ranks
+from dtrain.compiling import Compile, CompileClock, by_us_alone, compilation, compiled
 from dtrain.precision import Precision, chosen, computing
 
 if TYPE_CHECKING:
@@ -130,18 +131,28 @@ class Replica:
         world: the ranks.
         precision: in which its forward computes, in training and validation alike; by default that of Accelerate's
             settings.
+        compile: whether, or in which mode of torch.compile, it is compiled; by default as Accelerate's settings say.
+
+    Attributes:
+        clock: tells how long compiling takes; None where nothing is compiled.
     """
 
-    def __init__(self, net: nn.Module, world: World, precision: Precision | None = None) -> None:
+    def __init__(
+        self, net: nn.Module, world: World, precision: Precision | None = None, compile: Compile | None = None
+    ) -> None:
         self.net = net
+        how = compilation(compile, world)
+        self.clock = None if how is None else CompileClock()
         self._lowered = contextlib.ExitStack()
+        self._lowered.enter_context(compiled(net, how))
         self._lowered.enter_context(computing(net, precision or chosen(None, world), world))
         self._before: Any = None
         self._redirection: _Redirection | None = None
         self._itself = contextlib.nullcontext(net)
         if world.size > 1 and any(parameter.requires_grad for parameter in net.parameters()):
             inner = _Inner(net)
-            ddp = world.accelerator.prepare_model(inner, device_placement=_placement())
+            with by_us_alone(world):
+                ddp = world.accelerator.prepare_model(inner, device_placement=_placement())
             self._redirection = _Redirection(net, ddp, inner)
         world.accelerator._models.clear()  # nobody else's to keep alive
         self._trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
@@ -178,6 +189,8 @@ class Replica:
         """Lets go of DDP and gives the net back its own forward."""
         if self._arrivals is not None:
             self._arrivals.close()
+        if self.clock is not None:
+            self.clock.close()
         self._redirection = None
         self._lowered.close()
 

@@ -18,10 +18,9 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,23 +29,24 @@ from dtrain.averaging import WeightAverage
 from dtrain.bounds import Limits, Start, Trained
 from dtrain.checks import check_alike, check_order, check_same_task, weights_checksum
 from dtrain.clipping import UNLIMITED, Limit
-from dtrain.dealing import BatchMode, Dealing
+from dtrain.compiling import Compile
+from dtrain.dealing import BatchMode
 from dtrain.errors import StopRequested, UsageError, add_place
 from dtrain.finite import WhenNan
 from dtrain.history import History
 from dtrain.launch.heartbeat import DONE, own_heartbeat
-from dtrain.learning import Interval, Learner, Task
+from dtrain.learning import Learner, Task
 from dtrain.metrics import MeanTable, PassResult
-from dtrain.passes import Place, seconds_since, shares_on_device, valid_pass
+from dtrain.passes import Place, seconds_since, shares_on_device, train_loader, valid_pass
 from dtrain.precision import Precision
 from dtrain.progress import PassFacts, Progress, RunFacts, Silent
+from dtrain.rates import Rates
+from dtrain.rows import epoch_row, tell_unused_metrics
 from dtrain.seeding import derive, seed_everything
-from dtrain.sharding import ShardedLoader
 from dtrain.stopping import Stopping
 from dtrain.synced import ready
+from dtrain.validating import WithinEpoch, within_epochs
 from dtrain.world import World
-
-logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -67,8 +67,10 @@ class Engine:
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
         nan: what is done about a train loss that is not finite; see `dtrain.finite`.
         precision: in which the net's forward computes; by default that of Accelerate's settings.
+        compile: whether, or in which mode of torch.compile, the net is compiled; by default as Accelerate's say.
         clip: how long a gradient may be.
         ema_decay: of an average of the weights, with which is validated; None for no average.
+        val_every_steps: optimizer steps from one validation within an epoch to the next; None for none.
         max_steps: optimizer steps after which training ends, with the epoch's row; None where the epochs end it.
         history: gets a row an epoch, on every rank.
         progress: what a person sees.
@@ -82,7 +84,8 @@ class Engine:
         start: where training begins.
         place: where the engine is.
         table: the values of the train pass that runs; None outside of one.
-        began: when that pass began, by `time.perf_counter()`.
+        began: when that pass began, by `time.perf_counter()`, as if what is no part of it had taken no time.
+        aside: how long that took, in seconds.
         facts: what is told to who shows it.
         order_state: the states of the users' own generators that draw the order, as they were when it began.
         stopping: set by an `after_epoch` function, on every rank alike, to end after that epoch.
@@ -99,8 +102,10 @@ class Engine:
     fetch_batches: bool = True
     nan: WhenNan = "ignore"
     precision: Precision | None = None
+    compile: Compile | None = None
     clip: Limit = UNLIMITED
     ema_decay: float | None = None
+    val_every_steps: int | None = None
     max_steps: int | None = None
     history: History = field(default_factory=History)
     progress: Progress = field(default_factory=Silent)
@@ -117,12 +122,20 @@ class Engine:
         if self.place.heartbeat is not None:
             self.place.heartbeat.computes_on(str(self.world.device))
         self.table: MeanTable | None = None
-        self.began = 0.0
+        self.began = self.aside = 0.0
         self.order_state: list[torch.Tensor] = []
         self.names: tuple[str, ...] | None = None
-        self.facts = RunFacts(self.epochs, self.world.size, self._lr, lambda: self.place.updates)
-        self.rate: float | None = None  # of the last optimizer step, where the schedule goes on after each
-        self.train_loader = self._sharded(self.task.dl_train)
+        self.rates = Rates(self.task)
+        self.facts = RunFacts(self.epochs, self.world.size, self.rates.now, lambda: self.place.updates)
+        self.train_loader = train_loader(
+            self.task.dl_train,
+            self.world,
+            batch=self.batch,
+            seed=self.seed,
+            accumulation=self.accumulation,
+            limits=self.limits,
+            fetch_batches=self.fetch_batches,
+        )
         self.valid = valid_pass(
             self.task,
             self.world,
@@ -147,9 +160,13 @@ class Engine:
             sync_batchnorm=self.sync_batchnorm,
             nan=self.nan,
             precision=self.precision,
+            compile=self.compile,
             clip=self.clip,
         )
         self.average = None if self.ema_decay is None else WeightAverage(self.task.module, self.ema_decay)
+        self.within = within_epochs(
+            self.val_every_steps, self.valid, self.world, self.place, self.generators, self._averaged
+        )
         if self.learner.scaler is not None:
             self.task.others = {**self.task.others, "the scaler of float16": self.learner.scaler}
 
@@ -189,6 +206,8 @@ class Engine:
             self.progress.close()
             self.learner.close()
             self.history.sync()
+            if self.within is not None:
+                self.within.history.sync()
         if self.place.heartbeat is not None:
             self.place.heartbeat.enter(DONE)  # what comes now is the caller's own
         return self.history
@@ -216,6 +235,8 @@ class Engine:
         self.after_step.insert(0, stopping.step)
         if self.valid is not None:
             self.valid.stopping = stopping
+        if self.within is not None:
+            self.within.heed(stopping)
 
     def _run_epoch(self, epoch: int) -> None:
         trained = self.start.trained if epoch == self.start.epoch else None
@@ -226,10 +247,10 @@ class Engine:
         train = trained.result
         self.stopping = self.stopping or self.spent
         valid = self._validated(epoch)
-        row = self._row(epoch, train, valid)
-        if epoch == 1:
-            self._tell_unused_metrics(row)
-        self._step_scheduler("epoch", row)
+        row = epoch_row(epoch, train, valid, self.rates.of_row())
+        if epoch == 1 and self.world.is_main:
+            tell_unused_metrics(self.task.metrics, row)
+        self.rates.step("epoch", row)
         self.place.enter("checkpoint", epoch)
         self.history.append(row)
         self.progress.end_epoch(row)
@@ -240,32 +261,32 @@ class Engine:
     def _validated(self, epoch: int) -> PassResult | None:
         if self.valid is None:
             return None
-        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+        known = None if self.within is None else self.within.taken_up()
+        if known is not None:
+            return known
+        with self._averaged():
             return self.valid.run(epoch, self.place, self.progress, self.facts)
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
+
+    def _validate_within(self, within: WithinEpoch) -> None:
+        started = seconds_since(0.0, self.world)  # once the device has done what it was sent before
+        try:
+            within.run(self.progress, self.facts)
+        finally:
+            self._leave_out(seconds_since(started, self.world))
+
+    def _leave_out(self, seconds: float) -> None:
+        """So much of the time since the train pass began was no part of it; nor was what was compiled in it."""
+        if self.learner.replica.clock is not None:
+            self.learner.replica.clock.take()
+        self.began += seconds
+        self.aside += seconds
 
     def _tell_step(self) -> None:
         for tell in self.after_step:
             tell(self.place)
-
-    def _tell_unused_metrics(self, row: Row) -> None:
-        for name in self.task.metrics:
-            if self.world.is_main and name not in row and f"val_{name}" not in row:
-                logger.warning(
-                    "metric %r is never updated: no step returns a value of this name, as in "
-                    '{"loss": loss, %r: (predictions, labels)}.',
-                    name,
-                    name,
-                )
-
-    def _row(self, epoch: int, train: PassResult, valid: PassResult | None) -> Row:
-        row: Row = {"epoch": epoch, **train.means}
-        if valid is not None:
-            row |= {f"val_{name}": mean for name, mean in valid.means.items()}
-        if self.task.optimizer is not None:
-            row["lr"] = self.rate if self.rate is not None else self._current_rate()
-        row["seconds"] = train.seconds + (valid.seconds if valid is not None else 0.0)
-        row["samples_per_second"] = train.samples / train.seconds
-        return row
 
     # --- training -------------------------------------------------------------------------------------
 
@@ -278,8 +299,7 @@ class Engine:
         Returns:
             the means over all samples of all ranks, equal on all of them.
         """
-        module = self.task.module
-        module.train()
+        self.task.module.train()
         self.place.enter("train", epoch)
         start = self.start if epoch == self.start.epoch else Start(epoch)
         self.order_state = [generator.get_state() for generator in self.generators()]
@@ -287,41 +307,68 @@ class Engine:
         if start.table is not None:
             table.load(start.table, self.world.device)
         most = self._most_shares(start)
-        steps = self.train_loader.steps()
-        if most is not None:
-            steps = most if steps is None else min(steps, most)
-        samples = lambda: table.samples  # noqa: E731
-        self.progress.begin(PassFacts("train", epoch, steps, start.skip, start.seconds, samples, self.facts))
-        by_step = self.task.scheduler is not None and self.task.interval == "step"
-        self.began = time.perf_counter() - start.seconds
+        steps = self._begin_pass(epoch, start, table, most)
         # The streams are put back after the iteration has begun, which draws from them.
         ready = start.randomness if start.skip else None
         for share in shares_on_device(self.train_loader, self.world, self.place, start.skip, ready, most):
             table.add(self.learner.learn(share), share.count)
-            if by_step and share.last:
-                self._step_scheduler("step")
+            if self.learner.replica.clock is not None:
+                self._leave_out(self.learner.replica.clock.take())
             if share.last:
+                self.rates.step("step")
                 self.place.updates += 1
                 if self.average is not None:
                     self.average.update()
             self.progress.step(table)
             if table.asked is not None:
                 self.learner.finite.check_running(table)
-            if share.last and self.after_step:
+            if share.last:
+                if self.within is not None and self.within.is_due and self.place.step != steps:
+                    self._validate_within(self.within)
                 self._tell_step()
         self.table = None
-        seconds = seconds_since(self.began, self.world)
-        weights = weights_checksum(module, self.world.sum_dtype) if self.world.size > 1 else 0.0
+        return self._end_pass(epoch, table)
+
+    def _begin_pass(self, epoch: int, start: Start, table: MeanTable, most: int | None) -> int | None:
+        """Returns this rank's steps of the pass, where they are known."""
+        steps = self.train_loader.steps()
+        if most is not None:
+            steps = most if steps is None else min(steps, most)
+        if self.learner.replica.clock is not None:
+            self.learner.replica.clock.take()  # what the last validation compiled
+        self.began, self.aside = time.perf_counter() - start.seconds, start.aside
+        facts = PassFacts(
+            "train",
+            epoch,
+            steps,
+            start.skip,
+            start.seconds,
+            samples=lambda: table.samples,
+            aside=lambda: self.aside,
+            run=self.facts,
+        )
+        self.progress.begin(facts)
+        if self.within is not None and start.skip not in (0, steps) and self.within.is_due:  # a stop came into it
+            if start.randomness is not None:
+                start.randomness()
+            self.place.step = start.skip
+            self._validate_within(self.within)
+        return steps
+
+    def _end_pass(self, epoch: int, table: MeanTable) -> PassResult:
+        module, world = self.task.module, self.world
+        seconds = seconds_since(self.began, world)
+        weights = weights_checksum(module, world.sum_dtype) if world.size > 1 else 0.0
         order = self.train_loader.fingerprint
-        result, sums = table.reduce(self.world, seconds, (weights, weights**2, order, order**2))
+        result, sums = table.reduce(world, seconds, (weights, weights**2, order, order**2, self.aside))
         self.names = tuple(result.means)
         self.learner.finite.check_mean(result.means.get("loss"), f"epoch {epoch}, over all ranks,")
-        check_order(sums[2], sums[3], self.world.size, "train")
-        check_alike(sums[0], sums[1], self.world.size, epoch)
+        check_order(sums[2], sums[3], world.size, "train")
+        check_alike(sums[0], sums[1], world.size, epoch)
         self.learner.check_learnt()
         # DDP keeps rank 0's buffers (BatchNorm's statistics) for all while it trains; so does what comes after.
-        self.world.broadcast_(list(module.buffers()))
-        return result
+        world.broadcast_(list(module.buffers()))
+        return replace(result, aside=sums[4] / world.size)
 
     def _most_shares(self, start: Start) -> int | None:
         """Returns after how many shares of the epoch the last optimizer step of the run is taken, if in this one."""
@@ -334,40 +381,3 @@ class Engine:
         loaders = [self.train_loader] + ([] if self.valid is None else [self.valid.loader])
         found = [generator for loader in loaders for generator in loader.generators()]
         return list({id(generator): generator for generator in found}.values())
-
-    def _lr(self) -> float | None:
-        return None if self.task.optimizer is None else self._current_rate()
-
-    def _current_rate(self) -> float:
-        return float(self.task.optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
-
-    def _step_scheduler(self, interval: Interval, row: Row | None = None) -> None:
-        scheduler = self.task.scheduler
-        if scheduler is None or self.task.interval != interval:
-            return
-        if interval == "step":
-            self.rate = self._current_rate()
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            monitored = None if row is None else row.get("val_loss", row.get("loss"))
-            if monitored is None:
-                raise UsageError(
-                    "ReduceLROnPlateau counts epochs and watches a value named loss: return it from build_scheduler "
-                    "without 'step', and return a loss from the steps."
-                )
-            scheduler.step(float(monitored))
-        else:
-            scheduler.step()
-
-    def _sharded(self, loader: Any) -> ShardedLoader:
-        how = Dealing(
-            self.world.rank,
-            self.world.size,
-            self.batch,
-            fill=True,
-            group=self.accumulation,
-            limit=self.limits.train,
-            merge=self.limits.merge,
-        )
-        return ShardedLoader(
-            loader, how, self.seed, "train", fetch_batches=self.fetch_batches, same_order=self.limits.same
-        )

@@ -97,6 +97,7 @@ def evaluate_run(restored: Restored, world: World) -> PassResult:
         seed=train.seed,
         fetch_batches=train.fetch_batches,
         precision=train.precision,
+        compile=train.compile,
         epoch=restored.row["epoch"],
         progress=_bar(restored, world),
     )
@@ -122,6 +123,7 @@ def predict_run(restored: Restored, world: World, split: Split = "valid") -> Any
         seed=train.seed,
         fetch_batches=train.fetch_batches,
         precision=train.precision,
+        compile=train.compile,
         progress=_bar(restored, world),
     )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dtrain.compiling import Compile, compilation, compiled
 from dtrain.dealing import BatchMode, Dealing, Share
 from dtrain.errors import DataError, StepError, UsageError, add_place
 from dtrain.launch.heartbeat import own_heartbeat
@@ -32,6 +34,7 @@ def evaluate_task(  # noqa: PLR0913 - a task and how its loader is dealt
     fetch_batches: bool = True,
     epoch: int = 1,
     precision: Precision | None = None,
+    compile: Compile | None = None,
     progress: Progress | None = None,
 ) -> PassResult:
     """Runs a task's validation once, as training does after each epoch.
@@ -44,6 +47,7 @@ def evaluate_task(  # noqa: PLR0913 - a task and how its loader is dealt
         fetch_batches: see `dtrain.fetching`.
         epoch: 1 or more.
         precision: in which the net computes; by default that of Accelerate's settings.
+        compile: whether, or in which mode of torch.compile, it is compiled; by default as Accelerate's settings say.
         progress: what a person sees.
 
     Returns:
@@ -60,7 +64,7 @@ def evaluate_task(  # noqa: PLR0913 - a task and how its loader is dealt
     ready(task.metrics, world)
     place, progress = Place(world.rank, heartbeat=own_heartbeat()), progress or Silent()
     try:
-        with computing(task.module, chosen(precision, world), world):
+        with _set_up(task.module, world, precision, compile):
             return validation.run(epoch, place, progress)
     except (Exception, SystemExit) as error:
         add_place(error, str(place))
@@ -79,6 +83,7 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
     seed: int = 42,
     fetch_batches: bool = True,
     precision: Precision | None = None,
+    compile: Compile | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Predicts every sample of a loader once.
@@ -95,6 +100,7 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
         seed: for loaders that draw random numbers.
         fetch_batches: see `dtrain.fetching`.
         precision: in which the net computes; by default that of Accelerate's settings.
+        compile: whether, or in which mode of torch.compile, it is compiled; by default as Accelerate's settings say.
         progress: what a person sees.
 
     Returns:
@@ -108,7 +114,7 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
     try:
         how = Dealing(world.rank, world.size, batch, fill=False)
         shares = ShardedLoader(in_data_order(loader), how, seed, "predict", fetch_batches=fetch_batches)
-        with computing(module, chosen(precision, world), world):
+        with _set_up(module, world, precision, compile):
             # A net that was trained and not yet validated has buffers of its own on each rank.
             world.broadcast_(list(module.buffers()))
             module.eval()
@@ -123,6 +129,13 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
         raise
     finally:
         progress.close()
+
+
+@contextlib.contextmanager
+def _set_up(net: nn.Module, world: World, precision: Precision | None, compile: Compile | None) -> Iterator[None]:
+    """While inside, the net computes as it did in training."""
+    with compiled(net, compilation(compile, world)), computing(net, chosen(precision, world), world):
+        yield
 
 
 def features_of(batch: Any) -> Any:

@@ -27,6 +27,7 @@ from dtrain.accumulation import HeldBack
 from dtrain.batchnorm import SyncedBatchNorm
 from dtrain.checks import check_optimizers, check_takes
 from dtrain.clipping import UNLIMITED, Clipping, Limit
+from dtrain.compiling import Compile
 from dtrain.ddp import Replica
 from dtrain.dealing import Share
 from dtrain.descent import Descent, parameters_of
@@ -34,6 +35,7 @@ from dtrain.errors import StepError, UsageError
 from dtrain.finite import FiniteLoss, WhenNan
 from dtrain.metrics import Mean, Value
 from dtrain.precision import Precision, chosen, scaler_of
+from dtrain.recomputing import refuse_synced_batchnorm
 from dtrain.steps import (
     HOW_TO_LEARN,
     Kind,
@@ -104,6 +106,7 @@ class Learner:
         nan: what is done about a loss that is not finite.
         precision: in which the net's forward computes; by default that of Accelerate's settings.
         clip: how long a gradient may be.
+        compile: as for `dtrain.ddp.Replica`.
 
     Attributes:
         kind: the kind of the train step, known after the first one.
@@ -121,6 +124,7 @@ class Learner:
         nan: WhenNan = "ignore",
         precision: Precision | None = None,
         clip: Limit = UNLIMITED,
+        compile: Compile | None = None,
     ) -> None:
         self.kind: Kind | None = None
         self.finite = FiniteLoss(nan, task.module, world)
@@ -129,7 +133,7 @@ class Learner:
         self._accumulates = accumulates
         self._alone = world.size == 1 and not accumulates  # each share has the weight 1 and its own optimizer step
         in_use = chosen(precision, world)
-        self._replica = Replica(task.module, world, in_use)
+        self._replica = Replica(task.module, world, in_use, compile)
         self.scaler = scaler_of(in_use, world)
         if task.optimizer is not None:
             _move_state(task.optimizer)
@@ -140,6 +144,8 @@ class Learner:
         self._clipping: Clipping | None = None
         self._values_of = StepValues(task.module, "train", task.metrics)
         self._synced = SyncedBatchNorm(world) if sync_batchnorm and world.size > 1 else None
+        if self._synced is not None:
+            self._refuse_beside_synced()
         self._descend = Descent(task, world, self.finite, self._synced, self.scaler)
 
     def learn(self, share: Share) -> dict[str, Value]:
@@ -241,6 +247,14 @@ class Learner:
                 "model.optimizer. Use model.optimizer in the step, or return the loss."
             )
         return values
+
+    def _refuse_beside_synced(self) -> None:
+        refuse_synced_batchnorm(self._task.module)
+        if self._replica.clock is not None:
+            raise UsageError(
+                "train.compile and train.sync_batchnorm do not go together: compiled BatchNorm layers have no place "
+                "where the ranks could meet. Leave one of the two out."
+            )
 
     def _refuse_scaling(self) -> None:
         if self.scaler is not None:

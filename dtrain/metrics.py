@@ -64,12 +64,15 @@ class PassResult:
         samples: number of samples of all ranks.
         steps: number of steps of this rank.
         seconds: duration, the mean over ranks.
+        aside: seconds that passed meanwhile with what is no part of it (validations within the epoch, compilation), the
+            mean over ranks.
     """
 
     means: dict[str, float]
     samples: int
     steps: int
     seconds: float
+    aside: float = 0.0
 
 
 class MeanTable:

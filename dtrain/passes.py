@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import nn
 from dtrain.bounds import Limits
 from dtrain.checks import check_first_batch, check_order, check_takes
 from dtrain.dealing import BatchMode, Dealing, Share
+from dtrain.errors import StopRequested
 from dtrain.launch.heartbeat import Heartbeat
 from dtrain.learning import Task
 from dtrain.metrics import MeanTable, PassResult
@@ -51,6 +53,22 @@ class Place:
         self.step += 1
         if self.heartbeat is not None:
             self.heartbeat.step(self.step)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """While inside, another pass may run; then the run is where it was. An error is left at its own place."""
+        split, epoch, step = self.split, self.epoch, self.step
+        stopped = None
+        try:
+            yield
+        except StopRequested as error:
+            stopped = error
+        self.enter(split, epoch)
+        self.step = step
+        if self.heartbeat is not None:
+            self.heartbeat.step(step)
+        if stopped is not None:
+            raise stopped
 
 
 def shares_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all of them
@@ -133,7 +151,9 @@ class ValidPass:
     names: tuple[str, ...] | None = None
     stopping: Stopping | None = None
 
-    def run(self, epoch: int, place: Place, progress: Progress, facts: RunFacts | None = None) -> PassResult:
+    def run(
+        self, epoch: int, place: Place, progress: Progress, facts: RunFacts | None = None, *, within: bool = False
+    ) -> PassResult:
         """Validates once.
 
         Args:
@@ -141,6 +161,7 @@ class ValidPass:
             place: is kept up to date.
             progress: is told of each step.
             facts: of the run, where there is more of it than this pass.
+            within: whether a train pass goes on afterwards.
 
         Returns:
             the means over all samples of all ranks, equal on all of them.
@@ -154,7 +175,7 @@ class ValidPass:
         place.enter("valid", epoch)
         table = MeanTable("valid", self.names, self.metrics)
         steps, facts = self.loader.steps(), facts or RunFacts(ranks=self.world.size)
-        progress.begin(PassFacts("valid", epoch, steps, samples=lambda: table.samples, run=facts))
+        progress.begin(PassFacts("valid", epoch, steps, samples=lambda: table.samples, within=within, run=facts))
         values_of = StepValues(self.module, "valid", self.metrics)
         started = time.perf_counter()
         for share in shares_on_device(self.loader, self.world, place):
@@ -189,3 +210,18 @@ def valid_pass(  # noqa: PLR0913 - keyword-only
     how = Dealing(world.rank, world.size, batch, fill=False, limit=limits.valid, merge=limits.merge)
     loader = ShardedLoader(task.dl_valid, how, seed, "valid", fetch_batches=fetch_batches)
     return ValidPass(task.module, task.valid_step, loader, world, task.metrics)
+
+
+def train_loader(  # noqa: PLR0913 - keyword-only
+    loader: Any,
+    world: World,
+    *,
+    batch: BatchMode,
+    seed: int,
+    accumulation: int,
+    limits: Limits,
+    fetch_batches: bool,
+) -> ShardedLoader:
+    """Returns the rank's view of a training loader; the arguments are the engine's."""
+    how = Dealing(world.rank, world.size, batch, fill=True, group=accumulation, limit=limits.train, merge=limits.merge)
+    return ShardedLoader(loader, how, seed, "train", fetch_batches=fetch_batches, same_order=limits.same)

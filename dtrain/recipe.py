@@ -26,6 +26,8 @@ from dtrain.errors import RecipeError
 from dtrain.learning import Interval, Task
 from dtrain.parameters import freeze, regroup
 from dtrain.recipe_file import locate, syntax_problem
+from dtrain.recomputing import KEY as RECOMPUTED
+from dtrain.recomputing import recompute
 from dtrain.signatures import Builder, check_parameters
 from dtrain.synced import check_metrics
 
@@ -140,6 +142,7 @@ def bind(recipe: Recipe, settings: Settings) -> Task:
     train_step = _function(recipe, "train_step")
     module = _model(recipe, settings)
     freeze(module, settings.config.parameters.freeze, settings.place_of("parameters.freeze"))
+    recompute(module, settings.config.train.activation_checkpointing, settings.place_of(RECOMPUTED))
     dl_train, dl_valid = _loaders(recipe, settings)
     valid_step = _function(recipe, "valid_step") if dl_valid is not None else None
     optimizer = _built(recipe, settings, "optimizer", module)

@@ -39,7 +39,7 @@ from dtrain.resuming.finding import Loaded, Parts, read
 from dtrain.resuming.fitting import check_facts, check_ranks, check_shapes, facts_of
 from dtrain.resuming.keeper import Keeper
 from dtrain.resuming.state import restore
-from dtrain.run_folder import CHECKPOINTS, Opened, open_folder, take_up
+from dtrain.run_folder import CHECKPOINTS, VALIDATIONS, Opened, open_folder, take_up
 from dtrain.seeding import deterministic
 from dtrain.starts import commit_of, here, noted
 from dtrain.stopping import Stopping, check_not_asked
@@ -179,6 +179,7 @@ def begin(
     history = agree(world, lambda: None if opened is None else take_up(opened, settings, rows))
     engine.history = History() if history is None else history
     engine.history.rows = list(rows)
+    _take_up_validations(engine, opened, [] if loaded is None else loaded.run.get("validations", []))
     if loaded is not None:
         restore(engine, loaded.weights, loaded.run, loaded.ranks)
         tell_resumed(opened, loaded)
@@ -190,6 +191,14 @@ def begin(
     # A new run that begins from another one's checkpoint has trackers' runs of its own.
     again = opened is not None and opened.again
     return Path(folder), loaded.facts.get("trackers", {}) if again else {}, loaded.path
+
+
+def _take_up_validations(engine: Engine, opened: Opened | None, rows: list[dict[str, Any]]) -> None:
+    """Has the validations within epochs go on after these, on every rank; rank 0 writes them beside the history."""
+    if engine.within is not None:
+        path = None if opened is None else opened.folder / VALIDATIONS
+        engine.within.history = agree(engine.world, lambda: History() if path is None else History.resumed(path, rows))
+        engine.within.history.rows = list(rows)
 
 
 def _opened(engine: Engine, settings: Settings, resume: str, own: Callable[[Path], None]) -> Opened:

@@ -23,7 +23,7 @@ from dtrain.starts import FILE_NAME as STARTS
 
 logger = logging.getLogger(__name__)
 
-CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+CONFIG, CHECKPOINTS, VALIDATIONS = "config.yaml", "checkpoints", "validations.csv"
 _NOT_OF_A_RUN = (OWNER, SLURM, STARTS)  # what may be there before a run is: a job is submitted first
 
 
@@ -155,8 +155,9 @@ def take_up(opened: Opened, settings: Settings, rows: list[dict[str, Any]]) -> H
     remove_leftovers(folder / CHECKPOINTS)
     for path in () if opened.found is None else opened.found.newer:
         _out_of_the_way(path)
-    if opened.found is None and (folder / FILE_NAME).exists():
-        _keep_aside(folder / FILE_NAME)
+    for name in (FILE_NAME, VALIDATIONS) if opened.found is None else ():
+        if (folder / name).exists():
+            _keep_aside(folder / name)
     write_whole(folder / CONFIG, settings.to_yaml())
     return History.resumed(folder / FILE_NAME, rows)
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,27 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Returns the states of the process's random streams: Python's, NumPy's, torch's on the CPU and the device."""
+    version, numbers, gauss = random.getstate()
+    return {
+        "python": (version, np.array(numbers, dtype=np.uint32), gauss),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
+    }
+
+
+def load_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Puts back what `random_state` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss))
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["device"] is not None and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device"])
 
 
 class CommonRandomness:

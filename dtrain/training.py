@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from dtrain.arguments import check_positive, check_share, check_whole
 from dtrain.clipping import Limit
+from dtrain.compiling import Compile, check_compile
 from dtrain.dealing import BatchMode
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
@@ -61,6 +62,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     sync_batchnorm: bool = False,
     fetch_batches: bool = True,
     precision: Precision | None = None,
+    compile: Compile | None = None,
     clip_norm: float | None = None,
     clip_value: float | None = None,
     ema_decay: float | None = None,
@@ -92,6 +94,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
         precision: of the net's forward: "fp32", or mixed with "bf16" or "fp16" (for steps that return the loss with
             its graph); by default that of Accelerate's settings. The weights stay as they are.
+        compile: whether the net's forward is compiled by torch.compile, or in which of its modes ("reduce-overhead",
+            "max-autotune", "max-autotune-no-cudagraphs"); by default as Accelerate's settings say.
         clip_norm: the largest 2-norm of all gradients of an optimizer together, which are those of the whole batch.
         clip_value: the largest magnitude of each number of a gradient.
         ema_decay: of an exponential moving average of the weights (above 0, below 1), with which is validated, and
@@ -118,6 +122,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     arguments = dict(locals())
     check_whole(epochs=epochs, log_step_freq=log_step_freq, accumulation=accumulation)
     check_precision(precision)
+    check_compile(compile)
     check_share(ema_decay=ema_decay)
     check_positive(clip_norm=clip_norm, clip_value=clip_value)
     limit = Limit(clip_norm, clip_value)
@@ -147,6 +152,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         sync_batchnorm=sync_batchnorm,
         fetch_batches=fetch_batches,
         precision=precision,
+        compile=compile,
         clip=limit,
         ema_decay=ema_decay,
         progress=progress_of(verbose, is_main=world.is_main, log_step_freq=log_step_freq),

@@ -220,7 +220,7 @@ def _join(facts: RankFacts, cpu: bool, *, first: bool) -> World:
         first: whether the process group is made here; its first collectives then have the short time limit.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
     handlers = [InitProcessGroupKwargs(timeout=time_limit())] if first else None
 
@@ -233,8 +233,6 @@ def _join(facts: RankFacts, cpu: bool, *, first: bool) -> World:
             f"{accelerator.distributed_type.value} (from Accelerate's settings) is not supported yet: "
             "use a profile for plain data parallelism, such as launch/multi_gpu.yaml."
         )
-    if accelerator.state.dynamo_plugin.backend not in (DynamoBackend.NO, None):
-        raise WorldError("torch.compile by Accelerate's settings (dynamo_backend) is not supported yet: set it to no.")
     if facts.size > 1:
         atexit.register(_leave_group)
     return World(

@@ -48,6 +48,12 @@ class TrainConfig(_Section):
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         None, description="the net's forward in float32 or mixed precision; by default as Accelerate's settings say"
     )
+    compile: Literal[False, True, "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = Field(
+        None, description="the net compiled by torch.compile, or in which of its modes; by default as Accelerate says"
+    )
+    activation_checkpointing: list[str] = Field(
+        [], description="patterns of the net's parts that are computed again in the backward, to save memory"
+    )
     clip_norm: float | None = Field(None, gt=0, description="the largest 2-norm of an optimizer's gradients together")
     clip_value: float | None = Field(None, gt=0, description="the largest magnitude of each number of a gradient")
     fetch_batches: bool = Field(True, description="fetch whole batches at once where that gives the same")
@@ -57,6 +63,9 @@ class TrainConfig(_Section):
     )
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="an average of the weights, with which is validated and which is saved"
+    )
+    val_every_steps: int | None = Field(
+        None, ge=1, description="validation within epochs too, after every so many optimizer steps"
     )
     schedule: Literal["constant", "linear", "cosine"] | None = Field(
         None, description="the learning rate over the run, by optimizer steps; in place of build_scheduler"

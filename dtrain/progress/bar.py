@@ -20,7 +20,8 @@ _LEAST_ROWS = 6  # of a terminal that has room for more than one line
 
 
 class LiveBar(Paced):
-    """Bars with loss, metrics, learning rate, samples a second and time left; above them a line for each epoch.
+    """Bars with loss, metrics, learning rate, samples a second and time left; above them a line for each epoch, and
+    for each validation within one.
 
     It draws from `step` alone, at most ten times a second: there is no thread that a fork could catch with a lock.
 
@@ -39,13 +40,13 @@ class LiveBar(Paced):
         self._console = Console(file=self._out, highlight=False, markup=False)
         self._glyphs = FINE if self._console.encoding.startswith("utf") else ASCII
         self._region = Region(self._out, lambda: self._size()[0])
-        self._around = Surrounded(self._region)
+        self._surrounded = Surrounded(self._region)
         self._shown = False
 
     def begin(self, facts: PassFacts) -> None:
         """Draws the bars anew for a pass."""
         if not self._shown:
-            self._around.begin()
+            self._surrounded.begin()
             self._shown = True
         super().begin(facts)
 
@@ -57,11 +58,19 @@ class LiveBar(Paced):
         parts = epoch_parts(row, self._size()[0] - 1, self._glyphs)
         self._region.print(self._styled(parts) + "\n")
 
+    def validated(self, row: Mapping[str, Any]) -> None:
+        """Prints the line of a validation within the epoch above the bars."""
+        from dtrain.progress.lines import validation_parts
+
+        super().validated(row)
+        parts = validation_parts(row, self._size()[0] - 1, self._glyphs)
+        self._region.print(self._styled(parts) + "\n")
+
     def close(self) -> None:
         """Takes the bars off the screen."""
         if self._shown:
             self._shown = False
-            self._around.end()
+            self._surrounded.end()
             self._region.clear()
 
     def _show(self, now: float) -> None:

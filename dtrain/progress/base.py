@@ -24,6 +24,9 @@ class Progress(Protocol):
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """An epoch is done; `row` is its row of the history."""
 
+    def validated(self, row: Mapping[str, Any]) -> None:
+        """A validation within an epoch is done; `row` has its epoch, step, values and seconds."""
+
     def close(self) -> None:
         """The run is over, well or not. May be called twice."""
 
@@ -38,6 +41,9 @@ class Silent:
         """Says nothing."""
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
+        """Says nothing."""
+
+    def validated(self, row: Mapping[str, Any]) -> None:
         """Says nothing."""
 
     def close(self) -> None:
@@ -68,6 +74,11 @@ class Several:
         """An epoch is done."""
         for part in self.parts:
             part.end_epoch(row)
+
+    def validated(self, row: Mapping[str, Any]) -> None:
+        """A validation within an epoch is done."""
+        for part in self.parts:
+            part.validated(row)
 
     def close(self) -> None:
         """Closes each one, also where another one cannot be closed."""

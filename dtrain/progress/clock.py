@@ -34,9 +34,9 @@ class Clock:
         self._end_pass(now)
         if facts.split == "train":
             self._epoch_begun = None if facts.skipped else now
-        self.facts, self.steps, self._begun = facts, facts.skipped, now
+        self.facts, self.steps, self._begun = facts, facts.skipped, now - facts.aside()
         self._looks.clear()
-        self._looks.append((now, facts.skipped, facts.samples()))
+        self._looks.append((self._begun, facts.skipped, facts.samples()))
 
     def look(self, steps: int, now: float) -> None:
         """So many steps of the pass are done."""
@@ -44,6 +44,7 @@ class Clock:
             return
         self.steps = steps
         looks = self._looks
+        now = self._of_pass(now)
         looks.append((now, steps, self.facts.samples()))
         while len(looks) > 2 and now - looks[1][0] >= _WINDOW_SECONDS:
             looks.popleft()
@@ -78,6 +79,7 @@ class Clock:
         total, facts = self.total, self.facts
         if total is None or facts is None:
             return None
+        now = self._of_pass(now)
         (since, before, _), (until, after, _) = self._looks[0], self._looks[-1]
         if after <= before:  # it has just begun: as long as last time
             known = None if facts.skipped else self._took.get(facts.split)
@@ -97,7 +99,7 @@ class Clock:
         left = self.epoch_left(now)
         if left is None or self.facts is None:
             return None
-        epochs = self.facts.epochs - self.facts.epoch
+        epochs = 0 if self.facts.within else self.facts.epochs - self.facts.epoch
         return left + max(0, epochs) * self._an_epoch(now) if epochs > 0 else left
 
     def _an_epoch(self, now: float) -> float:
@@ -115,7 +117,7 @@ class Clock:
         left, total = self.pass_left(now), self.total
         if left is None or total is None or self.facts is None:
             return None
-        here = now - self._begun + left
+        here = self._of_pass(now) - self._begun + left
         mine = total - self.facts.skipped
         return here * total / mine if mine > 0 else here
 
@@ -125,7 +127,12 @@ class Clock:
             return
         mine = (facts.steps or self.steps) - facts.skipped
         self._counts[facts.split] = facts.steps or self.steps
-        self._took[facts.split] = (now - self._begun) * self._counts[facts.split] / max(1, mine)
+        took = now - facts.aside() - self._begun
+        self._took[facts.split] = took * self._counts[facts.split] / max(1, mine)
+
+    def _of_pass(self, now: float) -> float:
+        """The time by a clock that stands still for what is no part of the pass."""
+        return now if self.facts is None else now - self.facts.aside()
 
 
 def short_time(seconds: float) -> str:

@@ -14,6 +14,10 @@ def _zero() -> int:
     return 0
 
 
+def _no_time() -> float:
+    return 0.0
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """What holds for the whole run.
@@ -43,6 +47,8 @@ class PassFacts:
         seconds: how long these took.
         samples: returns the number of samples that this rank has done in the pass, the skipped ones included. All
             ranks have done about `run.ranks` times as many.
+        aside: returns the seconds since the pass began that were no part of it: validation within it, compilation.
+        within: whether it is a validation within a train pass, which goes on afterwards.
         run: what holds for the whole run.
     """
 
@@ -52,6 +58,8 @@ class PassFacts:
     skipped: int = 0
     seconds: float = 0.0
     samples: Callable[[], int] = _zero
+    aside: Callable[[], float] = _no_time
+    within: bool = False
     run: RunFacts = field(default_factory=RunFacts)
 
     @property

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dtrain.metrics import MeanTable
 
 _STEP_SECONDS = 0.1
+_NAMES = ("split", "epoch", "steps", "skipped", "seconds", "within")  # of what is known of a pass when it begins
 
 
 class FeedWriter:
@@ -40,8 +41,7 @@ class FeedWriter:
     def begin(self, facts: PassFacts) -> None:
         """A pass begins."""
         self._facts = facts
-        names = ("split", "epoch", "steps", "skipped", "seconds")
-        told = {name: getattr(facts, name) for name in names}
+        told = {name: getattr(facts, name) for name in _NAMES}
         self._write("begin", **told, epochs=facts.epochs, ranks=facts.run.ranks, samples=facts.samples(), lr=facts.lr())
 
     def step(self, table: MeanTable) -> None:
@@ -50,13 +50,22 @@ class FeedWriter:
         if now < self._next or self._facts is None:
             return
         self._write(
-            "step", steps=table.steps, samples=self._facts.samples(), running=table.running(), lr=self._facts.lr()
+            "step",
+            steps=table.steps,
+            samples=self._facts.samples(),
+            aside=self._facts.aside(),
+            running=table.running(),
+            lr=self._facts.lr(),
         )
         self._next = time.monotonic() + _STEP_SECONDS
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """An epoch is done."""
         self._write("end_epoch", row=dict(row))
+
+    def validated(self, row: Mapping[str, Any]) -> None:
+        """A validation within an epoch is done."""
+        self._write("validated", row=dict(row))
 
     def close(self) -> None:
         """The reader knows by itself when all is over."""
@@ -74,6 +83,7 @@ class _Seen:
     steps: int = 0
     samples: int = 0
     lr: float | None = None
+    aside: float = 0.0
     means: dict[str, float] = field(default_factory=dict)
 
     def running(self) -> dict[str, float]:
@@ -109,16 +119,17 @@ class FeedReader:
             self._tell(**json.loads(line))
 
     def _tell(self, what: str, **told: Any) -> None:
-        if what == "end_epoch":
-            self._shown.end_epoch(told["row"])
+        if what in {"end_epoch", "validated"}:
+            getattr(self._shown, what)(told["row"])
             return
         if what == "begin":
             seen = self._seen = _Seen(told["skipped"], told["samples"], told["lr"])
             run = RunFacts(told["epochs"], told["ranks"], lambda: seen.lr)
-            known = {name: told[name] for name in ("split", "epoch", "steps", "skipped", "seconds")}
-            self._shown.begin(PassFacts(**known, samples=lambda: seen.samples, run=run))
+            known = {name: told[name] for name in _NAMES}
+            self._shown.begin(PassFacts(**known, samples=lambda: seen.samples, aside=lambda: seen.aside, run=run))
             return
         seen = self._seen
+        seen.aside = told["aside"]
         seen.steps, seen.samples, seen.means, seen.lr = told["steps"], told["samples"], told["running"], told["lr"]
         self._shown.step(seen)  # type: ignore[arg-type]
 

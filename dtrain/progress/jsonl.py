@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class JsonLines:
-    """An event every `log_step_freq` train steps, and one after each epoch.
+    """An event every `log_step_freq` train steps, after each validation within an epoch, and after each epoch.
 
     The means within an epoch are this rank's own so far (`running`); the row of an epoch is that of the history.
 
@@ -35,6 +35,8 @@ class JsonLines:
     def begin(self, facts: PassFacts) -> None:
         """A pass begins, of which nothing is to be said yet."""
         self._training = facts.split == "train"
+        if facts.within:
+            return
         self._clock.begin(facts, time.monotonic())
 
     def step(self, table: MeanTable) -> None:
@@ -63,6 +65,11 @@ class JsonLines:
         """Tells an epoch's row of the history."""
         self._clock.end_epoch(time.monotonic())
         self._events.tell("epoch", epoch=row["epoch"], row=row)
+
+    def validated(self, row: Mapping[str, Any]) -> None:
+        """Tells the row of a validation within the epoch, whose train pass goes on."""
+        self._training = True
+        self._events.tell("validation", epoch=row["epoch"], updates=row["step"], row=row)
 
     def close(self) -> None:
         """Nothing is held open."""

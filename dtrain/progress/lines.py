@@ -84,7 +84,7 @@ def lines_of(clock: Clock, values: Mapping[str, float], now: float, width: int, 
     if facts is None:
         return []
     gauges = [_of_pass(clock, now)]
-    if facts.epochs > 1:
+    if facts.epochs > 1 and not facts.within:
         gauges.append(_of_run(clock, now))
     lr = facts.lr() if facts.split == "train" else None
     return [*_gauges(gauges, width, glyphs), *_values(values, lr, width, glyphs)]
@@ -92,9 +92,18 @@ def lines_of(clock: Clock, values: Mapping[str, float], now: float, width: int, 
 
 def epoch_parts(row: Mapping[str, Any], width: int, glyphs: Glyphs) -> list[Part]:
     """Returns the line of an epoch that is over, no wider than the width."""
-    metrics = metrics_of(row)
+    return _row_parts("epoch", row, width, glyphs)
+
+
+def validation_parts(row: Mapping[str, Any], width: int, glyphs: Glyphs) -> list[Part]:
+    """Returns the line of a validation within an epoch, after so many optimizer steps, no wider than the width."""
+    return _row_parts("step", row, width, glyphs)
+
+
+def _row_parts(what: str, row: Mapping[str, Any], width: int, glyphs: Glyphs) -> list[Part]:
+    metrics = [name for name in metrics_of(row) if name != what]
     trained = [name for name in metrics if not name.startswith(VALID)]
-    said = {"epoch": str(row["epoch"]), **{name: short_value(row[name]) for name in metrics}}
+    said = {what: str(row[what]), **{name: short_value(row[name]) for name in metrics}}
     time = f"{row['seconds']:.1f}s"
     leaves = [*reversed(trained[1:]), *(name for name in reversed(metrics) if name not in trained[1:])]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dtrain.progress.clock import Clock
 from dtrain.progress.facts import PassFacts
@@ -20,10 +20,14 @@ class Paced:
         self._clock = Clock()
         self._values: Mapping[str, float] = {}
         self._next = 0.0
+        self._around: tuple[Clock, Mapping[str, float]] | None = None  # of the train pass that a validation is within
 
     def begin(self, facts: PassFacts) -> None:
         """A pass begins."""
         now = time.monotonic()
+        if facts.within:
+            self._around = self._clock, self._values
+            self._clock = Clock()
         self._clock.begin(facts, now)
         self._values = {}
         if now >= self._next:
@@ -37,6 +41,11 @@ class Paced:
         self._clock.look(table.steps, now)
         self._values = table.running()
         self._show(now)
+
+    def validated(self, row: Mapping[str, Any]) -> None:
+        """A validation within an epoch is done: the train pass is shown again."""
+        if self._around is not None:
+            (self._clock, self._values), self._around = self._around, None
 
     def _show(self, now: float) -> None:
         raise NotImplementedError

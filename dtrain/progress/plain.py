@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dtrain.columns import metrics_of
+from dtrain.columns import metrics_of, validated
 from dtrain.progress.facts import PassFacts
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class PlainLines:
-    """One line every `log_step_freq` train steps, one after each epoch.
+    """One line every `log_step_freq` train steps, one after each validation within an epoch, one after each epoch.
 
     The means within an epoch are this rank's own so far; those of an epoch are exact over all ranks.
 
@@ -44,6 +44,11 @@ class PlainLines:
         """Prints the epoch's line."""
         self._print(epoch_line(row))
 
+    def validated(self, row: Mapping[str, Any]) -> None:
+        """Prints the line of a validation within the epoch, whose train pass goes on."""
+        self._training = True
+        self._print(validation_line(row))
+
     def close(self) -> None:
         """Nothing is held open."""
 
@@ -63,6 +68,12 @@ def say(line: str, out: TextIO) -> None:
 def metrics_text(values: Mapping[str, float], between: str = ", ") -> str:
     """Returns "loss: 0.312, accuracy: 0.901"."""
     return between.join(f"{name}: {value:.3f}" for name, value in values.items())
+
+
+def validation_line(row: Mapping[str, Any]) -> str:
+    """Returns the line of a validation within an epoch: its metrics and how long it took."""
+    values = metrics_text({name: row[name] for name in validated(row)})
+    return f"[validation after {row['step']} optimizer steps] {values}, time: {row['seconds']:.1f}s"
 
 
 def epoch_line(row: Mapping[str, Any]) -> str:

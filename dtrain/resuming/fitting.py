@@ -33,6 +33,9 @@ FREE = (
     "train.profile",
     "train.profile_ranks",
     "train.log_norms",
+    "train.compile",  # the last digits apart, of which a warning tells
+    "train.activation_checkpointing",
+    "train.val_every_steps",
     "checkpoint.",
     "early_stopping.",
     "track.",
@@ -104,6 +107,9 @@ def check_facts(there: Mapping[str, Any], here: Mapping[str, Any], settings: Set
             + f". What may differ: {', '.join(key.rstrip('.') for key in FREE[1:])}. Give the values of the run, or "
             "another run.name."
         )
+    before, now = (values["config"].get("train", {}).get("compile") or None for values in (there, here))
+    if before != now:
+        logger.warning("train.compile was %s and is %s: the last digits may differ", before, now)
     for name in ("dtrain", "torch", "device"):
         if there[name] != here[name]:
             logger.warning("%s was %s and is %s: the last digits may differ", name, there[name], here[name])

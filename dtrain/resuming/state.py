@@ -7,13 +7,10 @@ rank has of its own (random streams, sums of the epoch that runs).
 from __future__ import annotations
 
 import gc
-import random
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,7 +19,7 @@ from dtrain.engine import Engine
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.learning import Task
 from dtrain.metrics import PassResult, add_up
-from dtrain.seeding import derive, seed_everything
+from dtrain.seeding import derive, load_random_state, random_state, seed_everything
 
 State = dict[str, Any]
 
@@ -38,10 +35,12 @@ def run_state(engine: Engine) -> State:
         "step": place.step if place.split == "train" else None,
         "updates": place.updates,
         "seconds": time.perf_counter() - engine.began,
+        "aside": engine.aside,
         "rows": engine.history.rows,
+        "validations": [] if engine.within is None else engine.within.history.rows,
         "names": engine.names,
         "valid_names": None if engine.valid is None else engine.valid.names,
-        "rate": engine.rate,
+        "rate": engine.rates.rate,
         "layout": engine.learner.replica.layout,
         "optimizers": [_optimizer_state(optimizer, task) for optimizer in engine.learner.optimizers()],
         "scheduler": None if task.scheduler is None else _kept(task.scheduler),
@@ -66,17 +65,6 @@ def weights_state(engine: Engine) -> dict[str, Tensor]:
     state = engine.task.module.state_dict().items()
     averaged = {} if engine.average is None else engine.average.weights()
     return {name: averaged.get(name, value.detach()) for name, value in state if isinstance(value, Tensor)}
-
-
-def random_state(device: torch.device) -> State:
-    """Returns the states of the process's random streams: Python's, NumPy's, torch's on the CPU and the device."""
-    version, numbers, gauss = random.getstate()
-    return {
-        "python": (version, np.array(numbers, dtype=np.uint32), gauss),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
-    }
 
 
 def _kept(thing: Any) -> State:
@@ -132,7 +120,7 @@ def restore(engine: Engine, weights: Mapping[str, Tensor], run: State, ranks: li
         task.scheduler.load_state_dict(run["scheduler"]["state"])
     for name, saved in run["others"].items():
         task.others[name].load_state_dict(saved["state"])
-    engine.names, engine.rate = run["names"], run["rate"]
+    engine.names, engine.rates.rate = run["names"], run["rate"]
     if engine.valid is not None:
         engine.valid.names = run["valid_names"]
     engine.learner.replica.lay_out(run["layout"])
@@ -162,21 +150,12 @@ def _start(engine: Engine, run: State, ranks: list[State]) -> Start:
         else:  # the streams are each rank's own; those of other ranks are nobody's
             seed_everything(derive(engine.seed, "rank", world.rank, "of", world.size, "from", epoch, skip))
 
-    return Start(epoch, skip, table, run["seconds"] if within else 0.0, randomness, trained)
+    seconds, aside = (run["seconds"], run.get("aside", 0.0)) if within else (0.0, 0.0)
+    return Start(epoch, skip, table, seconds, aside, randomness, trained)
 
 
 def _trained(saved: State | None) -> Trained | None:
     return None if saved is None else Trained(PassResult(**saved["result"]), saved["steps"])
-
-
-def load_random_state(state: State, device: torch.device) -> None:
-    """Puts back what `random_state` returned."""
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers.tolist()), gauss))
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["device"] is not None and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state["device"])
 
 
 def load_optimizer(optimizer: Optimizer, state: State) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from dtrain.columns import validated
 from dtrain.progress import PassFacts
 from dtrain.tracking.base import End, Tracker
 from dtrain.tracking.files import FOLDER, IDS, StepLog, write_json
@@ -70,10 +71,13 @@ class Tracking:
     def begin(self, facts: PassFacts) -> None:
         """A pass begins; within a train pass there is something to tell at times."""
         self._release()
+        if facts.within:
+            self._due = float("inf")
+            return
         now = time.monotonic()
         self._facts = facts
         self._due = now + self._every if self._every and facts.split == "train" else float("inf")
-        self._before = now, facts.samples()
+        self._before = now - facts.aside(), facts.samples()
 
     def step(self, table: MeanTable) -> None:
         """A step is done: a look at the clock, and at most every so many seconds more."""
@@ -87,6 +91,12 @@ class Tracking:
         self._release()
         self._keep({"row": row["epoch"], "updates": self._facts.updates(), "at": time.time()})
         self._held.append(row)
+
+    def validated(self, row: Mapping[str, Any]) -> None:
+        """A validation within an epoch is done: values of this moment, which are told at once."""
+        if self._every:
+            self._due = time.monotonic() + self._every
+        self._tell_values({f"step/{name}": row[name] for name in validated(row)}, row["step"])
 
     def close(self) -> None:
         """Nothing yet: the trackers are told of the end by `finish`."""
@@ -116,7 +126,7 @@ class Tracking:
     def moment(self, values: Mapping[str, float]) -> None:
         """Takes further values of now, where values within an epoch are wanted at all."""
         if self._every:
-            self._moment(values)
+            self._tell_values(values, self._facts.updates())
 
     # --- on to the trackers -------------------------------------------------------------------------------
 
@@ -124,17 +134,17 @@ class Tracking:
         facts = self._facts
         self._release()
         before, samples = self._before, facts.samples()
+        now -= facts.aside()
         self._before = now, samples
         values = {f"step/{name}": value for name, value in table.running().items()}
         rate = facts.lr()
         if rate is not None:
             values["step/lr"] = rate
         values["step/samples_per_second"] = (samples - before[1]) * facts.run.ranks / max(now - before[0], 1e-9)
-        self._moment(values | self._gpu.read())
+        self._tell_values(values | self._gpu.read(), facts.updates())
         self.note_ids()
 
-    def _moment(self, values: Mapping[str, float]) -> None:
-        updates = self._facts.updates()
+    def _tell_values(self, values: Mapping[str, float], updates: int) -> None:
         self._keep({"updates": updates, "at": time.time(), **values})
         for tracker in self.trackers:
             tracker.log_steps(values, updates)

@@ -37,7 +37,7 @@ LAYERS = [
     ["dtrain.identity", "dtrain.profiles", "dtrain.lock", "dtrain.slurm", "dtrain.starts"],
     ["dtrain.arrival"],
     ["dtrain.world"],
-    ["dtrain.precision"],
+    ["dtrain.precision", "dtrain.compiling", "dtrain.recomputing"],
     ["dtrain.spawn", "dtrain.stopping"],
     ["dtrain.batches", "dtrain.dealing", "dtrain.fetching"],
     [
@@ -61,7 +61,8 @@ LAYERS = [
         "dtrain.averaging",
     ],
     ["dtrain.finite", "dtrain.report"],
-    ["dtrain.accumulation", "dtrain.learning", "dtrain.descent", "dtrain.passes"],
+    ["dtrain.accumulation", "dtrain.learning", "dtrain.descent", "dtrain.passes", "dtrain.rates", "dtrain.rows"],
+    ["dtrain.validating"],
     ["dtrain.engine", "dtrain.prepared"],
     ["dtrain.parameters", "dtrain.schedules", "dtrain.norms", "dtrain.profiling"],
     ["dtrain.inference", "dtrain.training", "dtrain.recipe", "dtrain.export", "dtrain.summary", "dtrain.best"],

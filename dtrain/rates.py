@@ -1,0 +1,56 @@
+"""The learning rate: what it is, what the history says of it, and when a scheduler changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dtrain.errors import UsageError
+from dtrain.learning import Interval, Task
+
+
+class Rates:
+    """Follows a task's optimizer and steps its scheduler.
+
+    Args:
+        task: its optimizer may come to be known only while it trains.
+
+    Attributes:
+        rate: of the last optimizer step, where the schedule goes on after each; None else.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.rate: float | None = None
+        self._task = task
+
+    def now(self) -> float | None:
+        """Returns the learning rate of now, the first parameter group's; None where no optimizer is known."""
+        return None if self._task.optimizer is None else float(self._task.optimizer.param_groups[0]["lr"])
+
+    def of_row(self) -> float | None:
+        """Returns what an epoch's row says: the rate of its last optimizer step."""
+        return self.now() if self.rate is None else self.rate
+
+    def step(self, interval: Interval, row: Mapping[str, Any] | None = None) -> None:
+        """An optimizer step, or an epoch with its row, is over: steps the scheduler, where it counts these.
+
+        Raises:
+            UsageError: it watches a loss, and there is none.
+        """
+        scheduler = self._task.scheduler
+        if scheduler is None or self._task.interval != interval:
+            return
+        if interval == "step":
+            self.rate = self.now()
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            monitored = None if row is None else row.get("val_loss", row.get("loss"))
+            if monitored is None:
+                raise UsageError(
+                    "ReduceLROnPlateau counts epochs and watches a value named loss: return it from build_scheduler "
+                    "without 'step', and return a loss from the steps."
+                )
+            scheduler.step(float(monitored))
+        else:
+            scheduler.step()

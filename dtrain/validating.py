@@ -1,0 +1,168 @@
+"""Validation within an epoch, after every so many optimizer steps, by which the training around it is not changed.
+
+::
+
+    weights, averaged where there is an average; rank 0's buffers on all ranks; net.eval()
+    a validation as at an epoch's end
+    weights, buffers, each module's mode, random streams, the users' generators: as they were
+
+Its torchmetrics objects are copies, since the train pass is in the midst of using the task's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dtrain.columns import VALID
+from dtrain.errors import UsageError
+from dtrain.history import History
+from dtrain.metrics import PassResult
+from dtrain.passes import Place, ValidPass
+from dtrain.progress import Progress, RunFacts
+from dtrain.seeding import load_random_state, random_state
+from dtrain.stopping import Stopping
+from dtrain.world import World
+
+
+class WithinEpoch:
+    """Validates after every so many optimizer steps; each time is a row of its history.
+
+    Args:
+        every: optimizer steps from one to the next.
+        valid: the validation at an epoch's end.
+        world: the ranks.
+        place: where the run is.
+        generators: returns the generators that the user gave the loaders.
+        averaged: puts the averaged weights into the net while inside, where there is an average.
+
+    Attributes:
+        history: its rows so far: epoch, step (optimizer steps since the run began), val_..., seconds.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - made at one place, with all of them
+        self,
+        every: int,
+        valid: ValidPass,
+        world: World,
+        place: Place,
+        generators: Callable[[], list[torch.Generator]],
+        averaged: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.history = History()
+        self._every = every
+        self._pass = replace(valid, metrics=copy.deepcopy(dict(valid.metrics)))
+        self._world, self._place = world, place
+        self._generators, self._averaged = generators, averaged
+        self._last: tuple[int, PassResult, _Streams] | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time, and it was not done yet."""
+        step = self._place.updates
+        return step > 0 and step % self._every == 0 and [row["step"] for row in self.history.rows[-1:]] != [step]
+
+    def heed(self, stopping: Stopping) -> None:
+        """Lets a request to stop end a validation."""
+        self._pass.stopping = stopping
+
+    def run(self, progress: Progress, facts: RunFacts) -> None:
+        """Validates, and adds the row.
+
+        Raises:
+            StopRequested: a rank was asked to stop meanwhile; all ranks raise it, and the run that goes on validates.
+            Exception: as at an epoch's end.
+        """
+        place = self._place
+        with self._aside() as streams:
+            with self._averaged():
+                result = self._pass.run(place.epoch, place, progress, facts, within=True)
+            self._last = place.updates, result, streams.now()
+        means = {f"{VALID}{name}": mean for name, mean in result.means.items()}
+        row = {"epoch": place.epoch, "step": place.updates, **means, "seconds": result.seconds}
+        self.history.append(row)
+        progress.validated(row)
+
+    def taken_up(self) -> PassResult | None:
+        """Returns the last result, where no step was taken since: the epoch's validation would do the same again."""
+        last, self._last = self._last, None
+        if last is None or last[0] != self._place.updates:
+            return None
+        last[2].put_back()
+        return last[1]
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[_Streams]:
+        """While inside, anything may be done with the net; then the training finds all as it was."""
+        module, place = self._pass.module, self._place
+        modes = [(part, part.training) for part in module.modules()]
+        buffers = list(module.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        streams = _Streams(self._world.device, self._generators())
+        self._world.broadcast_(buffers)  # each rank has its own while it trains
+        with place.aside():
+            try:
+                yield streams
+            finally:
+                streams.put_back()
+                _copy(before, buffers)
+                for part, training in modes:
+                    part.training = training
+
+
+class _Streams:
+    """The random streams of this process and the users' generators, as they are when this is made."""
+
+    def __init__(self, device: torch.device, generators: list[torch.Generator]) -> None:
+        self._device, self._generators = device, generators
+        self._state = random_state(device)
+        self._states = [generator.get_state() for generator in generators]
+
+    def now(self) -> _Streams:
+        """Returns the same ones as they are now."""
+        return _Streams(self._device, self._generators)
+
+    def put_back(self) -> None:
+        """Has them go on from where they were."""
+        load_random_state(self._state, self._device)
+        for generator, state in zip(self._generators, self._states, strict=True):
+            generator.set_state(state)
+
+
+@torch.no_grad()
+def _copy(sources: list[Any], targets: list[Any]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
+
+
+def within_epochs(  # noqa: PLR0913, PLR0917 - made at one place, with all of them
+    every: int | None,
+    valid: ValidPass | None,
+    world: World,
+    place: Place,
+    generators: Callable[[], list[torch.Generator]],
+    averaged: Callable[[], AbstractContextManager[None]],
+) -> WithinEpoch | None:
+    """Returns what validates within epochs; None where that is not asked for.
+
+    Raises:
+        UsageError: there is no validation loader, or one that is used up after one pass.
+    """
+    if every is None:
+        return None
+    if valid is None:
+        raise UsageError(
+            f"train.val_every_steps = {every}: there is no validation loader. Define one, or leave val_every_steps out."
+        )
+    if isinstance(valid.loader.loader, Iterator):
+        raise UsageError(
+            f"train.val_every_steps = {every}: the validation loader is used up after one pass: it is an iterator "
+            "or a generator. Give a DataLoader, or an object whose __iter__ starts anew."
+        )
+    return WithinEpoch(every, valid, world, place, generators, averaged)
