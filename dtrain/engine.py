@@ -18,7 +18,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,7 +36,7 @@ from dtrain.history import History
 from dtrain.launch.heartbeat import DONE, own_heartbeat
 from dtrain.learning import Learner, Task
 from dtrain.metrics import MeanTable, PassResult
-from dtrain.passes import Place, seconds_since, shares_on_device, train_loader, valid_pass
+from dtrain.passes import PassWatch, Place, shares_on_device, train_loader, valid_pass
 from dtrain.precision import Precision
 from dtrain.progress import PassFacts, Progress, RunFacts, Silent
 from dtrain.rates import Rates
@@ -45,7 +44,7 @@ from dtrain.rows import epoch_row, tell_unused_metrics
 from dtrain.seeding import derive, seed_everything
 from dtrain.stopping import Stopping
 from dtrain.synced import ready
-from dtrain.validating import WithinEpoch, within_epochs
+from dtrain.validating import within_epochs
 from dtrain.world import World
 
 Row = dict[str, Any]
@@ -84,8 +83,7 @@ class Engine:
         start: where training begins.
         place: where the engine is.
         table: the values of the train pass that runs; None outside of one.
-        began: when that pass began, by `time.perf_counter()`, as if what is no part of it had taken no time.
-        aside: how long that took, in seconds.
+        watch: the time of that pass.
         facts: what is told to who shows it.
         order_state: the states of the users' own generators that draw the order, as they were when it began.
         stopping: set by an `after_epoch` function, on every rank alike, to end after that epoch.
@@ -122,7 +120,7 @@ class Engine:
         if self.place.heartbeat is not None:
             self.place.heartbeat.computes_on(str(self.world.device))
         self.table: MeanTable | None = None
-        self.began = self.aside = 0.0
+        self.watch = PassWatch(self.world)
         self.order_state: list[torch.Tensor] = []
         self.names: tuple[str, ...] | None = None
         self.rates = Rates(self.task)
@@ -270,20 +268,6 @@ class Engine:
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
-    def _validate_within(self, within: WithinEpoch) -> None:
-        started = seconds_since(0.0, self.world)  # once the device has done what it was sent before
-        try:
-            within.run(self.progress, self.facts)
-        finally:
-            self._leave_out(seconds_since(started, self.world))
-
-    def _leave_out(self, seconds: float) -> None:
-        """So much of the time since the train pass began was no part of it; nor was what was compiled in it."""
-        if self.learner.replica.clock is not None:
-            self.learner.replica.clock.take()
-        self.began += seconds
-        self.aside += seconds
-
     def _tell_step(self) -> None:
         for tell in self.after_step:
             tell(self.place)
@@ -307,13 +291,12 @@ class Engine:
         if start.table is not None:
             table.load(start.table, self.world.device)
         most = self._most_shares(start)
-        steps = self._begin_pass(epoch, start, table, most)
+        steps, clock = self._begin_pass(epoch, start, table, most), self.learner.replica.clock
         # The streams are put back after the iteration has begun, which draws from them.
         ready = start.randomness if start.skip else None
         for share in shares_on_device(self.train_loader, self.world, self.place, start.skip, ready, most):
-            table.add(self.learner.learn(share), share.count)
-            if self.learner.replica.clock is not None:
-                self._leave_out(self.learner.replica.clock.take())
+            values = self.learner.learn(share) if clock is None else self.watch.timed(self.learner.learn, share, clock)
+            table.add(values, share.count)
             if share.last:
                 self.rates.step("step")
                 self.place.updates += 1
@@ -324,7 +307,8 @@ class Engine:
                 self.learner.finite.check_running(table)
             if share.last:
                 if self.within is not None and self.within.is_due and self.place.step != steps:
-                    self._validate_within(self.within)
+                    with self.watch.stopped():
+                        self.within.run(self.progress, self.facts)
                 self._tell_step()
         self.table = None
         return self._end_pass(epoch, table)
@@ -334,17 +318,15 @@ class Engine:
         steps = self.train_loader.steps()
         if most is not None:
             steps = most if steps is None else min(steps, most)
-        if self.learner.replica.clock is not None:
-            self.learner.replica.clock.take()  # what the last validation compiled
-        self.began, self.aside = time.perf_counter() - start.seconds, start.aside
+        self.watch.begin(start)
         facts = PassFacts(
             "train",
             epoch,
             steps,
             start.skip,
             start.seconds,
-            samples=lambda: table.samples,
-            aside=lambda: self.aside,
+            samples=lambda: table.samples - self.watch.untimed,
+            aside=lambda: self.watch.aside,
             run=self.facts,
         )
         self.progress.begin(facts)
@@ -352,15 +334,16 @@ class Engine:
             if start.randomness is not None:
                 start.randomness()
             self.place.step = start.skip
-            self._validate_within(self.within)
+            with self.watch.stopped():
+                self.within.run(self.progress, self.facts)
         return steps
 
     def _end_pass(self, epoch: int, table: MeanTable) -> PassResult:
         module, world = self.task.module, self.world
-        seconds = seconds_since(self.began, world)
+        seconds, watch = self.watch.seconds(), self.watch
         weights = weights_checksum(module, world.sum_dtype) if world.size > 1 else 0.0
         order = self.train_loader.fingerprint
-        result, sums = table.reduce(world, seconds, (weights, weights**2, order, order**2, self.aside))
+        result, sums = table.reduce(world, seconds, (weights, weights**2, order, order**2, watch.aside, watch.untimed))
         self.names = tuple(result.means)
         self.learner.finite.check_mean(result.means.get("loss"), f"epoch {epoch}, over all ranks,")
         check_order(sums[2], sums[3], world.size, "train")
@@ -368,7 +351,7 @@ class Engine:
         self.learner.check_learnt()
         # DDP keeps rank 0's buffers (BatchNorm's statistics) for all while it trains; so does what comes after.
         world.broadcast_(list(module.buffers()))
-        return replace(result, aside=sums[4] / world.size)
+        return replace(result, aside=sums[4] / world.size, untimed=round(sums[5]))
 
     def _most_shares(self, start: Start) -> int | None:
         """Returns after how many shares of the epoch the last optimizer step of the run is taken, if in this one."""

@@ -64,8 +64,9 @@ class PassResult:
         samples: number of samples of all ranks.
         steps: number of steps of this rank.
         seconds: duration, the mean over ranks.
-        aside: seconds that passed meanwhile with what is no part of it (validations within the epoch, compilation), the
-            mean over ranks.
+        aside: seconds that passed meanwhile with what is no part of it (validations within the epoch, steps in which
+            the net was compiled), the mean over ranks.
+        untimed: samples of those steps, of all ranks.
     """
 
     means: dict[str, float]
@@ -73,6 +74,7 @@ class PassResult:
     steps: int
     seconds: float
     aside: float = 0.0
+    untimed: int = 0
 
 
 class MeanTable:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtrain.bounds import Limits
+from dtrain.bounds import Limits, Start
 from dtrain.checks import check_first_batch, check_order, check_takes
+from dtrain.compiling import CompileClock
 from dtrain.dealing import BatchMode, Dealing, Share
 from dtrain.errors import StopRequested
 from dtrain.launch.heartbeat import Heartbeat
 from dtrain.learning import Task
-from dtrain.metrics import MeanTable, PassResult
+from dtrain.metrics import MeanTable, PassResult, Value
 from dtrain.progress import PassFacts, Progress, RunFacts
 from dtrain.sharding import ShardedLoader
 from dtrain.steps import Step, StepValues, no_grad_step
@@ -125,6 +126,61 @@ def to_device(batch: Any, world: World) -> Any:
     from accelerate.utils import send_to_device
 
     return send_to_device(batch, world.device, non_blocking=True)
+
+
+class PassWatch:
+    """The time of a train pass without what is no part of it: validation within it, steps in which it is compiled.
+
+    Args:
+        world: the rank's device.
+
+    Attributes:
+        aside: seconds that were no part of it so far.
+        untimed: this rank's samples in these.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.aside = 0.0
+        self.untimed = 0
+        self._world = world
+        self._began = 0.0
+
+    def begin(self, start: Start) -> None:
+        """The pass begins, or goes on."""
+        self._began = time.perf_counter() - start.seconds
+        self.aside, self.untimed = start.aside, start.untimed
+
+    @property
+    def so_far(self) -> float:
+        """Seconds, by this process's clock."""
+        return time.perf_counter() - self._began
+
+    def seconds(self) -> float:
+        """Returns the seconds until now, once the device has done what it was sent."""
+        return seconds_since(self._began, self._world)
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """While inside, what happens is no part of the pass."""
+        started = self.seconds()
+        try:
+            yield
+        finally:
+            self._leave_out(self.seconds() - started)
+
+    def timed(self, learn: Callable[[Share], dict[str, Value]], share: Share, clock: CompileClock) -> dict[str, Value]:
+        """Takes a train step; one in which the net is compiled is left out, with its waits for other ranks."""
+        started = self.so_far
+        clock.take()  # what a validation compiled
+        values = learn(share)
+        if clock.take():
+            self._leave_out(self.so_far - started)
+            self.untimed += share.count
+        return values
+
+    def _leave_out(self, seconds: float) -> None:
+        self._began += seconds
+        self.aside += seconds
 
 
 @dataclass

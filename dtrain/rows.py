@@ -27,7 +27,8 @@ def epoch_row(epoch: int, train: PassResult, valid: PassResult | None, rate: flo
     if rate is not None:
         row["lr"] = rate
     row["seconds"] = train.seconds + train.aside + (valid.seconds if valid is not None else 0.0)
-    row["samples_per_second"] = train.samples / train.seconds
+    timed = train.samples - train.untimed
+    row["samples_per_second"] = timed / train.seconds if timed > 0 else train.samples / (train.seconds + train.aside)
     return row
 
 

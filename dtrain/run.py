@@ -53,12 +53,14 @@ from dtrain.world import World
 T = TypeVar("T")
 
 
-def train_run(
+def train_run(  # noqa: PLR0913 - what a run needs
     settings: Settings,
     world: World,
     resume: str = "auto",
     request: StopRequest | None = None,
     voice: Voice | None = None,
+    *,
+    trial: bool = False,
 ) -> Path:
     """Trains a configured run on this rank, from its beginning or from where it was.
 
@@ -69,6 +71,7 @@ def train_run(
             of a run, which is gone on with, or of one checkpoint, from which a new run begins.
         request: hears what asks this process to stop.
         voice: how progress is shown, and who is told of events.
+        trial: whether the folder goes afterwards, so that nobody is to be told of it.
 
     Returns:
         the run's folder; on ranks other than 0 too, although only rank 0 writes to it.
@@ -80,7 +83,7 @@ def train_run(
     request = StopRequest() if request is None else request
     with contextlib.ExitStack() as owner:
         try:
-            return _train(settings, world, resume, request, owner, voice or Voice())
+            return _train(settings, world, resume, request, owner, voice or Voice(), trial)
         except StopRequested:
             world.close()  # none leaves, and has the launcher end the others, before all have saved
             raise
@@ -93,6 +96,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
     request: StopRequest,
     owner: contextlib.ExitStack,
     voice: Voice,
+    trial: bool,
 ) -> Path:
     task = agree(world, lambda: load_task(settings))
     train = settings.config.train
@@ -102,7 +106,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
     engine = configured_engine(task, world, settings, epochs=epochs, nan=train.nan, progress=progress)
     check_not_asked(world, request)
     folder, ids, came_from = begin(engine, settings, resume, lambda folder: owner.enter_context(_taken(folder)))
-    if world.local_rank == 0:  # on each node, for the ranks' logs
+    if world.local_rank == 0 and not trial:  # on each node, for the ranks' logs
         name_run(folder)
     if engine.start.epoch > engine.epochs or engine.stopping:
         if world.is_main:
@@ -122,11 +126,11 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
     profile = _watched(engine, settings, folder, tracking, owner)
     try:
         with _noted(engine, settings, folder, came_from), stopping:
-            _fit(engine, keeper, tracking, folder)
+            _fit(engine, keeper, tracking, None if trial or supervised() else folder)
     except StopRequested:
         world.gather_json(None)  # rank 0 has written what any of them tells of
         raise StopRequested(_stopped(stopping.why(), engine.place, folder, settings)) from None
-    if world.is_main:
+    if world.is_main and not trial:
         sum_up(engine.history, folder, voice)
         if profile is not None:
             print(profile.words())  # noqa: T201
@@ -251,8 +255,15 @@ def _keeper(engine: Engine, settings: Settings, folder: Path, tracking: Tracking
     return keeper
 
 
-def _fit(engine: Engine, keeper: Keeper, tracking: Tracking | None, folder: Path) -> None:
-    """Trains; whatever ends it, the last checkpoint is on the disk and the trackers are told."""
+def _fit(engine: Engine, keeper: Keeper, tracking: Tracking | None, word: Path | None) -> None:
+    """Trains; whatever ends it, the last checkpoint is on the disk and the trackers are told.
+
+    Args:
+        engine: trains.
+        keeper: saves.
+        tracking: the trackers, if any.
+        word: the folder where word of a failure is left; None where a supervisor does, which knows how all ranks ended.
+    """
     failed, complete = True, False
     try:
         engine.fit()
@@ -264,8 +275,8 @@ def _fit(engine: Engine, keeper: Keeper, tracking: Tracking | None, folder: Path
     except (Exception, SystemExit) as error:
         with contextlib.suppress(Exception):  # what ended the run is told, not this
             keeper.close()
-        if not supervised():  # else the supervisor does, which knows how all ranks ended
-            _leave_word(folder, engine.place, engine.world, error)
+        if word is not None:
+            _leave_word(word, engine.place, engine.world, error)
         raise
     finally:
         if tracking is not None:

@@ -56,6 +56,12 @@ def train(
         ),
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and start nothing.")] = False,
+    fast_dev_run: Annotated[
+        bool,
+        typer.Option(
+            "--fast-dev-run", help="Go through all of a run in seconds, with 2 batches a rank, and leave nothing."
+        ),
+    ] = False,
     log_format: Format = LogFormat.AUTO,
     all_ranks: AllRanks = False,
     log_level: Level = None,
@@ -66,12 +72,21 @@ def train(
     """
     manner = Manner(log_format, log_level, all_ranks=all_ranks)
     with reported(manner.events):
-        code = _train(words or [], ranks, cpu, dry_run, retries, resume, manner)
+        if fast_dev_run:
+            _refuse_beside_fast_dev_run(dry_run, retries, resume)
+        code = _train(words or [], ranks, cpu, dry_run, retries, resume, manner, fast_dev_run)
     raise typer.Exit(code)
 
 
 def _train(  # noqa: PLR0917 - the options
-    words: list[str], ranks: int | None, cpu: bool, dry_run: bool, retries: int, resume: str, manner: Manner
+    words: list[str],
+    ranks: int | None,
+    cpu: bool,
+    dry_run: bool,
+    retries: int,
+    resume: str,
+    manner: Manner,
+    fast_dev_run: bool,
 ) -> int:
     from dtrain.launch.facts import read_rank_facts
     from dtrain.launch.requests import hear_no_more, request_of_this_process
@@ -81,12 +96,19 @@ def _train(  # noqa: PLR0917 - the options
     request = request_of_this_process() if not dry_run else None
     tell_own_config(words, as_words=manner.events is None)
     settings = read_target(words)
-    check_installed(settings.config.track)
+    if not fast_dev_run:
+        check_installed(settings.config.track)
     if request is None:
         _show_plan(settings, ranks or read_rank_facts().size, as_words=manner.events is not None)
         return 0
 
     def work(world: World) -> None:
+        if fast_dev_run:
+            from dtrain.fast_dev import fast_dev_run as go_through
+            from dtrain.progress import Voice
+
+            go_through(settings, world, request, manner.voice or Voice())
+            return
         from dtrain.run import train_run
 
         folder = train_run(settings, world, resume, request, manner.voice)
@@ -105,6 +127,17 @@ def _train(  # noqa: PLR0917 - the options
         return on_ranks(ranks, cpu, work, claims=lambda: claims_of(settings), manner=manner, **watch)
     finally:
         hear_no_more()
+
+
+def _refuse_beside_fast_dev_run(dry_run: bool, retries: int, resume: str) -> None:
+    from dtrain.errors import UsageError
+
+    given = {"--dry-run": dry_run, "--retries": retries > 0, f"--resume {resume}": resume != "auto"}
+    for option in (option for option, there in given.items() if there):
+        raise UsageError(
+            f"--fast-dev-run and {option} do not go together: it goes through a run of its own, from the beginning, "
+            "and leaves nothing. Leave one of the two out."
+        )
 
 
 def _is_rank() -> bool:

@@ -46,7 +46,7 @@ class PassFacts:
         skipped: so many of them were done before, in the process that this one goes on from.
         seconds: how long these took.
         samples: returns the number of samples that this rank has done in the pass, the skipped ones included. All
-            ranks have done about `run.ranks` times as many.
+            ranks have done about `run.ranks` times as many. Those of steps in which the net was compiled do not count.
         aside: returns the seconds since the pass began that were no part of it: validation within it, compilation.
         within: whether it is a validation within a train pass, which goes on afterwards.
         run: what holds for the whole run.

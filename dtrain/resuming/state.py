@@ -7,7 +7,6 @@ rank has of its own (random streams, sums of the epoch that runs).
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,8 +33,9 @@ def run_state(engine: Engine) -> State:
         "epoch": place.epoch,
         "step": place.step if place.split == "train" else None,
         "updates": place.updates,
-        "seconds": time.perf_counter() - engine.began,
-        "aside": engine.aside,
+        "seconds": engine.watch.so_far,
+        "aside": engine.watch.aside,
+        "untimed": engine.watch.untimed,
         "rows": engine.history.rows,
         "validations": [] if engine.within is None else engine.within.history.rows,
         "names": engine.names,
@@ -150,8 +150,8 @@ def _start(engine: Engine, run: State, ranks: list[State]) -> Start:
         else:  # the streams are each rank's own; those of other ranks are nobody's
             seed_everything(derive(engine.seed, "rank", world.rank, "of", world.size, "from", epoch, skip))
 
-    seconds, aside = (run["seconds"], run.get("aside", 0.0)) if within else (0.0, 0.0)
-    return Start(epoch, skip, table, seconds, aside, randomness, trained)
+    times = {name: run.get(name, 0) for name in ("seconds", "aside", "untimed") if within}
+    return Start(epoch, skip, table, **times, randomness=randomness, trained=trained)
 
 
 def _trained(saved: State | None) -> Trained | None:

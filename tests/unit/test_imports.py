@@ -71,7 +71,7 @@ LAYERS = [
     ["dtrain.run_folder"],
     ["dtrain.telling"],
     ["dtrain.keras", "dtrain.run", "dtrain.plan", "dtrain.script"],
-    ["dtrain.check", "dtrain.bench", "dtrain.evaluation", "dtrain.doctor", "dtrain.finding"],
+    ["dtrain.check", "dtrain.bench", "dtrain.evaluation", "dtrain.doctor", "dtrain.finding", "dtrain.fast_dev"],
     ["dtrain.cli"],
     ["dtrain.__main__"],
 ]

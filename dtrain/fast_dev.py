@@ -1,0 +1,126 @@
+"""`dtrain train --fast-dev-run`: all of a run in seconds, in a folder of its own that is removed afterwards.
+
+One epoch of two batches for each rank, with validation, a checkpoint, and a second engine that goes on from it; without
+trackers. It finds what would fail at a run's first validation, or at its first checkpoint, before hours were spent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from dtrain.building import configured_engine, load_task
+from dtrain.config import Settings
+from dtrain.config.schema import RunFolderConfig, TrackConfig
+from dtrain.engine import Engine
+from dtrain.errors import StopRequested
+from dtrain.launch.requests import StopRequest
+from dtrain.progress import Voice
+from dtrain.run import agree, begin, train_run
+from dtrain.world import World
+
+BATCHES = 2  # of each loader, for each rank
+
+
+def fast_dev_run(settings: Settings, world: World, request: StopRequest, voice: Voice) -> None:
+    """Goes through all of a configured run on this rank, and leaves nothing.
+
+    Args:
+        settings: the run's config.
+        world: the verified ranks.
+        request: hears what asks this process to stop.
+        voice: how progress is shown, and who is told of events.
+
+    Raises:
+        StopRequested: some rank was asked to stop; every rank raises it.
+        Exception: whatever the run would raise.
+    """
+    started = time.perf_counter()
+    with _folder(world) as folder:
+        made = small(settings, world.size, folder)
+        try:
+            train_run(made, world, "never", request, voice, trial=True)
+        except StopRequested:
+            raise StopRequested("stopped on request, in a fast dev run, of which nothing is kept") from None
+        engine = _read_back(made, world)
+    if world.is_main:
+        _sum_up(engine, time.perf_counter() - started, voice)
+
+
+def small(settings: Settings, ranks: int, folder: str) -> Settings:
+    """Returns the config of a run of seconds.
+
+    Args:
+        settings: the run's.
+        ranks: how many there are.
+        folder: where the run's folder is made.
+    """
+    config = settings.config
+    train = config.train
+    changes = {
+        "epochs": 1,
+        "max_steps": None,
+        "limit_batches": BATCHES * (ranks if train.batch == "per_rank" else 1),
+        "overfit_batches": None,
+        "log_step_freq": 1,
+        "val_every_steps": None if train.val_every_steps is None else 1,
+    }
+    sections = {
+        "train": train.model_copy(update=changes),
+        "checkpoint": config.checkpoint.model_copy(update={"every_epochs": 1}),
+        "run": RunFolderConfig(dir=folder, name="fast-dev-run"),
+        "track": TrackConfig(),
+    }
+    return replace(settings, config=config.model_copy(update=sections))
+
+
+@contextlib.contextmanager
+def _folder(world: World) -> Iterator[str]:
+    """While inside, rank 0, which writes all, has a folder; the others do not use theirs."""
+    folder = agree(world, lambda: tempfile.mkdtemp(prefix="dtrain-fast-dev-run-") if world.is_main else "")
+    try:
+        yield folder or str(Path(tempfile.gettempdir()))
+    finally:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_back(settings: Settings, world: World) -> Engine:
+    """Returns an engine, made anew, that stands where the checkpoint was saved."""
+    task = agree(world, lambda: load_task(settings))
+    engine = configured_engine(task, world, settings, epochs=1)
+    with contextlib.ExitStack() as stack:
+        stack.callback(engine.learner.close)
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # which tells that a run goes on
+        begin(engine, settings, "auto", lambda _: None)
+    return engine
+
+
+def _sum_up(engine: Engine, seconds: float, voice: Voice) -> None:
+    """Says what was gone through."""
+    within = 0 if engine.within is None else len(engine.within.history.rows)
+    optimizer, ranks = engine.place.updates, engine.world.size
+    steps = f"{optimizer} optimizer step{'s' * (optimizer != 1)} on {ranks} rank{'s' * (ranks != 1)}"
+    if engine.valid is None:
+        validation = "no validation (there is no loader for it)"
+    else:
+        validation = f"validation{f' ({within} within the epoch)' * bool(within)}"
+    print(  # noqa: T201
+        f"fast dev run: went through {steps}, {validation}, a checkpoint, and back from it, in {seconds:.1f} s. "
+        "Nothing of it is kept."
+    )
+    voice.tell(
+        "fast_dev_run",
+        ranks=ranks,
+        updates=optimizer,
+        validated=engine.valid is not None,
+        checkpoint=True,
+        row=engine.history.rows[-1],
+        seconds=seconds,
+    )
