@@ -1,0 +1,165 @@
+"""What is shown, told and kept of a validation within an epoch; and what the rates leave out."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.clock import stopped
+from helpers.screens import Screen
+
+from dtrain.events import Events
+from dtrain.progress import LiveBar, PassFacts, PlainLines, RunFacts, bar, paced
+from dtrain.progress.clock import Clock
+from dtrain.progress.feed import FeedReader, FeedWriter
+from dtrain.progress.jsonl import JsonLines
+from dtrain.progress.lines import FINE, validation_parts
+from dtrain.tracking import tracking
+from dtrain.tracking.files import FOLDER, STEPS, StepLog, read_lines
+from dtrain.tracking.tracking import Tracking
+
+ROW = {"epoch": 1, "step": 20, "val_loss": 0.75, "val_acc": 0.125, "seconds": 2.0}
+RUN = RunFacts(3, 2, lambda: 0.001, lambda: 20)
+TRAIN = PassFacts("train", 1, 40, run=RUN)
+WITHIN = PassFacts("valid", 1, 5, within=True, run=RUN)
+
+
+class Table:
+    def __init__(self, steps: int = 0) -> None:
+        self.steps = steps
+
+    def running(self) -> dict[str, float]:
+        return {"loss": 0.5}
+
+
+def played(view: Any) -> None:
+    """Two train steps, a validation within the epoch, a third train step."""
+    view.begin(TRAIN)
+    for steps in (1, 2):
+        view.step(Table(steps))
+    view.begin(WITHIN)
+    view.step(Table(1))
+    view.validated(ROW)
+    view.step(Table(3))
+
+
+def test_plain_lines_have_one_for_it_and_go_on() -> None:
+    out = io.StringIO()
+    played(PlainLines(1, out))
+    assert out.getvalue().splitlines() == [
+        "epoch 1/3, 40 steps",
+        "[step = 1] loss: 0.500",
+        "[step = 2] loss: 0.500",
+        "[validation after 20 optimizer steps] val_loss: 0.750, val_acc: 0.125, time: 2.0s",
+        "[step = 3] loss: 0.500",
+    ]
+
+
+def test_events_have_one_for_it_and_go_on() -> None:
+    ours, theirs = os.pipe()
+    try:
+        played(JsonLines(Events(theirs), 1))
+        told = [json.loads(line) for line in os.read(ours, 100_000).splitlines()]
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert [event["event"] for event in told] == ["step", "step", "validation", "step"]
+    assert (told[2]["epoch"], told[2]["updates"], told[2]["row"]) == (1, 20, ROW)
+    assert [event["step"] for event in told if event["event"] == "step"] == [1, 2, 3]
+
+
+def test_the_bar_shows_it_and_then_the_train_pass_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "COLUMNS", "LINES", "FORCE_COLOR", "TTY_COMPATIBLE", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    now = stopped(monkeypatch, bar, paced)
+    screen = Screen(80, 10)
+    view = LiveBar(screen)
+    monkeypatch.setattr(view, "_size", lambda: os.terminal_size((80, 10)))
+    view.begin(TRAIN)
+    now.seconds += 5
+    view.step(Table(20))
+    view.begin(WITHIN)
+    now.seconds += 5
+    view.step(Table(3))
+    shown = screen.lines
+    assert any(line.startswith("valid 3/5") for line in shown)
+    assert not any("epoch 1/3" in line for line in shown), "a validation within it is no share of the run"
+    view.validated(ROW)
+    now.seconds += 5
+    view.step(Table(21))
+    shown = screen.lines
+    assert shown[0].startswith("step 20  val_loss 0.7500  val_acc 0.1250  2.0s")
+    assert any(line.startswith("train 21/40") for line in shown) and any("epoch 1/3" in line for line in shown)
+    assert not any("valid" in line for line in shown)
+    view.close()
+
+
+def test_a_narrow_line_leaves_the_last_values_out() -> None:
+    (part,) = validation_parts(ROW, 26, FINE)
+    assert part[1] == "step 20  val_loss 0.7500"
+
+
+def test_another_process_is_told_as_well(tmp_path: Path) -> None:
+    out = io.StringIO()
+    reader = FeedReader(tmp_path / "feed", PlainLines(1, out))
+    played(FeedWriter(tmp_path / "feed"))
+    reader.poll()
+    assert "[validation after 20 optimizer steps] val_loss: 0.750" in out.getvalue()
+
+
+def test_trackers_get_it_as_values_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = stopped(monkeypatch, tracking)
+    monkeypatch.setattr(now, "time", lambda: 0.0, raising=False)
+    told: list[Any] = []
+
+    class Listener:
+        name = "it"
+
+        def run_id(self) -> str:
+            return ""
+
+        def log_steps(self, values: Any, step: int) -> None:
+            told.append((dict(values), step))
+
+    one = Tracking(tmp_path, StepLog(tmp_path), every=10.0, device=torch.device("cpu"))
+    one.trackers.append(Listener())  # type: ignore[arg-type]
+    aside = [0.0]
+    one.begin(PassFacts("train", 1, 40, samples=lambda: 60, aside=lambda: aside[0], run=RUN))
+    one.begin(WITHIN)
+    now.seconds += 100
+    aside[0] = 100.0
+    one.step(Table(3))  # type: ignore[arg-type] - of the validation
+    assert told == []
+    one.validated(ROW)
+    assert told == [({"step/val_loss": 0.75, "step/val_acc": 0.125}, 20)]
+    now.seconds += 20
+    one._facts = PassFacts("train", 1, 40, samples=lambda: 160, aside=lambda: aside[0], run=RUN)
+    one.step(Table(4))  # type: ignore[arg-type]
+    assert told[1][0]["step/samples_per_second"] == pytest.approx((160 - 60) * 2 / 20.0, rel=0.01)
+    kept = read_lines(tmp_path / FOLDER / STEPS)
+    assert [line["updates"] for line in kept] == [20, 20] and kept[0]["step/val_loss"] == 0.75
+    one._log.close()
+
+
+def test_rates_and_the_time_left_leave_out_what_is_no_part_of_the_pass() -> None:
+    """100 steps of a second each; after ten of them, 50 seconds of something else."""
+    clock, aside, samples = Clock(), [0.0], [0]
+    facts = PassFacts("train", 1, 100, samples=lambda: samples[0], aside=lambda: aside[0])
+    clock.begin(facts, 1000.0)
+    samples[0] = 40
+    clock.look(10, 1010.0)
+    assert (clock.samples_per_second, clock.epoch_left(1010.0)) == (pytest.approx(4.0), pytest.approx(90.0))
+    aside[0] = 50.0
+    assert clock.epoch_left(1060.0) == pytest.approx(90.0)
+    samples[0] = 80
+    clock.look(20, 1070.0)
+    assert (clock.samples_per_second, clock.epoch_left(1070.0)) == (pytest.approx(4.0), pytest.approx(80.0))
+    clock.look(100, 1150.0)
+    clock.begin(PassFacts("train", 2, 100), 1150.0)
+    assert clock.epoch_left(1150.0) == pytest.approx(100.0), "as long as the last one, without the rest"
