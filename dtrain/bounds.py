@@ -48,17 +48,17 @@ class Start:
         skip: the rank's shares of it that are done.
         table: what `MeanTable.state` returned after them, or None.
         seconds: how long they took.
-        aside: seconds of the pass besides, as in `PassResult`.
-        untimed: samples of rank 0 in them.
         randomness: puts the random streams to where they were.
         trained: the epoch's train pass, where it is done and only validation is left; None else.
+        aside: seconds of the pass besides, as in `PassResult`.
+        untimed: samples of rank 0 in them.
     """
 
     epoch: int = 1
     skip: int = 0
     table: Mapping[str, Any] | None = None
     seconds: float = 0.0
-    aside: float = 0.0
-    untimed: int = 0
     randomness: Callable[[], None] | None = None
     trained: Trained | None = None
+    aside: float = 0.0
+    untimed: int = 0

@@ -326,8 +326,8 @@ class Engine:
             start.skip,
             start.seconds,
             samples=lambda: table.samples - self.watch.untimed,
-            aside=lambda: self.watch.aside,
             run=self.facts,
+            aside=lambda: self.watch.aside,
         )
         self.progress.begin(facts)
         if self.within is not None and start.skip not in (0, steps) and self.within.is_due:  # a stop came into it

@@ -47,9 +47,9 @@ class PassFacts:
         seconds: how long these took.
         samples: returns the number of samples that this rank has done in the pass, the skipped ones included. All
             ranks have done about `run.ranks` times as many. Those of steps in which the net was compiled do not count.
+        run: what holds for the whole run.
         aside: returns the seconds since the pass began that were no part of it: validation within it, compilation.
         within: whether it is a validation within a train pass, which goes on afterwards.
-        run: what holds for the whole run.
     """
 
     split: str
@@ -58,9 +58,9 @@ class PassFacts:
     skipped: int = 0
     seconds: float = 0.0
     samples: Callable[[], int] = _zero
+    run: RunFacts = field(default_factory=RunFacts)
     aside: Callable[[], float] = _no_time
     within: bool = False
-    run: RunFacts = field(default_factory=RunFacts)
 
     @property
     def epochs(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from helpers.commands import BIN, Dtrain
+from helpers.sweep import some
 
 from dtrain.cli.train import _refuse_beside_fast_dev_run
 from dtrain.config import load_settings
@@ -75,7 +76,7 @@ def test_ranks_that_another_launcher_started(dtrain: Dtrain, recipes: Path) -> N
 def test_what_fails_is_told_and_nothing_is_left(dtrain: Dtrain, recipes: Path) -> None:
     (dtrain.folder / "temporary").mkdir()
     words = ["train", recipes / "small.py", "model.fault=raise-in-valid", "--fast-dev-run", "--cpu"]
-    for ranks in (1, 2):
+    for ranks in some([2], [1]):
         done = dtrain(*words, "-n", ranks, TMPDIR=str(dtrain.folder / "temporary"))
         assert done.code == 1
         assert "ValueError" in done.err and "a fault in validation" in done.err and "epoch 1, valid step 1" in done.err

@@ -56,6 +56,19 @@ def digest(net: nn.Module) -> str:
     return hashlib.sha256(b"".join(v.numpy().tobytes() for v in net.state_dict().values())).hexdigest()
 
 
+def refused(world: World) -> str:
+    """One rank: the words."""
+    net = made()
+    recompute(net, ["blocks.*"], "test")
+    net.optimizer = torch.optim.SGD(net.parameters(), lr=0.1)  # type: ignore[assignment]
+    data = DataLoader(TensorDataset(torch.randn(8, 8)), batch_size=4)
+    try:
+        Engine(Task(net, lambda model, x: model(x).mean(), data), world, epochs=1, sync_batchnorm=True)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
 def trained(world: World, kinds: list[str]) -> list[list[Any]]:
     """One rank: for each kind of step, weights, buffers and history without and with recomputing; calls of a part."""
     x = torch.randn(44, 8, generator=torch.Generator().manual_seed(3))
@@ -82,14 +95,15 @@ def trained(world: World, kinds: list[str]) -> list[list[Any]]:
             engine.fit()
             rows = [{k: v for k, v in row.items() if "second" not in k} for row in engine.history.rows]
             found.append([digest(net), rows, net.blocks[0].calls])
-    return found
+    return [*found, refused(world)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_numbers_are_the_same_to_the_last_bit(ranks: int) -> None:
     """With dropout, whose numbers are drawn again, and BatchNorm, whose statistics change once."""
     kinds = ["declarative", "imperative", "bf16"]
-    for answer in run_ranks(trained, ranks, kinds=kinds):
+    for *answer, told in run_ranks(trained, ranks, kinds=kinds):
+        assert ("train.activation_checkpointing: blocks.0 has BatchNorm in it" in told) == (ranks > 1)
         for kind, without, with_ in zip(kinds, answer[::2], answer[1::2], strict=True):
             assert without[:2] == with_[:2], kind
             assert with_[2] == 2 * without[2], f"{kind}: each forward of a part is computed twice"
@@ -154,22 +168,3 @@ def test_by_config(tmp_path: Path) -> None:
     settings = load_settings(str(RECIPES / "resumable.py"), ["train.activation_checkpointing=[layer]"], {})
     with pytest.raises(ConfigError, match=r"'layer' \(command line\): no part of the net has such a name\..*'layers'"):
         load_task(settings)
-
-
-def refused(world: World) -> str:
-    """One rank: the words."""
-    net = made()
-    recompute(net, ["blocks.*"], "test")
-    net.optimizer = torch.optim.SGD(net.parameters(), lr=0.1)  # type: ignore[assignment]
-    data = DataLoader(TensorDataset(torch.randn(8, 8)), batch_size=4)
-    try:
-        Engine(Task(net, lambda model, x: model(x).mean(), data), world, epochs=1, sync_batchnorm=True)
-    except UsageError as error:
-        return str(error)
-    return ""
-
-
-def test_batchnorm_over_the_ranks_cannot_be_computed_again() -> None:
-    for told in run_ranks(refused, 2):
-        assert "train.activation_checkpointing: blocks.0 has BatchNorm in it" in told
-        assert "Leave the part, or sync_batchnorm, out" in told
