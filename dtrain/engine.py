@@ -7,7 +7,7 @@
         for share in train loader:            # this rank's part of the global batch
             values = learner.learn(share)     # train_step, and what it leaves to do; see `dtrain.learning`
             add the returned values, with the weight of the real samples
-            after an optimizer step: the `after_step` functions
+            after an optimizer step: validation, where it is due within the epoch; the `after_step` functions
         sum over ranks, once; compare the ranks' weights
         net.eval()                            # the bare net, not DDP
         for share in valid loader: add valid_step(net, *batch)
@@ -72,6 +72,7 @@ class Engine:
         val_every_steps: optimizer steps from one validation within an epoch to the next; None for none.
         max_steps: optimizer steps after which training ends, with the epoch's row; None where the epochs end it.
         history: gets a row an epoch, on every rank.
+        validations: gets a row a validation within an epoch, on every rank.
         progress: what a person sees.
         after_epoch: called on every rank with each new row.
         after_step: called on every rank after each optimizer step and once after each epoch, where `place.split` is
@@ -106,6 +107,7 @@ class Engine:
     val_every_steps: int | None = None
     max_steps: int | None = None
     history: History = field(default_factory=History)
+    validations: History = field(default_factory=History)
     progress: Progress = field(default_factory=Silent)
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
     after_step: list[Callable[[Place], None]] = field(default_factory=list)
@@ -163,7 +165,13 @@ class Engine:
         )
         self.average = None if self.ema_decay is None else WeightAverage(self.task.module, self.ema_decay)
         self.within = within_epochs(
-            self.val_every_steps, self.valid, self.world, self.place, self.generators, self._averaged
+            self.val_every_steps,
+            self.valid,
+            self.world,
+            self.place,
+            self.generators,
+            self._averaged,
+            lambda: self.validations,
         )
         if self.learner.scaler is not None:
             self.task.others = {**self.task.others, "the scaler of float16": self.learner.scaler}
@@ -204,8 +212,7 @@ class Engine:
             self.progress.close()
             self.learner.close()
             self.history.sync()
-            if self.within is not None:
-                self.within.history.sync()
+            self.validations.sync()
         if self.place.heartbeat is not None:
             self.place.heartbeat.enter(DONE)  # what comes now is the caller's own
         return self.history

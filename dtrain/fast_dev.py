@@ -104,7 +104,7 @@ def _read_back(settings: Settings, world: World) -> Engine:
 
 def _sum_up(engine: Engine, seconds: float, voice: Voice) -> None:
     """Says what was gone through."""
-    within = 0 if engine.within is None else len(engine.within.history.rows)
+    within = len(engine.validations.rows)
     optimizer, ranks = engine.place.updates, engine.world.size
     steps = f"{optimizer} optimizer step{'s' * (optimizer != 1)} on {ranks} rank{'s' * (ranks != 1)}"
     if engine.valid is None:

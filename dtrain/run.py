@@ -199,10 +199,9 @@ def begin(
 
 def _take_up_validations(engine: Engine, opened: Opened | None, rows: list[dict[str, Any]]) -> None:
     """Has the validations within epochs go on after these, on every rank; rank 0 writes them beside the history."""
-    if engine.within is not None:
-        path = None if opened is None else opened.folder / VALIDATIONS
-        engine.within.history = agree(engine.world, lambda: History() if path is None else History.resumed(path, rows))
-        engine.within.history.rows = list(rows)
+    path = None if opened is None else opened.folder / VALIDATIONS
+    engine.validations = agree(engine.world, lambda: History() if path is None else History.resumed(path, rows))
+    engine.validations.rows = list(rows)
 
 
 def _opened(engine: Engine, settings: Settings, resume: str, own: Callable[[Path], None]) -> Opened:

@@ -41,9 +41,7 @@ class WithinEpoch:
         place: where the run is.
         generators: returns the generators that the user gave the loaders.
         averaged: puts the averaged weights into the net while inside, where there is an average.
-
-    Attributes:
-        history: its rows so far: epoch, step (optimizer steps since the run began), val_..., seconds.
+        history: returns where rows are added: epoch, step (optimizer steps since the run began), val_..., seconds.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - made at one place, with all of them
@@ -54,8 +52,9 @@ class WithinEpoch:
         place: Place,
         generators: Callable[[], list[torch.Generator]],
         averaged: Callable[[], AbstractContextManager[None]],
+        history: Callable[[], History],
     ) -> None:
-        self.history = History()
+        self._history = history
         self._every = every
         self._pass = replace(valid, metrics=copy.deepcopy(dict(valid.metrics)))
         self._world, self._place = world, place
@@ -66,7 +65,7 @@ class WithinEpoch:
     def is_due(self) -> bool:
         """Whether it is time, and it was not done yet."""
         step = self._place.updates
-        return step > 0 and step % self._every == 0 and [row["step"] for row in self.history.rows[-1:]] != [step]
+        return step > 0 and step % self._every == 0 and [row["step"] for row in self._history().rows[-1:]] != [step]
 
     def heed(self, stopping: Stopping) -> None:
         """Lets a request to stop end a validation."""
@@ -86,7 +85,7 @@ class WithinEpoch:
             self._last = place.updates, result, streams.now()
         means = {f"{VALID}{name}": mean for name, mean in result.means.items()}
         row = {"epoch": place.epoch, "step": place.updates, **means, "seconds": result.seconds}
-        self.history.append(row)
+        self._history().append(row)
         progress.validated(row)
 
     def taken_up(self) -> PassResult | None:
@@ -148,6 +147,7 @@ def within_epochs(  # noqa: PLR0913, PLR0917 - made at one place, with all of th
     place: Place,
     generators: Callable[[], list[torch.Generator]],
     averaged: Callable[[], AbstractContextManager[None]],
+    history: Callable[[], History],
 ) -> WithinEpoch | None:
     """Returns what validates within epochs; None where that is not asked for.
 
@@ -165,4 +165,4 @@ def within_epochs(  # noqa: PLR0913, PLR0917 - made at one place, with all of th
             f"train.val_every_steps = {every}: the validation loader is used up after one pass: it is an iterator "
             "or a generator. Give a DataLoader, or an object whose __iter__ starts anew."
         )
-    return WithinEpoch(every, valid, world, place, generators, averaged)
+    return WithinEpoch(every, valid, world, place, generators, averaged, history)

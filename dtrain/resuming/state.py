@@ -37,7 +37,7 @@ def run_state(engine: Engine) -> State:
         "aside": engine.watch.aside,
         "untimed": engine.watch.untimed,
         "rows": engine.history.rows,
-        "validations": [] if engine.within is None else engine.within.history.rows,
+        "validations": engine.validations.rows,
         "names": engine.names,
         "valid_names": None if engine.valid is None else engine.valid.names,
         "rate": engine.rates.rate,

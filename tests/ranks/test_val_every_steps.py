@@ -113,7 +113,7 @@ def trained(world: World, cases: list[list[Any]]) -> list[Any]:
             engine.after_step.append(look)
             engine.fit()
             rows = [{k: v for k, v in row.items() if k not in TIMES} for row in engine.history.rows]
-            within = [] if engine.within is None else engine.within.history.rows
+            within = engine.validations.rows
             runs.append([digest(engine), rows, sorted(modes), within, expected])
         found.append(runs)
     return found
@@ -151,8 +151,8 @@ def test_one_that_coincides_with_an_epochs_end_is_not_run_twice(monkeypatch: pyt
         engine = engine_of(bring_up(cpu=True), 3, "declarative", stream=stream)
         engine.fit()
         assert ran == expected
-        assert [row["step"] for row in engine.within.history.rows] == ([3, 6, 9, 12] if stream else [3, 9])
-        last = engine.within.history.rows[-1]
+        assert [row["step"] for row in engine.validations.rows] == ([3, 6, 9, 12] if stream else [3, 9])
+        last = engine.validations.rows[-1]
         if stream:
             assert last["val_loss"] == engine.history.rows[-1]["val_loss"]
 
@@ -176,7 +176,7 @@ def test_its_time_is_none_of_the_train_pass(monkeypatch: pytest.MonkeyPatch) -> 
     row = engine.history.rows[0]
     assert row["samples_per_second"] == 24 / 6.0
     assert row["seconds"] == 6.0 + 3 * 300.0
-    assert [row["seconds"] for row in engine.within.history.rows] == [300.0] * 4
+    assert [row["seconds"] for row in engine.validations.rows] == [300.0] * 4
 
 
 # --- a run that is cut off ------------------------------------------------------------------------------
@@ -267,9 +267,11 @@ def test_it_may_begin_and_end_with_a_run_that_goes_on(tmp_path: Path) -> None:
     world = bring_up(cpu=True)
     run = run_in(tmp_path, world, "it")
     before = (run / "validations.csv").read_text()
-    run_in(tmp_path, world, "it", "epochs=3", "train.val_every_steps=5")
+    run_in(tmp_path, world, "it", "epochs=3", "train.val_every_steps=null")
+    assert (run / "validations.csv").read_text() == before
+    run_in(tmp_path, world, "it", "epochs=4", "train.val_every_steps=5")
     assert (run / "validations.csv").read_text().startswith(before)
-    assert [row["step"] for row in rows_of(run)][6:] == ["25"]
+    assert [row["step"] for row in rows_of(run)][6:] == ["35"]
 
 
 def test_what_it_needs_is_named(tmp_path: Path) -> None:

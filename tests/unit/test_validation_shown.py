@@ -13,7 +13,9 @@ import torch
 from helpers.clock import stopped
 from helpers.screens import Screen
 
+from dtrain.errors import StopRequested
 from dtrain.events import Events
+from dtrain.passes import Place
 from dtrain.progress import LiveBar, PassFacts, PlainLines, RunFacts, bar, paced
 from dtrain.progress.clock import Clock
 from dtrain.progress.feed import FeedReader, FeedWriter
@@ -163,3 +165,38 @@ def test_rates_and_the_time_left_leave_out_what_is_no_part_of_the_pass() -> None
     clock.look(100, 1150.0)
     clock.begin(PassFacts("train", 2, 100), 1150.0)
     assert clock.epoch_left(1150.0) == pytest.approx(100.0), "as long as the last one, without the rest"
+
+
+class Beats:
+    """A heartbeat that is kept."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+
+    def enter(self, phase: str, epoch: int = 0) -> None:
+        self.said.append((phase, epoch))
+
+    def step(self, step: int) -> None:
+        self.said.append(step)
+
+
+def test_who_watches_for_hangs_is_told_of_both_passes() -> None:
+    beats = Beats()
+    place = Place(0, heartbeat=beats)  # type: ignore[arg-type]
+    place.enter("train", 2)
+    place.step = 6
+    place.advance()
+    with place.aside():
+        place.enter("valid", 2)
+        place.advance()
+    assert beats.said == [("train", 2), 7, ("valid", 2), 1, ("train", 2), 7]
+    assert (place.split, place.epoch, place.step) == ("train", 2, 7)
+    with pytest.raises(StopRequested), place.aside():
+        place.enter("valid", 2)
+        raise StopRequested("on request")
+    assert str(place) == "rank 0, epoch 2, train step 7", "a stop is taken there"
+    with pytest.raises(ValueError, match="x"), place.aside():
+        place.enter("valid", 2)
+        place.advance()
+        raise ValueError("x")
+    assert str(place) == "rank 0, epoch 2, valid step 1", "an error is told where it was"
