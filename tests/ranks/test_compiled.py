@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.commands import Dtrain
 from helpers.ranks import run_ranks
 from helpers.sweep import FULL, some
 from torch import nn
@@ -270,6 +271,11 @@ def test_checkpoints_of_a_compiled_run_go_on_uncompiled_and_the_other_way_round(
 
 
 @pytest.mark.skipif(not FULL, reason="inductor compiles for a minute")
-def test_inductor_by_config(tmp_path: Path) -> None:
-    settings = load_settings(str(RECIPES / "small.py"), ["train.compile=true", f"run.dir={tmp_path}", "epochs=2"], {})
-    train_run(settings, bring_up(cpu=True))
+def test_inductor_by_config_leaves_no_process(dtrain: Dtrain, recipes: Path) -> None:
+    """Its workers end with the ranks, which the tests' own guard looks after."""
+    for compile in ("false", "true"):
+        words = ["train", recipes / "small.py", "epochs=2", f"train.compile={compile}", f"run.name={compile}", "--cpu"]
+        done = dtrain(*words, timeout=600)
+        assert done.code == 0, done.text
+    one, two = (read_history(dtrain.folder / "runs" / name) for name in ("false", "true"))
+    assert one["val_loss"].tolist() == pytest.approx(two["val_loss"].tolist(), rel=1e-4)
