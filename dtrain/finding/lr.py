@@ -91,7 +91,7 @@ def load_bound(settings: Settings) -> tuple[Recipe, Task]:
 
 def shortened(settings: Settings, **train: Any) -> Settings:
     """Returns settings for a few steps: without what belongs to a whole run, and with other values of `train`."""
-    left_out = {"schedule": None, "ema_decay": None}
+    left_out = {"schedule": None, "ema_decay": None, "val_every_steps": None}
     config = settings.config
     changed = config.train.model_copy(update=left_out | train)
     return replace(settings, config=config.model_copy(update={"train": changed}))

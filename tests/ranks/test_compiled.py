@@ -7,6 +7,8 @@ DTRAIN_TEST_SWEEP=full adds inductor, which takes its time.
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ import pytest
 import torch
 from helpers.commands import Dtrain
 from helpers.ranks import run_ranks
-from helpers.sweep import FULL, some
+from helpers.sweep import some
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -270,7 +272,7 @@ def test_checkpoints_of_a_compiled_run_go_on_uncompiled_and_the_other_way_round(
     assert loss == pytest.approx(plain, rel=1e-4)
 
 
-@pytest.mark.skipif(not FULL, reason="inductor compiles for a minute")
+@pytest.mark.skipif(shutil.which("g++") is None and not os.environ.get("CI"), reason="inductor needs g++")
 def test_inductor_by_config_leaves_no_process(dtrain: Dtrain, recipes: Path) -> None:
     """Its workers end with the ranks, which the tests' own guard looks after."""
     for compile in ("false", "true"):
