@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from dtrain.fsdp.tensors import cut_like, is_sharded, local_part
+
 
 class WeightAverage:
-    """The average of a net's trained parameters; it is the same on all ranks, since they are.
+    """The average of a net's trained parameters; it is the same on all ranks, since they are, or sharded as they are.
 
     Args:
         module: the net, on the rank's device.
@@ -29,11 +31,11 @@ class WeightAverage:
 
     def update(self) -> None:
         """Takes the weights of one more optimizer step in."""
-        weights = [parameter.detach() for parameter in self._trained.values()]
+        weights = [local_part(parameter) for parameter in self._trained.values()]
         if self.updates == 0:
             self._copy(weights)
         else:
-            self._move(list(self._average.values()), weights, self.updates)
+            self._move([local_part(average) for average in self._average.values()], weights, self.updates)
         self.updates += 1
 
     @contextlib.contextmanager
@@ -64,15 +66,21 @@ class WeightAverage:
             trained: the parameters that were trained, by name.
             updates: optimizer steps so far.
         """
-        self._copy([parameter.detach() for parameter in self._trained.values()])
+        self._copy([local_part(parameter) for parameter in self._trained.values()])
         for name, parameter in self._trained.items():
-            parameter.data.copy_(trained[name])
+            local_part(parameter).copy_(local_part(cut_like(trained[name], parameter)))
         self.updates = updates
 
     def _copy(self, weights: list[Tensor]) -> None:
         for average, weight in zip(self._average.values(), weights, strict=True):
-            average.copy_(weight)
+            local_part(average).copy_(weight)
 
     def _exchange(self) -> None:
         for name, parameter in self._trained.items():
-            self._average[name], parameter.data = parameter.data, self._average[name]
+            if is_sharded(parameter):  # its memory is part of a larger one
+                mine, average = local_part(parameter), local_part(self._average[name])
+                before = mine.clone()
+                mine.copy_(average)
+                average.copy_(before)
+            else:
+                self._average[name], parameter.data = parameter.data, self._average[name]

@@ -13,6 +13,7 @@ from dtrain.config.schema import TrainConfig
 from dtrain.dealing import Dealing
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
+from dtrain.fsdp.settings import chosen_sharding
 from dtrain.learning import Task
 from dtrain.recipe import bind, load_recipe
 from dtrain.schedules import follow_schedule
@@ -83,6 +84,7 @@ def configured_engine(task: Task, world: World, settings: Settings, **more: Any)
         precision=train.precision,
         compile=train.compile,
         clip=Limit(train.clip_norm, train.clip_value),
+        sharding=chosen_sharding(train, world.sharding),
         ema_decay=train.ema_decay,
         val_every_steps=train.val_every_steps,
         max_steps=train.max_steps,

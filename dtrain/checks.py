@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.errors import StepError, UsageError
+from dtrain.fsdp.tensors import is_sharded
 from dtrain.world import World
 
 
@@ -73,8 +74,9 @@ def check_optimizers(optimizers: Iterable[Optimizer], net: nn.Module, size: int)
 
 
 def weights_checksum(net: nn.Module, dtype: torch.dtype) -> float:
-    """Returns one number that differs where the weights do."""
-    norms = [torch.linalg.vector_norm(p.detach(), dtype=dtype) for p in net.parameters() if p.is_floating_point()]
+    """Returns one number that differs where the weights do; weights of which there is one on all ranks do not count."""
+    whole = [p.detach() for p in net.parameters() if p.is_floating_point() and not is_sharded(p)]
+    norms = [torch.linalg.vector_norm(weight, dtype=dtype) for weight in whole]
     return float(torch.stack(norms).sum()) if norms else 0.0
 
 

@@ -61,19 +61,27 @@ def check_compile(asked: object) -> None:
 
 
 def compilation(asked: Compile | None, world: World) -> Compilation | None:
-    """Returns how a run compiles: as asked for, else as Accelerate's settings say; None where it does not.
+    """Returns how a run compiles, as `wanted` does, once it was tried.
 
     Raises:
-        UsageError: both say something, and not the same; or it cannot work here.
+        UsageError: as from `wanted`; or it cannot work here.
     """
-    launched = _accelerates(world)
-    if launched is None:
-        found = None if not asked else Compilation(mode=_DEFAULT if asked is True else asked)
-    else:
-        found = launched if asked is None else _agreed(asked, launched)
+    found = wanted(asked, world)
     if found is not None:
         _check_works(found, world.device.type)
     return found
+
+
+def wanted(asked: Compile | None, world: World) -> Compilation | None:
+    """Returns how a run is to compile: as asked for, else as Accelerate's settings say; None where it is not.
+
+    Raises:
+        UsageError: both say something, and not the same.
+    """
+    launched = _accelerates(world)
+    if launched is not None:
+        return launched if asked is None else _agreed(asked, launched)
+    return Compilation(mode=_DEFAULT if asked is True else asked) if asked else None
 
 
 def _accelerates(world: World) -> Compilation | None:

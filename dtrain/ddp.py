@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -134,8 +134,11 @@ class Replica:
         compile: whether, or in which mode of torch.compile, it is compiled; by default as Accelerate's settings say.
 
     Attributes:
+        sharded: False; see `dtrain.fsdp.replica`.
         clock: tells how long compiling takes; None where nothing is compiled.
     """
+
+    sharded = False
 
     def __init__(
         self, net: nn.Module, world: World, precision: Precision | None = None, compile: Compile | None = None
@@ -193,6 +196,14 @@ class Replica:
             self.clock.close()
         self._redirection = None
         self._lowered.close()
+
+    def leaves(self) -> Iterable[torch.Tensor]:
+        """Returns the parameters, at which gradients arrive before they are averaged."""
+        return self.net.parameters()
+
+    def validating(self) -> AbstractContextManager[Any]:
+        """While inside, validation runs: on the whole net, which each rank has anyway."""
+        return self._itself
 
     def averaging(self, wanted: bool) -> AbstractContextManager[Any]:
         """While inside, backward averages the gradients over the ranks, or, if not wanted, adds them up here."""

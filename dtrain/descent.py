@@ -6,7 +6,7 @@ they are clipped and stepped on (torch's GradScaler; a step with gradients that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,21 +35,25 @@ class Descent:
         finite: looks at the losses.
         synced: has BatchNorm's statistics taken over all ranks; None where each rank has its own.
         scaler: float16's; None else.
+        leaves: returns the tensors at which gradients arrive, where these are not the parameters.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - keyword-only after the task, the ranks and the losses
         self,
         task: Task,
         world: World,
         finite: FiniteLoss,
+        *,
         synced: SyncedBatchNorm | None = None,
         scaler: GradScaler | None = None,
+        leaves: Callable[[], Iterable[Tensor]] | None = None,
     ) -> None:
         self._task = task
         self._world = world
         self._finite = finite
         self._synced = synced
         self._scaler = scaler
+        self._leaves = leaves or (lambda: parameters_of(task))
         self._counted: Tensor | None = None
 
     def __call__(self, loss: Value | None, share: Share) -> None:
@@ -101,7 +105,7 @@ class Descent:
         if scale == 1.0:
             self._backward(loss)
             return
-        with scaled_gradients(parameters_of(self._task), scale):
+        with scaled_gradients(self._leaves(), scale):
             self._backward(loss)
 
     def _total(self, loss: Mean, share: Share) -> None:

@@ -32,6 +32,7 @@ from dtrain.compiling import Compile
 from dtrain.dealing import BatchMode
 from dtrain.errors import StopRequested, UsageError, add_place
 from dtrain.finite import WhenNan
+from dtrain.fsdp.settings import Sharding
 from dtrain.history import History
 from dtrain.launch.heartbeat import DONE, own_heartbeat
 from dtrain.learning import Learner, Task
@@ -68,6 +69,7 @@ class Engine:
         precision: in which the net's forward computes; by default that of Accelerate's settings.
         compile: whether, or in which mode of torch.compile, the net is compiled; by default as Accelerate's say.
         clip: how long a gradient may be.
+        sharding: how the net is sharded over several ranks; None for a whole net on each.
         ema_decay: of an average of the weights, with which is validated; None for no average.
         val_every_steps: optimizer steps from one validation within an epoch to the next; None for none.
         max_steps: optimizer steps after which training ends, with the epoch's row; None where the epochs end it.
@@ -103,6 +105,7 @@ class Engine:
     precision: Precision | None = None
     compile: Compile | None = None
     clip: Limit = UNLIMITED
+    sharding: Sharding | None = None
     ema_decay: float | None = None
     val_every_steps: int | None = None
     max_steps: int | None = None
@@ -143,6 +146,7 @@ class Engine:
             seed=self.seed,
             limits=self.limits,
             fetch_batches=self.fetch_batches,
+            in_step=self.sharding is not None and not self.sharding.validate_whole,
         )
         valid = self.task.dl_valid
         if self.epochs > 1 and any(isinstance(loader, Iterator) for loader in (self.task.dl_train, valid)):
@@ -162,7 +166,10 @@ class Engine:
             precision=self.precision,
             compile=self.compile,
             clip=self.clip,
+            sharding=self.sharding,
         )
+        if self.valid is not None:
+            self.valid.around = self.learner.replica.validating
         self.average = None if self.ema_decay is None else WeightAverage(self.task.module, self.ema_decay)
         self.within = within_epochs(
             self.val_every_steps,

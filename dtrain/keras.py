@@ -18,6 +18,7 @@ from dtrain.clipping import Limit
 from dtrain.dealing import BatchMode
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
+from dtrain.fsdp.settings import refuse_sharding
 from dtrain.inference import evaluate_task, predict
 from dtrain.learning import Task
 from dtrain.precision import Precision, check_precision
@@ -191,6 +192,7 @@ class KerasModel(nn.Module):
             with fed(verbose, log_step_freq=plan.log_step_freq) as (how["verbose"], meanwhile):
                 return call_on_ranks(_fit, how, num_processes, cpu=cpu, meanwhile=meanwhile)
         world = world if world is not None else bring_up(cpu=cpu)
+        refuse_sharding(world.sharding, world.size, "KerasModel.fit")
         task = self._task(plan.train_data, plan.val_data)
         engine = Engine(
             task,

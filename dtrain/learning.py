@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,12 +27,14 @@ from dtrain.accumulation import HeldBack
 from dtrain.batchnorm import SyncedBatchNorm
 from dtrain.checks import check_optimizers, check_takes
 from dtrain.clipping import UNLIMITED, Clipping, Limit
-from dtrain.compiling import Compile
+from dtrain.compiling import Compile, wanted
 from dtrain.ddp import Replica
 from dtrain.dealing import Share
 from dtrain.descent import Descent, parameters_of
 from dtrain.errors import StepError, UsageError
 from dtrain.finite import FiniteLoss, WhenNan
+from dtrain.fsdp.replica import ShardedReplica, check_values, refuse_compiling, refuse_others
+from dtrain.fsdp.settings import Sharding
 from dtrain.metrics import Mean, Value
 from dtrain.precision import Precision, chosen, scaler_of
 from dtrain.recomputing import refuse_synced_batchnorm
@@ -107,6 +109,7 @@ class Learner:
         precision: in which the net's forward computes; by default that of Accelerate's settings.
         clip: how long a gradient may be.
         compile: as for `dtrain.ddp.Replica`.
+        sharding: how the net is sharded, where there are several ranks; None for a whole net on each.
 
     Attributes:
         kind: the kind of the train step, known after the first one.
@@ -125,6 +128,7 @@ class Learner:
         precision: Precision | None = None,
         clip: Limit = UNLIMITED,
         compile: Compile | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         self.kind: Kind | None = None
         self.finite = FiniteLoss(nan, task.module, world)
@@ -133,7 +137,13 @@ class Learner:
         self._accumulates = accumulates
         self._alone = world.size == 1 and not accumulates  # each share has the weight 1 and its own optimizer step
         in_use = chosen(precision, world)
-        self._replica = Replica(task.module, world, in_use, compile)
+        self._replica: Replica | ShardedReplica
+        if sharding is not None and world.size > 1:
+            refuse_others(task.others.items())
+            refuse_compiling(wanted(compile, world))
+            self._replica = ShardedReplica(task.module, world, in_use, sharding)
+        else:
+            self._replica = Replica(task.module, world, in_use, compile)
         self.scaler = scaler_of(in_use, world)
         if task.optimizer is not None:
             _move_state(task.optimizer)
@@ -146,7 +156,7 @@ class Learner:
         self._synced = SyncedBatchNorm(world) if sync_batchnorm and world.size > 1 else None
         if self._synced is not None:
             self._refuse_beside_synced()
-        self._descend = Descent(task, world, self.finite, self._synced, self.scaler)
+        self._descend = Descent(task, world, self.finite, synced=self._synced, scaler=self.scaler, leaves=self._leaves)
 
     def learn(self, share: Share) -> dict[str, Value]:
         """Takes one train step and returns its values by name; the first one shows which kind it is.
@@ -210,7 +220,7 @@ class Learner:
         self._known += optimizers
 
     @property
-    def replica(self) -> Replica:
+    def replica(self) -> Replica | ShardedReplica:
         """The rank's copy of the net."""
         return self._replica
 
@@ -281,15 +291,25 @@ class Learner:
         if self._synced is not None:
             self._synced.scale = share.scale
         held = self._held(share) if self._held is not None else _NOTHING
-        with held, scaled_gradients(parameters_of(self._task), share.scale):
-            return self._call(share)
+        with held, scaled_gradients(self._leaves(), share.scale):
+            values = self._call(share)
+        if isinstance(self._replica, ShardedReplica):
+            self._replica.apart()  # what a call after its backward gathered
+        return values
+
+    def _leaves(self) -> Iterable[Tensor]:
+        """Where the gradients of what learns arrive."""
+        return self._replica.leaves() if self._replica.sharded else parameters_of(self._task)
 
     def _call(self, share: Share) -> dict[str, Value]:
         if self._synced is not None:
             self._synced.counts = share.count > 0
         with self._replica.training() as model:
             returned = call_step(self._task.train_step, model, share.batch)
-        return self._values_of(returned)
+        values = self._values_of(returned)
+        if self._replica.sharded:
+            check_values(values.values())
+        return values
 
 
 def _move_state(optimizer: Optimizer) -> None:

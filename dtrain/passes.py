@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,6 +198,9 @@ class ValidPass:
         metrics: name -> torchmetrics object; the step's value of that name is what the object is updated with.
         names: the values' names, known after the first pass.
         stopping: tells whether a rank was asked to stop; a pass is then left before its end.
+        around: returns what a pass runs in: where the net is sharded, it is gathered meanwhile.
+        in_step: whether every rank takes part in every step, one without a sample with weight 0, since calls of the
+            net are collectives.
     """
 
     module: nn.Module
@@ -206,6 +210,8 @@ class ValidPass:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     names: tuple[str, ...] | None = None
     stopping: Stopping | None = None
+    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    in_step: bool = False
 
     def run(
         self, epoch: int, place: Place, progress: Progress, facts: RunFacts | None = None, *, within: bool = False
@@ -234,15 +240,16 @@ class ValidPass:
         progress.begin(PassFacts("valid", epoch, steps, samples=lambda: table.samples, within=within, run=facts))
         values_of = StepValues(self.module, "valid", self.metrics)
         started = time.perf_counter()
-        for share in shares_on_device(self.loader, self.world, place):
-            if table.steps == 0 and self.names is None:
-                check_takes(self.step, share.batch, "valid")
-            returned = no_grad_step(self.step, self.module, share.batch)
-            table.add(values_of(returned), share.count)
-            progress.step(table)
-            if self.stopping is not None and self.stopping.asked:
-                table.left = True
-                break
+        with self.around():
+            for share in shares_on_device(self.loader, self.world, place):
+                if table.steps == 0 and self.names is None:
+                    check_takes(self.step, share.batch, "valid")
+                returned = no_grad_step(self.step, self.module, share.batch)
+                table.add(values_of(returned), share.count)
+                progress.step(table)
+                if self.stopping is not None and self.stopping.asked and not self.in_step:
+                    table.left = True
+                    break
         order = self.loader.fingerprint
         result, sums = table.reduce(self.world, seconds_since(started, self.world), (order, order**2))
         self.names = tuple(result.means)
@@ -258,14 +265,15 @@ def valid_pass(  # noqa: PLR0913 - keyword-only
     seed: int,
     limits: Limits | None = None,
     fetch_batches: bool = True,
+    in_step: bool = False,
 ) -> ValidPass | None:
     """Returns a task's validation, None where it has no validation loader; usable without its train loader."""
     if task.dl_valid is None or task.valid_step is None:
         return None
     limits = limits or Limits()
-    how = Dealing(world.rank, world.size, batch, fill=False, limit=limits.valid, merge=limits.merge)
+    how = Dealing(world.rank, world.size, batch, fill=in_step, limit=limits.valid, merge=limits.merge)
     loader = ShardedLoader(task.dl_valid, how, seed, "valid", fetch_batches=fetch_batches)
-    return ValidPass(task.module, task.valid_step, loader, world, task.metrics)
+    return ValidPass(task.module, task.valid_step, loader, world, task.metrics, in_step=in_step)
 
 
 def train_loader(  # noqa: PLR0913 - keyword-only

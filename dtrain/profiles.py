@@ -7,7 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from dtrain.errors import UsageError
+from dtrain.errors import UsageError, WorldError
+from dtrain.fsdp.settings import launched_sharding
 from dtrain.launch.options import Asked
 
 # What a launcher says of ranks and places, which dtrain says itself; and threads, which are shared out by cores.
@@ -15,7 +16,6 @@ _PLACES = frozenset(
     {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}
 )
 _UNSUPPORTED = {
-    "use_fsdp": "distributed_type: FSDP",
     "use_deepspeed": "distributed_type: DEEPSPEED",
     "use_megatron_lm": "distributed_type: MEGATRON_LM",
     "tpu": "distributed_type: XLA",
@@ -75,8 +75,8 @@ def _refuse_unsupported(path: Path, arguments: Any, config: Any) -> None:
         asked.append(f"compute_environment: {where}")
     if asked:
         raise UsageError(
-            f"--profile {path}: {', '.join(asked)} is not supported by dtrain launch. Use a profile for plain data "
-            "parallelism, such as launch/multi_gpu.yaml, or `accelerate launch`."
+            f"--profile {path}: {', '.join(asked)} is not supported by dtrain launch. Use a profile for fully "
+            "sharded data parallelism (FSDP2: launch/fsdp.yaml), or for a plain one, such as launch/multi_gpu.yaml."
         )
 
 
@@ -88,8 +88,13 @@ def _environment(path: Path, arguments: Any) -> dict[str, str]:
     arguments.main_process_port, arguments.main_process_ip = 0, arguments.main_process_ip or "127.0.0.1"
     try:
         made = (
-            prepare_multi_gpu_env(arguments) if arguments.multi_gpu else prepare_simple_launcher_cmd_env(arguments)[1]
+            prepare_multi_gpu_env(arguments)
+            if arguments.multi_gpu or arguments.use_fsdp
+            else prepare_simple_launcher_cmd_env(arguments)[1]
         )
+        launched_sharding(made)
+    except WorldError as error:
+        raise UsageError(f"--profile {path}: {error}") from None
     except (ValueError, RuntimeError, ImportError) as error:
         raise UsageError(f"--profile {path}: Accelerate does not take it: {error}.") from None
     return {name: value for name, value in made.items() if os.environ.get(name) != value and name not in _PLACES}

@@ -40,6 +40,7 @@ from dtrain.checks import check_optimizers, check_same_task
 from dtrain.dealing import BatchMode
 from dtrain.errors import AgreedError, Failure, UsageError
 from dtrain.failures import describe
+from dtrain.fsdp.settings import refuse_sharding
 from dtrain.metrics import MeanTable, Value
 from dtrain.prepared import PROCESS, PreparedLoader
 from dtrain.seeding import derive, seed_everything
@@ -88,6 +89,7 @@ def prepare(
     for position, other in enumerate(others, start=2):
         _check_other(other, position)
     world = PROCESS.joined(cpu=cpu)
+    refuse_sharding(world.sharding, world.size, "dtrain.prepare")
     loaders = {f"argument {n}'s": o for n, o in enumerate(others, start=2) if not isinstance(o, Optimizer)}
     check_same_task(world, model, loaders)
     _check_same_data(world, loaders)

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.overrides import TorchFunctionMode
 
 from dtrain.columns import NO_METRICS, VALID
 from dtrain.errors import StepError
+from dtrain.fsdp.tensors import is_sharded
 from dtrain.metrics import Mean, Observed, Value
 
 Step = Callable[..., Any]
@@ -192,14 +194,35 @@ def watch_backward(module: nn.Module) -> Iterator[tuple[list[Tensor], Callable[[
         versions[id(parameter)] = -1 if parameter.grad is None else parameter.grad._version
 
     def touched() -> bool:
-        return any(p.grad is not None and p.grad._version != versions[id(p)] for p in seen)
+        changed = any(p.grad is not None and p.grad._version != versions[id(p)] for p in seen)
+        return changed or (watch is not None and watch.touched)
 
     handles = [_hooks(p).register_post_accumulate_grad_hook(arrived) for p in module.parameters() if p.requires_grad]
+    watch = _InPlace(module) if any(is_sharded(p) for p in module.parameters()) else None
     try:
-        yield seen, touched
+        with watch or contextlib.nullcontext():
+            yield seen, touched
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _InPlace(TorchFunctionMode):
+    """Notes functions that change a gradient in place; of sharded ones torch does not count the versions."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._parameters = list(module.parameters())
+        self.touched = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        in_backward = torch._C._current_graph_task_id() != -1
+        if name.endswith("_") and not name.endswith("__") and args and not in_backward:
+            changed = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+            gradients = {id(parameter.grad) for parameter in self._parameters if parameter.grad is not None}
+            self.touched |= any(id(one) in gradients for one in changed)
+        return func(*args, **(kwargs or {}))
 
 
 def kind_of(stepped: bool, backward: bool, loss: Value | None) -> Kind:

@@ -14,6 +14,7 @@ from dtrain.compiling import Compile, check_compile
 from dtrain.dealing import BatchMode
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
+from dtrain.fsdp.settings import refuse_sharding
 from dtrain.learning import Interval, Task
 from dtrain.precision import Precision, check_precision
 from dtrain.progress import Progress, fed, progress_of
@@ -142,6 +143,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         with fed(verbose, log_step_freq=log_step_freq) as (arguments["verbose"], meanwhile):
             return call_on_ranks(train_model, arguments, num_processes, cpu=cpu, meanwhile=meanwhile)
     world = world if world is not None else bring_up(cpu=cpu)
+    refuse_sharding(world.sharding, world.size, "train_model")
     engine = Engine(
         task,
         world,

@@ -6,12 +6,13 @@ Everything works unlaunched too: a world of one rank does no communication.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, default_pg_timeo
 
 from dtrain.arrival import arrive, time_limit
 from dtrain.errors import WorldError
+from dtrain.fsdp.settings import Sharding, launched_sharding
 from dtrain.identity import introduce
 from dtrain.launch.facts import RankFacts, read_rank_facts
 
@@ -44,6 +46,7 @@ class World:
         local_size: number of ranks on this machine.
         device: where this rank computes.
         accelerator: Accelerate's view of the same world.
+        sharding: how the nets are sharded, where Accelerate's settings ask for it.
     """
 
     rank: int
@@ -52,6 +55,7 @@ class World:
     local_size: int
     device: torch.device
     accelerator: Accelerator
+    sharding: Sharding | None = None
 
     @property
     def is_main(self) -> bool:
@@ -220,19 +224,15 @@ def _join(facts: RankFacts, cpu: bool, *, first: bool) -> World:
         first: whether the process group is made here; its first collectives then have the short time limit.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedType, InitProcessGroupKwargs
+    from accelerate.utils import InitProcessGroupKwargs
 
     handlers = [InitProcessGroupKwargs(timeout=time_limit())] if first else None
 
     _refuse_precision(cpu)
-    with warnings.catch_warnings():
+    sharding = launched_sharding()
+    with warnings.catch_warnings(), _without("ACCELERATE_USE_FSDP"):
         warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
         accelerator = Accelerator(cpu=cpu, step_scheduler_with_optimizer=False, kwargs_handlers=handlers)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise WorldError(
-            f"{accelerator.distributed_type.value} (from Accelerate's settings) is not supported yet: "
-            "use a profile for plain data parallelism, such as launch/multi_gpu.yaml."
-        )
     if facts.size > 1:
         atexit.register(_leave_group)
     return World(
@@ -242,7 +242,19 @@ def _join(facts: RankFacts, cpu: bool, *, first: bool) -> World:
         local_size=facts.local_size,
         device=accelerator.device,
         accelerator=accelerator,
+        sharding=sharding,
     )
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Hides a variable: Accelerate shards on GPUs alone, and in its own way; here dtrain does, on CPU ranks too."""
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
 
 
 def _refuse_precision(cpu: bool) -> None:

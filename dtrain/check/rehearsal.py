@@ -19,6 +19,7 @@ from dtrain.config import Settings
 from dtrain.config.schema import CheckpointConfig
 from dtrain.dealing import Share
 from dtrain.engine import Engine
+from dtrain.fsdp.tensors import local_part
 from dtrain.metrics import Mean, Observed, Value
 from dtrain.passes import Place
 from dtrain.resuming.fitting import facts_of
@@ -76,7 +77,11 @@ class Recorder:
 
 
 def _sums(tensors: dict[str, Any]) -> dict[str, int]:
-    return {name: zlib.crc32(tensor_bytes(value)) for name, value in tensors.items() if isinstance(value, Tensor)}
+    return {
+        name: zlib.crc32(tensor_bytes(local_part(value)))
+        for name, value in tensors.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _tensors(tree: Any, where: str = "") -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from dtrain.building import configured_engine, load_task
 from dtrain.config import Settings
 from dtrain.dealing import Share
 from dtrain.engine import Engine
+from dtrain.fsdp.tensors import whole_tensor
 from dtrain.metrics import Mean, Observed, Value
 from dtrain.run import agree
 from dtrain.world import World
@@ -84,18 +85,18 @@ class Trace:
 
     def _keep_gradients(self) -> None:
         self._gradients = {
-            f"gradient/{name}": p.grad.detach().cpu().clone()
+            f"gradient/{name}": whole_tensor(p.grad).cpu().clone()
             for name, p in self._net.named_parameters()
             if p.grad is not None
         }
 
     def _keep_weights(self) -> None:
         self._optimizer_steps += 1
+        weights = {f"weight/{name}": whole_tensor(p).cpu().clone() for name, p in self._net.named_parameters()}
         if self._rank != 0:
             return
         from safetensors.torch import save_file
 
-        weights = {f"weight/{name}": p.detach().cpu().clone() for name, p in self._net.named_parameters()}
         save_file(self._gradients | weights, self._folder / f"step-{self._optimizer_steps}.safetensors")
 
 

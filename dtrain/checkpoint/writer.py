@@ -85,10 +85,14 @@ class Writer:
         Raises:
             BaseException: what it raised.
         """
+        self.settle()
+        self.check()
+
+    def settle(self) -> None:
+        """Returns once the job is done; what it raised is raised by a later call."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.check()
 
     def check(self) -> None:
         """Raises what a job raised, once."""

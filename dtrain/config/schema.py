@@ -56,6 +56,19 @@ class TrainConfig(_Section):
     )
     clip_norm: float | None = Field(None, gt=0, description="the largest 2-norm of an optimizer's gradients together")
     clip_value: float | None = Field(None, gt=0, description="the largest magnitude of each number of a gradient")
+    shard: Literal["fsdp"] | None = Field(
+        None,
+        description="fsdp: each rank keeps a part of the weights, gradients and optimizer state (docs/sharding.md)",
+    )
+    shard_modules: list[str] | None = Field(
+        None, description="classes or name patterns of the parts that are gathered alone; the repeated blocks"
+    )
+    reshard_after_forward: bool | None = Field(
+        None, description="with sharding: let go of a part between forward and backward; by default, yes"
+    )
+    validate_whole: bool | None = Field(
+        None, description="with sharding: gather the whole net for validation; by default, yes"
+    )
     fetch_batches: bool = Field(True, description="fetch whole batches at once where that gives the same")
     sync_batchnorm: bool = Field(False, description="BatchNorm's statistics over all ranks, not each rank's")
     nan: Literal["stop", "skip", "ignore"] = Field(

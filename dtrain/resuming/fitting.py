@@ -36,6 +36,10 @@ FREE = (
     "train.compile",  # the last digits apart, of which a warning tells
     "train.activation_checkpointing",
     "train.val_every_steps",
+    "train.shard",
+    "train.shard_modules",
+    "train.reshard_after_forward",
+    "train.validate_whole",
     "checkpoint.",
     "early_stopping.",
     "track.",

@@ -23,12 +23,16 @@ from dtrain.checkpoint.writer import Snapshot, Writer, fits_beside
 from dtrain.config.schema import CheckpointConfig
 from dtrain.engine import Engine
 from dtrain.errors import CheckpointError
+from dtrain.fsdp.replica import ShardedReplica
+from dtrain.fsdp.tensors import gathered
 from dtrain.passes import Place
 from dtrain.resuming.clock import AgreedClock
 from dtrain.resuming.finding import RANKS, RUN
 from dtrain.resuming.state import State, rank_state, run_state, weights_state
 
 logger = logging.getLogger(__name__)
+
+_Whole = tuple[Any, dict[str, Tensor]]
 
 # Rank 0 writes all, also what the others have of their own: it comes through the process group, a few kilobytes a
 # rank. So nodes need no file system in common, and no rank's file can be missing when the checkpoint is sealed.
@@ -126,23 +130,31 @@ class Keeper:
         position = self._position()
         mine = _packed(self._rank_state(), world.rank)
         ranks = world.gather_tensors(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
+        whole = self._gathered() if isinstance(engine.learner.replica, ShardedReplica) else None
         if world.is_main:
             if position[1] is None:
                 self._keeping.check(engine.history.rows[-1])
-            self._tolerating(lambda: self._write(ranks, position, started, beside), always=beside is False)
+            write = lambda: self._write(ranks, position, started, beside, whole)  # noqa: E731
+            self._tolerating(write, always=beside is False)
         self._saved = position
         if self._clock is not None:
             self._clock.restart(place.updates)
 
     def _write(
-        self, ranks: list[Tensor | None], position: tuple[int, int | None], started: float, beside: bool | None
+        self,
+        ranks: list[Tensor | None],
+        position: tuple[int, int | None],
+        started: float,
+        beside: bool | None,
+        whole: _Whole | None,
     ) -> None:
         self._writer.wait()  # the copy's memory is in use until then
-        structure, tensors = flatten(self._run_state(), RUN)
-        weights = weights_state(self._engine)
-        named = {f"{WEIGHTS}:{name}": tensor for name, tensor in weights.items()} | tensors
-        beside = self._writer.beside and self._has_room(named) if beside is None else beside
-        copied = self._snapshot.take(named) if beside else {name: _plain(tensor) for name, tensor in named.items()}
+        structure, named = whole or self._state()
+        if whole is not None:  # a copy already
+            beside, copied = self._writer.beside if beside is None else beside, named
+        else:
+            beside = self._writer.beside and self._has_room(named) if beside is None else beside
+            copied = self._snapshot.take(named) if beside else {name: _plain(tensor) for name, tensor in named.items()}
         row = self._engine.history.rows[-1] if position[1] is None else None
         stall = time.perf_counter() - started
         facts = {**self._facts(), "epoch": position[0], "step": position[1], "row": row, "stall_seconds": stall}
@@ -159,6 +171,21 @@ class Keeper:
         self._writer.submit(job, beside=beside)
         if not beside:
             self.stalls[-1] = time.perf_counter() - started
+
+    def _state(self) -> _Whole:
+        """Returns all that is the same on all ranks: what JSON holds of it, and its tensors where they are."""
+        structure, tensors = flatten(self._run_state(), RUN)
+        weights = weights_state(self._engine)
+        return structure, {f"{WEIGHTS}:{name}": tensor for name, tensor in weights.items()} | tensors
+
+    def _gathered(self) -> _Whole:
+        """The same of a sharded net, gathered by all ranks and kept by rank 0; there, one copy at a time."""
+        self._writer.settle()
+        replica = self._engine.learner.replica
+        if isinstance(replica, ShardedReplica):
+            replica.apart()
+        structure, named = self._state()
+        return structure, gathered(named, keep=self._engine.world.is_main)
 
     def _position(self) -> tuple[int, int | None]:
         """Returns the epoch, and the train steps of it that are done; None for all that belongs to it."""

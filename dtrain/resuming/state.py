@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from dtrain.bounds import Start, Trained
 from dtrain.engine import Engine
 from dtrain.errors import CheckpointError, UsageError
+from dtrain.fsdp.tensors import cut_like, cut_state
 from dtrain.learning import Task
 from dtrain.metrics import PassResult, add_up
 from dtrain.seeding import derive, load_random_state, random_state, seed_everything
@@ -103,7 +104,9 @@ def restore(engine: Engine, weights: Mapping[str, Tensor], run: State, ranks: li
         ranks: what `rank_state` returned, of each rank that there was.
     """
     task = engine.task
-    task.module.load_state_dict(weights, strict=False)
+    own = task.module.state_dict()
+    cut = {name: cut_like(value, own[name]) if name in own else value for name, value in weights.items()}
+    task.module.load_state_dict(cut, strict=False)
     if engine.average is not None:
         engine.average.take_up(run["trained weights"], run["updates"])
     buffers = dict(task.module.named_buffers())
@@ -163,11 +166,13 @@ def load_optimizer(optimizer: Optimizer, state: State) -> None:
 
     torch gives a floating-point state its parameter's type, which would round one that was kept more exactly.
     """
-    optimizer.load_state_dict(state)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
-        for name, saved in state["state"].get(number, {}).items():
+    held = dict(zip(numbers, parameters, strict=True))
+    cut = {number: cut_state(kept, held[number]) if number in held else kept for number, kept in state["state"].items()}
+    optimizer.load_state_dict({**state, "state": cut})
+    for number, parameter in held.items():
+        for name, saved in cut.get(number, {}).items():
             loaded = optimizer.state[parameter][name]
             if isinstance(saved, Tensor) and loaded.dtype != saved.dtype:
                 optimizer.state[parameter][name] = saved.to(loaded.device)

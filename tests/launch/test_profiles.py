@@ -33,13 +33,15 @@ CHANGED = {
         "mixed_precision: 'no'",
         "mixed_precision: 'no'\ndynamo_config:\n  dynamo_backend: INDUCTOR\n  dynamo_mode: default\ngpu_ids: '2,3'",
     ),
+    "fsdp": ("num_processes: 8", "num_processes: 2"),
 }
+OF = {"bf16": "cpu", "fsdp": "fsdp"}
 
 
 @pytest.mark.parametrize("change", [None, *CHANGED])
 def test_ranks_get_what_accelerate_launch_gives_them(dtrain: Dtrain, change: str | None) -> None:
     (dtrain.folder / "show.py").write_text(SHOW)
-    text = (PROFILES / ("multi_cpu.yaml" if change != "bf16" else "cpu.yaml")).read_text()
+    text = (PROFILES / f"{OF.get(change or '', 'multi_cpu')}.yaml").read_text()
     (dtrain.folder / "p.yaml").write_text(text.replace(*CHANGED[change]) if change else text)
     done = dtrain("launch", "--profile", "p.yaml", "show.py")
     assert done.code == 0, done.text
@@ -55,6 +57,7 @@ def test_each_profile_is_read_and_the_command_line_comes_first(name: str) -> Non
     asked = read_profile(PROFILES / f"{name}.yaml")
     assert asked.environment["ACCELERATE_MIXED_PRECISION"] == "no"
     places = {"cpu": (1, 1), "single_gpu": (1, 1), "multi_cpu": (2, 1), "multi_gpu": (8, 1), "multi_node": (8, 2)}
+    places["fsdp"] = (8, 1)
     assert (asked.ranks, asked.nodes) == places[name]
     above = Asked(ranks=3, environment={"ACCELERATE_MIXED_PRECISION": "bf16"}).over(asked)
     assert (above.ranks, above.nodes, above.rdzv) == (3, asked.nodes, asked.rdzv)
@@ -70,8 +73,13 @@ def test_a_bundled_profile_of_several_nodes_says_where_they_meet(dtrain: Dtrain)
 
 
 REFUSED = {
-    ("MULTI_GPU", "FSDP"): "distributed_type: FSDP is not supported by dtrain launch",
-    ("MULTI_GPU", "DEEPSPEED"): "distributed_type: DEEPSPEED is not supported by dtrain launch",
+    ("MULTI_GPU", "FSDP"): "FSDP of version 1 .* is not supported: set fsdp_version: 2, as in launch/fsdp.yaml",
+    ("MULTI_GPU", "FSDP\nfsdp_config: {fsdp_version: 2, fsdp_offload_params: true}"): "fsdp_offload_params: true",
+    (
+        "MULTI_GPU",
+        "DEEPSPEED",
+    ): "distributed_type: DEEPSPEED is not supported by dtrain launch.*FSDP2: launch/fsdp.yaml",
+    ("MULTI_GPU", "MEGATRON_LM"): "distributed_type: MEGATRON_LM is not supported by dtrain launch",
     ("MULTI_GPU", "NONSENSE"): "Accelerate does not take it",
     (
         "num_machines: 1",
