@@ -92,7 +92,15 @@ class KerasModel(nn.Module):
         metrics_dict: Mapping[str, Any] | None = None,
         lr_scheduler: Any = None,
     ) -> None:
-        """Sets what training needs; what is left out stays as it was. The arguments are those of the class."""
+        """Sets what training needs; what is left out stays as it was.
+
+        Args:
+            loss_func: the class's `loss_fn`.
+            optimizer, metrics_dict, lr_scheduler: as for the class.
+
+        Raises:
+            UsageError: a metric is neither a function nor a single torchmetrics metric.
+        """
         self.loss_fn = loss_func if loss_func is not None else self.loss_fn
         self.optimizer = optimizer if optimizer is not None else self.optimizer
         self.lr_scheduler = lr_scheduler if lr_scheduler is not None else self.lr_scheduler
@@ -225,6 +233,10 @@ class KerasModel(nn.Module):
             batch: whose batch size the loader's is.
             seed: for loaders that draw random numbers.
             world: ranks that were brought up before.
+
+        Raises:
+            UsageError: there is no loss, or the ranks did not come up as launched.
+            DataError: the loader yields nothing.
         """
         world = world if world is not None else bring_up(cpu=self._cpu)
         how: dict[str, Any] = {"batch": batch, "seed": seed, "fetch_batches": self._fetch_batches}
@@ -240,13 +252,29 @@ class KerasModel(nn.Module):
             batch: whose batch size the loader's is.
             seed: for loaders that draw random numbers.
             world: ranks that were brought up before.
+
+        Returns:
+            what the net returns, for all samples: a tensor of shape (samples, ...), or tensors nested as there.
+
+        Raises:
+            StepError: the net returns something else than a row per sample.
+            DataError: the loader yields nothing.
         """
         world = world if world is not None else bring_up(cpu=self._cpu)
         how: dict[str, Any] = {"batch": batch, "seed": seed, "fetch_batches": self._fetch_batches}
         return predict(self.net, dl, world, precision=self._precision, **how)
 
     def load_ckpt(self, ckpt_path: str | Path) -> None:
-        """Loads weights that `fit` kept at `ckpt_path`."""
+        """Loads weights that `fit` kept.
+
+        Args:
+            ckpt_path: where; safetensors where it ends so, else as torch.save writes a `state_dict`. No code in the
+                file is run.
+
+        Raises:
+            UsageError: there is no such file.
+            RuntimeError: the weights are another net's.
+        """
         load_state(self.net, Path(ckpt_path))
 
     def _task(self, train_data: Any, val_data: Any) -> Task:

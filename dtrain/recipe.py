@@ -21,8 +21,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from dtrain import share
 from dtrain.config import BUILDER_SECTIONS, Settings
-from dtrain.errors import RecipeError
+from dtrain.errors import RecipeError, nearest
 from dtrain.learning import Interval, Task
 from dtrain.parameters import freeze, regroup
 from dtrain.recipe_file import locate, syntax_problem
@@ -88,7 +89,8 @@ def _import_module(name: str) -> ModuleType:
     if found is None:
         file = f"{name}.py"
         hint = f" There is a file {file}: write recipe={file}." if Path(file).is_file() else ""
-        raise RecipeError(f"recipe {name}: there is no module of this name, and no bundled config.{hint}")
+        near = nearest(name, [config.stem for config in share.folder("configs").glob("*.yaml")])
+        raise RecipeError(f"recipe {name}: there is no module of this name, and no bundled config.{near}{hint}")
     return _run_import(lambda: importlib.import_module(name), name)
 
 

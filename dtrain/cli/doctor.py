@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dtrain.cli.guard import reported
+from dtrain.cli.guard import piped, reported
 from dtrain.cli.ranks import on_ranks
 from dtrain.cli.train import METAVAR, read_target
 
@@ -88,7 +88,8 @@ def doctor(
             options = [f"--{name}={value}" for name, value in named.items() if value is not None]
             order = _order(nodes, request, [*options, *checked_options(sbatch_arg or [])], wait)
             found, rows = _of_nodes(request, order, into)
-        _show(found, rows, as_json=as_json)
+        with piped():
+            _show(found, rows, as_json=as_json)
         code = exit_code(found)
     raise typer.Exit(code)
 

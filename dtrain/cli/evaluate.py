@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain.cli.guard import reported
+from dtrain.cli.guard import piped, reported
 from dtrain.cli.ranks import on_ranks
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def summary(
 
     Examples: dtrain summary; dtrain summary my_recipe.py hidden=32
     """
-    with reported():
+    with reported(), piped():
         from dtrain.cli.train import split_words
         from dtrain.config import load_settings
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain.cli.guard import reported
+from dtrain.cli.guard import piped, reported
 
 if TYPE_CHECKING:
     from dtrain.slurm.runs import Known, RunJob
@@ -40,7 +40,7 @@ def jobs(
 
     Examples: dtrain jobs; dtrain jobs digits-lr 123_4; dtrain jobs --all --json
     """
-    with reported():
+    with reported(), piped():
         from dtrain.cli import jobs_table as table
 
         known = look_for(names or [], runs, needed_for="dtrain jobs")

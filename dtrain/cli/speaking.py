@@ -50,7 +50,8 @@ Format = Annotated[
         help="auto: bars on a terminal, lines elsewhere. json: an event a line, and nothing else, on standard output.",
     ),
 ]
-AllRanks = Annotated[bool, typer.Option("--all-ranks", help="Every rank speaks, each line after [rank N].")]
+# The backslash is rich's: without it, brackets in a help text are markup.
+AllRanks = Annotated[bool, typer.Option("--all-ranks", help=r"Every rank speaks, each line after \[rank N].")]
 Level = Annotated[
     LogLevel | None,
     typer.Option("--log-level", help="How much dtrain's own log says; else warnings.", show_default=False),

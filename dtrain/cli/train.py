@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dtrain.cli.guard import reported
+from dtrain.cli.guard import piped, reported
 from dtrain.cli.ranks import on_ranks
 from dtrain.cli.speaking import AllRanks, Format, Level, LogFormat, Manner
 
@@ -235,4 +235,5 @@ def _show_plan(settings: Settings, ranks: int, *, as_words: bool) -> None:
     recipe = load_recipe(settings.config.recipe, settings.base)
     task = bind(recipe, settings)
     plan = plan_text(make_plan(task, settings, ranks), value_rows(settings, recipe))
-    typer.echo(plan, err=as_words)
+    with piped():
+        typer.echo(plan, err=as_words)

@@ -1,0 +1,79 @@
+"""The pages' commands are run, in an empty folder with the pages' own files, and print what the pages say."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+from helpers import terminals
+from helpers.commands import BIN, Dtrain
+from helpers.pages import PAGES, Block, blocks, files_of, pattern_of, plain
+from helpers.sweep import FULL
+from helpers.terminals import on_terminal
+
+_WIDTH = 130
+_PATIENCE = 250.0
+# Each list is run in one folder, in its order: later commands go on with earlier runs.
+RUN = {page.name: [block for block in blocks(page, "console") if block.mark.startswith("run")] for page in PAGES}
+RUN = {name: found for name, found in RUN.items() if found and name != "README.zh-CN.md"}  # has the same blocks
+
+
+@pytest.mark.parametrize("page", sorted(RUN))
+def test_the_commands_of_a_page_print_what_it_says(page: str, dtrain: Dtrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminals, "PATIENCE", _PATIENCE)
+    for name, text in files_of(RUN[page][0].page).items():
+        (dtrain.folder / name).write_text(text)
+    chosen = [block for block in RUN[page] if FULL or "full sweep" not in block.mark]
+    if not chosen:
+        pytest.skip("in the full sweep (DTRAIN_TEST_SWEEP=full)")
+    for block in chosen:
+        for command, lines in block.commands:
+            _check(block, command, lines, _output(dtrain, block, command, lines))
+
+
+def _output(dtrain: Dtrain, block: Block, command: str, lines: list[str]) -> str:
+    program, *words = shlex.split(command)
+    argv = [BIN / program, *words]
+    if "terminal" not in block.mark:
+        done = dtrain.run(*argv, timeout=_PATIENCE)
+        assert done.code == _code(lines), f"{block}: {command}\n{done.text}"
+        return done.text
+    with on_terminal(argv, dtrain.folder, columns=_WIDTH, rows=100) as (process, terminal):
+        terminal.to_the_end()
+        assert process.wait(60) == _code(lines), f"{block}: {command}\n{terminal.text}"
+        return terminal.text
+
+
+def _code(lines: list[str]) -> int:
+    """The exit code that goes with what a page shows."""
+    if any(line.startswith("dtrain: error: ") for line in lines):
+        return 2
+    return int(any(line.startswith("different: ") for line in lines))
+
+
+def _check(block: Block, command: str, lines: list[str], output: str) -> None:
+    if "any order" in block.mark:
+        assert sorted(output.splitlines()) == sorted(lines), f"{block}: {command}"
+        return
+    if not lines:
+        return
+    shown = plain(output)
+    said = "\n".join(lines)
+    assert pattern_of(lines).fullmatch(shown), f"{block}: {command}\n--- the page\n{said}\n--- it printed\n{shown}"
+
+
+def test_every_page_with_files_runs_something_with_them() -> None:
+    for page in PAGES:
+        words = " ".join(command for block in blocks(page, "console") for command, _ in block.commands)
+        for name in files_of(page):
+            assert name in words, f"{page.name}: {name}"
+
+
+def test_what_differs_is_found() -> None:
+    """The comparison itself: numbers that are measured vary, words and whole numbers do not."""
+    said = pattern_of(["epoch 1  loss 0.5", "...", "run: runs/digits-20261123-182301"])
+    assert said.fullmatch("epoch 1 loss 0.4321\nrun: runs/digits-20270101-000000\n")
+    assert said.fullmatch("epoch 1 loss 1.5e-05\nmore\nrun: runs/digits-20270101-000000\n")
+    assert not said.fullmatch("epoch 2 loss 0.4321\nrun: runs/digits-20270101-000000\n")
+    assert not said.fullmatch("epoch 1 loss 0.4321\nrun: runs/other-20270101-000000\n")
+    assert pattern_of(["at ... of 3"]).fullmatch("at 1, 2 of 3\n")

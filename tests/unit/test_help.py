@@ -1,0 +1,157 @@
+"""The command line helps: an example for each verb, the nearest name for a wrong one, completion."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers.commands import BIN, Dtrain, clean_environment
+from helpers.parsing import commands_of, parse, root, verbs
+from helpers.slurm_fakes import Slurm
+from helpers.sweep import some
+
+from dtrain.slurm.record import Record, write_record
+
+
+@pytest.mark.parametrize("verb", sorted(verbs()))
+def test_the_help_of_every_verb_ends_in_examples_that_parse(verb: str) -> None:
+    words = " ".join((verbs()[verb].help or "").split())
+    head, _, examples = re.sub(r"\bExamples?: ", "Example: ", words).partition("Example: ")
+    assert head, "what it does"
+    assert examples, "no example"
+    lines = examples.split("; ")
+    for line in lines:
+        assert line.startswith(f"dtrain {verb}"), line
+        assert commands_of(line), line
+        parse(line)
+
+
+def test_the_root_s_help_names_every_verb() -> None:
+    top = {name.partition(" ")[0] for name in verbs()}
+    assert top == {name for name, command in root().commands.items() if not command.hidden}
+
+
+@pytest.mark.parametrize("verb", sorted(verbs()))
+def test_no_words_of_an_option_are_lost_as_markup(verb: str) -> None:
+    """`[rank N]` is markup of rich's, unless a backslash is before it."""
+    for option in verbs()[verb].params:
+        text = getattr(option, "help", None) or ""
+        for bracket in re.finditer(r"\[[a-z/#@][^\]]*\]", text):
+            assert text[: bracket.start()].endswith("\\"), f"{option.name}: {text}"
+
+
+def test_the_help_is_shown_whole(dtrain: Dtrain) -> None:
+    done = dtrain("train", "--help", COLUMNS="120")
+    assert done.code == 0
+    assert "each line after [rank N]." in done.out
+    assert "Examples: dtrain train" in done.out
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("trian", "Did you mean 'train'?"),
+        ("check partiy", "Did you mean 'parity'?"),
+        ("train --rnaks 2", "--ranks"),
+        ("train train.epoch=5", "Did you mean 'epochs'?"),
+        ("train epoch=5", "Did you mean 'epochs'?"),
+        ("train trian.epochs=5", "Did you mean 'train'?"),
+        ("train checkpoint.keep_lats=5", "Did you mean 'keep_last'?"),
+        ("train model.droput=0", "Did you mean 'dropout'?"),
+        ("train droput=0", "Did you mean 'dropout'?"),
+        ("train digts", "Did you mean 'digits'?"),
+        ("train mien.py", "Did you mean 'mine.py'?"),
+        ("launch trian", "Did you mean 'train'?"),
+        ("history secnod", "Did you mean 'second'?"),
+        ("evaluate runs/secnod", "Did you mean 'second'?"),
+    ],
+)
+def test_what_is_wrong_is_answered_with_the_nearest_name(
+    line: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("OMP_NUM_THREADS", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"):  # which loading a recipe sets
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    (tmp_path / "mine.py").write_text("")
+    (tmp_path / "runs" / "second").mkdir(parents=True)
+    (tmp_path / "runs" / "second" / "config.yaml").write_text("")
+    with pytest.raises(SystemExit) as end:
+        root()(line.split(), prog_name="dtrain")
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_wrong_variable_is_answered_with_the_nearest_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DTRAIN_TRAIN__EPOHCS", "3")
+    with pytest.raises(SystemExit):
+        root()(["train", "--dry-run"], prog_name="dtrain")
+    assert "Did you mean 'epochs'?" in capsys.readouterr().err
+
+
+_COMPLETE = """
+import sys
+from dtrain.cli import main
+try:
+    main()
+finally:
+    print("loaded:", *sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "pandas", "wandb", "accelerate"}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("dtrain tr", "train"),
+        ("dtrain check par", "parity"),
+        ("dtrain train --dry", "--dry-run"),
+        ("dtrain evaluate --checkpoint la", "last"),
+    ],
+)
+def test_completion_offers_names_and_loads_nothing_heavy(words: str, offered: str) -> None:
+    """By the protocol that the shell's own function speaks, as `dtrain --show-completion` prints it."""
+    number = len(words.split()) - 1
+    env = clean_environment(_DTRAIN_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(number))
+    argv = [sys.executable, "-c", f"import sys; sys.argv[0] = 'dtrain'\n{_COMPLETE}"]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=False)
+    *names, loaded = done.stdout.splitlines()
+    assert names == [offered], done.stderr
+    assert loaded == "loaded:"
+
+
+def test_the_shell_s_function_can_be_shown() -> None:
+    """For the shell that dtrain was started by."""
+    env = clean_environment(_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    argv = [str(BIN / "dtrain"), "--show-completion", "bash"]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "_DTRAIN_COMPLETE=complete_bash" in done.stdout
+
+
+@pytest.mark.parametrize("line", some(["jobs"], ["train --dry-run", "history one", "summary"]))
+def test_a_reader_that_has_gone_is_no_failure(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `dtrain jobs | head -1`, at its worst: nobody reads at all."""
+    Slurm(tmp_path, monkeypatch)
+    run = tmp_path / "runs" / "one"
+    write_record(run, Record(job="7", submitted=time.time()))
+    (run / "history.csv").write_text("epoch,loss\n1,0.5\n")
+    env = clean_environment()
+    env["PATH"] = f"{tmp_path / 'bin'}:{env['PATH']}"
+    there = subprocess.run([BIN / "dtrain", "jobs"], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert there.stdout.splitlines()[1].startswith("7"), there.stdout
+    reading, writing = os.pipe()
+    os.close(reading)
+    argv = [BIN / "dtrain", *line.split()]
+    done = subprocess.run(
+        argv, cwd=tmp_path, env=env, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+    )
+    os.close(writing)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+    assert done.returncode == 0, done.stderr
