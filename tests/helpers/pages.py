@@ -95,32 +95,56 @@ def files_of(page: Path) -> dict[str, str]:
     }
 
 
+_NUMBER = r"\d+(?:\.\d+)?(?:e-\d+)?"
 _VARIES = [
-    (re.compile(r"\b\d{8}\\-\d{6}\b"), r"\\d{8}-\\d{6}"),  # a run's time
-    (re.compile(r"\b\d+\\\.\d+(?:e-\d+)?"), r"\\d+(?:\\.\\d+)?(?:e-\\d+)?"),  # measured or learnt
+    (re.compile(r"\b\d{8}\\-\d{6}\b"), lambda _: r"\d{8}-\d{6}"),  # a run's time
+    # Three decimals and more are what was computed, fewer what was measured.
+    (re.compile(r"\b\d+\\\.(\d+)(?:e\\-\d+)?"), lambda m: f"({_NUMBER})" if len(m[1]) > 2 else _NUMBER),
 ]
 
 
-def pattern_of(lines: list[str]) -> re.Pattern[str]:
-    """Returns what an output must be like: numbers with a point and times of a run vary, `...` is anything.
+@dataclass(frozen=True)
+class Said:
+    """What a page says that a command prints: see `said`.
 
-    Whole numbers are as they are written. A line that is `...` alone is any number of lines, or none.
+    Attributes:
+        pattern: what the output must be like, with a group for each number that was computed.
+        numbers: these numbers, as the page has them.
     """
-    parts = []
+
+    pattern: re.Pattern[str]
+    numbers: list[float]
+
+    def differs(self, output: str) -> str:
+        """Returns in what an output is not as the page says; nothing where it is."""
+        found = self.pattern.fullmatch(plain(output))
+        if found is None:
+            return "the lines are others"
+        pairs = zip(self.numbers, map(float, found.groups()), strict=True)
+        return ", ".join(f"{one} is {other}" for one, other in pairs if abs(one - other) > 0.02 + 0.05 * abs(one))
+
+
+def said(lines: list[str]) -> Said:
+    """Reads the lines that a page shows. What varies: a run's date, measured numbers, and computed ones a little.
+
+    Whole numbers are as they are written. `...` is anything; alone in a line it is any number of lines, or none.
+    """
+    parts, numbers = [], []
     for line in lines:
         if line.strip() == "...":
             parts.append(r"(?:[^\n]*\n)*?")
             continue
         pieces = []
-        for piece in re.sub(r" {2,}", " ", line.rstrip()).split("..."):
+        for piece in plain(line).rstrip("\n").split("..."):
             escaped = re.escape(piece).replace(r"\ ", " ")
+            numbers += [float(m[0].replace("\\", "")) for m in _VARIES[1][0].finditer(escaped) if len(m[1]) > 2]
             for number, varies in _VARIES:
                 escaped = number.sub(varies, escaped)
             pieces.append(escaped)
         parts.append("[^\n]*".join(pieces) + "\n")
-    return re.compile("".join(parts))
+    return Said(re.compile("".join(parts)), numbers)
 
 
 def plain(output: str) -> str:
-    """Returns an output as `pattern_of` compares it: one blank for several, none at a line's end."""
+    """Returns an output as `said` compares it: one blank for several, none at a line's end."""
     return "".join(re.sub(r" {2,}", " ", line.rstrip()) + "\n" for line in output.splitlines())

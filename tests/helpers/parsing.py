@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import cache
 from typing import Any
 
 import typer
@@ -11,6 +12,7 @@ from dtrain.cli.app import app
 from dtrain.cli.launch import VERBS
 
 
+@cache
 def root() -> Any:
     """Returns the whole command, with its verbs in `commands`."""
     return typer.main.get_command(app)

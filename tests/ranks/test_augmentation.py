@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Noisy(Dataset):
-    """As the README shows it."""
+    """As docs/exactness.md shows it."""
 
     epoch = 0
 

@@ -107,12 +107,10 @@ finally:
 
 @pytest.mark.parametrize(
     ("words", "offered"),
-    [
-        ("dtrain tr", "train"),
-        ("dtrain check par", "parity"),
-        ("dtrain train --dry", "--dry-run"),
-        ("dtrain evaluate --checkpoint la", "last"),
-    ],
+    some(
+        [("dtrain tr", "train"), ("dtrain train --dry", "--dry-run")],
+        [("dtrain check par", "parity"), ("dtrain evaluate --checkpoint la", "last")],
+    ),
 )
 def test_completion_offers_names_and_loads_nothing_heavy(words: str, offered: str) -> None:
     """By the protocol that the shell's own function speaks, as `dtrain --show-completion` prints it."""
