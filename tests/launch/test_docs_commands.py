@@ -18,6 +18,7 @@ RUN = {page.name: [block for block in blocks(page, "console") if block.mark.star
 RUN = {name: found for name, found in RUN.items() if found and name != "README.zh-CN.md"}  # has the same blocks
 
 
+@pytest.mark.timeout(1800 if FULL else 300)
 @pytest.mark.parametrize("page", sorted(RUN))
 def test_the_commands_of_a_page_print_what_it_says(page: str, dtrain: Dtrain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminals, "PATIENCE", _PATIENCE)
