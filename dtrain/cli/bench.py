@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def bench(
-    words: Annotated[list[str] | None, typer.Argument(metavar=METAVAR, show_default=False)] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar=METAVAR, help="As for train.", show_default=False)
+    ] = None,
     ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, help="Compare one rank with this many.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Train steps to measure.")] = 50,
     cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU, also where there is a GPU.")] = False,

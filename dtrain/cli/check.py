@@ -24,7 +24,9 @@ app = typer.Typer(help="Prove, on your own recipe, what dtrain promises.", no_ar
 
 @app.command()
 def parity(
-    words: Annotated[list[str] | None, typer.Argument(metavar=METAVAR, show_default=False)] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar=METAVAR, help="As for train.", show_default=False)
+    ] = None,
     ranks: Annotated[int, typer.Option("-n", "--ranks", min=2, help="Compare this many CPU ranks with one.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to compare.")] = 5,
     tolerance: Annotated[float, typer.Option(help="Relative difference that rounding may make.")] = 1e-4,
@@ -78,7 +80,9 @@ def _tell(alone: Path, together: Path, ranks: int, accumulation: int, tolerance:
 
 @app.command()
 def resume(
-    words: Annotated[list[str] | None, typer.Argument(metavar=METAVAR, show_default=False)] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar=METAVAR, help="As for train.", show_default=False)
+    ] = None,
     ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, help="On this many CPU ranks.")] = 1,
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of each of two epochs.")] = 8,
 ) -> None:

@@ -43,11 +43,22 @@ def doctor(
         ),
     ] = None,
     time: Annotated[str, typer.Option("--time", help="The job's time limit.", rich_help_panel=_OF_SBATCH)] = "10",
-    partition: Annotated[str | None, typer.Option("--partition", "-p", rich_help_panel=_OF_SBATCH)] = None,
-    account: Annotated[str | None, typer.Option("--account", "-A", rich_help_panel=_OF_SBATCH)] = None,
-    qos: Annotated[str | None, typer.Option("--qos", "-q", rich_help_panel=_OF_SBATCH)] = None,
-    gpus_per_node: Annotated[str | None, typer.Option("--gpus-per-node", rich_help_panel=_OF_SBATCH)] = None,
-    cpus_per_task: Annotated[int | None, typer.Option("--cpus-per-task", min=1, rich_help_panel=_OF_SBATCH)] = None,
+    partition: Annotated[
+        str | None, typer.Option("--partition", "-p", help="Which queue it waits in.", rich_help_panel=_OF_SBATCH)
+    ] = None,
+    account: Annotated[
+        str | None, typer.Option("--account", "-A", help="Whose share it counts to.", rich_help_panel=_OF_SBATCH)
+    ] = None,
+    qos: Annotated[
+        str | None, typer.Option("--qos", "-q", help="Its quality of service.", rich_help_panel=_OF_SBATCH)
+    ] = None,
+    gpus_per_node: Annotated[
+        str | None, typer.Option("--gpus-per-node", help="GPUs of each node.", rich_help_panel=_OF_SBATCH)
+    ] = None,
+    cpus_per_task: Annotated[
+        int | None,
+        typer.Option("--cpus-per-task", min=1, help="CPUs for all ranks of a node.", rich_help_panel=_OF_SBATCH),
+    ] = None,
     sbatch_arg: Annotated[
         list[str] | None,
         typer.Option(

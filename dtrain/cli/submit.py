@@ -50,9 +50,15 @@ def submit(
         typer.Option(help="CPUs for all ranks of a node; else as many as ranks.", rich_help_panel=_JOB),
     ] = None,
     mem: Annotated[str | None, typer.Option(help="Memory of each node, as in 64G.", rich_help_panel=_JOB)] = None,
-    partition: Annotated[str | None, typer.Option("--partition", "-p", rich_help_panel=_SITE)] = None,
-    account: Annotated[str | None, typer.Option("--account", "-A", rich_help_panel=_SITE)] = None,
-    qos: Annotated[str | None, typer.Option("--qos", "-q", rich_help_panel=_SITE)] = None,
+    partition: Annotated[
+        str | None, typer.Option("--partition", "-p", help="Which queue it waits in.", rich_help_panel=_SITE)
+    ] = None,
+    account: Annotated[
+        str | None, typer.Option("--account", "-A", help="Whose share it counts to.", rich_help_panel=_SITE)
+    ] = None,
+    qos: Annotated[
+        str | None, typer.Option("--qos", "-q", help="Its quality of service.", rich_help_panel=_SITE)
+    ] = None,
     constraint: Annotated[
         str | None, typer.Option("--constraint", "-C", help="Features that nodes must have.", rich_help_panel=_SITE)
     ] = None,

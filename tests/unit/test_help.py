@@ -37,10 +37,11 @@ def test_the_root_s_help_names_every_verb() -> None:
 
 
 @pytest.mark.parametrize("verb", sorted(verbs()))
-def test_no_words_of_an_option_are_lost_as_markup(verb: str) -> None:
+def test_every_option_has_words_and_none_are_lost_as_markup(verb: str) -> None:
     """`[rank N]` is markup of rich's, unless a backslash is before it."""
     for option in verbs()[verb].params:
         text = getattr(option, "help", None) or ""
+        assert text or option.hidden, f"{option.name} has no words"
         for bracket in re.finditer(r"\[[a-z/#@][^\]]*\]", text):
             assert text[: bracket.start()].endswith("\\"), f"{option.name}: {text}"
 
