@@ -26,7 +26,8 @@ from dtrain.launch.leaving import leave, must_leave_at_once
 
 app = typer.Typer(
     name="dtrain",
-    help="Your PyTorch training steps, unchanged, on one CPU or many ranks.",
+    help="Your PyTorch training steps, unchanged, on one CPU or many ranks.\n\n"
+    "Examples: dtrain train; dtrain train my_recipe.py epochs=5 -n 2 --cpu; dtrain history",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

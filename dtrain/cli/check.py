@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 _EPOCHS = 2
 
-app = typer.Typer(help="Prove, on your own recipe, what dtrain promises.", no_args_is_help=True)
+app = typer.Typer(
+    help="Prove, on your own recipe, what dtrain promises.\n\n"
+    "Examples: dtrain check parity digits model.dropout=0; dtrain check resume my_recipe.py -n 2",
+    no_args_is_help=True,
+)
 
 
 @app.command()

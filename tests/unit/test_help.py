@@ -17,16 +17,18 @@ from helpers.sweep import some
 
 from dtrain.slurm.record import Record, write_record
 
+_GROUPS = {"": root()} | {name: command for name, command in root().commands.items() if hasattr(command, "commands")}
 
-@pytest.mark.parametrize("verb", sorted(verbs()))
+
+@pytest.mark.parametrize("verb", [*_GROUPS, *sorted(verbs())])
 def test_the_help_of_every_verb_ends_in_examples_that_parse(verb: str) -> None:
-    words = " ".join((verbs()[verb].help or "").split())
+    words = " ".join(((_GROUPS | verbs())[verb].help or "").split())
     head, _, examples = re.sub(r"\bExamples?: ", "Example: ", words).partition("Example: ")
     assert head, "what it does"
     assert examples, "no example"
     lines = examples.split("; ")
     for line in lines:
-        assert line.startswith(f"dtrain {verb}"), line
+        assert line.startswith(f"dtrain {verb}".rstrip()), line
         assert commands_of(line), line
         parse(line)
 
