@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from dtrain.finding.lr import Found
     from dtrain.world import World
 
-app = typer.Typer(help="Find a learning rate, or the largest batch that fits. Keeps nothing.", no_args_is_help=True)
+app = typer.Typer(
+    help="Find a learning rate, or the largest batch that fits. Keeps nothing.\n\n"
+    "Examples: dtrain find lr my_recipe.py; dtrain find batch my_recipe.py",
+    no_args_is_help=True,
+)
 app.command()(batch)
 app.command(name="try-batch", hidden=True)(try_batch)
 _TOLD = 10  # lines while it runs
@@ -28,7 +32,9 @@ _TOLD = 10  # lines while it runs
 
 @app.command()
 def lr(
-    words: Annotated[list[str] | None, typer.Argument(metavar=METAVAR, show_default=False)] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar=METAVAR, help="As for train.", show_default=False)
+    ] = None,
     *,
     ranks: Annotated[
         int | None, typer.Option("-n", "--ranks", min=1, help="Start this many ranks on this machine.")

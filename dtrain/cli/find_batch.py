@@ -27,7 +27,9 @@ _GIB = 1 << 30
 
 
 def batch(
-    words: Annotated[list[str] | None, typer.Argument(metavar=METAVAR, show_default=False)] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar=METAVAR, help="As for train.", show_default=False)
+    ] = None,
     *,
     ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, help="On this many ranks of this machine.")] = 1,
     cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU, also where there is a GPU.")] = False,

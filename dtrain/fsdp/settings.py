@@ -18,7 +18,7 @@ _OTHERS = {
 }
 _NOT_YET = {
     "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params: true", "parameters stay on the device that computes"),
-    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing: true", "name the parts with train.activation_checkpointing"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing: true", "use train.activation_checkpointing"),
     "FSDP_IGNORED_MODULES": ("fsdp_ignored_modules", "all parameters are sharded"),
 }
 

@@ -13,8 +13,14 @@ from helpers.terminals import on_terminal
 
 _WIDTH = 130
 _PATIENCE = 250.0
+
+
+def _is_run(block: Block) -> bool:
+    return block.mark.startswith("run") and (FULL or "full sweep" not in block.mark)
+
+
 # Each list is run in one folder, in its order: later commands go on with earlier runs.
-RUN = {page.name: [block for block in blocks(page, "console") if block.mark.startswith("run")] for page in PAGES}
+RUN = {page.name: [block for block in blocks(page, "console") if _is_run(block)] for page in PAGES}
 RUN = {name: found for name, found in RUN.items() if found and name != "README.zh-CN.md"}  # has the same blocks
 
 
@@ -24,10 +30,7 @@ def test_the_commands_of_a_page_print_what_it_says(page: str, dtrain: Dtrain, mo
     monkeypatch.setattr(terminals, "PATIENCE", _PATIENCE)
     for name, text in files_of(RUN[page][0].page).items():
         (dtrain.folder / name).write_text(text)
-    chosen = [block for block in RUN[page] if FULL or "full sweep" not in block.mark]
-    if not chosen:
-        pytest.skip("in the full sweep (DTRAIN_TEST_SWEEP=full)")
-    for block in chosen:
+    for block in RUN[page]:
         for command, lines in block.commands:
             _check(block, command, lines, _output(dtrain, block, command, lines))
 
