@@ -34,6 +34,7 @@ _STALE_SECONDS = 30.0  # an owner elsewhere that has not touched the file for so
 _SETTLE_SECONDS = 0.5  # where there are no locks: the last of several starters to write wins
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _POLL_SECONDS = 0.1
+_DYING_SECONDS = 2.0  # a rank whose launcher was killed outlives it for a moment, and may be started again at once
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,11 @@ class _Lock:
         self._beats = threading.Thread(target=self._beat, name="dtrain-owner", daemon=True)
 
     def acquire(self) -> None:
-        before, deadline = self._seen(), time.monotonic() + 2 * _STALE_SECONDS
+        before, began = self._seen(), time.monotonic()
         while not self._try(before):
             # An owner that is gone may have left a process behind for a moment; its machine may not know it yet.
-            if self._is_alive(before) or time.monotonic() > deadline:
+            patience = self._patience(before) if self._is_alive(before) else 2 * _STALE_SECONDS
+            if time.monotonic() - began > patience:
                 raise self._refusal(before)
             time.sleep(_POLL_SECONDS)
             before = self._seen()
@@ -201,6 +203,11 @@ class _Lock:
             time.sleep(_POLL_SECONDS)
         return False
 
+    @staticmethod
+    def _patience(owner: Owner | None) -> float:
+        """How long an owner that lives is waited for; with one elsewhere, a sign of life was waited for already."""
+        return _DYING_SECONDS if owner is not None and owner.is_here else 0.0
+
     def _touched(self) -> float:
         try:
             with self._path.open("rb") as file:  # which a network file system looks up anew, other than a path
@@ -261,9 +268,13 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _started(pid: int) -> int | None:
-    """Returns when a process began, in ticks since the boot; None where there is none, 0 where this is not known."""
+    """Returns when a process began, in ticks since the boot; None where there is none, 0 where this is not known.
+
+    One that has ended, and that its parent has not asked after yet, is none.
+    """
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if facts[0] in ("Z", "X") else int(facts[19])
     except OSError:
         pass
     if Path("/proc/self/stat").exists():

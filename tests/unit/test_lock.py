@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -115,6 +116,24 @@ def test_a_second_one_in_the_same_process_is_refused(tmp_path: Path) -> None:
             pass
         assert json.loads((tmp_path / FILE_NAME).read_text())["pid"] == os.getpid()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_owner_that_was_killed_a_moment_ago_is_waited_for(tmp_path: Path) -> None:
+    """Also where its parent has not asked after it: its number is still taken, by what has ended."""
+    owner = start(STARTER, tmp_path, 0)
+    assert [line(owner), line(owner)] == ["ready", "mine"]
+    owner.kill()  # and no wait()
+    with owned(tmp_path):
+        assert owner.returncode is None
+    let_go(owner)
+    owner = start(STARTER, tmp_path, 0)
+    assert [line(owner), line(owner)] == ["ready", "mine"]
+    killer = threading.Timer(0.5, owner.kill)
+    killer.start()
+    with owned(tmp_path):
+        assert killer.finished.is_set()
+    killer.join()
+    let_go(owner)
 
 
 def test_it_is_released_after_a_failure_too(tmp_path: Path) -> None:
