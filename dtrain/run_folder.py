@@ -13,7 +13,7 @@ from dtrain.checkpoint.folder import MANIFEST, Saved, remove, remove_leftovers, 
 from dtrain.config import Settings, load_settings
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.history import FILE_NAME, History
-from dtrain.launch.reports import write_whole
+from dtrain.launch.reports import part_of, write_whole
 from dtrain.lock import FILE_NAME as OWNER
 from dtrain.recipe_file import title_of
 from dtrain.resuming.finding import Found, checkpoint_at, find_good
@@ -101,7 +101,8 @@ def _check_begins_anew(folder: Path, settings: Settings) -> None:
     kept = "Choose another run.name, or leave it out."
     refusal = f"run.name = {settings.config.run.name!r}: {folder} is there already and is kept as it is"
     if not (folder / CONFIG).is_file():
-        if any(path.name not in _NOT_OF_A_RUN for path in folder.iterdir()):
+        # A kill may have left the config half written, under another name.
+        if any(path.name not in (*_NOT_OF_A_RUN, part_of(folder / CONFIG).name) for path in folder.iterdir()):
             raise UsageError(f"{refusal}; it holds no run. {kept}")
         return
     before = load_settings(str(folder / CONFIG), [], environ={})

@@ -95,6 +95,11 @@ def named_run(reports: Path) -> Path | None:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def part_of(path: Path) -> Path:
+    """Returns the name under which `write_whole` writes a file, before it has its own."""
+    return path.with_name(f".{path.name}.part")

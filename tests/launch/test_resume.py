@@ -37,14 +37,15 @@ def words(recipes: Path, *more: str) -> list[str]:
 
 def killed_after(dtrain: Dtrain, seconds: float, *arguments: str) -> int:
     """Starts a run and kills all its processes after so long; returns its exit code where it ended before."""
-    run = subprocess.Popen(
-        [BIN / "dtrain", *arguments],
-        cwd=dtrain.folder,
-        env=clean_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    with (dtrain.folder / "said").open("w") as said:
+        run = subprocess.Popen(
+            [BIN / "dtrain", *arguments],
+            cwd=dtrain.folder,
+            env=clean_environment(),
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
     try:
         return run.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -87,7 +88,7 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(dtrain: Dtrain, re
             shutil.rmtree(run)
             seen = 0.0
             continue
-        assert code == -signal.SIGKILL
+        assert code == -signal.SIGKILL, (dtrain.folder / "said").read_text()
         kills += 1
         found = find_good(run / "checkpoints") if run.exists() else None
         place = 0.0 if found is None else found.saved.facts["epoch"] + (found.saved.step or 999) / 1000

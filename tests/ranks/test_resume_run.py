@@ -119,18 +119,21 @@ def test_a_new_run_from_one_checkpoint_leaves_the_old_one(run: Path) -> None:
         start(run.parent, "run.name=fork2", resume=str(run / "nowhere"))
 
 
-@pytest.mark.parametrize("left", ["nothing", "config", "history"])
+@pytest.mark.parametrize("left", ["nothing", "half a config", "config", "history"])
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(run: Path, left: str) -> None:
     whole = read_history(run)
     shutil.rmtree(run / "checkpoints")
     if left != "history":
         (run / "history.csv").unlink()
-    if left == "nothing":
+    if left in ("nothing", "half a config"):
         (run / "config.yaml").unlink()
+    if left == "half a config":
+        (run / ".config.yaml.part").write_text("rec")
     start(run.parent)
     times = ["seconds", "samples_per_second"]
     assert read_history(run).drop(columns=times).equals(whole.drop(columns=times))
     assert (run / "history-1.csv").exists() == (left == "history"), "nothing that was there is lost"
+    assert not (run / ".config.yaml.part").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
