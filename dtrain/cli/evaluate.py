@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,7 +30,20 @@ class Data(str, Enum):
     train = "train"
 
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, as `dtrain train` printed it.")]
+def by_name(run: Path) -> Path:
+    """Returns a run's folder: as it was named, or the one of this name in the folder of runs."""
+    inside = Path(os.environ.get("DTRAIN_RUN__DIR", "runs")) / run
+    return inside if not run.exists() and inside.is_dir() else run
+
+
+Run = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        callback=by_name,
+        help="A run's folder, as `dtrain train` printed it, or its name in the folder of runs.",
+    ),
+]
 Words = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Replace values of the run's config.")
 ]

@@ -14,6 +14,7 @@ from helpers.sweep import some
 from safetensors.numpy import load_file, save_file
 
 from dtrain import read_history
+from dtrain.cli.evaluate import by_name
 
 # Another number of threads rounds float32 sums otherwise, in the tenth digit.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -66,6 +67,15 @@ def test_evaluate_equals_the_history(trained: Path, run: str, ranks: int) -> Non
 def test_the_recipe_is_found_from_another_folder(trained: Path, tmp_path: Path) -> None:
     done = Dtrain(tmp_path)("evaluate", trained / "runs" / "small")
     assert done.code == 0, done.text
+
+
+def test_a_run_is_meant_by_its_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/it", "runs/here", "here", "elsewhere/it"):
+        (tmp_path / name).mkdir(parents=True)
+    assert [by_name(Path(name)) for name in ("it", "here", "none")] == [Path("runs/it"), Path("here"), Path("none")]
+    monkeypatch.setenv("DTRAIN_RUN__DIR", "elsewhere")
+    assert by_name(Path("it")) == Path("elsewhere/it")
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
