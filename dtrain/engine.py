@@ -77,6 +77,8 @@ class Engine:
         validations: gets a row a validation within an epoch, on every rank.
         progress: what a person sees.
         after_epoch: called on every rank with each new row.
+        after_update: called on every rank right after each optimizer step, before a validation that is due there; they
+            look on, and none of them ends training.
         after_step: called on every rank after each optimizer step and once after each epoch, where `place.split` is
             no longer "train": at the same places on all ranks. One that raises `StopRequested`, on all ranks alike,
             ends training there.
@@ -113,6 +115,7 @@ class Engine:
     validations: History = field(default_factory=History)
     progress: Progress = field(default_factory=Silent)
     after_epoch: list[Callable[[Row], None]] = field(default_factory=list)
+    after_update: list[Callable[[Place], None]] = field(default_factory=list)
     after_step: list[Callable[[Place], None]] = field(default_factory=list)
     after_train: Callable[[Trained], None] | None = None
     save: Callable[[], object] | None = None
@@ -320,6 +323,8 @@ class Engine:
             if table.asked is not None:
                 self.learner.finite.check_running(table)
             if share.last:
+                for look in self.after_update:
+                    look(self.place)
                 if self.within is not None and self.within.is_due and self.place.step != steps:
                     with self.watch.stopped():
                         self.within.run(self.progress, self.facts)

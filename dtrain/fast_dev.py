@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from dtrain.config import Settings
 from dtrain.config.schema import RunFolderConfig, TrackConfig
 from dtrain.engine import Engine
 from dtrain.errors import StopRequested
-from dtrain.launch.requests import StopRequest
+from dtrain.launch.requests import StopRequest, kept_for_later
 from dtrain.progress import Voice
 from dtrain.run import agree, begin, train_run
 from dtrain.world import World
@@ -70,6 +72,7 @@ def small(settings: Settings, ranks: int, folder: str) -> Settings:
         "overfit_batches": None,
         "log_step_freq": 1,
         "val_every_steps": None if train.val_every_steps is None else 1,
+        "log_norms": None if train.log_norms is None else 1,
     }
     sections = {
         "train": train.model_copy(update=changes),
@@ -84,11 +87,24 @@ def small(settings: Settings, ranks: int, folder: str) -> Settings:
 def _folder(world: World) -> Iterator[str]:
     """While inside, rank 0, which writes all, has a folder; the others do not use theirs."""
     folder = agree(world, lambda: tempfile.mkdtemp(prefix="dtrain-fast-dev-run-") if world.is_main else "")
-    try:
+    with _removed(folder) if folder else contextlib.nullcontext():
         yield folder or str(Path(tempfile.gettempdir()))
+
+
+@contextlib.contextmanager
+def _removed(folder: str) -> Iterator[None]:
+    """Removes a folder, also where this process is killed, as a launcher does with the ranks beside one that failed."""
+    code = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
+    with kept_for_later():  # what ends the ranks does not end it
+        process = subprocess.Popen(
+            [sys.executable, "-IS", "-c", code, folder], stdin=subprocess.PIPE, start_new_session=True
+        )
+    try:
+        yield
     finally:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        process.kill()
+        process.communicate()
 
 
 def _read_back(settings: Settings, world: World) -> Engine:

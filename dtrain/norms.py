@@ -53,7 +53,7 @@ class Norms:
         # Before the clipping, which is hooked in at the first train step.
         self._handle = register_optimizer_step_pre_hook(self._before_step)
         # Before what may save the run or end it there, which then has this step's rows.
-        engine.after_step.insert(0, self._after_step)
+        engine.after_update.append(self._after_step)
 
     def close(self) -> None:
         """Looks away; what was written is on the disk."""
@@ -139,7 +139,11 @@ class NormsFile:
         buffer = io.StringIO()
         csv.writer(buffer, lineterminator="\n").writerows(rows)
         data = buffer.getvalue().encode()
-        if os.write(self._descriptor, data) != len(data):
+        try:
+            whole = os.write(self._descriptor, data) == len(data)
+        except OSError as error:
+            raise OSError(error.errno, f"{FILE_NAME}: {error.strerror}") from None
+        if not whole:
             raise OSError(f"{FILE_NAME}: the rows were not written whole; is the disk full?")
 
 

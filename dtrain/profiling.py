@@ -66,10 +66,10 @@ class Profile:
             on_trace_ready=self._write,
         )
         self._last = WAIT + WARM_UP + steps
-        self.path.parent.mkdir(exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with _without_kinetos_words():
             self._profile.start()
-        engine.after_step.insert(0, self._step)  # before what may end the run there
+        engine.after_update.append(self._step)  # before what may end the run there
 
     def close(self) -> None:
         """Ends the recording, where the run was over before; closing twice does no harm."""

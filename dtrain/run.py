@@ -25,6 +25,7 @@ from dtrain.failures import describe, explain
 from dtrain.finite import tell_validation
 from dtrain.history import FILE_NAME, History
 from dtrain.launch.heartbeat import SETUP
+from dtrain.launch.postmortem import FILE_NAME as FAILURE
 from dtrain.launch.postmortem import Failure, last_checkpoint, read_failure, remarks
 from dtrain.launch.reports import PEER, name_run, supervised
 from dtrain.launch.requests import FILE_NAME as STOP_FILE
@@ -123,7 +124,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
         tell_start(engine, settings, folder, came_from, voice)
     stopping = Stopping(world, request, folder / STOP_FILE, lambda: engine.is_over)
     engine.heed(stopping)
-    profile = _watched(engine, settings, folder, tracking, owner)
+    profile = agree(world, lambda: _watched(engine, settings, folder, tracking, owner))
     try:
         with _noted(engine, settings, folder, came_from), stopping:
             _fit(engine, keeper, tracking, None if trial or supervised() else folder)
@@ -313,7 +314,7 @@ def _leave_word(folder: Path, place: Place, world: World, error: BaseException) 
     if there is not None and there["cause"] != PEER:
         return
     told = explain(error).told
-    Failure(
+    failure = Failure(
         rank=world.rank,
         local_rank=world.local_rank,
         host=socket.gethostname(),
@@ -326,7 +327,11 @@ def _leave_word(folder: Path, place: Place, world: World, error: BaseException) 
         traceback=told.traceback,
         others={str(rank): "not known" for rank in range(world.size) if rank != world.rank},
         checkpoint=last_checkpoint(folder),
-    ).write(folder)
+    )
+    try:
+        failure.write(folder)
+    except OSError as unwritten:  # a full disk: what ended the run is told, not this
+        add_remark(error, f"{folder / FAILURE} could not be written: {unwritten.strerror}")
     for remark in (f"on {socket.gethostname()}, device {world.device}", *remarks(folder)):
         add_remark(error, remark)
 

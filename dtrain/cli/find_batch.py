@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,9 +49,15 @@ def batch(
 
     Examples: dtrain find batch; dtrain find batch my_recipe.py -n 2 --cpu --memory 4
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
     with reported():
         code = _batch(words or [], Trials(words or [], ranks, cpu, _limit(memory, ranks)), most)
     raise typer.Exit(code)
+
+
+def _leave(number: int, _: object) -> None:
+    raise typer.Exit(128 + number)
 
 
 def _limit(memory: float | None, ranks: int) -> tuple[int | None, int | None]:
@@ -98,19 +106,34 @@ class Trials:
             options = ["--batch", str(size), "--out", folder, "-n", str(self.ranks), *["--cpu"] * self.cpu]
             options += ["--asked", str(asked or 0), "--share", str(share or 0)]
             argv = [sys.executable, *dtrain_argv(["find", "try-batch", *options, "--", *self.words])]
-            done = subprocess.run(argv, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            code, told = _run(argv)
             self.facts = self.facts or _read(out / "facts.json")
             result, lacking = _read(out / "result.json"), [_read(path) for path in sorted(out.glob("rank-*.json"))]
-        if done.returncode == 0 and result:
+        if code == 0 and result:
             tried = Tried(**result)
         elif lacking and (size or self.facts):
             peak = max(one["peak"] for one in lacking)
             tried = Tried(size or self.facts["batch"], False, lacking[0]["why"], peak)
         else:
-            typer.echo(done.stderr, err=True, nl=False)
+            typer.echo(told, err=True, nl=False)
             return None
         self.tries.append(tried)
         return tried
+
+
+def _run(argv: list[str]) -> tuple[int, str]:
+    """Runs a try, which ends with this process, however that one ends; returns its exit code, and what it told."""
+    from dtrain.launch.lifeline import PARENT
+
+    environ = {**os.environ, PARENT: str(os.getpid())}
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(argv, env=environ, text=True, **pipes) as child:
+        try:
+            told = child.communicate()[1]
+        except BaseException:
+            child.terminate()
+            raise
+    return child.returncode, told
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -206,6 +229,9 @@ def try_batch(  # noqa: PLR0917 - options
     share: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Try one batch size, for `batch`."""
+    from dtrain.launch.lifeline import hold_on
+
+    hold_on()
     with reported():
         settings = read_target(words or [])
 

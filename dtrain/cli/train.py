@@ -208,7 +208,8 @@ def with_own_config(words: list[str]) -> list[str]:
     from dtrain.share import OWN_CONFIG
 
     named = (words and not _is_override(words[0])) or any(word.startswith("recipe=") for word in words)
-    return words if named or not Path(OWN_CONFIG).is_file() else [OWN_CONFIG, *words]
+    own = Path(OWN_CONFIG)  # a link that leads nowhere is an error, and not passed over
+    return words if named or not (own.is_file() or own.is_symlink()) else [OWN_CONFIG, *words]
 
 
 def _is_override(word: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -96,8 +97,13 @@ def named_run(reports: Path) -> Path | None:
 def write_whole(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     part = part_of(path)
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:  # a full disk
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
 
 
 def part_of(path: Path) -> Path:

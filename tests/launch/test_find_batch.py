@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from helpers.commands import Dtrain
+from helpers.commands import BIN, Dtrain, clean_environment
 from helpers.ranks import run_ranks
 from helpers.sweep import some
 
@@ -171,6 +176,30 @@ def test_a_fault_of_the_users_own_is_no_lack_of_memory(dtrain: Dtrain, recipe: P
     done = dtrain("find", "batch", recipe, "broken=true", "batch_size=4", "--cpu")
     assert done.code == 1
     assert "a fault of the user's own" in done.err and "largest batch" not in done.out
+
+
+@pytest.mark.parametrize("number", some([signal.SIGKILL], [signal.SIGTERM, signal.SIGHUP]))
+def test_a_search_that_is_ended_leaves_nothing_that_runs(dtrain: Dtrain, recipe: Path, number: int) -> None:
+    argv = [BIN / "dtrain", "find", "batch", recipe, "-n", "2", "--cpu"]
+    search = subprocess.Popen(
+        argv, cwd=dtrain.folder, env=clean_environment(), stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        started = wait_for(
+            lambda: found if len(found := psutil.Process(search.pid).children(recursive=True)) >= 3 else []
+        )
+    finally:
+        search.send_signal(number)
+        assert search.wait(30) == (-9 if number == signal.SIGKILL else 128 + number)
+    wait_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in started))
+
+
+def wait_for(what: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 60
+    while not (there := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return there
 
 
 @pytest.mark.parametrize("ranks", some([2], [3]))

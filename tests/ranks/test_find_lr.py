@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,8 @@ def test_rates_grow_by_a_factor_whatever_schedule_and_groups_there_are(recipe: P
     assert len(once.curve.losses) == 4, "an iterator does not go around"
 
 
-def test_what_cannot_be_is_an_error_by_name(recipe: Path) -> None:
+def test_what_cannot_be_is_an_error_by_name(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # files of one second and size are told apart by no cache
     with pytest.raises(UsageError, match=r"needs an optimizer that dtrain knows.*ranged\.py has none, or several"):
         recipe.write_text(RECIPE.replace("def build_scheduler", "def no_scheduler"))
         found(str(recipe), "optimizer.none=true")
@@ -155,7 +157,9 @@ def test_what_cannot_be_is_an_error_by_name(recipe: Path) -> None:
             growing(start, end, 10)
 
 
-def test_the_key_is_named_only_where_it_sets_the_rate(recipe: Path) -> None:
+def test_the_key_is_named_only_where_it_sets_the_rate(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
     def key(text: str) -> str | None:
         recipe.write_text(text)
         key: str | None = found(str(recipe)).key

@@ -182,7 +182,13 @@ def test_its_time_is_none_of_the_train_pass(monkeypatch: pytest.MonkeyPatch) -> 
 # --- a run that is cut off ------------------------------------------------------------------------------
 
 
-WORDS = ["epochs=2", "train.val_every_steps=3", "checkpoint.every_steps=1", "checkpoint.keep_last=99"]
+WORDS = [
+    "epochs=2",
+    "train.val_every_steps=3",
+    "train.log_norms=1",
+    "checkpoint.every_steps=1",
+    "checkpoint.keep_last=99",
+]
 
 
 def run_in(folder: Path, world: World, name: str, *words: str) -> Path:
@@ -243,6 +249,8 @@ def cut_off(world: World, folder: str) -> list[str]:
         if world.is_main:
             if rows_of(root / place) != rows_of(whole):
                 wrong.append(f"{place}: {rows_of(root / place)} is not {rows_of(whole)}")
+            if (root / place / "norms.csv").read_text() != (whole / "norms.csv").read_text():
+                wrong.append(f"{place}: other norms")
             one, two = (load_file(path / "checkpoints/epoch-2/model.safetensors") for path in (whole, root / place))
             wrong += [f"{place}: {name}" for name in one if not torch.equal(one[name], two[name])]
         world.gather_json("done")
