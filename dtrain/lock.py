@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -77,8 +78,11 @@ class Owner:
         return self.machine == _machine()
 
     def lives(self) -> bool:
-        """Whether an owner that is here still runs; a number that was given to another process since does not count."""
-        return _started(self.pid) == self.started
+        """Whether an owner that is here still runs; a number that was given to another process since does not count.
+
+        Nor does one that was killed and has yet to notice, since it waits for a disk: its end is waited for.
+        """
+        return _started(self.pid) == self.started and not _is_killed(self.pid)
 
 
 @contextlib.contextmanager
@@ -286,6 +290,16 @@ def _started(pid: int) -> int | None:
     except PermissionError:
         pass
     return 0
+
+
+def _is_killed(pid: int, facts: Path = Path("/proc")) -> bool:
+    """Whether a SIGKILL waits for a process."""
+    try:
+        lines = (facts / str(pid) / "status").read_text().splitlines()
+    except OSError:
+        return False
+    waiting = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(signals >> (signal.SIGKILL - 1) & 1 for signals in waiting)
 
 
 def _machine() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,6 +135,17 @@ def test_an_owner_that_was_killed_a_moment_ago_is_waited_for(tmp_path: Path) -> 
         assert killer.finished.is_set()
     killer.join()
     let_go(owner)
+
+
+def test_a_kill_that_waits_for_a_process_is_seen(tmp_path: Path) -> None:
+    """As the kernel tells of it: a mask, the lowest bit of which is signal 1."""
+    real = Path(f"/proc/{os.getpid()}/status").read_text()
+    assert re.search(r"^SigPnd:\t0{16}$", real, re.M) and re.search(r"^ShdPnd:\t0{16}$", real, re.M)
+    (tmp_path / "7").mkdir()
+    for mask, killed in (("0000000000000100", True), ("0000000000004000", False), ("0000000000004100", True)):
+        (tmp_path / "7/status").write_text(re.sub(r"(SigPnd:\t)0{16}", rf"\g<1>{mask}", real))
+        assert lock._is_killed(7, tmp_path) is killed
+    assert not lock._is_killed(8, tmp_path)
 
 
 def test_it_is_released_after_a_failure_too(tmp_path: Path) -> None:
