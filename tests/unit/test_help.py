@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from helpers.parsing import commands_of, parse, root, verbs
 from helpers.slurm_fakes import Slurm
 from helpers.sweep import some
 
+from dtrain.launch.requests import STOP_SIGNALS
 from dtrain.slurm.record import Record, write_record
 
 _GROUPS = {"": root()} | {name: command for name, command in root().commands.items() if hasattr(command, "commands")}
@@ -55,6 +58,18 @@ def test_the_help_is_shown_whole(dtrain: Dtrain) -> None:
     assert "Examples: dtrain train" in done.out
 
 
+@pytest.fixture
+def handlers_kept() -> Iterator[None]:
+    """`dtrain train` hears requests to stop, and ignores them on its way out; this process goes on."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers_kept")
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -89,6 +104,7 @@ def test_what_is_wrong_is_answered_with_the_nearest_name(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("handlers_kept")
 def test_a_wrong_variable_is_answered_with_the_nearest_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
