@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from dtrain.errors import UsageError
+from dtrain.forwards import forward_replaced
 from dtrain.world import World
 
 Compile = Literal[False, True, "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -155,17 +156,11 @@ def compiled(net: nn.Module, how: Compilation | None) -> Iterator[None]:
     if how is None:
         yield
         return
-    before = net.__dict__.get("forward")
     forward = net.forward
     function = getattr(forward, "__func__", None)
     # Bound to the net as before, so that a copy of the net has its own.
-    net.__dict__["forward"] = how(forward) if function is None else MethodType(how(function), net)
-    try:
+    with forward_replaced(net, how(forward) if function is None else MethodType(how(function), net)):
         yield
-    finally:
-        del net.__dict__["forward"]
-        if before is not None:
-            net.__dict__["forward"] = before
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@
         for share in train loader:            # this rank's part of the global batch
             values = learner.learn(share)     # train_step, and what it leaves to do; see `dtrain.learning`
             add the returned values, with the weight of the real samples
-            after an optimizer step: validation, where it is due within the epoch; the `after_step` functions
+            after an optimizer step: the `after_update` functions; validation, where it is due within the epoch;
+                the `after_step` functions
         sum over ranks, once; compare the ranks' weights
         net.eval()                            # the bare net, not DDP
         for share in valid loader: add valid_step(net, *batch)

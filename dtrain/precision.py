@@ -16,6 +16,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from dtrain.errors import UsageError
+from dtrain.forwards import forward_replaced
 from dtrain.world import World
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -60,14 +61,8 @@ def computing(net: nn.Module, precision: Precision, world: World) -> Iterator[No
     if precision == "fp32":
         yield
         return
-    before = net.__dict__.get("forward")
-    net.__dict__["forward"] = _lowered(net, precision, world.device.type)
-    try:
+    with forward_replaced(net, _lowered(net, precision, world.device.type)):
         yield
-    finally:
-        del net.__dict__["forward"]
-        if before is not None:
-            net.__dict__["forward"] = before
 
 
 def _lowered(net: nn.Module, precision: Precision, device: str) -> Callable[..., Any]:

@@ -35,6 +35,7 @@ LAYERS = [
         "dtrain.events",
         "dtrain.columns",
         "dtrain.memory",
+        "dtrain.forwards",
     ],
     ["dtrain.identity", "dtrain.profiles", "dtrain.lock", "dtrain.slurm", "dtrain.starts"],
     ["dtrain.arrival"],
