@@ -13,7 +13,7 @@ from helpers.ranks import run_ranks
 
 from dtrain.building import configured_engine, load_task
 from dtrain.config import load_settings
-from dtrain.errors import StopRequested
+from dtrain.errors import AgreedError, StopRequested
 from dtrain.norms import Norms, NormsFile
 from dtrain.passes import Place
 from dtrain.run import train_run
@@ -202,3 +202,16 @@ def test_a_file_of_something_else_is_not_gone_on_with(tmp_path: Path) -> None:
     file.write_text("epoch,step,name,weight_norm,grad_norm\n1,2,a,1.0,1.0\n1,x,a,1.0,1.0\n1,2,a,1.0,1.0\n")
     NormsFile(file, 2).close()
     assert file.read_text() == "epoch,step,name,weight_norm,grad_norm\n1,2,a,1.0,1.0\n"
+
+
+def test_a_file_that_cannot_be_had_is_told_by_all_ranks_before_they_train(tmp_path: Path, recipes: Path) -> None:
+    words = ["run.name=it", f"run.dir={tmp_path}"]
+
+    def start(*more: str) -> None:
+        train_run(load_settings(str(recipes / "small.py"), [*words, *more], {}), bring_up(cpu=True))
+
+    start("epochs=1")
+    (tmp_path / "it/norms.csv").mkdir()
+    with pytest.raises(AgreedError, match=r"norms\.csv"):
+        start("epochs=2", "train.log_norms=1")
+    start("epochs=2")
