@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, default_pg_timeo
 
 from dtrain.arrival import arrive, time_limit
 from dtrain.errors import WorldError
+from dtrain.forks import make_forks_safe
 from dtrain.fsdp.settings import Sharding, launched_sharding
 from dtrain.identity import introduce
 from dtrain.launch.facts import RankFacts, read_rank_facts
@@ -233,6 +234,7 @@ def _join(facts: RankFacts, cpu: bool, *, first: bool) -> World:
     with warnings.catch_warnings(), _without("ACCELERATE_USE_FSDP"):
         warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
         accelerator = Accelerator(cpu=cpu, step_scheduler_with_optimizer=False, kwargs_handlers=handlers)
+    make_forks_safe()
     if facts.size > 1:
         atexit.register(_leave_group)
     return World(

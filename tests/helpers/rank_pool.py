@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +37,7 @@ class RankPool:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                start_new_session=True,  # with the workers of its loaders, which may outlive it
             )
             for rank in range(size)
         ]
@@ -46,12 +50,23 @@ class RankPool:
             reader.start()
 
     def __call__(self, **arguments: Any) -> list[Any]:
-        """Returns each rank's result, in rank order."""
+        """Returns each rank's result, in rank order; where one does not come, all say where they are, on stderr."""
         for rank in self._ranks:
             assert rank.stdin is not None
             rank.stdin.write(json.dumps(arguments) + "\n")
             rank.stdin.flush()
-        return [json.loads(answers.get(timeout=_PATIENCE_SECONDS)) for answers in self._answers]
+        try:
+            return [json.loads(answers.get(timeout=_PATIENCE_SECONDS)) for answers in self._answers]
+        except queue.Empty:
+            self._send(signal.SIGABRT)  # faulthandler's
+            for rank in self._ranks:
+                rank.wait(_PATIENCE_SECONDS)
+            raise AssertionError(f"no answer within {_PATIENCE_SECONDS} s to {arguments}") from None
+
+    def _send(self, number: int) -> None:
+        for rank in self._ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.pid, number)
 
     def __enter__(self) -> RankPool:
         return self
@@ -62,11 +77,16 @@ class RankPool:
         for rank in self._ranks:
             assert rank.stdin is not None
             rank.stdin.close()
-            if kind is not None:
-                rank.kill()
+        try:
+            for rank in self._ranks if kind is None else ():
+                rank.wait(_PATIENCE_SECONDS)
+        finally:
+            # A worker that hangs keeps the rank's stdout open, and closing what a thread reads from waits for ever.
+            self._send(signal.SIGKILL)
         for rank, reader in zip(self._ranks, self._readers, strict=True):
             rank.wait(_PATIENCE_SECONDS)
             reader.join(_PATIENCE_SECONDS)
+            assert not reader.is_alive(), "something of a rank lives on"
             assert rank.stdout is not None
             rank.stdout.close()
         self._folder.cleanup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import json
 import multiprocessing
@@ -25,6 +26,7 @@ def run(job: dict[str, Any]) -> None:
     """Calls the job's function once, or, in a pool, for each line of arguments that comes; then leaves."""
     from dtrain.world import bring_up
 
+    faulthandler.enable()
     world = bring_up(cpu=True)
     spec = importlib.util.spec_from_file_location("test_under_ranks", job["file"])
     module = importlib.util.module_from_spec(spec)

@@ -70,7 +70,7 @@ def state_of(run: Path) -> dict[str, Any]:
     return {**tensors, "structure": json.dumps(pairs)}
 
 
-@pytest.mark.timeout(7200)
+@pytest.mark.timeout(7200 if FULL else 600)
 def test_killed_again_and_again_it_ends_as_if_it_had_not_been(dtrain: Dtrain, recipes: Path) -> None:
     every = ["model.pause=0.05", "checkpoint.every_steps=1", "data.workers=2"]
     began = time.monotonic()

@@ -227,7 +227,7 @@ def cases(ranks: int) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(3600 if FULL else 400)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_resumed_equals_uninterrupted_bitwise(ranks: int) -> None:
     with RankPool(resume_example, ranks) as pool:

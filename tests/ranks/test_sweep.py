@@ -130,7 +130,7 @@ CASES = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(3600 if FULL else 400)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_every_number_equals_numpys(ranks: int) -> None:
     with RankPool(train_example, ranks) as pool:
