@@ -59,7 +59,7 @@ class Record:
 
 
 def compare(alone: Record, together: Record, accumulation: int, tolerance: float) -> Parting | None:
-    """Compares a run on one rank with a run on N.
+    """Compares a run on one rank with a run on N, each optimizer step of which began with the former's weights.
 
     Args:
         alone: the reference: one rank, on the same global batches.
@@ -140,6 +140,14 @@ def _cause(alone: Record, name: str, one: float, many: float, ranks: int) -> str
 def _compare_tensors(alone: Record, together: Record, step: int, tolerance: float) -> Parting | None:
     if step < 0 or step >= min(len(alone.tensors), len(together.tensors)):
         return None
+    if len({rank["checksums"][step] for rank in together.ranks}) > 1:
+        return Parting(
+            f"optimizer step {step + 1}: the weights of the ranks",
+            "one net",
+            f"different nets on {len(together.ranks)} ranks",
+            "gradients that were not averaged: a train step that uses a part of the model, such as model.encoder(x), "
+            "instead of model(x), or an optimizer step that draws from the rank's own random stream.",
+        )
     one, many = alone.tensors[step], together.tensors[step]
     whole = {kind: _norm(*(t for k, t in one.items() if k.startswith(kind))) for kind in ("gradient/", "weight/")}
     for key, tensor in sorted(one.items()):

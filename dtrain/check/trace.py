@@ -7,16 +7,18 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from dtrain.batches import first_rows, tensor_bytes
 from dtrain.bounds import Limits
 from dtrain.building import configured_engine, load_task
+from dtrain.checks import weights_checksum
 from dtrain.config import Settings
 from dtrain.dealing import Share
 from dtrain.engine import Engine
-from dtrain.fsdp.tensors import whole_tensor
+from dtrain.fsdp.tensors import cut_like, whole_tensor
 from dtrain.metrics import Mean, Observed, Value
 from dtrain.run import agree
 from dtrain.world import World
@@ -30,12 +32,17 @@ class Trace:
             step as `step-S.safetensors`.
         world: the ranks.
         net: the net that is trained.
+        like: the folder of a record whose weights the net gets after each optimizer step, so that each is compared by
+            itself: what rounding makes of one, an optimizer such as Adam makes much more of in a few.
     """
 
-    def __init__(self, folder: Path, world: World, net: nn.Module) -> None:
+    def __init__(self, folder: Path, world: World, net: nn.Module, like: Path | None = None) -> None:
         self._folder = folder
         self._rank = world.rank
+        self._dtype = world.sum_dtype
         self._net = net
+        self._like = like
+        self._checksums: list[float] = []
         self._steps: list[dict[str, Any]] = []
         self._optimizer_steps = 0
         self._gradients: dict[str, Tensor] = {}
@@ -67,6 +74,7 @@ class Trace:
         record = {
             "initial": self._initial,
             "steps": self._steps,
+            "checksums": self._checksums,
             "history": history,
             "batchnorm": self._batchnorm,
             "dropout": self._dropout,
@@ -91,20 +99,32 @@ class Trace:
         }
 
     def _keep_weights(self) -> None:
-        self._optimizer_steps += 1
-        weights = {f"weight/{name}": whole_tensor(p).cpu().clone() for name, p in self._net.named_parameters()}
-        if self._rank != 0:
-            return
-        from safetensors.torch import save_file
+        from safetensors.torch import load_file, save_file
 
-        save_file(self._gradients | weights, self._folder / f"step-{self._optimizer_steps}.safetensors")
+        self._optimizer_steps += 1
+        file = f"step-{self._optimizer_steps}.safetensors"
+        self._checksums.append(weights_checksum(self._net, self._dtype))
+        weights = {f"weight/{name}": whole_tensor(p).cpu().clone() for name, p in self._net.named_parameters()}
+        if self._rank == 0:
+            save_file(self._gradients | weights, self._folder / file)
+        if self._like is not None and (self._like / file).exists():
+            self._take(load_file(self._like / file))
+
+    @torch.no_grad()
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self._net.named_parameters():
+            known = tensors.get(f"weight/{name}")
+            if known is not None and known.shape == parameter.shape:
+                parameter.copy_(cut_like(known, parameter))
 
 
 def _number(value: float | Tensor) -> float:
     return float(value.detach() if isinstance(value, Tensor) else value)
 
 
-def trace_run(settings: Settings, world: World, folder: Path, *, steps: int, merge: int) -> None:
+def trace_run(  # noqa: PLR0913 - what `check trace` is given
+    settings: Settings, world: World, folder: Path, *, steps: int, merge: int, like: Path | None = None
+) -> None:
     """Trains a recipe for a few steps and one validation, and records it.
 
     Args:
@@ -113,12 +133,13 @@ def trace_run(settings: Settings, world: World, folder: Path, *, steps: int, mer
         folder: where the record goes.
         steps: optimizer steps.
         merge: how many of the loader's batches make one; the reference on one rank joins those that N ranks take.
+        like: the folder of the record whose weights each optimizer step begins with.
     """
     task = agree(world, lambda: load_task(settings))
     train = settings.config.train
     share = world.size if train.batch == "per_rank" else 1
     batches = steps * train.accumulation * share * merge
-    trace = Trace(folder, world, task.module)
+    trace = Trace(folder, world, task.module, like)
     engine = configured_engine(
         task,
         world,

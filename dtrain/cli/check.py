@@ -58,6 +58,7 @@ def _parity(words: list[str], ranks: int, steps: int, tolerance: float) -> int:
             merge = ranks if per_rank and size == 1 else 1
             typer.echo(f"{steps} steps on {size} rank{'s' * (size > 1)} ...")
             options = ["check", "trace", "--out", str(out), "--steps", str(steps), "--merge", str(merge)]
+            options += ["--like", str(folders[1])] if size > 1 else []
             code = start_local_ranks(dtrain_argv([*options, "-n", str(size), "--", *words]), size)
             if code != 0:
                 typer.echo(f"no comparison: the run on {size} rank{'s' * (size > 1)} failed, see above.")
@@ -170,19 +171,20 @@ def rehearse(  # noqa: PLR0917 - options
 
 
 @app.command(hidden=True)
-def trace(
+def trace(  # noqa: PLR0917 - options
     words: Annotated[list[str] | None, typer.Argument()] = None,
     out: Annotated[Path, typer.Option()] = Path(),
     steps: Annotated[int, typer.Option()] = 5,
     merge: Annotated[int, typer.Option()] = 1,
+    like: Annotated[Path | None, typer.Option()] = None,
     ranks: Annotated[int, typer.Option("-n")] = 1,
 ) -> None:
     """Record one run for `parity`."""
     with reported():
-        _trace(words or [], out, steps, merge, ranks)
+        _trace(words or [], out, steps, merge, like, ranks)
 
 
-def _trace(words: list[str], out: Path, steps: int, merge: int, ranks: int) -> None:
+def _trace(words: list[str], out: Path, steps: int, merge: int, like: Path | None, ranks: int) -> None:  # noqa: PLR0917
     from dtrain.launch.facts import read_rank_facts
     from dtrain.launch.lifeline import hold_on
     from dtrain.launch.threads import set_threads
@@ -195,5 +197,5 @@ def _trace(words: list[str], out: Path, steps: int, merge: int, ranks: int) -> N
     from dtrain.world import bring_up
 
     world = bring_up(cpu=True, asked=ranks, facts=facts)
-    trace_run(settings, world, out, steps=steps, merge=merge)
+    trace_run(settings, world, out, steps=steps, merge=merge, like=like)
     world.close()

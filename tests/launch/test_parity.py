@@ -47,3 +47,14 @@ def test_a_recipe_that_fails_is_no_comparison(dtrain: Dtrain, recipes: Path) -> 
     assert done.code == 1
     assert "a fault of the user's own" in done.err
     assert "no comparison: the run on 1 rank failed" in done.out
+
+
+def test_rounding_that_the_optimizer_makes_grow_is_no_difference(dtrain: Dtrain) -> None:
+    done = dtrain("check", "parity", "text", "length=32", "batch_size=8", "--steps", 8)
+    assert done.code == 0, done.text
+
+
+def test_ranks_that_part_from_each_other_after_a_step_are_found(dtrain: Dtrain, recipes: Path) -> None:
+    done = dtrain("check", "parity", recipes / "split.py", "fault=optimizer")
+    assert done.code == 1, done.text
+    assert "different: 2 ranks part from 1 at optimizer step 1: the weights of the ranks" in done.out

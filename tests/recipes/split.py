@@ -36,8 +36,17 @@ def build_dataloaders(noisy: bool = False):
     return DataLoader(data, batch_size=8, shuffle=True), DataLoader(TensorDataset(x, y), batch_size=8)
 
 
+class OfTheRank(torch.optim.SGD):
+    """Steps further on other ranks than the first."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"] = 0.05 * (1 + int(os.environ.get("RANK", "0")))
+        return super().step(closure)
+
+
 def build_optimizer(model):
-    return torch.optim.SGD(model.parameters(), lr=0.05)
+    return (OfTheRank if model.fault == "optimizer" else torch.optim.SGD)(model.parameters(), lr=0.05)
 
 
 def train_step(model, x, y):
