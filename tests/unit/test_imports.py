@@ -36,6 +36,7 @@ LAYERS = [
         "dtrain.columns",
         "dtrain.memory",
         "dtrain.forwards",
+        "dtrain.forks",
     ],
     ["dtrain.identity", "dtrain.profiles", "dtrain.lock", "dtrain.slurm", "dtrain.starts"],
     ["dtrain.arrival"],
