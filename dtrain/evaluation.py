@@ -47,7 +47,7 @@ def restore_run(folder: Path, settings: Settings, which: Which, world: World) ->
     Args:
         folder: the run's folder.
         settings: its config, as `load_run_settings` read it.
-        which: the epoch with the best validation loss, or the last one.
+        which: the best epoch, as the run's `checkpoint.monitor` and `checkpoint.mode` say, or the last one.
         world: the ranks.
 
     Raises:
@@ -57,7 +57,8 @@ def restore_run(folder: Path, settings: Settings, which: Which, world: World) ->
 
 
 def _restored(folder: Path, settings: Settings, which: Which) -> Restored:
-    path, row = find_checkpoint(folder, which)
+    kept = settings.config.checkpoint
+    path, row = find_checkpoint(folder, which, kept.monitor, kept.mode)
     seed_everything(settings.config.train.seed)
     recipe = load_recipe(settings.config.recipe, settings.base)
     task = bind(recipe, settings)
@@ -68,8 +69,16 @@ def _restored(folder: Path, settings: Settings, which: Which) -> Restored:
     return Restored(task, step, row, settings)
 
 
-def find_checkpoint(folder: Path, which: Which) -> tuple[Path, dict[str, Any]]:
+def find_checkpoint(
+    folder: Path, which: Which, monitor: str | None, mode: Literal["min", "max"]
+) -> tuple[Path, dict[str, Any]]:
     """Returns the folder of a run's saved epoch, and that epoch's row of the history.
+
+    Args:
+        folder: the run's.
+        which: the best epoch, by the column and in the direction that follow, or the last one.
+        monitor: `checkpoint.monitor` of the run.
+        mode: `checkpoint.mode` of the run.
 
     Raises:
         UsageError: the run saved none.
@@ -77,7 +86,7 @@ def find_checkpoint(folder: Path, which: Which) -> tuple[Path, dict[str, Any]]:
     saved = saved_epochs(folder / "checkpoints")
     if not saved:
         raise UsageError(f"{folder} has no checkpoint: the run ended before its first epoch did. Train it again.")
-    best = best_row(list(saved.values()))
+    best, _ = best_row(list(saved.values()), monitor, mode)
     chosen = [path for path, row in saved.items() if which == "last" or row is best][-1]
     return chosen, saved[chosen]
 

@@ -1,7 +1,8 @@
-"""A loss that is NaN or infinite: found before it spoils the weights, where that costs nothing.
+"""A loss that is NaN or infinite: found before it spoils the weights where that costs nothing, or before they are kept.
 
 On the CPU each loss is looked at, before the optimizer steps where dtrain takes that step. On another device to look
-means to wait for it, so that the running mean is looked at where it is printed, and the epoch's mean at its end.
+means to wait for it, so that the running mean is looked at where it is printed, and the epoch's mean at its end. The
+weights are looked at where they are saved.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from dtrain.dealing import Share
 from dtrain.errors import NotFiniteError, UsageError
+from dtrain.fsdp.tensors import local_part
 from dtrain.metrics import Mean, MeanTable, Value
 from dtrain.world import World
 
@@ -116,6 +118,36 @@ class FiniteLoss:
                 "train.nan=skip: the train step calls backward() and optimizer.step() itself, so that dtrain cannot "
                 "leave a step out. Return the loss and leave the rest to dtrain, or use train.nan=stop."
             )
+
+
+def check_weights(module: nn.Module, world: World, when: str) -> None:
+    """Looks at the trained weights, on every rank; a small collective, and a wait for the device.
+
+    A finite loss can have a gradient that is not, and a checkpoint of what that leaves is none to go on from.
+
+    Args:
+        module: the net.
+        world: the ranks.
+        when: in words, for the message.
+
+    Raises:
+        NotFiniteError: one is NaN or infinite on some rank; every rank raises it.
+    """
+    trained = {name: local_part(p) for name, p in module.named_parameters() if p.requires_grad}
+    trained = {name: weight for name, weight in trained.items() if weight.is_floating_point() and weight.numel()}
+    largest = [torch.linalg.vector_norm(weight, ord=math.inf).float() for weight in trained.values()]
+    spoilt = ~torch.stack(largest).isfinite() if largest else torch.zeros(0, dtype=torch.bool)
+    if not sum(world.all_reduce([float(spoilt.sum())])):
+        return
+    names = [name for name, bad in zip(trained, spoilt.tolist(), strict=True) if bad]
+    told = f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else ""
+    error = NotFiniteError(
+        f"{when} the weights are NaN or infinite{told}: a gradient was, of a loss that is finite. They are not saved; "
+        "the last checkpoint is from before. Lower the learning rate, or look at what the loss takes the root or the "
+        "logarithm of, or divides by; train.nan=ignore saves them all the same."
+    )
+    error.agreed = True
+    raise error
 
 
 def tell_validation(row: Mapping[str, Any]) -> None:

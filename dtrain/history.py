@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dtrain.errors import UsageError
 from dtrain.launch.facts import read_rank_facts
@@ -94,16 +95,25 @@ class History:
 
     def best(self) -> dict[str, Any] | None:
         """Returns the row with the lowest validation loss (training loss without validation)."""
-        return best_row(self.rows)
+        return best_row(self.rows)[0]
 
 
-def best_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Returns the first row with the lowest `val_loss`, or `loss` where there is none; None without rows."""
-    for column in ("val_loss", "loss"):
-        usable = [row for row in rows if row.get(column) is not None and row[column] == row[column]]
+def best_row(
+    rows: list[dict[str, Any]], monitor: str | None = None, mode: Literal["min", "max"] = "min"
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Returns the best row, and the column that says so: of equal ones the first, without such a column the last.
+
+    Args:
+        rows: of a history.
+        monitor: the column; None for `val_loss`, or `loss` where there is none.
+        mode: whether its lowest or its highest value is best.
+    """
+    best = min if mode == "min" else max
+    for column in ("val_loss", "loss") if monitor is None else (monitor,):
+        usable = [row for row in rows if isinstance(row.get(column), (int, float)) and not math.isnan(row[column])]
         if usable:
-            return min(usable, key=lambda row: row[column])
-    return rows[-1] if rows else None
+            return best(usable, key=lambda row: row[column]), column
+    return (rows[-1] if rows else None), None
 
 
 def read_history(path: str | Path) -> pd.DataFrame:

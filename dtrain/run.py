@@ -132,7 +132,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
         world.gather_json(None)  # rank 0 has written what any of them tells of
         raise StopRequested(_stopped(stopping.why(), engine.place, folder, settings)) from None
     if world.is_main and not trial:
-        sum_up(engine.history, folder, voice)
+        sum_up(engine.history, settings, folder, voice)
         if profile is not None:
             print(profile.words())  # noqa: T201
     return folder

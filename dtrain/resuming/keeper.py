@@ -23,6 +23,7 @@ from dtrain.checkpoint.writer import Snapshot, Writer, fits_beside
 from dtrain.config.schema import CheckpointConfig
 from dtrain.engine import Engine
 from dtrain.errors import CheckpointError
+from dtrain.finite import check_weights
 from dtrain.fsdp.replica import ShardedReplica
 from dtrain.fsdp.tensors import gathered
 from dtrain.passes import Place
@@ -77,6 +78,7 @@ class Keeper:
         """Saves where it is due.
 
         Raises:
+            NotFiniteError: the weights are not finite, and `train.nan` does not ignore that.
             OSError: the checkpoint before could not be written, and the policy says stop.
         """
         self._check()
@@ -128,6 +130,8 @@ class Keeper:
         engine, world = self._engine, self._engine.world
         started = time.perf_counter()
         position = self._position()
+        if engine.learner.finite.when != "ignore":
+            check_weights(engine.task.module, world, _told(position))
         mine = _packed(self._rank_state(), world.rank)
         ranks = world.gather_tensors(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
         whole = self._gathered() if isinstance(engine.learner.replica, ShardedReplica) else None
@@ -224,6 +228,11 @@ class Keeper:
             if always or self._policy.on_error == "stop":
                 raise
             logger.warning("a checkpoint could not be written, and training goes on without it: %s", error)
+
+
+def _told(position: tuple[int, int | None]) -> str:
+    epoch, step = position
+    return f"after epoch {epoch}" if step is None else f"after train step {step} of epoch {epoch}"
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -63,9 +63,13 @@ def rank_state(engine: Engine) -> State:
 
 def weights_state(engine: Engine) -> dict[str, Tensor]:
     """Returns the net's weights and buffers, where they are: those that validation has, averaged where that is so."""
-    state = engine.task.module.state_dict().items()
-    averaged = {} if engine.average is None else engine.average.weights()
-    return {name: averaged.get(name, value.detach()) for name, value in state if isinstance(value, Tensor)}
+    module, averaged = engine.task.module, {} if engine.average is None else engine.average.weights()
+    first = {id(parameter): name for name, parameter in module.named_parameters()}  # of the names that tied ones have
+    return {
+        name: averaged.get(first.get(id(value), name), value.detach())
+        for name, value in module.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _kept(thing: Any) -> State:

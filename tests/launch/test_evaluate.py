@@ -64,6 +64,16 @@ def test_evaluate_equals_the_history(trained: Path, run: str, ranks: int) -> Non
         assert means == {name: pytest.approx(row[name], abs=1e-9) for name in means}
 
 
+def test_the_best_epoch_is_the_one_that_the_run_monitors(dtrain: Dtrain) -> None:
+    monitor = ["checkpoint.monitor=val_loss", "checkpoint.mode=max"]
+    done = dtrain("train", "digits", "epochs=3", "run.name=it", *monitor, **ONE_THREAD)
+    worst = read_history(dtrain.folder / "runs/it")["val_loss"].idxmax() + 1
+    assert f"best epoch: {worst} (val_loss = " in done.out, done.text
+    for argv in (["evaluate", "runs/it"], ["predict", "runs/it", "-o", "out.npy"]):
+        done = dtrain(*argv, "--cpu")
+        assert f"epoch {worst} " in done.out, done.text
+
+
 def test_the_recipe_is_found_from_another_folder(trained: Path, tmp_path: Path) -> None:
     done = Dtrain(tmp_path)("evaluate", trained / "runs" / "small")
     assert done.code == 0, done.text

@@ -102,3 +102,16 @@ def test_a_run_saves_the_average_and_goes_on_with_both(dtrain: Dtrain, recipes: 
     assert f"val_loss = {row['val_loss']:.6f}"[:18] in done.out, done.text
     trained = next(tensor for name, tensor in states[0].items() if "trained weights" in name and tensor.shape == (1, 3))
     assert not torch.equal(trained, ends[0]["weight"])
+
+
+def test_weights_of_two_names_are_saved_as_one(dtrain: Dtrain, recipes: Path) -> None:
+    words = ["train", recipes / "tied.py", "--cpu", "train.ema_decay=0.9", "checkpoint.keep_last=99"]
+    for name, epochs in (("whole", 4), ("cut", 2), ("cut", 4)):
+        done = dtrain(*words, f"epochs={epochs}", f"run.name={name}")
+        assert done.code == 0, done.text
+    saved = load_file(dtrain.folder / "runs/whole/checkpoints/epoch-4/model.safetensors")
+    assert torch.equal(saved["encode.weight"], saved["decode.weight"])
+    frames = [library.read_history(dtrain.folder / "runs" / name) for name in ("whole", "cut")]
+    assert frames[0]["val_loss"].tolist() == frames[1]["val_loss"].tolist()
+    done = dtrain("evaluate", "runs/whole", "--checkpoint", "last", "--cpu")
+    assert f"val_loss = {frames[0]['val_loss'].iloc[-1]:.6f}"[:18] in done.out, done.text

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.commands import Dtrain
 from helpers.ranks import run_ranks
 
 from dtrain.config import load_settings
@@ -230,3 +231,19 @@ def test_a_stall_is_in_the_manifest_and_state_holds_all(run: Path) -> None:
     state = json.loads((run / "checkpoints" / "epoch-2" / "state.json").read_text())
     named = dict(state["dict"])
     assert {key for key, _ in named["others"]["dict"]} == {"average"}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_that_are_not_finite_are_not_saved(dtrain: Dtrain, recipes: Path, ranks: int) -> None:
+    """A finite loss had a gradient that was not: what it left is no checkpoint to go on from."""
+    words = ["train", recipes / "tied.py", "-n", ranks, "--cpu", "run.name=it", "nan_at=2", "checkpoint.every_steps=1"]
+    words += ["checkpoint.asynchronous=false", "checkpoint.keep_last=1"]
+    for step in (2, 3):  # the second of each start
+        done = dtrain(*words)
+        assert done.code == 1
+        told = f"after train step {step} of epoch 1 the weights are NaN or infinite (encode.weight, "
+        assert done.err.count(told) == 1, done.text
+        assert [path.name for path in (dtrain.folder / "runs/it/checkpoints").iterdir()] == [f"epoch-1-step-{step - 1}"]
+    assert "goes on from runs/it/checkpoints/epoch-1-step-1" in done.out
+    done = dtrain(*words, "train.nan=ignore", "run.name=kept", "epochs=1")
+    assert done.code == 0, done.text

@@ -53,9 +53,15 @@ class TestHistory:
 
     def test_best_is_the_lowest_validation_loss(self) -> None:
         rows = [{"loss": 3, "val_loss": 0.2}, {"loss": 1, "val_loss": 0.1}, {"loss": 0, "val_loss": float("nan")}]
-        assert best_row(rows) is rows[1]
-        assert best_row([{"loss": 2}, {"loss": 1}]) == {"loss": 1}
-        assert best_row([]) is None
+        assert best_row(rows) == (rows[1], "val_loss")
+        assert best_row([{"loss": 2}, {"loss": 1}]) == ({"loss": 1}, "loss")
+        assert best_row([]) == (None, None)
+
+    def test_best_is_what_the_monitor_says(self) -> None:
+        rows = [{"loss": 3, "hits": 5}, {"loss": 1, "hits": 7}, {"loss": 0, "hits": float("nan")}, {"hits": 7}]
+        assert best_row(rows, "hits", "max") == (rows[1], "hits")
+        assert best_row(rows, "hits") == (rows[0], "hits")
+        assert best_row(rows, "absent") == (rows[3], None)
 
 
 class TestCheckpoint:
