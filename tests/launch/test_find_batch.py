@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -170,6 +171,16 @@ def test_the_largest_batch_within_a_limit(dtrain: Dtrain, recipe: Path) -> None:
     assert estimate.startswith("estimate of a rank's memory: parameters 80 B, gradients 80 B, optimizer states 168 B")
     assert following == f"next: dtrain train {recipe} mib=200 data.batch_size={best} --cpu"
     assert sorted(path.name for path in dtrain.folder.iterdir() if path.name != "__pycache__") == ["sized.py"]
+
+
+def test_memory_that_ends_before_there_is_a_batch_is_told(dtrain: Dtrain, recipe: Path) -> None:
+    done = dtrain("find", "batch", recipe, "--memory", "0.05", "--cpu")
+    assert done.code == 1, done.text
+    assert re.search(
+        r"dtrain: error: the program with the recipe alone does not fit, before any batch: took \d+ of 51 MiB\. Let a rank "
+        r"have more memory \(--memory\), or start fewer ranks \(-n\)\.",
+        done.err,
+    ), done.text
 
 
 def test_a_fault_of_the_users_own_is_no_lack_of_memory(dtrain: Dtrain, recipe: Path) -> None:
