@@ -134,10 +134,13 @@ def test_a_loader_with_batches_of_its_own_is_refused_by_name(recipe: Path, tmp_p
         tried(str(recipe), tmp_path / "it", 8)
 
 
-def tried_by_ranks(world: Any, recipe: str, folder: str) -> dict[str, Any]:
-    out = Path(folder) / "it"
-    words = ["batch=global", "accumulation=3", "batch_size=7"]
-    return tried(recipe, out, 5, *words, world=world) if world.is_main else _other(recipe, out, words, world)
+def tried_by_ranks(world: Any, recipe: str, folder: str) -> list[dict[str, Any]]:
+    found = []
+    for name, *words in (["it"], ["sharded", "train.shard=fsdp"]):
+        out = Path(folder) / name
+        words += ["batch=global", "accumulation=3", "batch_size=7"]
+        found.append(tried(recipe, out, 5, *words, world=world) if world.is_main else _other(recipe, out, words, world))
+    return found
 
 
 def _other(recipe: str, out: Path, words: list[str], world: Any) -> dict[str, Any]:
@@ -146,9 +149,12 @@ def _other(recipe: str, out: Path, words: list[str], world: Any) -> dict[str, An
 
 
 def test_ranks_agree_on_a_try_and_a_global_batch_is_that_of_all(recipe: Path, tmp_path: Path) -> None:
-    found, _ = run_ranks(tried_by_ranks, 2, recipe=str(recipe), folder=str(tmp_path))
+    """Sharded, rank 0 holds three of the five rows: 12 of 20 numbers, and as many of each of Adam's two."""
+    (found, sharded), _ = run_ranks(tried_by_ranks, 2, recipe=str(recipe), folder=str(tmp_path))
     assert (found["facts"]["batch"], found["facts"]["times"], found["facts"]["most"]) == (5, 2, 20)
     assert found["result"]["batch"] == 5 and found["result"]["fits"]
+    taken = [[one["result"][name] for name in ("parameters", "gradients", "optimizer")] for one in (found, sharded)]
+    assert taken == [[80, 80, 168], [48, 48, 104]]
 
 
 def test_memory_that_ran_out_is_told_from_other_errors() -> None:
