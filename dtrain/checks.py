@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.errors import StepError, UsageError
+from dtrain.errors import DataError, StepError, UsageError
 from dtrain.fsdp.tensors import is_sharded
+from dtrain.metrics import nothing_yielded
 from dtrain.world import World
 
 
@@ -23,6 +24,7 @@ def check_same_task(world: World, net: nn.Module, loaders: dict[str, Any]) -> No
 
     Raises:
         UsageError: they differ; both sides are named.
+        DataError: a loader says that it has no batch; of one that cannot tell, this is found when it is read.
     """
     shapes = repr([(name, tuple(p.shape), p.requires_grad) for name, p in net.named_parameters()])
     mine = {"the fingerprint of the net's parameters": zlib.crc32(shapes.encode())}
@@ -39,6 +41,11 @@ def check_same_task(world: World, net: nn.Module, loaders: dict[str, Any]) -> No
             )
             error.agreed = True
             raise error
+    for split in loaders:
+        if mine[f"the number of {split} batches"] == 0:
+            empty = DataError(nothing_yielded(split))
+            empty.agreed = True
+            raise empty
 
 
 def _length(sized: Any) -> int:

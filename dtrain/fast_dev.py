@@ -1,6 +1,6 @@
 """`dtrain train --fast-dev-run`: all of a run in seconds, in a folder of its own that is removed afterwards.
 
-One epoch of two batches for each rank, with validation, a checkpoint, and a second engine that goes on from it; without
+One epoch of two optimizer steps, with validation, a checkpoint, and a second engine that goes on from it; without
 trackers. It finds what would fail at a run's first validation, or at its first checkpoint, before hours were spent.
 """
 
@@ -27,7 +27,8 @@ from dtrain.progress import Voice
 from dtrain.run import agree, begin, train_run
 from dtrain.world import World
 
-BATCHES = 2  # of each loader, for each rank
+STEPS = 2  # optimizer steps: after the first one it is within the epoch, and the second one finds optimizer states
+GROUP = 2  # of accumulated batches, a second one meets the gradients of the first; more of them show no more
 
 
 def fast_dev_run(settings: Settings, world: World, request: StopRequest, voice: Voice) -> None:
@@ -65,10 +66,12 @@ def small(settings: Settings, ranks: int, folder: str) -> Settings:
     """
     config = settings.config
     train = config.train
+    group = min(GROUP, train.accumulation)
     changes = {
         "epochs": 1,
         "max_steps": None,
-        "limit_batches": BATCHES * (ranks if train.batch == "per_rank" else 1),
+        "accumulation": group,
+        "limit_batches": STEPS * group * (ranks if train.batch == "per_rank" else 1),
         "overfit_batches": None,
         "log_step_freq": 1,
         "val_every_steps": None if train.val_every_steps is None else 1,

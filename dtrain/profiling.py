@@ -58,6 +58,7 @@ class Profile:
         self.path = folder / FOLDER / f"rank-{engine.world.rank}.json.gz"
         self.steps = 0
         self._seen = 0
+        self._dropped = False
         self._operators: list[Operator] = []
         self._on_device = engine.world.device.type == "cuda"
         self._profile: profile | None = profile(
@@ -66,7 +67,9 @@ class Profile:
             on_trace_ready=self._write,
         )
         self._last = WAIT + WARM_UP + steps
+        self._part = self.path.with_name(f".part-{self.path.name}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._part.unlink(missing_ok=True)  # which a kill has left
         with _without_kinetos_words():
             self._profile.start()
         engine.after_update.append(self._step)  # before what may end the run there
@@ -77,6 +80,14 @@ class Profile:
             ended, self._profile = self._profile, None
             with _without_kinetos_words():
                 ended.stop()
+
+    def drop(self) -> None:
+        """Ends a recording that was cut off, and leaves no trace: the run that goes on records its own.
+
+        After `close` it does no harm.
+        """
+        self._dropped = True
+        self.close()
 
     def words(self) -> str:
         """Ends the recording and returns what was found, as a table for a person."""
@@ -98,9 +109,13 @@ class Profile:
             self.close()
 
     def _write(self, found: profile) -> None:
-        part = self.path.with_name(f".part-{self.path.name}")
-        found.export_chrome_trace(str(part))
-        part.replace(self.path)
+        if self._dropped:
+            return
+        try:
+            found.export_chrome_trace(str(self._part))
+            self._part.replace(self.path)
+        finally:
+            self._part.unlink(missing_ok=True)
         self.steps = max(0, self._seen - WAIT - WARM_UP)
         self._operators = sorted(map(self._operator, found.key_averages()), key=lambda one: -one.seconds)
         self._operators = [one for one in self._operators if not one.name.startswith("ProfilerStep")]

@@ -131,17 +131,20 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
     except StopRequested:
         world.gather_json(None)  # rank 0 has written what any of them tells of
         raise StopRequested(_stopped(stopping.why(), engine.place, folder, settings)) from None
-    if world.is_main and not trial:
+    told = world.is_main and not trial
+    if told:
         sum_up(engine.history, settings, folder, voice)
-        if profile is not None:
-            print(profile.words())  # noqa: T201
+    _end_profile(profile, told=told)
     return folder
 
 
 def _watched(
     engine: Engine, settings: Settings, folder: Path, tracking: Tracking | None, owner: contextlib.ExitStack
 ) -> Profile | None:
-    """Has norms logged and steps profiled where the config says so; returns the profile, ended with the training."""
+    """Has norms logged and steps profiled where the config says so; returns the profile.
+
+    A profile that was not closed by the end of the training is dropped.
+    """
     train, profile = settings.config.train, None
     if train.log_norms is not None:
         norms = Norms(engine, train.log_norms, folder, None if tracking is None else tracking.moment)
@@ -149,8 +152,15 @@ def _watched(
     if train.profile is not None and (engine.world.is_main or train.profile_ranks == "all"):
         profile = start_profile(engine, train.profile, folder)
     if profile is not None:
-        owner.callback(profile.close)
+        owner.callback(profile.drop)
     return profile
+
+
+def _end_profile(profile: Profile | None, *, told: bool) -> None:
+    if profile is not None:
+        profile.close()
+        if told:
+            print(profile.words())  # noqa: T201
 
 
 def begin(

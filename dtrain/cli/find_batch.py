@@ -96,7 +96,12 @@ class Trials:
     tries: list[Tried] = field(default_factory=list)
 
     def run(self, size: int) -> Tried | None:
-        """Tries a batch; 0 is the recipe's own. Returns None where it failed for another reason than memory."""
+        """Tries a batch; 0 is the recipe's own. Returns None where it failed for another reason than memory.
+
+        Raises:
+            DtrainError: the memory ran out before there was a batch to try.
+        """
+        from dtrain.errors import DtrainError
         from dtrain.finding.search import Tried
         from dtrain.launch.local import dtrain_argv
 
@@ -114,6 +119,11 @@ class Trials:
         elif lacking and (size or self.facts):
             peak = max(one["peak"] for one in lacking)
             tried = Tried(size or self.facts["batch"], False, lacking[0]["why"], peak)
+        elif lacking:
+            raise DtrainError(
+                f"the program with the recipe alone does not fit, before any batch: {lacking[0]['why']}. Let a rank "
+                "have more memory (--memory), or start fewer ranks (-n)."
+            )
         else:
             typer.echo(told, err=True, nl=False)
             return None

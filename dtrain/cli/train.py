@@ -59,7 +59,7 @@ def train(
     fast_dev_run: Annotated[
         bool,
         typer.Option(
-            "--fast-dev-run", help="Go through all of a run in seconds, with 2 batches a rank, and leave nothing."
+            "--fast-dev-run", help="Go through all of a run in seconds, with 2 optimizer steps, and leave nothing."
         ),
     ] = False,
     log_format: Format = LogFormat.AUTO,

@@ -21,6 +21,7 @@ from dtrain.errors import UsageError
 from dtrain.finding.lr import load_bound, shortened
 from dtrain.finding.memory import Guard, is_out_of_memory, limit_device, peak_of
 from dtrain.finding.search import Tried
+from dtrain.fsdp.tensors import local_part
 from dtrain.launch.reports import write_whole
 from dtrain.learning import Task
 from dtrain.metrics import Value
@@ -184,5 +185,6 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _bytes(tensors: Any) -> int:
-    known = {id(tensor): tensor for tensor in tensors}
+    """Returns what this rank holds of tensors, each counted once; rank 0's parts of sharded ones are the largest."""
+    known = {id(tensor): local_part(tensor) for tensor in tensors}
     return sum(tensor.numel() * tensor.element_size() for tensor in known.values())

@@ -34,6 +34,7 @@ FAULTS = {
     "all dropped": (["n_train=3", "drop_last=true"], 1, ["train loader yielded no batch", "drop_last"]),
     "wrong bool": (["drop_last=perhaps"], 2, ["data.drop_last = 'perhaps'", "boolean", "build_dataloaders("]),
 }
+EMPTY = ("no train data", "no valid data", "all dropped")
 FILES = {
     "syntax error": ("def train_step(model:\n  pass\n", 2, [":1: syntax error", "def train_step(model:"]),
     "no train_step": ("model = dl_train = None\n", 2, ["defines no train_step"]),
@@ -95,6 +96,8 @@ def test_usage(dtrain: Dtrain, case: str) -> None:
 def test_steps_and_loaders(dtrain: Dtrain, recipes: Path, case: str) -> None:
     words, code, expected = FAULTS[case]
     assert_told_once(dtrain("train", recipes / "small.py", "epochs=1", *words), code, expected)
+    if case in EMPTY:
+        assert not (dtrain.folder / "runs").exists(), "told before anything starts"
 
 
 @pytest.mark.parametrize("case", ["returns nothing", "never learns", "no train data", "no valid data"])

@@ -107,10 +107,20 @@ def test_it_goes_back_from_the_checkpoint(temporary: Path, tmp_path: Path, recip
 
 
 def test_a_recipe_without_validation(temporary: Path, recipes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gone_through(recipes / "small.py", "data.kind=no-valid", "accumulation=2")
+    gone_through(recipes / "small.py", "data.kind=no-valid")
     told = capsys.readouterr().out.splitlines()[-1]
-    assert told.startswith("fast dev run: went through 1 optimizer step on 1 rank, no validation (there is no loader")
+    assert told.startswith("fast dev run: went through 2 optimizer steps on 1 rank, no validation (there is no loader")
     assert list(temporary.glob("dtrain-*")) == []
+
+
+def test_accumulated_batches_make_two_optimizer_steps_with_validation_in_between(
+    temporary: Path, recipes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone_through(recipes / "small.py", "data.batch_size=1", "accumulation=5", "val_every_steps=100")
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "epoch 1/1, 4 steps"
+    went = "fast dev run: went through 2 optimizer steps on 1 rank, validation (1 within the epoch), a checkpoint"
+    assert told[-1].startswith(went)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -133,10 +134,13 @@ def test_a_loader_with_batches_of_its_own_is_refused_by_name(recipe: Path, tmp_p
         tried(str(recipe), tmp_path / "it", 8)
 
 
-def tried_by_ranks(world: Any, recipe: str, folder: str) -> dict[str, Any]:
-    out = Path(folder) / "it"
-    words = ["batch=global", "accumulation=3", "batch_size=7"]
-    return tried(recipe, out, 5, *words, world=world) if world.is_main else _other(recipe, out, words, world)
+def tried_by_ranks(world: Any, recipe: str, folder: str) -> list[dict[str, Any]]:
+    found = []
+    for name, *words in (["it"], ["sharded", "train.shard=fsdp"]):
+        out = Path(folder) / name
+        words += ["batch=global", "accumulation=3", "batch_size=7"]
+        found.append(tried(recipe, out, 5, *words, world=world) if world.is_main else _other(recipe, out, words, world))
+    return found
 
 
 def _other(recipe: str, out: Path, words: list[str], world: Any) -> dict[str, Any]:
@@ -145,9 +149,12 @@ def _other(recipe: str, out: Path, words: list[str], world: Any) -> dict[str, An
 
 
 def test_ranks_agree_on_a_try_and_a_global_batch_is_that_of_all(recipe: Path, tmp_path: Path) -> None:
-    found, _ = run_ranks(tried_by_ranks, 2, recipe=str(recipe), folder=str(tmp_path))
+    """Sharded, rank 0 holds three of the five rows: 12 of 20 numbers, and as many of each of Adam's two."""
+    (found, sharded), _ = run_ranks(tried_by_ranks, 2, recipe=str(recipe), folder=str(tmp_path))
     assert (found["facts"]["batch"], found["facts"]["times"], found["facts"]["most"]) == (5, 2, 20)
     assert found["result"]["batch"] == 5 and found["result"]["fits"]
+    taken = [[one["result"][name] for name in ("parameters", "gradients", "optimizer")] for one in (found, sharded)]
+    assert taken == [[80, 80, 168], [48, 48, 104]]
 
 
 def test_memory_that_ran_out_is_told_from_other_errors() -> None:
@@ -170,6 +177,16 @@ def test_the_largest_batch_within_a_limit(dtrain: Dtrain, recipe: Path) -> None:
     assert estimate.startswith("estimate of a rank's memory: parameters 80 B, gradients 80 B, optimizer states 168 B")
     assert following == f"next: dtrain train {recipe} mib=200 data.batch_size={best} --cpu"
     assert sorted(path.name for path in dtrain.folder.iterdir() if path.name != "__pycache__") == ["sized.py"]
+
+
+def test_memory_that_ends_before_there_is_a_batch_is_told(dtrain: Dtrain, recipe: Path) -> None:
+    done = dtrain("find", "batch", recipe, "--memory", "0.05", "--cpu")
+    assert done.code == 1, done.text
+    assert re.search(
+        r"dtrain: error: the program with the recipe alone does not fit, before any batch: took \d+ of 51 MiB\. Let a rank "
+        r"have more memory \(--memory\), or start fewer ranks \(-n\)\.",
+        done.err,
+    ), done.text
 
 
 def test_a_fault_of_the_users_own_is_no_lack_of_memory(dtrain: Dtrain, recipe: Path) -> None:

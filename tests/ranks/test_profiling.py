@@ -12,8 +12,11 @@ from helpers.ranks import run_ranks
 from safetensors.torch import load_file
 
 from dtrain.config import load_settings
+from dtrain.errors import StopRequested
 from dtrain.history import read_history
+from dtrain.passes import Place
 from dtrain.profiling import WAIT, WARM_UP
+from dtrain.resuming.keeper import Keeper
 from dtrain.run import train_run
 from dtrain.world import bring_up
 
@@ -57,6 +60,26 @@ def test_a_run_that_goes_on_keeps_its_trace(tmp_path: Path, caplog: pytest.LogCa
     run(tmp_path, "it", "train.profile=2", "data.n=32", "epochs=3")
     assert "is there already and is kept as it is. Remove it for a new one." in caplog.text
     assert (folder / "profile/rank-0.json.gz").read_bytes() == before
+
+
+@pytest.mark.parametrize("end", [StopRequested("on request"), RuntimeError("a fault")])
+def test_a_run_that_is_cut_off_within_these_steps_leaves_them_to_the_one_that_goes_on(
+    end: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(_: Keeper, place: Place) -> None:
+        if place.updates == WAIT + WARM_UP + 2:
+            raise end
+
+    words = ("it", "train.profile=4", "data.n=32")
+    folder = tmp_path / "it/profile"
+    with monkeypatch.context() as cut, pytest.raises(type(end)):
+        cut.setattr(Keeper, "look", look)
+        run(tmp_path, *words)
+    assert list(folder.iterdir()) == []
+    (folder / ".part-rank-0.json.gz").write_bytes(b"which a kill has left")
+    run(tmp_path, *words)
+    assert [path.name for path in folder.iterdir()] == ["rank-0.json.gz"]
+    assert len(steps_of(folder / "rank-0.json.gz")) == 4
 
 
 def test_a_run_too_short_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
