@@ -13,6 +13,7 @@ from dtrain.config.schema import TrainConfig
 from dtrain.dealing import Dealing
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
+from dtrain.fsdp.parts import check_parts
 from dtrain.fsdp.settings import chosen_sharding
 from dtrain.learning import Task
 from dtrain.recipe import bind, load_recipe
@@ -38,6 +39,26 @@ def steps_per_epoch(task: Task, ranks: int, train: TrainConfig) -> int | None:
     """
     how = Dealing(0, ranks, train.batch, fill=True, limit=train.overfit_batches or train.limit_batches)
     return ShardedLoader(task.dl_train, how, train.seed, "train").steps()
+
+
+def loader_batch(task: Task) -> int | None:
+    """Returns the batch size of the training loader; None where it cannot tell."""
+    loader = task.dl_train
+    size = getattr(loader, "batch_size", None)
+    if size is None:
+        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) else None
+
+
+def step_samples(batch: int, ranks: int, train: TrainConfig) -> int:
+    """Returns the samples of an optimizer step, on all ranks together.
+
+    Args:
+        batch: the loader's batch size.
+        ranks: how many there are.
+        train: the config's section.
+    """
+    return batch * (ranks if train.batch == "per_rank" else 1) * train.accumulation
 
 
 def run_epochs(task: Task, ranks: int, settings: Settings) -> int:
@@ -73,6 +94,8 @@ def configured_engine(task: Task, world: World, settings: Settings, **more: Any)
         task.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batches = train.overfit_batches or train.limit_batches
     more.setdefault("limits", Limits(batches, train.limit_batches, same=train.overfit_batches is not None))
+    sharding = chosen_sharding(train, world.sharding)
+    check_parts(task.module, sharding)
     engine = Engine(
         task,
         world,
@@ -84,7 +107,7 @@ def configured_engine(task: Task, world: World, settings: Settings, **more: Any)
         precision=train.precision,
         compile=train.compile,
         clip=Limit(train.clip_norm, train.clip_value),
-        sharding=chosen_sharding(train, world.sharding),
+        sharding=sharding,
         ema_decay=train.ema_decay,
         val_every_steps=train.val_every_steps,
         max_steps=train.max_steps,

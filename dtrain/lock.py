@@ -14,75 +14,25 @@ import fcntl
 import json
 import logging
 import os
-import secrets
-import signal
-import socket
 import threading
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 from dtrain.errors import UsageError
+from dtrain.launch.owner import Owner
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "owner.lock"
-_JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 _BEAT_SECONDS = 5.0
 _STALE_SECONDS = 30.0  # an owner elsewhere that has not touched the file for so long is dead
 _SETTLE_SECONDS = 0.5  # where there are no locks: the last of several starters to write wins
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _POLL_SECONDS = 0.1
 _DYING_SECONDS = 2.0  # a rank whose launcher was killed outlives it for a moment, and may be started again at once
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who has a folder.
-
-    Attributes:
-        host: name of the machine.
-        pid: number of the process.
-        started: when that process began, in the kernel's ticks since the boot: a number may be used again.
-        machine: what tells this boot of this machine, and this container, from any other.
-        job: the scheduler's, or None.
-        since: seconds since the epoch.
-        token: tells two owners apart that are alike in all else.
-    """
-
-    host: str
-    pid: int
-    started: int
-    machine: str
-    job: str | None
-    since: float
-    token: str = field(default_factory=lambda: secrets.token_hex(8))
-
-    @classmethod
-    def me(cls) -> Owner:
-        """This process."""
-        job = next((os.environ[name] for name in _JOB_VARIABLES if os.environ.get(name)), None)
-        return cls(socket.gethostname(), os.getpid(), _started(os.getpid()) or 0, _machine(), job, time.time())
-
-    def __str__(self) -> str:
-        """Words such as "process 4711 on node7 (job 99), since 2026-01-31 12:00:00"."""
-        job = f" (job {self.job})" if self.job else ""
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
-        return f"process {self.pid} on {self.host}{job}, since {since}"
-
-    @property
-    def is_here(self) -> bool:
-        """Whether it is, or was, a process that this one can see."""
-        return self.machine == _machine()
-
-    def lives(self) -> bool:
-        """Whether an owner that is here still runs; a number that was given to another process since does not count.
-
-        Nor does one that was killed and has yet to notice, since it waits for a disk: its end is waited for.
-        """
-        return _started(self.pid) == self.started and not _is_killed(self.pid)
 
 
 @contextlib.contextmanager
@@ -269,43 +219,3 @@ def _let_go_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
-
-
-def _started(pid: int) -> int | None:
-    """Returns when a process began, in ticks since the boot; None where there is none, 0 where this is not known.
-
-    One that has ended, and that its parent has not asked after yet, is none.
-    """
-    try:
-        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if facts[0] in ("Z", "X") else int(facts[19])
-    except OSError:
-        pass
-    if Path("/proc/self/stat").exists():
-        return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return 0
-
-
-def _is_killed(pid: int, facts: Path = Path("/proc")) -> bool:
-    """Whether a SIGKILL waits for a process."""
-    try:
-        lines = (facts / str(pid) / "status").read_text().splitlines()
-    except OSError:
-        return False
-    waiting = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
-    return any(signals >> (signal.SIGKILL - 1) & 1 for signals in waiting)
-
-
-def _machine() -> str:
-    """What tells this boot of this machine, and this container's processes, from any other's."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return socket.gethostname()

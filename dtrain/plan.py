@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dtrain.building import run_epochs, steps_per_epoch
+from dtrain.building import loader_batch, run_epochs, step_samples, steps_per_epoch
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.config.schema import leaves
+from dtrain.fsdp.parts import parts_of
+from dtrain.fsdp.settings import Sharding
 from dtrain.learning import Task
 from dtrain.recipe import Recipe
 
@@ -37,25 +39,20 @@ def make_plan(task: Task, settings: Settings, ranks: int) -> Plan:
     """Works out a run's sizes from its loaders.
 
     Raises:
-        UsageError: how long it is cannot be known.
+        UsageError: how long it is cannot be known; or a part of the net that `train.shard_modules` names is not there.
     """
     train = settings.config.train
+    if train.shard_modules is not None:
+        parts_of(task.module, Sharding(tuple(train.shard_modules)))
     steps, epochs = steps_per_epoch(task, ranks, train), run_epochs(task, ranks, settings)
-    size = _batch_size(task.dl_train)
+    size = loader_batch(task)
     per_rank = in_all = None
     if size is not None:
-        per_rank, in_all = (size, size * ranks) if train.batch == "per_rank" else (-(-size // ranks), size)
-    in_all = None if in_all is None else in_all * train.accumulation
+        per_rank = size if train.batch == "per_rank" else -(-size // ranks)
+        in_all = step_samples(size, ranks, train)
     total = None if steps is None else -(-steps // train.accumulation) * epochs
     bounds = [bound for bound in (total, train.max_steps) if bound is not None]
     return Plan(ranks, per_rank, in_all, steps, epochs, min(bounds, default=None))
-
-
-def _batch_size(loader: Any) -> int | None:
-    size = getattr(loader, "batch_size", None)
-    if size is None:
-        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    return size if isinstance(size, int) else None
 
 
 def value_rows(settings: Settings, recipe: Recipe) -> list[tuple[str, str, str]]:

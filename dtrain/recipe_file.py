@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Collection
 from pathlib import Path
 
 from dtrain.errors import RecipeError, nearest
@@ -37,6 +38,28 @@ def locate(reference: str, base: Path) -> Path | None:
 def title_of(reference: str) -> str:
     """Returns the short name of a recipe, after which its runs are named."""
     return Path(reference).stem if reference.endswith(".py") else reference.rpartition(".")[2]
+
+
+def bundled(reference: str) -> Path | None:
+    """Returns the file of a recipe that comes with dtrain, such as `dtrain.recipes.digits`; None for any other."""
+    package, _, name = reference.rpartition(".")
+    path = Path(__file__).parent / "recipes" / f"{name}.py"
+    return path if package == "dtrain.recipes" and path.is_file() else None
+
+
+def parameters_in(path: Path, functions: Collection[str]) -> set[str]:
+    """Returns the names of the parameters of some of a file's functions; none where it cannot be read.
+
+    Args:
+        path: a recipe, which is not run.
+        functions: names of functions at the file's top.
+    """
+    try:
+        body = ast.parse(path.read_bytes(), filename=str(path)).body
+    except (OSError, ValueError, SyntaxError):
+        return set()
+    found = [node.args for node in body if isinstance(node, ast.FunctionDef) and node.name in functions]
+    return {one.arg for arguments in found for one in (*arguments.args, *arguments.kwonlyargs)}
 
 
 def check_syntax(path: Path) -> None:

@@ -114,6 +114,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
             tell_complete(engine, settings, folder, voice)
         return folder
     tracking = agree(world, lambda: _start_tracking(engine, settings, folder, ids) if world.is_main else None)
+    unbegun = owner.enter_context(_ended(tracking, engine))  # what is set up below may fail, before _fit ends them
     if world.is_main and train.nan != "ignore":
         engine.after_epoch.append(tell_validation)
     keeper = _keeper(engine, settings, folder, tracking)
@@ -127,15 +128,24 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
     profile = agree(world, lambda: _watched(engine, settings, folder, tracking, owner))
     try:
         with _noted(engine, settings, folder, came_from), stopping:
+            unbegun.pop_all()
             _fit(engine, keeper, tracking, None if trial or supervised() else folder)
     except StopRequested:
         world.gather_json(None)  # rank 0 has written what any of them tells of
-        raise StopRequested(_stopped(stopping.why(), engine.place, folder, settings)) from None
+        raise StopRequested(_stopped(stopping.why(), engine.place, folder, settings, resume)) from None
     told = world.is_main and not trial
     if told:
         sum_up(engine.history, settings, folder, voice)
     _end_profile(profile, told=told)
     return folder
+
+
+def _ended(tracking: Tracking | None, engine: Engine) -> contextlib.ExitStack:
+    """Ends the trackers' runs, as failed ones, where it is left before they are somebody else's to end."""
+    stack = contextlib.ExitStack()
+    if tracking is not None:
+        stack.callback(tracking.finish, End(True, False, tuple(engine.history.rows)))
+    return stack
 
 
 def _watched(
@@ -303,14 +313,15 @@ def _taken(folder: Path) -> Iterator[None]:
         yield
 
 
-def _stopped(why: str, place: Place, folder: Path, settings: Settings) -> str:
+def _stopped(why: str, place: Place, folder: Path, settings: Settings, resume: str) -> str:
     """What a person shall read of a run that stopped on request: where it stands, and how it goes on."""
     where = f"epoch {place.epoch}, after {place.updates} optimizer steps" if place.epoch else "the beginning"
-    name = "" if settings.config.run.name else f" run.name={folder.name}"
-    return (
-        f"stopped {why}, in {where}; checkpoint: {last_checkpoint(folder) or 'none yet'}\n"
-        f"go on with: {shlex.join(['dtrain', *sys.argv[1:]])}{name} --resume auto"
-    )
+    saved, again = last_checkpoint(folder), shlex.join(["dtrain", *sys.argv[1:]])
+    if resume in ("auto", "never") or saved is None:
+        again += f"{'' if settings.config.run.name else f' run.name={folder.name}'} --resume auto"
+    elif Path(resume).expanduser().resolve() != folder.resolve():  # a new run, that began from another one's checkpoint
+        again += f" --resume {shlex.quote(str(folder))}"
+    return f"stopped {why}, in {where}; checkpoint: {saved or 'none yet'}\ngo on with: {again}"
 
 
 def _leave_word(folder: Path, place: Place, world: World, error: BaseException) -> None:

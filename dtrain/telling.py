@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dtrain.building import loader_batch, step_samples
 from dtrain.config import Settings
 from dtrain.engine import Engine
 from dtrain.history import History, best_row
@@ -22,13 +23,25 @@ def tell_resumed(opened: Opened | None, loaded: Loaded) -> None:
 
 
 def tell_start(engine: Engine, settings: Settings, folder: Path, came_from: Path | None, voice: Voice) -> None:
-    """Tells that training begins, or goes on: an event alone, since the first line of progress says the same."""
+    """Tells that training begins, or goes on: by an event, since the first line of progress says the same.
+
+    Ranks that make the batch another one than the loader's are told of in words, too.
+    """
+    ranks, train, batch = engine.world.size, settings.config.train, loader_batch(engine.task)
+    samples = None if batch is None else step_samples(batch, ranks, train)
+    if batch is not None and samples is not None and ranks > 1 and train.batch == "per_rank":
+        times = f" x accumulation {train.accumulation}" if train.accumulation > 1 else ""
+        print(  # noqa: T201
+            f"{ranks} ranks x batch {batch}{times} = {samples} samples a step; "
+            f"train.batch=global keeps {samples // ranks}"
+        )
     voice.tell(
         "start",
         run=str(folder),
         config=str(folder / CONFIG),
         recipe=settings.config.recipe,
-        ranks=engine.world.size,
+        ranks=ranks,
+        samples=samples,
         device=str(engine.world.device),
         epochs=engine.epochs,
         epoch=engine.start.epoch,

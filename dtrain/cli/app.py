@@ -22,6 +22,7 @@ from dtrain.cli.slurm_job import slurm_job
 from dtrain.cli.submit import submit
 from dtrain.cli.sync import sync
 from dtrain.cli.train import train
+from dtrain.cli.values import TakesValues
 from dtrain.launch.leaving import leave, must_leave_at_once
 
 app = typer.Typer(
@@ -33,14 +34,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _verb in (
-    *(init, train, evaluate, predict, summary, bench, doctor),
+    *(init, train, evaluate, summary, bench, doctor),
     *(submit, jobs, logs, cancel, requeue),
     *(history, plot, report, sync),
 ):
-    app.command()(_verb)
+    app.command(cls=TakesValues if _verb in (train, evaluate, summary, bench, submit) else None)(_verb)
 app.command(name="bench-rank", hidden=True)(bench_rank)
 app.command(name="doctor-rank", hidden=True)(doctor_rank)
 app.command(name="doctor-node", hidden=True)(doctor_node)
+# What it writes was named by --output once; every verb says --out now.
+_renamed = {"token_normalize_func": lambda name: {"output": "out"}.get(name, name)}
+app.command(cls=TakesValues, context_settings=_renamed)(predict)
 # What follows the script is the script's, options included.
 app.command(context_settings={"allow_interspersed_args": False})(launch)
 app.command(name="slurm-job", hidden=True)(slurm_job)

@@ -13,6 +13,7 @@ import typer
 
 from dtrain.cli.guard import reported
 from dtrain.cli.train import METAVAR, read_target
+from dtrain.cli.values import TakesValues
 
 if TYPE_CHECKING:
     from dtrain.world import World
@@ -26,7 +27,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(cls=TakesValues)
 def parity(
     words: Annotated[
         list[str] | None, typer.Argument(metavar=METAVAR, help="As for train.", show_default=False)
@@ -83,7 +84,7 @@ def _tell(alone: Path, together: Path, ranks: int, accumulation: int, tolerance:
     return 1
 
 
-@app.command()
+@app.command(cls=TakesValues)
 def resume(
     words: Annotated[
         list[str] | None, typer.Argument(metavar=METAVAR, help="As for train.", show_default=False)

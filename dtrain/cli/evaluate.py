@@ -70,9 +70,10 @@ def evaluate(
             restored = restore_run(run, settings, checkpoint.value, world)
             result = evaluate_run(restored, world)
             if world.is_main:
-                typer.echo(f"epoch {restored.row['epoch']} of {run}, {result.samples} samples")
-                for name, mean in result.means.items():
-                    typer.echo(f"val_{name} = {mean!r}")
+                with piped():
+                    typer.echo(f"epoch {restored.row['epoch']} of {run}, {result.samples} samples")
+                    for name, mean in result.means.items():
+                        typer.echo(f"val_{name} = {mean!r}")
 
         code = on_ranks(ranks, cpu, work, hang_seconds=settings.config.train.hang_seconds)
     raise typer.Exit(code)
@@ -80,7 +81,7 @@ def evaluate(
 
 def predict(
     run: Run,
-    output: Annotated[Path, typer.Option("-o", "--output", help="FILE.csv, FILE.npy or FILE.parquet")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="FILE.csv, FILE.npy or FILE.parquet")],
     *,
     words: Words = None,
     checkpoint: Saved = Checkpoint.best,
@@ -96,7 +97,7 @@ def predict(
         from dtrain.config.saved import load_run_settings
         from dtrain.export import check_target
 
-        check_target(output)
+        check_target(out)
         settings = load_run_settings(run, words or [])
 
         def work(world: World) -> None:
@@ -106,9 +107,10 @@ def predict(
 
             restored = restore_run(run, settings, checkpoint.value, world)
             predictions = predict_run(restored, world, data.value)
-            agree(world, lambda: write_predictions(predictions, output) if world.is_main else None)
+            agree(world, lambda: write_predictions(predictions, out) if world.is_main else None)
             if world.is_main:
-                typer.echo(f"predictions of epoch {restored.row['epoch']} of {run}: {output}")
+                with piped():
+                    typer.echo(f"predictions of epoch {restored.row['epoch']} of {run}: {out}")
 
         code = on_ranks(ranks, cpu, work, hang_seconds=settings.config.train.hang_seconds)
     raise typer.Exit(code)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dtrain.cli.find_batch import batch, try_batch
-from dtrain.cli.guard import reported
+from dtrain.cli.guard import piped, reported
 from dtrain.cli.ranks import on_ranks
 from dtrain.cli.train import METAVAR, claims_of, read_target
+from dtrain.cli.values import TakesValues
 
 if TYPE_CHECKING:
     from dtrain.config import Settings
@@ -25,12 +26,13 @@ app = typer.Typer(
     "Examples: dtrain find lr my_recipe.py; dtrain find batch my_recipe.py",
     no_args_is_help=True,
 )
-app.command()(batch)
+app.command(cls=TakesValues)(batch)
 app.command(name="try-batch", hidden=True)(try_batch)
 _TOLD = 10  # lines while it runs
+_FEW = 30  # steps whose losses, of a batch each, scatter too much for the curve's place to be told
 
 
-@app.command()
+@app.command(cls=TakesValues)
 def lr(
     words: Annotated[
         list[str] | None, typer.Argument(metavar=METAVAR, help="As for train.", show_default=False)
@@ -68,14 +70,16 @@ def lr(
 
             found = find_lr(settings, world, rates, _tell if world.is_main else None)
             if world.is_main:
-                _show(found, settings, out)
+                with piped():
+                    _show(found, settings, out)
             world.gather_json(None)  # none fails, and has the others ended, before that is shown
             suggestion = found.curve.suggestion()
             if suggestion is None:
                 raise _no_suggestion(found.curve)
             if world.is_main:
                 options = [*(["-n", str(ranks)] if ranks else []), *["--cpu"] * cpu]
-                _say_next(found, suggestion, settings, words or [], options)
+                with piped():
+                    _say_next(found, suggestion, settings, words or [], options)
 
         code = on_ranks(ranks, cpu, work, claims=lambda: claims_of(settings))
     raise typer.Exit(code)
@@ -84,7 +88,8 @@ def lr(
 def _tell(curve: Curve) -> None:
     done, steps = len(curve.losses), len(curve.rates)
     if done % max(1, steps // _TOLD) == 0 and not curve.ended:
-        typer.echo(f"[step = {done}/{steps}] lr: {curve.rates[done - 1]:.2g}, loss: {curve.smoothed[-1]:.4g}")
+        with piped():
+            typer.echo(f"[step = {done}/{steps}] lr: {curve.rates[done - 1]:.2g}, loss: {curve.smoothed[-1]:.4g}")
 
 
 def _show(found: Found, settings: Settings, out: Path | None) -> None:
@@ -137,6 +142,8 @@ def _say_next(found: Found, suggestion: Suggestion, settings: Settings, words: l
     if found.several:
         times = ", ".join(f"{ratio:g}" for ratio in found.several)
         typer.echo(f"the optimizer's groups kept their ratios: theirs were {times} times the lr")
+    if (steps := len(found.curve.rates)) < _FEW:
+        typer.echo(f"note: after {steps} steps this may be chance; --steps 100, the default, tells more", err=True)
     if found.key is None:
         typer.echo(f"next: set it where {settings.config.recipe} makes its optimizer: no builder takes it as lr")
         return

@@ -11,6 +11,7 @@ import typer
 from dtrain.cli.guard import reported
 from dtrain.cli.speaking import asked_for_events
 from dtrain.cli.train import Retries, read_target, tell_own_config
+from dtrain.cli.values import tell_ignored_variables
 from dtrain.events import Events, tell_end
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ def _launch(program: str, arguments: list[str], asked: Asked, dry_run: bool, ret
     if asked.hang_seconds is None and settings is not None:
         asked = replace(asked, hang_seconds=settings.config.train.hang_seconds)
     _check_not_launched(program)
+    if is_verb:
+        tell_ignored_variables()
     job = make_job(asked)
     argv = dtrain_argv([program, *arguments]) if is_verb else script_argv(program, arguments)
     if dry_run:
@@ -115,7 +118,7 @@ def _launch(program: str, arguments: list[str], asked: Asked, dry_run: bool, ret
         again, words = replace(make_job(asked), stop_seconds=stop_seconds), argv
         if run is not None and program == "train":
             again = replace(again, environment=again.environment | run_variables(run))
-            words = goes_on(argv)
+            words = goes_on(argv, run)
         return run_job(words, again, must_agree(asked, again, [program, *arguments], files))
 
     ending = run_with_retries(attempt, retries, follows=job.node_rank > 0)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dtrain.cli.guard import reported
+from dtrain.cli.guard import piped, reported
 from dtrain.cli.history import RunNames, RunsDir
 
-_DEFAULT = Path("report.html")
+_DEFAULT, _STDOUT = Path("report.html"), Path("-")
 _PORT = 8765
 
 
@@ -18,7 +19,10 @@ def report(
     names: RunNames = None,
     *,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Write there; report.html, if that is new.")
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="FILE", help="Write there (-: standard output); report.html, if that is new."
+        ),
     ] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Serve it to this machine alone, live.")] = False,
     port: Annotated[
@@ -54,12 +58,18 @@ def _write(names: list[str], runs: Path, out: Path | None) -> None:
     from dtrain.report.render import render
     from dtrain.report.runs import read_run
 
-    target = check_target(out, _DEFAULT)
+    target = None if out == _STDOUT else check_target(out, _DEFAULT)
     found = [read_run(place) for place in find_runs(names, runs)]
     if not found:
         raise UsageError(f"there is no run in {runs} (looked in {Path.cwd()}). --dir names another folder of runs.")
-    write_bytes(target, render(page_data(found, live=False)).encode())
-    typer.echo(f"report: {target}")
+    page = render(page_data(found, live=False)).encode()
+    if target is not None:
+        write_bytes(target, page)
+    with piped():
+        if target is None:
+            sys.stdout.buffer.write(page)
+        else:
+            typer.echo(f"report: {target}")
 
 
 def _serve(names: list[str], runs: Path, port: int) -> None:

@@ -52,7 +52,7 @@ def train(
         typer.Option(
             metavar="auto|never|PATH",
             help="auto: go on with the run that is in run.name's folder, if any. PATH: with that run; of a checkpoint: "
-            "begin a new run from it.",
+            "begin a new run from it; with that run's config, where none is named.",
         ),
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and start nothing.")] = False,
@@ -94,8 +94,7 @@ def _train(  # noqa: PLR0917 - the options
 
     manner.check()
     request = request_of_this_process() if not dry_run else None
-    tell_own_config(words, as_words=manner.events is None)
-    settings = read_target(words)
+    settings = settings_to_train(words, resume, as_words=manner.events is None)
     if not fast_dev_run:
         check_installed(settings.config.track)
     if request is None:
@@ -163,7 +162,7 @@ def _retried(ranks: int, retries: int, watch: dict[str, Any], manner: Manner) ->
     def attempt(run: Path | None) -> Ending:
         if run is None:
             return run_local_ranks(argv, ranks, **watch)
-        return run_local_ranks(goes_on(argv), ranks, run_variables(run), **watch)
+        return run_local_ranks(goes_on(argv, run), ranks, run_variables(run), **watch)
 
     ending = run_with_retries(attempt, retries)
     manner.tell_end(ending)
@@ -182,14 +181,38 @@ def claims_of(settings: Settings) -> dict[str, str]:
 def read_target(words: list[str]) -> Settings:
     """Resolves the words of the command line, and checks the recipe's file as far as can be without torch."""
     from dtrain.config import load_settings
-    from dtrain.recipe_file import check_syntax, locate
 
     target, overrides = split_words(words)
-    settings = load_settings(target, overrides)
+    return _with_readable_recipe(load_settings(target, overrides))
+
+
+def _with_readable_recipe(settings: Settings) -> Settings:
+    from dtrain.recipe_file import check_syntax, locate
+
     path = locate(settings.config.recipe, settings.base)
     if path is not None:
         check_syntax(path)
     return settings
+
+
+def settings_to_train(words: list[str], resume: str, *, as_words: bool) -> Settings:
+    """Resolves the words of `dtrain train`, and says which config is taken that nobody has named.
+
+    Where a run or a checkpoint is to be gone on from, and the words begin with neither a config nor a recipe, it is
+    that run's own config: without the environment, and without its name for a new run that begins from a checkpoint.
+    """
+    if resume in ("auto", "never") or (words and not _is_override(words[0])):
+        tell_own_config(words, as_words=as_words)
+        return read_target(words)
+    from dtrain.config.saved import CONFIG, load_run_settings
+
+    path = Path(resume).expanduser()
+    run, anew = path, []
+    if not (path / CONFIG).exists() and path.parent.name == "checkpoints":
+        run, anew = path.parent.parent, ["run.name=null"]
+    settings = load_run_settings(run, [*anew, *words])
+    _tell_config(run / CONFIG, as_words=as_words)
+    return _with_readable_recipe(settings)
 
 
 def split_words(words: list[str]) -> tuple[str | None, list[str]]:
@@ -218,20 +241,27 @@ def _is_override(word: str) -> bool:
 
 def tell_own_config(words: list[str], *, as_words: bool, err: bool = False) -> None:
     """Says that the current folder's own config is taken, once: nobody has named it."""
+    taken = with_own_config(words)
+    if taken != words:
+        _tell_config(taken[0], as_words=as_words, err=err)
+
+
+def _tell_config(file: str | Path, *, as_words: bool, err: bool = False) -> None:
     from dtrain.launch.facts import read_rank_facts
     from dtrain.launch.reports import supervised
 
-    taken = with_own_config(words)
-    if taken != words and as_words and not supervised() and read_rank_facts().rank == 0:
-        typer.echo(f"config: {taken[0]}", err=err)
+    if as_words and not supervised() and read_rank_facts().rank == 0:
+        typer.echo(f"config: {file}", err=err)
 
 
 def _show_plan(settings: Settings, ranks: int, *, as_words: bool) -> None:
     """Shows it; as words for a person, on standard error, where the standard output is for events."""
+    from dtrain.fsdp.settings import chosen_sharding, launched_sharding
     from dtrain.plan import make_plan, plan_text, value_rows
     from dtrain.recipe import bind, load_recipe
     from dtrain.seeding import seed_everything
 
+    chosen_sharding(settings.config.train, launched_sharding())  # refuses what a run would
     seed_everything(settings.config.train.seed)
     recipe = load_recipe(settings.config.recipe, settings.base)
     task = bind(recipe, settings)

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from dtrain.errors import UsageError
+from dtrain.errors import UsageError, nearest
 from dtrain.fsdp.settings import Sharding
 
 
@@ -26,6 +26,20 @@ def parts_of(net: nn.Module, sharding: Sharding) -> list[nn.Module]:
     else:
         chosen = _named(inner, sharding.modules)
     return chosen[::-1]  # named_modules() has outer ones first
+
+
+def check_parts(net: nn.Module, sharding: Sharding | None) -> None:
+    """Checks the names of parts before anything else is set up, also where one rank alone shards nothing.
+
+    Raises:
+        UsageError: a name or pattern matches none; every rank raises it, since their nets are alike.
+    """
+    try:
+        if sharding is not None:
+            parts_of(net, sharding)
+    except UsageError as error:
+        error.agreed = True
+        raise
 
 
 def _can_be(module: nn.Module) -> bool:
@@ -50,10 +64,11 @@ def _named(inner: dict[str, nn.Module], wanted: tuple[str, ...]) -> list[nn.Modu
     for pattern in wanted:
         matching = [m for name, m in inner.items() if type(m).__name__ == pattern or fnmatchcase(name, pattern)]
         if not matching:
-            classes = ", ".join(sorted({type(module).__name__ for module in inner.values()}))
+            classes = sorted({type(module).__name__ for module in inner.values()})
             raise UsageError(
                 f"train.shard_modules (or fsdp_transformer_layer_cls_to_wrap): {pattern!r} is neither the class nor "
-                f"the name of a module of the net. Its classes are {classes}; its names "
+                f"the name of a module of the net.{nearest(pattern, [*classes, *inner])} Its classes are "
+                f"{', '.join(classes)}; its names "
                 f"{', '.join(list(inner)[:8])}{', ...' * (len(inner) > 8)}."
             )
         found |= {id(module): module for module in matching}

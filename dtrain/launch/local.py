@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +16,7 @@ from typing import Any
 from dtrain.errors import EXIT_OK, EXIT_STOPPED
 from dtrain.launch.hangs import HangWatch
 from dtrain.launch.job import Job
+from dtrain.launch.left import reports_folder
 from dtrain.launch.meeting import Meeting, Stopped, Word, meet
 from dtrain.launch.output import Output
 from dtrain.launch.ports import free_port
@@ -171,7 +171,7 @@ def _run_part(
     argv: Sequence[str], job: Job, meeting: Meeting | None, caught: Sequence[int], *, relayed: bool | Callable[[], None]
 ) -> Ending:
     reaper: Reaper | None = None
-    with tempfile.TemporaryDirectory(prefix="dtrain-") as name:
+    with reports_folder() as name:
         ranks = Ranks(job.first_rank, [], Path(name))
         orders = Orders(caught, job.stop_seconds, ranks.reports)
         output = Relayed(relayed) if relayed else Output(lambda: job.log_dir or _runs_logs(ranks.reports), orders.ends)

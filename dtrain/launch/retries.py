@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, WorldError
 from dtrain.launch.local import Ending
-from dtrain.launch.postmortem import FILE_NAME, STACKS_NAME
+from dtrain.launch.postmortem import FILE_NAME, STACKS_NAME, last_checkpoint
 from dtrain.launch.requests import STOP_SIGNALS
 from dtrain.launch.stopping import signals_caught
 
@@ -90,10 +90,20 @@ def progress(run: Path | None) -> Progress:
     return (*max(saved, default=(0.0, 0.0)), rows)
 
 
-def goes_on(argv: Sequence[str]) -> list[str]:
-    """Returns a command line of `dtrain train` that goes on with what there is in the run's folder."""
+def goes_on(argv: Sequence[str], run: Path | None = None) -> list[str]:
+    """Returns a command line of `dtrain train` that goes on with what there is in the run's folder.
+
+    Args:
+        argv: what was started first.
+        run: the folder. Where a run or checkpoint was named by --resume, it is named in its place as soon as it has a
+            checkpoint, since such a command need name no config.
+    """
     end = list(argv).index("--") if "--" in argv else len(argv)
-    return [*argv[:end], "--resume", "auto", *argv[end:]]  # the last --resume holds
+    words = [*argv[:end]]
+    given = [after for word, after in itertools.pairwise(words) if word == "--resume"]
+    given += [word.partition("=")[2] for word in words if word.startswith("--resume=")]
+    named = run is not None and any(one not in ("auto", "never") for one in given) and last_checkpoint(run)
+    return [*words, "--resume", str(run) if named else "auto", *argv[end:]]  # the last --resume holds
 
 
 def run_variables(run: Path) -> dict[str, str]:

@@ -108,8 +108,8 @@ def check_facts(there: Mapping[str, Any], here: Mapping[str, Any], settings: Set
         raise UsageError(
             "the checkpoint is another run's: "
             + "; ".join(differences)
-            + f". What may differ: {', '.join(key.rstrip('.') for key in FREE[1:])}. Give the values of the run, or "
-            "another run.name."
+            + ". Give the values of the run (`dtrain train --resume RUN` alone has them), or another run.name. What "
+            "changes no number may differ, such as train.epochs (all: docs/checkpoints.md)."
         )
     before, now = (values["config"].get("train", {}).get("compile") or None for values in (there, here))
     if before != now:

@@ -69,12 +69,18 @@ time.sleep(600)
 
 def test_what_ranks_have_started_does_not_outlive_a_killed_launcher(dtrain: Dtrain) -> None:
     (dtrain.folder / "s.py").write_text(WITH_A_CHILD)
-    launcher = dtrain.start("launch", "-n", 2, "s.py")
+    temporary = dtrain.folder / "temporary"
+    temporary.mkdir()
+    launcher = dtrain.start("launch", "-n", 2, "s.py", TMPDIR=str(temporary))
     here = [dtrain.folder / f"here-{rank}" for rank in (0, 1)]
     wait_until(lambda: all(path.exists() and path.read_text() for path in here), 60)
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
     wait_until(lambda: children_of_tests() == [], 5)
+    assert len(list(temporary.glob("dtrain-*"))) == 1
+    (dtrain.folder / "s.py").write_text("")
+    assert dtrain("launch", "-n", 1, "s.py", TMPDIR=str(temporary)).code == 0
+    assert list(temporary.glob("dtrain-*")) == [], "the next launcher removes what it left"
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

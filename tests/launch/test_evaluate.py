@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.commands import Dtrain
+from helpers.commands import BIN, Dtrain, clean_environment
 from helpers.sweep import some
 from safetensors.numpy import load_file, save_file
 
@@ -72,6 +74,19 @@ def test_the_best_epoch_is_the_one_that_the_run_monitors(dtrain: Dtrain) -> None
     for argv in (["evaluate", "runs/it"], ["predict", "runs/it", "-o", "out.npy"]):
         done = dtrain(*argv, "--cpu")
         assert f"epoch {worst} " in done.out, done.text
+
+
+@pytest.mark.parametrize("words", some([["evaluate", "-n", "2"]], [["evaluate"], ["predict", "-o", "p.npy"]]))
+def test_a_reader_that_has_gone_is_no_failure(trained: Path, tmp_path: Path, words: list[str]) -> None:
+    """As in `dtrain evaluate RUN | head -1`, at its worst: nobody reads at all."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    argv = [BIN / "dtrain", *words, "--cpu", trained / "runs" / "small"]
+    done = subprocess.run(
+        argv, cwd=tmp_path, env=clean_environment(), stdout=writing, stderr=subprocess.PIPE, timeout=120, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_the_recipe_is_found_from_another_folder(trained: Path, tmp_path: Path) -> None:

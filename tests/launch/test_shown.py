@@ -19,6 +19,7 @@ from helpers.terminals import Terminal, on_terminal
 
 FULL = os.environ.get("DTRAIN_TEST_SWEEP") == "full"
 BAR = "━"
+BATCH = 4  # of the recipe's loader
 FREE_PORT = ["--main_process_port", "0"]
 ACCELERATE = [BIN / "accelerate", "launch", "--multi_gpu", *FREE_PORT, "--num_processes"]
 TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc-per-node"]
@@ -37,6 +38,12 @@ def words_of(ranks: int) -> list[str]:
         lines += [f"rank {rank} prints in a step", f"C writes on rank {rank}"]
         lines += [f"the first half and, on rank {rank}, the second"]
     return lines
+
+
+def batch_words(ranks: int) -> list[str]:
+    """What is said of ranks whose batches are each the loader's."""
+    said = f"{ranks} ranks x batch {BATCH} = {ranks * BATCH} samples a step; train.batch=global keeps {BATCH}"
+    return [said] if ranks > 1 else []
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -156,6 +163,7 @@ def test_four_ranks_of_accelerate_launch_in_a_pipe(dtrain: Dtrain, recipes: Path
             continue
         assert done.text.splitlines().count(word) == 1, word
     assert done.err.count(" warns") == 2 * 4  # the warning and its line of code
+    assert [line for line in done.out.splitlines() if "samples a step" in line] == batch_words(4)
 
 
 @pytest.mark.parametrize("form", ["auto", "json"] if FULL else ["auto"])
@@ -175,6 +183,7 @@ def test_every_rank_speaks_where_that_was_asked_for(dtrain: Dtrain, recipes: Pat
         assert lines.count(f"[rank {rank}] the first half and, on rank {rank}, the second") == 1
         assert len([line for line in lines if line.startswith(f"[rank {rank}] [step = 8] loss: ")]) == 2
     assert lines.count("[rank 0] next: dtrain evaluate runs/it") == 1
+    assert [line for line in lines if "samples a step" in line] == [f"[rank 0] {line}" for line in batch_words(2)]
     assert [line for line in lines if not line.startswith(("[rank 0] ", "[rank 1] ", "C writes"))] == []
 
 
@@ -207,7 +216,7 @@ def test_events_are_the_history_to_the_last_digit(dtrain: Dtrain, recipes: Path,
     told = events(done.out)
     start, *_ = told
     expected = {"event": "start", "run": "runs/it", "config": "runs/it/config.yaml", "ranks": ranks, "epochs": 2}
-    expected |= {"epoch": 1, "step": 0, "checkpoint": None}
+    expected |= {"epoch": 1, "step": 0, "checkpoint": None, "samples": BATCH * ranks}
     assert start["device"].startswith("cpu")
     assert {name: start[name] for name in expected} == expected
     steps = [event for event in told if event["event"] == "step"]
@@ -236,6 +245,7 @@ def test_events_are_the_history_to_the_last_digit(dtrain: Dtrain, recipes: Path,
     for word in words_of(ranks)[1:]:  # what is no event is on standard error, words of dtrain's own included
         assert done.err.splitlines().count(word) == 1 or word.startswith("the first half")
     assert "next: dtrain evaluate runs/it" in done.err
+    assert [line for line in done.err.splitlines() if "samples a step" in line] == batch_words(ranks)
 
 
 def told_row(told: list[dict[str, Any]], epoch: int) -> dict[str, Any]:

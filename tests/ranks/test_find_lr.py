@@ -13,10 +13,11 @@ from helpers.commands import Dtrain
 from helpers.ranks import run_ranks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dtrain.cli.find import _say_next
 from dtrain.config import load_settings
 from dtrain.errors import AgreedError, StepError, UsageError
-from dtrain.finding.curve import SMOOTHING, Curve, growing
-from dtrain.finding.lr import find_lr
+from dtrain.finding.curve import SMOOTHING, Curve, Suggestion, growing
+from dtrain.finding.lr import Found, find_lr
 from dtrain.world import bring_up
 
 N, BATCH, STEPS = 19, 6, 14
@@ -219,6 +220,17 @@ def test_no_rate_is_suggested_where_the_loss_does_not_come_down() -> None:
         assert curve_of(losses).suggestion() is None
     falling = [value - max(0, at - 40) / 40 for at, value in enumerate(noise)]
     assert curve_of(falling).suggestion() is not None
+
+
+@pytest.mark.parametrize("steps", [12, 29, 30])
+def test_few_steps_come_with_a_word_of_caution(steps: int, capsys: pytest.CaptureFixture[str]) -> None:
+    found = Found(Curve(growing(1e-4, 1.0, steps)), "lr")
+    _say_next(found, Suggestion(0.1, 0.01, 0.1, 1.0), load_settings("digits", [], {}), [], [])
+    told = capsys.readouterr()
+    assert "next: dtrain train lr=0.1" in told.out
+    assert told.err == (
+        f"note: after {steps} steps this may be chance; --steps 100, the default, tells more\n" if steps < 30 else ""
+    )
 
 
 # --- as a user has it -----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from dtrain.errors import AgreedError, StopRequested
 from dtrain.norms import Norms, NormsFile
 from dtrain.passes import Place
 from dtrain.run import train_run
+from dtrain.tracking.base import End
 from dtrain.tracking.files import StepLog
 from dtrain.tracking.tracking import Tracking
 from dtrain.world import bring_up
@@ -204,7 +205,9 @@ def test_a_file_of_something_else_is_not_gone_on_with(tmp_path: Path) -> None:
     assert file.read_text() == "epoch,step,name,weight_norm,grad_norm\n1,2,a,1.0,1.0\n"
 
 
-def test_a_file_that_cannot_be_had_is_told_by_all_ranks_before_they_train(tmp_path: Path, recipes: Path) -> None:
+def test_a_file_that_cannot_be_had_is_told_by_all_ranks_before_they_train(
+    tmp_path: Path, recipes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["run.name=it", f"run.dir={tmp_path}"]
 
     def start(*more: str) -> None:
@@ -212,6 +215,11 @@ def test_a_file_that_cannot_be_had_is_told_by_all_ranks_before_they_train(tmp_pa
 
     start("epochs=1")
     (tmp_path / "it/norms.csv").mkdir()
-    with pytest.raises(AgreedError, match=r"norms\.csv"):
-        start("epochs=2", "train.log_norms=1")
+    ended: list[End] = []
+    with monkeypatch.context() as seen:
+        seen.setattr(Tracking, "finish", lambda _, end: ended.append(end))
+        with pytest.raises(AgreedError, match=r"norms\.csv"):
+            start("epochs=2", "train.log_norms=1", "track.tensorboard=true")
+    (end,) = ended  # its trackers, which were there already
+    assert (end.failed, end.complete, [row["epoch"] for row in end.rows]) == (True, False, [1])
     start("epochs=2")

@@ -59,6 +59,8 @@ def test_another_runs_values_are_refused_by_name_and_nothing_is_touched(run: Pat
     with pytest.raises(AgreedError) as refused:
         start(run.parent, *words)
     assert told in str(refused.value)
+    assert "What changes no number may differ, such as train.epochs (all: docs/checkpoints.md)." in str(refused.value)
+    assert "hang_seconds" not in str(refused.value), "not a list of all that is not to be looked at"
     assert refused.value.exit_code == 2
     assert contents(run) == before
 

@@ -13,6 +13,7 @@ from helpers.pages import PAGES, READMES, ROOT, Block, anchors, blocks, files_of
 from helpers.parsing import commands_of, parse
 
 from dtrain.config.schema import BUILDER_SECTIONS, RunConfig, leaves, section_of
+from dtrain.resuming.fitting import FREE
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 _WORDS_OF_A_KEY = re.compile(
@@ -125,6 +126,14 @@ def test_every_key_that_a_page_names_is_in_the_schema(page: Path) -> None:
                 if equals and dot and section in RunConfig.model_fields and section not in BUILDER_SECTIONS:
                     wrong = "train.epoch" in line  # which shows the error
                     assert key in leaves() or wrong, f"{block}: {key}"
+
+
+def test_what_may_differ_from_a_run_is_all_on_its_page() -> None:
+    """A refusal leaves the list to the page."""
+    text = (ROOT / "docs" / "checkpoints.md").read_text()
+    told = text[text.index("What changes no number may differ: ") :].partition("\n\n")[0]
+    keys = [key + "*" * key.endswith(".") for key in FREE if key != "recipe"]
+    assert re.findall(r"`([^`]+)`", told) == keys
 
 
 def test_the_difference_of_the_scripts_is_the_page_s() -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from dtrain.building import configured_engine, load_task
+from dtrain.config import load_settings
 from dtrain.config.schema import TrainConfig
 from dtrain.errors import UsageError, WorldError
 from dtrain.fsdp.parts import parts_of
@@ -107,6 +109,16 @@ def test_the_parts_are_the_repeated_blocks_or_what_is_named_inner_ones_first() -
     assert names(Sharding(least=30)) == ["tail"]
     net._no_split_modules = ["Sequential"]  # type: ignore[assignment]
     assert names(Sharding()) == ["tail"]
-    with pytest.raises(UsageError, match=r"'Blok' is neither the class nor the name .* classes are Block, Linear, Seq"):
+    with pytest.raises(
+        UsageError, match=r"'Blok' is neither the class .* Did you mean 'Block'\? Its classes are Block, L"
+    ):
         parts_of(net, Sharding(("Blok",)))
     assert parts_of(torch.nn.Linear(2, 2), Sharding()) == []
+
+
+def test_a_name_of_no_part_is_refused_before_anything_is_set_up() -> None:
+    """Also on one rank, which shards nothing."""
+    settings = load_settings("digits", ["train.shard=fsdp", "train.shard_modules=[Conv3d]"], {})
+    with pytest.raises(UsageError, match=r"'Conv3d' is neither the class .* Did you mean 'Conv2d'") as refused:
+        configured_engine(load_task(settings), bring_up(cpu=True), settings, epochs=1)
+    assert refused.value.agreed

@@ -17,6 +17,7 @@ from helpers.parsing import commands_of, parse, root, verbs
 from helpers.slurm_fakes import Slurm
 from helpers.sweep import some
 
+from dtrain.config.variables import ignored_variables
 from dtrain.launch.requests import STOP_SIGNALS
 from dtrain.slurm.record import Record, write_record
 
@@ -76,12 +77,22 @@ def handlers_kept() -> Iterator[None]:
         ("trian", "Did you mean 'train'?"),
         ("check partiy", "Did you mean 'parity'?"),
         ("train --rnaks 2", "--ranks"),
+        ("train --epochs 5", "No such option: --epochs. Values are written without dashes: epochs=5"),
+        ("train --batch-size=64 -n 2", "written without dashes: batch_size=64"),
+        ("train there.py --depth -3", "written without dashes: depth=-3"),
+        ("train --optimizer.lr --cpu", "written without dashes: optimizer.lr=..."),
+        ("train --nothing", "Values of the config and the recipe are written without dashes"),
+        ("submit --train.seed 3", "written without dashes: train.seed=3"),
+        ("find lr there.py --depth 3", "written without dashes: depth=3"),
+        ("check parity --epochs 5", "written without dashes: epochs=5"),
+        ("evaluate runs/third --depth 3", "written without dashes: depth=3"),
         ("train train.epoch=5", "Did you mean 'epochs'?"),
         ("train epoch=5", "Did you mean 'epochs'?"),
         ("train trian.epochs=5", "Did you mean 'train'?"),
         ("train checkpoint.keep_lats=5", "Did you mean 'keep_last'?"),
         ("train model.droput=0", "Did you mean 'dropout'?"),
         ("train droput=0", "Did you mean 'dropout'?"),
+        ("train digits --dry-run train.shard=fsdp train.shard_modules=[Conv3d]", "Did you mean 'Conv2d'?"),
         ("train digts", "Did you mean 'digits'?"),
         ("train mien.py", "Did you mean 'mine.py'?"),
         ("launch trian", "Did you mean 'train'?"),
@@ -98,10 +109,14 @@ def test_what_is_wrong_is_answered_with_the_nearest_name(
     (tmp_path / "mine.py").write_text("")
     (tmp_path / "runs" / "second").mkdir(parents=True)
     (tmp_path / "runs" / "second" / "config.yaml").write_text("")
+    (tmp_path / "there.py").write_text("raise SystemExit\ndef build_model(depth=1): ...\n")
+    (tmp_path / "runs" / "third").mkdir()
+    (tmp_path / "runs" / "third" / "config.yaml").write_text(f"recipe: {tmp_path / 'there.py'}\n")
     with pytest.raises(SystemExit) as end:
         root()(line.split(), prog_name="dtrain")
     assert end.value.code == 2
-    assert said in capsys.readouterr().err
+    told = re.sub(r"[\s│]+", " ", capsys.readouterr().err)  # the lines of a box
+    assert said in told
 
 
 @pytest.mark.usefixtures("handlers_kept")
@@ -112,6 +127,38 @@ def test_a_wrong_variable_is_answered_with_the_nearest_name(
     with pytest.raises(SystemExit):
         root()(["train", "--dry-run"], prog_name="dtrain")
     assert "Did you mean 'epochs'?" in capsys.readouterr().err
+
+
+def test_a_variable_that_nothing_reads_is_told_once(dtrain: Dtrain, tmp_path: Path) -> None:
+    variables = {"DTRAIN_EPOHCS": "3", "DTRAIN_RDZV_TIMEOUT": "60", "DTRAIN_TRAIN__SEED": "1", "DTRAIN_JOB": "a"}
+    for words in (["train", "--dry-run"], ["launch", "-n", 1, "--cpu", "--dry-run", "--", "train"]):
+        done = dtrain(*words, **variables)
+        told = "dtrain: DTRAIN_EPOHCS is ignored: dtrain has no such variable. Did you mean 'DTRAIN_TRAIN__EPOCHS'?"
+        assert (done.code, done.err.splitlines()) == (0, [told])
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("DTRAIN_TRAIN_EPOCHS", "DTRAIN_TRAIN__EPOCHS"),
+        ("DTRAIN_RDVZ_TIMEOUT", "DTRAIN_RDZV_TIMEOUT"),
+        ("DTRAIN_RUN_DIR", "DTRAIN_RUN__DIR"),
+        ("DTRAIN_OPTIMIZER_LR", "DTRAIN_OPTIMIZER__LR"),
+    ],
+)
+def test_the_variable_that_was_meant(name: str, meant: str) -> None:
+    (told,) = ignored_variables({name: "1", meant: "1", "DTRAIN_REPORT_DIR": "x", "DTRAIN_SUPERVISOR_PID": "7"})
+    assert told == f"{name} is ignored: dtrain has no such variable. Did you mean {meant!r}?"
+    assert "set by DTRAIN_SECTION__KEY" in ignored_variables({"DTRAIN_XYZZY": "1"})[0]
+
+
+def test_what_a_verb_writes_is_named_alike_and_the_old_name_is_heard() -> None:
+    for old in ("--out", "--output", "-o"):
+        context = verbs()["predict"].make_context("predict", ["runs/it", old, "x.csv"])
+        assert context.params["out"] == Path("x.csv")
+    for name in ("predict", "report", "plot", "find lr"):
+        (option,) = (option for option in verbs()[name].params if "-o" in option.opts)
+        assert option.opts == ["-o", "--out"], name
 
 
 _COMPLETE = """
@@ -151,7 +198,7 @@ def test_the_shell_s_function_can_be_shown() -> None:
     assert "_DTRAIN_COMPLETE=complete_bash" in done.stdout
 
 
-@pytest.mark.parametrize("line", some(["jobs"], ["train --dry-run", "history one", "summary"]))
+@pytest.mark.parametrize("line", some(["jobs", "report -o -"], ["train --dry-run", "history one", "summary"]))
 def test_a_reader_that_has_gone_is_no_failure(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in `dtrain jobs | head -1`, at its worst: nobody reads at all."""
     Slurm(tmp_path, monkeypatch)

@@ -20,7 +20,8 @@ from helpers.commands import clean_environment
 
 from dtrain import lock
 from dtrain.errors import UsageError
-from dtrain.lock import FILE_NAME, Owner, owned
+from dtrain.launch.owner import Owner, is_killed
+from dtrain.lock import FILE_NAME, owned
 
 # Comes at a common moment, and says whether it got the folder; keeps it until it may go.
 STARTER = """
@@ -144,8 +145,8 @@ def test_a_kill_that_waits_for_a_process_is_seen(tmp_path: Path) -> None:
     (tmp_path / "7").mkdir()
     for mask, killed in (("0000000000000100", True), ("0000000000004000", False), ("0000000000004100", True)):
         (tmp_path / "7/status").write_text(re.sub(r"(SigPnd:\t)0{16}", rf"\g<1>{mask}", real))
-        assert lock._is_killed(7, tmp_path) is killed
-    assert not lock._is_killed(8, tmp_path)
+        assert is_killed(7, tmp_path) is killed
+    assert not is_killed(8, tmp_path)
 
 
 def test_it_is_released_after_a_failure_too(tmp_path: Path) -> None:

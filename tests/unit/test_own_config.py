@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dtrain.cli.app import app
-from dtrain.cli.train import read_target, split_words, tell_own_config, with_own_config
+from dtrain.cli.train import read_target, settings_to_train, split_words, tell_own_config, with_own_config
+from dtrain.errors import UsageError
 
 
 @pytest.fixture
@@ -62,6 +63,26 @@ def test_it_is_said_once_to_people_alone(
     assert capsys.readouterr().out == ""
     tell_own_config([], as_words=True)
     assert capsys.readouterr().out == "config: train.yaml\n"
+
+
+def test_a_run_that_is_named_to_be_gone_on_with_has_its_own_config(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = own.parent / "runs" / "it"
+    (run / "checkpoints" / "epoch-1").mkdir(parents=True)
+    (run / "config.yaml").write_text("train:\n  epochs: 4\n  seed: 9\nrun:\n  name: it\n")
+    monkeypatch.setenv("DTRAIN_TRAIN__SEED", "3")
+    config = settings_to_train(["epochs=6"], "runs/it", as_words=True).config
+    assert (config.train.epochs, config.train.seed, config.run.name) == (6, 9, "it")
+    assert capsys.readouterr().out == "config: runs/it/config.yaml\n"
+    config = settings_to_train([], "runs/it/checkpoints/epoch-1", as_words=False).config
+    assert (config.train.epochs, config.run.name) == (4, None), "a new run, which has a name of its own"
+    assert settings_to_train(["run.name=b"], "runs/it/checkpoints/epoch-1", as_words=False).config.run.name == "b"
+    assert settings_to_train(["other.yaml"], "runs/it", as_words=False).config.train.epochs == 8
+    assert settings_to_train([], "auto", as_words=False).config.train.epochs == 7
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UsageError, match=r"runs/ti: there is no such run\. Runs in runs: it"):
+        settings_to_train([], "runs/ti", as_words=False)
 
 
 @pytest.mark.parametrize(

@@ -111,3 +111,19 @@ def test_the_command_line_of_what_goes_on() -> None:
     assert goes_on(["x", "train", "a.py", "--resume", "never"])[-2:] == ["--resume", "auto"]
     assert goes_on(["x", "train", "--", "a.py"]) == ["x", "train", "--resume", "auto", "--", "a.py"]
     assert progress(None) == (0, 0, 0)
+
+
+def test_a_command_that_names_a_run_to_go_on_with_goes_on_with_the_one_it_began(tmp_path: Path) -> None:
+    """Since it may name no config."""
+    for argv in (
+        ["x", "train", "--resume", "runs/old/checkpoints/epoch-1"],
+        ["x", "train", "--resume=runs/old", "a=1"],
+    ):
+        assert goes_on(argv, tmp_path) == [*argv, "--resume", "auto"], "there is no checkpoint yet"
+    (tmp_path / "checkpoints" / "epoch-2").mkdir(parents=True)
+    for argv in (
+        ["x", "train", "--resume", "runs/old/checkpoints/epoch-1"],
+        ["x", "train", "--resume=runs/old", "a=1"],
+    ):
+        assert goes_on(argv, tmp_path) == [*argv, "--resume", str(tmp_path)]
+    assert goes_on(["x", "train", "--resume", "auto"], tmp_path)[-2:] == ["--resume", "auto"]
