@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import wraps
 from types import MethodType
 from typing import Any, Literal
 
@@ -71,10 +72,23 @@ def _lowered(net: nn.Module, precision: Precision, device: str) -> Callable[...,
 
     forward = net.forward
     function = getattr(forward, "__func__", None)
-    under = torch.autocast(device, dtype=_DTYPES[precision])
     if function is None:
-        return convert_outputs_to_fp32(under(forward))  # type: ignore[no-any-return]
-    return MethodType(convert_outputs_to_fp32(under(function)), net)
+        return convert_outputs_to_fp32(_under_autocast(forward, device, precision))  # type: ignore[no-any-return]
+    return MethodType(convert_outputs_to_fp32(_under_autocast(function, device, precision)), net)
+
+
+def _under_autocast(function: Callable[..., Any], device: str, precision: Precision) -> Callable[..., Any]:
+    """A function under autocast, one of its own for each call: one that is entered again forgets how it was before.
+
+    A net that calls itself would so leave autocast on.
+    """
+
+    @wraps(function)
+    def under(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, dtype=_DTYPES[precision]):
+            return function(*args, **kwargs)
+
+    return under
 
 
 def scaler_of(precision: Precision, world: World) -> GradScaler | None:

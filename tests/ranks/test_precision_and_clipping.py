@@ -156,6 +156,43 @@ def test_mixed_precision_follows_float32(ranks: int) -> None:
                     np.testing.assert_allclose(losses, whole, rtol=0.1, err_msg=f"{kind} {precision}")
 
 
+class Recursive(nn.Module):
+    """A net that calls itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x, depth=2):
+        x = torch.tanh(self.layer(x))
+        return x if depth == 0 else self(x, depth - 1)
+
+
+def types_around_calls(world) -> list[list[Any]]:
+    """One rank: what a step's own products are computed in after its calls of the net, and what follows training."""
+    seen = []
+    net = Recursive()
+    net.optimizer = torch.optim.SGD(net.parameters(), lr=0.1)  # type: ignore[assignment]
+    x = torch.ones(8, 8)
+
+    def step(model, x):
+        loss = model(x).square().mean()
+        seen.append([torch.is_autocast_enabled("cpu"), str((x @ x.T).dtype)])
+        return loss
+
+    loaders = [DataLoader(TensorDataset(x), batch_size=4) for _ in range(2)]
+    library.train_model(
+        net, 1, *loaders, train_step=step, valid_step=step, precision="bf16", verbose=False, world=world
+    )
+    return [*seen, [torch.is_autocast_enabled("cpu"), str((x @ x.T).dtype)]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_net_that_calls_itself_leaves_the_precision_as_it_was(ranks: int) -> None:
+    for seen in run_ranks(types_around_calls, ranks):
+        assert len(seen) >= 3 and seen == [[False, "torch.float32"]] * len(seen)
+
+
 def test_float16_keeps_small_gradients_by_scaling() -> None:
     """Without the scaler a gradient of 1e-9 is 0 in float16, whose smallest number is 6e-8."""
 
