@@ -17,6 +17,7 @@ import atexit
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -64,6 +65,7 @@ class Process:
         passes: the passes that are open; the innermost is last.
         late: per optimizer, its steps since the last training pass ended.
         trained: whether a training pass has ended.
+        saved: folder -> the epochs that this process saved in it.
     """
 
     world: World | None = None
@@ -71,6 +73,7 @@ class Process:
     passes: list[Pass] = field(default_factory=list)
     late: WeakKeyDictionary[Optimizer, int] = field(default_factory=WeakKeyDictionary)
     trained: bool = False
+    saved: dict[Path, set[Path]] = field(default_factory=dict)
 
     def joined(self, *, cpu: bool) -> World:
         """Returns the world; brings it up where nobody has.

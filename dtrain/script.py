@@ -219,15 +219,16 @@ def save_weights(model: nn.Module, folder: str | Path, row: dict[str, Any]) -> P
 
     Args:
         model: the net.
-        folder: where the epochs' folders go.
+        folder: where the epochs' folders go; each run needs one of its own.
         row: the epoch's row of the history, with `epoch` in it; it is kept beside the weights.
 
     Returns:
         the epoch's folder.
 
     Raises:
-        UsageError: the row has no `epoch`, or the epoch's folder is there already.
-        AgreedError: rank 0 could not write; every rank raises it.
+        UsageError: the row has no `epoch`.
+        AgreedError: rank 0 could not write, or the folder holds epochs of another run, or this one or a later one of
+            this process's; every rank raises it.
     """
     if "epoch" not in row:
         raise UsageError(f"save_weights: the row ({', '.join(row) or 'empty'}) has no epoch: add 'epoch': epoch to it.")
@@ -245,10 +246,38 @@ def _attempt(model: nn.Module, folder: Path, final: Path, row: dict[str, Any]) -
     from dtrain.checkpoint import save_epoch
 
     try:
-        if final.exists():
-            raise UsageError(f"{final} is there already and is kept as it is. Choose another folder.")
-        save_epoch(folder, model, row)
+        folder = folder.resolve()
+        own = PROCESS.saved.get(folder)
+        _check_folder(folder, final, own)
+        own = PROCESS.saved.setdefault(folder, set())
+        own.add(save_epoch(folder, model, row, own))
     except Exception as error:  # noqa: BLE001 - it is told to all ranks and raised there
         text, exit_code = describe(error)
-        return Failure(0, text, exit_code, type(error).__name__)
+        # The rank that raises it puts the prefix before it.
+        return Failure(0, text.removeprefix("dtrain: error: "), exit_code, type(error).__name__)
     return None
+
+
+def _check_folder(folder: Path, final: Path, own: set[Path] | None) -> None:
+    """Refuses to mix two runs in one folder: the best epoch of one would put the other's out of the way.
+
+    Raises:
+        UsageError: there are epochs that this process has not saved, or this one or a later one that it has.
+    """
+    from dtrain.checkpoint.folder import named, place_of
+
+    there, place = named(folder), place_of(final.name)
+    foreign = [path.name for path in there if path not in (own or ())]
+    if own is None and foreign:
+        raise UsageError(
+            f"save_weights: {final.parent} holds the weights of an earlier run ({', '.join(foreign)}), which are kept "
+            "as they are. Give this run a folder of its own, or move them away first."
+        )
+    if final.exists():
+        raise UsageError(f"save_weights: {final} is there already and is kept as it is. Choose another folder.")
+    later = [path.name for path, other in there.items() if path in (own or ()) and place and other[0] > place[0]]
+    if later:
+        raise UsageError(
+            f"save_weights: {final.name} comes after {later[-1]} in {final.parent}: do the epochs begin anew? "
+            "Give each run a folder of its own."
+        )

@@ -176,10 +176,16 @@ def named(folder: Path) -> dict[Path, tuple[int, int | None]]:
     """Returns all that have a checkpoint's name, whole or not, with epoch and step, in their order in the run."""
     found: dict[Path, tuple[int, int | None]] = {}
     for path in folder.glob("epoch-*"):
-        match = _NAME.fullmatch(path.name)
-        if match is not None and path.is_dir():
-            found[path] = int(match[1]), None if match[2] is None else int(match[2])
+        place = place_of(path.name)
+        if place is not None and path.is_dir():
+            found[path] = place
     return dict(sorted(found.items(), key=lambda item: _order(item[1])))
+
+
+def place_of(name: str) -> tuple[int, int | None] | None:
+    """Returns epoch and step of a checkpoint's name, None where it is no such name; see `name_of`."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else (int(match[1]), None if match[2] is None else int(match[2]))
 
 
 def _order(place: tuple[int, int | None]) -> tuple[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,9 +40,14 @@ class Keeping:
                 return sorted(having, key=lambda one: sign * (one.row or {})[column])
         return []
 
-    def prune(self, folder: Path) -> None:
-        """Removes what is not kept; call it after a new one has its name."""
-        saved = all_saved(folder)
+    def prune(self, folder: Path, own: Collection[Path] | None = None) -> None:
+        """Removes what is not kept; call it after a new one has its name.
+
+        Args:
+            folder: of the checkpoints.
+            own: the only ones that are looked at, others stay; None where the whole folder is one run's.
+        """
+        saved = [one for one in all_saved(folder) if own is None or one.path in own]
         ends = [one for one in saved if one.step is None]
         kept = {one.path for one in (*saved[-self.last :], *ends[-1:], *self.ranked(saved)[: self.best])}
         for one in saved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 
 
-def save_epoch(folder: Path, module: nn.Module, row: dict[str, Any]) -> Path:
+def save_epoch(folder: Path, module: nn.Module, row: dict[str, Any], own: Collection[Path] | None = None) -> Path:
     """Saves the weights of an epoch as `folder/epoch-N/`; older ones go only after the new one is there.
 
     Kept are the last epoch and the best one (lowest `val_loss`, else `loss`).
@@ -28,12 +29,13 @@ def save_epoch(folder: Path, module: nn.Module, row: dict[str, Any]) -> Path:
         folder: the run's `checkpoints` folder.
         module: the net itself, not its DDP wrapper.
         row: the epoch's row of the history; it is kept beside the weights.
+        own: the epochs' folders that are the run's, of which some may go; None where all in the folder are.
 
     Returns:
         the new folder, which holds `model.safetensors` and `manifest.json`.
     """
     path = write_checkpoint(folder, name_of(row["epoch"], None), {WEIGHTS: pieces(weights_of(module))}, {"row": row})
-    Keeping().prune(folder)
+    Keeping().prune(folder, None if own is None else {*own, path})
     return path
 
 

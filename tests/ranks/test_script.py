@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from dtrain import read_history
+from dtrain.checkpoint import save_epoch
 
 
 def values_0_to_8() -> DataLoader:
@@ -264,6 +265,43 @@ def test_rank_0_alone_writes_and_all_know_when_it_could_not(tmp_path: Path) -> N
         assert rows == "4"
     assert read_history(tmp_path)["epoch"].tolist() == [1, 2, 3, 3]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["epoch-1", "epoch-3"]
+
+
+def save_epochs(world, folder: str, epochs: list[list[float]]) -> list[str]:
+    """What a process is told that saves these epochs; each is a number and its val_loss."""
+    import dtrain
+
+    told = []
+    for epoch, loss in epochs:
+        try:
+            told.append(dtrain.save_weights(nn.Linear(1, 1), folder, {"epoch": epoch, "val_loss": loss}).name)
+        except dtrain.DtrainError as error:
+            told.append(str(error))
+    return told
+
+
+def test_weights_of_two_runs_do_not_mix(tmp_path: Path) -> None:
+    """The best epoch of an earlier run would have those of a new one removed at once."""
+    folder = tmp_path / "weights"
+    assert run_ranks(save_epochs, 1, folder=str(folder), epochs=[[1, 0.9], [2, 0.1]]) == [["epoch-1", "epoch-2"]]
+    for told in run_ranks(save_epochs, 2, folder=str(folder), epochs=[[1, 0.5], [3, 0.05]]):
+        for words in told:
+            assert words.startswith(f"save_weights: {folder} holds the weights of an earlier run (epoch-2)"), words
+    assert [path.name for path in folder.iterdir()] == ["epoch-2"]
+    # As a cell of a notebook that is run again does.
+    ((*_, again),) = run_ranks(save_epochs, 1, folder=str(tmp_path / "new"), epochs=[[1, 0.9], [2, 0.1], [1, 0.5]])
+    assert "epoch-1 comes after epoch-2" in again
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["epoch-2"]
+
+
+def test_epochs_of_others_stay(tmp_path: Path) -> None:
+    """What came into the folder meanwhile is not of this run's; it may be all that another one has."""
+    mine: set[Path] = set()
+    for epoch in (1, 2, 3):
+        mine.add(save_epoch(tmp_path, nn.Linear(1, 1), {"epoch": epoch, "loss": 0.1 * epoch}, mine))
+        if epoch == 1:
+            save_epoch(tmp_path, nn.Linear(1, 1), {"epoch": 7, "loss": 9.0}, ())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-1", "epoch-3", "epoch-7"]
 
 
 @pytest.mark.parametrize(
