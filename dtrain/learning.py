@@ -36,6 +36,7 @@ from dtrain.finite import FiniteLoss, WhenNan
 from dtrain.fsdp.replica import ShardedReplica, check_values, refuse_compiling, refuse_others
 from dtrain.fsdp.settings import Sharding
 from dtrain.metrics import Mean, Value
+from dtrain.optimizers import place_states
 from dtrain.precision import Precision, chosen, scaler_of
 from dtrain.recomputing import refuse_synced_batchnorm
 from dtrain.steps import (
@@ -145,8 +146,7 @@ class Learner:
         else:
             self._replica = Replica(task.module, world, in_use, compile)
         self.scaler = scaler_of(in_use, world)
-        if task.optimizer is not None:
-            _move_state(task.optimizer)
+        place_states(task.module, [] if task.optimizer is None else [task.optimizer])
         self._witness: OptimizerWitness | None = None
         self._known: list[Optimizer] = []
         self._held: HeldBack | None = None
@@ -310,11 +310,3 @@ class Learner:
         if self._replica.sharded:
             check_values(values.values())
         return values
-
-
-def _move_state(optimizer: Optimizer) -> None:
-    """Moves what an optimizer made before the net was moved (Adagrad's sums, say) to where its parameters are."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = value.to(parameter.device)

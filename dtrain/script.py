@@ -42,6 +42,7 @@ from dtrain.errors import AgreedError, Failure, UsageError
 from dtrain.failures import describe
 from dtrain.fsdp.settings import refuse_sharding
 from dtrain.metrics import MeanTable, Value
+from dtrain.optimizers import place_states
 from dtrain.prepared import PROCESS, PreparedLoader
 from dtrain.seeding import derive, seed_everything
 from dtrain.steps import StepValues
@@ -60,10 +61,10 @@ def prepare(
 ) -> tuple[Any, ...]:
     """Makes a net and its loaders fit for the ranks that this process is one of.
 
-    The net is moved to the rank's device and comes back as the same object: not wrapped, its attributes, its type
-    and the names in its `state_dict()` as they are. In a training pass (see `dtrain.prepared`) its calls
-    go through DistributedDataParallel. Each pass over a loader that comes back draws a new order, the
-    same one on any number of ranks, and deals each sample to one rank.
+    The net is moved to the rank's device, and with it what optimizers keep of its parameters. It comes back as the same
+    object: not wrapped, its attributes, its type and the names in its `state_dict()` as they are. In a training pass
+    (see `dtrain.prepared`) its calls go through DistributedDataParallel. Each pass over a loader that comes back draws
+    a new order, the same one on any number of ranks, and deals each sample to one rank.
 
     Args:
         model: the net.
@@ -93,8 +94,10 @@ def prepare(
     loaders = {f"argument {n}'s": o for n, o in enumerate(others, start=2) if not isinstance(o, Optimizer)}
     check_same_task(world, model, loaders)
     _check_same_data(world, loaders)
-    check_optimizers([o for o in others if isinstance(o, Optimizer)], model, world.size)
+    optimizers = [other for other in others if isinstance(other, Optimizer)]
+    check_optimizers(optimizers, model, world.size)
     replica = PROCESS.replica_of(model)
+    place_states(model, optimizers)
     seed_everything(derive(seed, "rank", world.rank))
     return (
         model,

@@ -13,7 +13,6 @@ of steps runs on the net gathered as a whole, once: validation does, unless it s
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -30,6 +29,7 @@ from dtrain.errors import StepError, UsageError
 from dtrain.fsdp.parts import parts_of
 from dtrain.fsdp.settings import Sharding
 from dtrain.fsdp.tensors import cut_state, is_sharded
+from dtrain.optimizers import optimizers_holding
 from dtrain.precision import Precision, computing
 
 if TYPE_CHECKING:
@@ -230,12 +230,7 @@ def optimizers_of(names: dict[int, str]) -> list[Optimizer]:
     Raises:
         UsageError: one is of a kind that cannot step on parts.
     """
-    found = [
-        thing
-        for thing in gc.get_objects()
-        if issubclass(type(thing), Optimizer)  # not isinstance, which runs the code of whatever there is
-        and any(id(p) in names for group in getattr(thing, "param_groups", ()) for p in group["params"])
-    ]
+    found = optimizers_holding(names)
     for optimizer in found:
         if isinstance(optimizer, _WHOLE_ONLY):
             raise UsageError(

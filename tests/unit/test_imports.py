@@ -37,6 +37,7 @@ LAYERS = [
         "dtrain.memory",
         "dtrain.forwards",
         "dtrain.forks",
+        "dtrain.optimizers",
     ],
     ["dtrain.identity", "dtrain.profiles", "dtrain.lock", "dtrain.slurm", "dtrain.starts"],
     ["dtrain.arrival"],
