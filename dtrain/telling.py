@@ -6,7 +6,6 @@ from pathlib import Path
 
 from dtrain.config import Settings
 from dtrain.engine import Engine
-from dtrain.history import History
 from dtrain.progress import Voice
 from dtrain.resuming.finding import Loaded
 from dtrain.run_folder import CONFIG, Opened
@@ -47,16 +46,32 @@ def tell_complete(engine: Engine, settings: Settings, folder: Path, voice: Voice
         patience = settings.config.early_stopping.patience
         more = f"early_stopping.patience = {patience} ended it. Give more patience, or another run.name."
     print(f"{folder} is complete: {done} {'epoch' if done == 1 else 'epochs'}. {more}")  # noqa: T201
-    sum_up(engine.history, folder, voice)
+    sum_up(engine, folder, voice, again=True)
 
 
-def sum_up(history: History, folder: Path, voice: Voice) -> None:
-    """Says which epoch was best, and where the run is."""
-    best = history.best()
+def sum_up(engine: Engine, folder: Path, voice: Voice, *, again: bool = False) -> None:
+    """Says why training ended early, if it did, which epoch was best, and where the run is.
+
+    Args:
+        engine: has trained.
+        folder: the run's.
+        voice: tells the same as an event.
+        again: whether there was nothing left to do, which was said already.
+    """
+    if engine.ended is not None and not again:
+        print(engine.ended)  # noqa: T201
+    best = engine.history.best()
     monitor = None
     if best is not None:
         monitor = next((name for name in ("val_loss", "loss") if name in best), None)
         why = f" ({monitor} = {best[monitor]:.4f})" if monitor else " (the last one: no step returns a loss)"
         print(f"best epoch: {best['epoch']}{why}")  # noqa: T201
     print(f"run: {folder}")  # noqa: T201
-    voice.tell("complete", run=str(folder), epochs=len(history.rows), best=best and best["epoch"], monitor=monitor)
+    voice.tell(
+        "complete",
+        run=str(folder),
+        epochs=len(engine.history.rows),
+        best=best and best["epoch"],
+        monitor=monitor,
+        ended=engine.ended,
+    )
