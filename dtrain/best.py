@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from dtrain.checkpoint import weights_of
 from dtrain.checkpoint.keeping import check_monitor
+from dtrain.columns import NO_METRICS, VALID, Mode, mode_of
 from dtrain.engine import Engine, Row
 from dtrain.errors import UsageError
+from dtrain.passes import Place
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +29,19 @@ class EarlyStopping:
 
     Args:
         monitor: a column of the history; None for `val_loss`, else `loss`.
-        mode: whether its lowest or its highest value is best.
+        mode: whether its lowest or its highest value is best; None for what its name says.
         patience: epochs without a new best after which training ends; None never ends it.
+        section: of the config, "early_stopping.", for messages; empty for a call's arguments.
+        place: where the column is named, in words, for messages; may be empty.
     """
 
-    def __init__(self, monitor: str | None, mode: Literal["min", "max"], patience: int | None) -> None:
+    def __init__(
+        self, monitor: str | None, mode: Mode | None, patience: int | None, section: str = "", place: str = ""
+    ) -> None:
         self._monitor = monitor
-        self._sign = 1.0 if mode == "min" else -1.0
+        self._mode = mode
         self._patience = patience
+        self._section, self._place = section, place
         self._lowest = float("inf")
         self._since = 0
 
@@ -43,9 +51,12 @@ class EarlyStopping:
         Raises:
             UsageError: the history has no such column.
         """
-        monitor = self._monitor or next((name for name in ("val_loss", "loss") if name in row), "loss")
-        check_monitor(monitor, row, "monitor")
-        value = self._sign * row[monitor]
+        if self._monitor is None:
+            self._monitor = next((name for name in ("val_loss", "loss") if name in row), "loss")
+        check_monitor(self._monitor, row, f"{self._section}monitor", self._place)
+        if self._mode is None:
+            self._mode = mode_of(self._monitor)
+        value = row[self._monitor] if self._mode == "min" else -row[self._monitor]
         if value < self._lowest:  # never true of NaN
             self._lowest, self._since = value, 0
             return True
@@ -57,17 +68,76 @@ class EarlyStopping:
         """Whether training no longer helps."""
         return self._patience is not None and self._since >= self._patience
 
+    def ends(self, engine: Engine, epoch: int) -> None:
+        """Ends an engine's training after an epoch where it no longer helps, and leaves word of why."""
+        if not self.over:
+            return
+        engine.stopping = True
+        better = "lower" if self._mode == "min" else "higher"
+        engine.ended = (
+            f"ended after epoch {epoch} of {engine.epochs}: no {better} {self._monitor} for {self._since} "
+            f"epoch{'s' * (self._since != 1)} ({self._section}patience = {self._patience})"
+        )
+
 
 def stop_early(engine: Engine, stopping: EarlyStopping) -> None:
     """Lets an engine end when training no longer helps; what its history holds already counts."""
 
     def look(row: Row) -> None:
         stopping.improves(row)
-        engine.stopping |= stopping.over
+        stopping.ends(engine, row["epoch"])
 
     for row in engine.history.rows:
         look(row)
     engine.after_epoch.append(look)
+
+
+def check_early(engine: Engine, monitor: str | None, key: str, place: str = "") -> None:
+    """Has the name of a watched column compared as soon as the columns are known, not first at an epoch's end.
+
+    Those of training are known after the first optimizer step, those of validation after its first batch.
+
+    Args:
+        engine: it has not trained yet.
+        monitor: the column; None for one that is there.
+        key: what the column is given as.
+        place: where it is given, in words; may be empty.
+
+    Raises:
+        UsageError: it is a value of validation, and there is no validation. The engine raises it of a column that
+            there is not.
+    """
+    if monitor is None or monitor in NO_METRICS:
+        return
+    if engine.valid is None and monitor.startswith(VALID):
+        raise _agreed(UsageError(f"{key} = {monitor!r} ({place}): there is no validation, and so no such column."))
+    train: tuple[str, ...] = ()
+
+    def compare(known: Iterable[str]) -> None:
+        try:
+            check_monitor(monitor, (*known, *NO_METRICS), key, place)
+        except UsageError as error:
+            raise _agreed(error) from None
+
+    def look_at_step(_: Place) -> None:
+        nonlocal train
+        if train or engine.table is None:
+            return
+        train = tuple(engine.table.names or ())
+        if not monitor.startswith(VALID):
+            compare((*train, *(f"{VALID}{name}" for name in train if engine.valid is not None)))
+
+    def look_at_validation(names: tuple[str, ...]) -> None:
+        compare((*train, *(f"{VALID}{name}" for name in names)))
+
+    engine.after_update.append(look_at_step)
+    if monitor.startswith(VALID):
+        engine.look_at_validation(look_at_validation)
+
+
+def _agreed(error: UsageError) -> UsageError:
+    error.agreed = True  # the columns are the same on every rank
+    return error
 
 
 class BestKeeper:
@@ -76,13 +146,13 @@ class BestKeeper:
     Args:
         engine: what trains.
         monitor: a column of the history.
-        mode: whether its lowest or its highest value is best.
+        mode: whether its lowest or its highest value is best; None for what its name says.
         patience: epochs without a new best after which training ends; None never ends it.
         path: where rank 0 keeps the best weights, or None.
     """
 
     def __init__(
-        self, engine: Engine, monitor: str, mode: Literal["min", "max"], patience: int | None, path: Path | None
+        self, engine: Engine, monitor: str, mode: Mode | None, patience: int | None, path: Path | None
     ) -> None:
         self._engine = engine
         self._monitor = monitor
@@ -98,7 +168,7 @@ class BestKeeper:
         """
         if self._stopping.improves(row):
             self._keep()
-        self._engine.stopping |= self._stopping.over
+        self._stopping.ends(self._engine, row["epoch"])
 
     def _keep(self) -> None:
         module, world = self._engine.task.module, self._engine.world

@@ -93,6 +93,7 @@ class Engine:
         facts: what is told to who shows it.
         order_state: the states of the users' own generators that draw the order, as they were when it began.
         stopping: set by an `after_epoch` function, on every rank alike, to end after that epoch.
+        ended: why such a function did so, in words.
     """
 
     task: Task
@@ -122,6 +123,7 @@ class Engine:
     save: Callable[[], object] | None = None
     start: Start = field(default_factory=Start)
     stopping: bool = False
+    ended: str | None = None
 
     def __post_init__(self) -> None:
         """Compares the ranks' tasks, deals the loaders out and readies the net."""
@@ -253,6 +255,11 @@ class Engine:
             self.valid.stopping = stopping
         if self.within is not None:
             self.within.heed(stopping)
+
+    def look_at_validation(self, look: Callable[[tuple[str, ...]], None]) -> None:
+        """Has the names of the values that validation returns looked at, after its first batch."""
+        if self.valid is not None:
+            self.valid.looks.append(look)  # the same list as of validation within epochs
 
     def _run_epoch(self, epoch: int) -> None:
         trained = self.start.trained if epoch == self.start.epoch else None

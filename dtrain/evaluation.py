@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.checkpoint import load_weights, saved_epochs
+from dtrain.columns import Mode
 from dtrain.config import Settings
 from dtrain.errors import RecipeError, UsageError
 from dtrain.history import best_row
@@ -69,9 +70,7 @@ def _restored(folder: Path, settings: Settings, which: Which) -> Restored:
     return Restored(task, step, row, settings)
 
 
-def find_checkpoint(
-    folder: Path, which: Which, monitor: str | None, mode: Literal["min", "max"]
-) -> tuple[Path, dict[str, Any]]:
+def find_checkpoint(folder: Path, which: Which, monitor: str | None, mode: Mode | None) -> tuple[Path, dict[str, Any]]:
     """Returns the folder of a run's saved epoch, and that epoch's row of the history.
 
     Args:

@@ -9,8 +9,9 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from dtrain.columns import Mode, mode_of
 from dtrain.errors import UsageError
 from dtrain.launch.facts import read_rank_facts
 
@@ -99,19 +100,19 @@ class History:
 
 
 def best_row(
-    rows: list[dict[str, Any]], monitor: str | None = None, mode: Literal["min", "max"] = "min"
+    rows: list[dict[str, Any]], monitor: str | None = None, mode: Mode | None = None
 ) -> tuple[dict[str, Any] | None, str | None]:
     """Returns the best row, and the column that says so: of equal ones the first, without such a column the last.
 
     Args:
         rows: of a history.
         monitor: the column; None for `val_loss`, or `loss` where there is none.
-        mode: whether its lowest or its highest value is best.
+        mode: whether its lowest or its highest value is best; None for what its name says.
     """
-    best = min if mode == "min" else max
     for column in ("val_loss", "loss") if monitor is None else (monitor,):
         usable = [row for row in rows if isinstance(row.get(column), (int, float)) and not math.isnan(row[column])]
         if usable:
+            best = min if (mode or mode_of(column)) == "min" else max
             return best(usable, key=lambda row: row[column]), column
     return (rows[-1] if rows else None), None
 

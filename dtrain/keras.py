@@ -6,15 +6,16 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.arguments import check_positive, check_whole
-from dtrain.best import BestKeeper, load_state
+from dtrain.best import BestKeeper, check_early, load_state
 from dtrain.clipping import Limit
+from dtrain.columns import Mode
 from dtrain.dealing import BatchMode
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
@@ -30,8 +31,6 @@ from dtrain.world import World, bring_up
 if TYPE_CHECKING:
     import pandas as pd
 
-Mode = Literal["min", "max"]
-
 
 @dataclass(frozen=True)
 class _Fit:
@@ -44,7 +43,7 @@ class _Fit:
     ckpt_path: str | Path | None
     patience: int | None
     monitor: str
-    mode: Mode
+    mode: Mode | None
 
 
 class KerasModel(nn.Module):
@@ -157,11 +156,12 @@ class KerasModel(nn.Module):
 
             fit(epochs, dl_train, dl_val=None, log_step_freq=10)
             fit(train_data, val_data=None, epochs=10, ckpt_path="checkpoint", patience=5,
-                monitor="val_loss", mode="min")
+                monitor="val_loss", mode=None)
 
         The second form stops after `patience` epochs in which `monitor`, a column, did not reach a new best (`mode`
-        says which end is best), restores the weights of the best epoch, and keeps them at `ckpt_path`: as
-        safetensors where it ends so, else as torch.save does. The first form does so where it is told to.
+        says which end is best, "min" or "max"; with None, the lowest of a loss or an error, else the highest),
+        restores the weights of the best epoch, and keeps them at `ckpt_path`: as safetensors where it ends so, else as
+        torch.save does. The first form does so where it is told to.
 
         Args:
             args: see above.
@@ -219,6 +219,8 @@ class KerasModel(nn.Module):
         if keeper is not None:
             engine.after_epoch.append(keeper.look)
         history = engine.fit()
+        if engine.ended is not None and verbose is True and world.is_main:
+            print(engine.ended)  # noqa: T201
         if keeper is not None:
             keeper.restore()
         return history.dataframe()
@@ -347,7 +349,7 @@ def _read_fit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Fit:
     check_whole(epochs=plan.epochs, log_step_freq=plan.log_step_freq)
     if plan.patience is not None:
         check_whole(patience=plan.patience)
-    if plan.mode not in ("min", "max"):
+    if plan.mode not in ("min", "max", None):
         raise UsageError(f'mode = {plan.mode!r}: should be "min" or "max".')
     if plan.val_data is None and plan.monitor == "val_loss":
         return _Fit(**{**vars(plan), "monitor": "loss"})
@@ -362,7 +364,7 @@ def _classic_form(  # noqa: PLR0913, PLR0917 - the calling form
     ckpt_path: str | Path | None = None,
     patience: int | None = None,
     monitor: str = "val_loss",
-    mode: Mode = "min",
+    mode: Mode | None = None,
 ) -> _Fit:
     return _Fit(epochs, dl_train, dl_val, log_step_freq, ckpt_path, patience, monitor, mode)
 
@@ -374,7 +376,7 @@ def _current_form(  # noqa: PLR0913, PLR0917 - the calling form
     ckpt_path: str | Path | None = "checkpoint",
     patience: int | None = 5,
     monitor: str = "val_loss",
-    mode: Mode = "min",
+    mode: Mode | None = None,
     log_step_freq: int = 10,
 ) -> _Fit:
     return _Fit(epochs, train_data, val_data, log_step_freq, ckpt_path, patience, monitor, mode)
@@ -384,4 +386,5 @@ def _keeper(plan: _Fit, engine: Engine) -> BestKeeper | None:
     if plan.ckpt_path is None and plan.patience is None:
         return None
     path = None if plan.ckpt_path is None else Path(plan.ckpt_path)
+    check_early(engine, plan.monitor, "monitor", "the argument of fit")
     return BestKeeper(engine, plan.monitor, plan.mode, plan.patience, path)

@@ -201,6 +201,7 @@ class ValidPass:
         around: returns what a pass runs in: where the net is sharded, it is gathered meanwhile.
         in_step: whether every rank takes part in every step, one without a sample with weight 0, since calls of the
             net are collectives.
+        looks: called on each rank with the values' names after the first batch that it ever has.
     """
 
     module: nn.Module
@@ -212,6 +213,7 @@ class ValidPass:
     stopping: Stopping | None = None
     around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     in_step: bool = False
+    looks: list[Callable[[tuple[str, ...]], None]] = field(default_factory=list)
 
     def run(
         self, epoch: int, place: Place, progress: Progress, facts: RunFacts | None = None, *, within: bool = False
@@ -242,10 +244,13 @@ class ValidPass:
         started = time.perf_counter()
         with self.around():
             for share in shares_on_device(self.loader, self.world, place):
-                if table.steps == 0 and self.names is None:
+                first = table.steps == 0 and self.names is None
+                if first:
                     check_takes(self.step, share.batch, "valid")
                 returned = no_grad_step(self.step, self.module, share.batch)
                 table.add(values_of(returned), share.count)
+                if first:
+                    self._look(table.names or ())
                 progress.step(table)
                 if self.stopping is not None and self.stopping.asked and not self.in_step:
                     table.left = True
@@ -255,6 +260,10 @@ class ValidPass:
         self.names = tuple(result.means)
         check_order(sums[0], sums[1], self.world.size, "valid")
         return result
+
+    def _look(self, names: tuple[str, ...]) -> None:
+        for look in self.looks:
+            look(names)
 
 
 def valid_pass(  # noqa: PLR0913 - keyword-only

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dtrain.best import EarlyStopping, stop_early
+from dtrain.best import EarlyStopping, check_early, stop_early
 from dtrain.building import configured_engine, load_task, run_epochs
 from dtrain.checkpoint.folder import Saved
 from dtrain.config import Settings
@@ -105,6 +105,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
     epochs = run_epochs(task, world.size, settings)
     progress = voice.progress(world.rank, train.log_step_freq)
     engine = configured_engine(task, world, settings, epochs=epochs, nan=train.nan, progress=progress)
+    _check_monitors(engine, settings)
     check_not_asked(world, request)
     folder, ids, came_from = begin(engine, settings, resume, lambda folder: owner.enter_context(_taken(folder)))
     if world.local_rank == 0 and not trial:  # on each node, for the ranks' logs
@@ -135,7 +136,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
         raise StopRequested(_stopped(stopping.why(), engine.place, folder, settings, resume)) from None
     told = world.is_main and not trial
     if told:
-        sum_up(engine.history, settings, folder, voice)
+        sum_up(engine, settings, folder, voice)
     _end_profile(profile, told=told)
     return folder
 
@@ -146,6 +147,13 @@ def _ended(tracking: Tracking | None, engine: Engine) -> contextlib.ExitStack:
     if tracking is not None:
         stack.callback(tracking.finish, End(True, False, tuple(engine.history.rows)))
     return stack
+
+
+def _check_monitors(engine: Engine, settings: Settings) -> None:
+    early, kept = settings.config.early_stopping, settings.config.checkpoint
+    check_early(engine, kept.monitor, "checkpoint.monitor", settings.place_of("checkpoint.monitor"))
+    if early.patience is not None:
+        check_early(engine, early.monitor, "early_stopping.monitor", settings.place_of("early_stopping.monitor"))
 
 
 def _watched(
@@ -210,7 +218,8 @@ def begin(
         tell_resumed(opened, loaded)
     early = settings.config.early_stopping
     if early.patience is not None:
-        stop_early(engine, EarlyStopping(early.monitor, early.mode, early.patience))
+        place = settings.place_of("early_stopping.monitor")
+        stop_early(engine, EarlyStopping(early.monitor, early.mode, early.patience, "early_stopping.", place))
     if loaded is None:
         return Path(folder), {}, None
     # A new run that begins from another one's checkpoint has trackers' runs of its own.

@@ -7,7 +7,7 @@ from pathlib import Path
 from dtrain.building import loader_batch, step_samples
 from dtrain.config import Settings
 from dtrain.engine import Engine
-from dtrain.history import History, best_row
+from dtrain.history import best_row
 from dtrain.progress import Voice
 from dtrain.resuming.finding import Loaded
 from dtrain.run_folder import CONFIG, Opened
@@ -60,16 +60,33 @@ def tell_complete(engine: Engine, settings: Settings, folder: Path, voice: Voice
         patience = settings.config.early_stopping.patience
         more = f"early_stopping.patience = {patience} ended it. Give more patience, or another run.name."
     print(f"{folder} is complete: {done} {'epoch' if done == 1 else 'epochs'}. {more}")  # noqa: T201
-    sum_up(engine.history, settings, folder, voice)
+    sum_up(engine, settings, folder, voice, again=True)
 
 
-def sum_up(history: History, settings: Settings, folder: Path, voice: Voice) -> None:
-    """Says which epoch was best, and where the run is."""
+def sum_up(engine: Engine, settings: Settings, folder: Path, voice: Voice, *, again: bool = False) -> None:
+    """Says why training ended early, if it did, which epoch was best, and where the run is.
+
+    Args:
+        engine: has trained.
+        settings: the run's.
+        folder: the run's.
+        voice: tells the same as an event.
+        again: whether there was nothing left to do, which was said already.
+    """
+    if engine.ended is not None and not again:
+        print(engine.ended)  # noqa: T201
     asked = settings.config.checkpoint
-    best, monitor = best_row(history.rows, asked.monitor, asked.mode)
+    best, monitor = best_row(engine.history.rows, asked.monitor, asked.mode)
     if best is not None:
         none = f"{asked.monitor or 'val_loss or loss'} is never a number"
         why = f" ({monitor} = {best[monitor]:.4f})" if monitor else f" (the last one: {none})"
         print(f"best epoch: {best['epoch']}{why}")  # noqa: T201
     print(f"run: {folder}")  # noqa: T201
-    voice.tell("complete", run=str(folder), epochs=len(history.rows), best=best and best["epoch"], monitor=monitor)
+    voice.tell(
+        "complete",
+        run=str(folder),
+        epochs=len(engine.history.rows),
+        best=best and best["epoch"],
+        monitor=monitor,
+        ended=engine.ended,
+    )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.checkpoint.folder import Saved, all_saved, remove
+from dtrain.columns import EPOCH, Mode, mode_of
 from dtrain.errors import UsageError, nearest
-
-Mode = Literal["min", "max"]
 
 
 @dataclass(frozen=True)
@@ -22,13 +21,13 @@ class Keeping:
         last: so many of the last ones, at least 1; and the last one of an epoch's end.
         best: so many of the best ones among those of an epoch's end.
         monitor: the history's column that says what is best; None for `val_loss`, else `loss`.
-        mode: whether its lowest or its highest value is best.
+        mode: whether its lowest or its highest value is best; None for what its name says.
     """
 
     last: int = 1
     best: int = 1
     monitor: str | None = None
-    mode: Mode = "min"
+    mode: Mode | None = None
 
     def ranked(self, saved: list[Saved]) -> list[Saved]:
         """Returns the checkpoints that have a value of the monitor, the best first; of equal ones, the earlier."""
@@ -36,7 +35,7 @@ class Keeping:
         for column in ("val_loss", "loss") if self.monitor is None else (self.monitor,):
             having = [one for one in ends if _number((one.row or {}).get(column))]
             if having:
-                sign = 1 if self.mode == "min" else -1
+                sign = 1 if (self.mode or mode_of(column)) == "min" else -1
                 return sorted(having, key=lambda one: sign * (one.row or {})[column])
         return []
 
@@ -69,17 +68,23 @@ class Keeping:
         check_monitor(self.monitor, row, "checkpoint.monitor")
 
 
-def check_monitor(monitor: str | None, row: dict[str, Any], key: str) -> None:
-    """Compares the name of a column with a row of the history.
+def check_monitor(monitor: str | None, known: Iterable[str], key: str, place: str = "") -> None:
+    """Compares the name of a column with those of the history.
+
+    Args:
+        monitor: the column; None for one that is there.
+        known: the columns that there are.
+        key: what the column is given as, "checkpoint.monitor", say.
+        place: where it is given, in words; may be empty.
 
     Raises:
         UsageError: the history has no such column.
     """
-    if monitor is not None and monitor not in row:
-        columns = [name for name in row if name != "epoch"]
+    columns = [name for name in known if name != EPOCH]
+    if monitor is not None and monitor not in (EPOCH, *columns):
         raise UsageError(
-            f"{key} = {monitor!r}: the history has no such column.{nearest(monitor, columns)} "
-            f"It has {', '.join(columns)}."
+            f"{key} = {monitor!r}{place and f' ({place})'}: the history has no such column."
+            f"{nearest(monitor, columns)} It has {', '.join(columns)}."
         )
 
 

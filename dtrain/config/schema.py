@@ -126,7 +126,9 @@ class CheckpointConfig(_Section):
     keep_last: int = Field(2, ge=1, description="so many of the last ones stay")
     keep_best: int = Field(1, ge=0, description="and so many of the best epochs")
     monitor: str | None = Field(None, description="the column that says what is best; val_loss, else loss")
-    mode: Literal["min", "max"] = Field("min", description="which end of it is best")
+    mode: Literal["min", "max"] | None = Field(
+        None, description="which end of it is best; by default the lowest of a loss or an error, else the highest"
+    )
     asynchronous: bool = Field(True, description="write beside the training, from a copy in memory")
     on_error: Literal["stop", "warn"] = Field("stop", description="a full disk ends the run, or is a warning")
     change_ranks: bool = Field(False, description="with batch=per_rank, resume with another number of ranks")
@@ -137,7 +139,9 @@ class EarlyStoppingConfig(_Section):
 
     patience: int | None = Field(None, ge=1, description="epochs without a new best after which training ends")
     monitor: str | None = Field(None, description="the column that is watched; val_loss, else loss")
-    mode: Literal["min", "max"] = Field("min", description="which end of it is best")
+    mode: Literal["min", "max"] | None = Field(
+        None, description="which end of it is best; by default the lowest of a loss or an error, else the highest"
+    )
 
 
 class ParametersConfig(_Section):

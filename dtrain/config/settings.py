@@ -118,6 +118,7 @@ def load_settings(target: str | None, overrides: Sequence[str], environ: Mapping
     settings.places = {key: value.place for key, value in values.items()}
     settings.texts = {key: value.text() for key, value in values.items()}
     settings.config = _check(values)
+    _refuse_idle(settings)
     return settings
 
 
@@ -195,6 +196,18 @@ def _check(values: Mapping[str, Value]) -> RunConfig:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(item, values) for item in error.errors())) from None
+
+
+def _refuse_idle(settings: Settings) -> None:
+    """Refuses early stopping's other keys where nothing is said of its patience; a null says that there is none."""
+    early = settings.config.early_stopping
+    for key in (f"early_stopping.{name}" for name in ("monitor", "mode") if getattr(early, name) is not None):
+        if settings.place_of("early_stopping.patience") == "default":
+            raise ConfigError(
+                f"{key} = {getattr(early, key.rpartition('.')[2])!r} ({settings.place_of(key)}) does nothing without "
+                "early_stopping.patience, the epochs without a new best after which training ends. Give it, as in "
+                "early_stopping.patience=5; or was checkpoint." + key.rpartition(".")[2] + " meant?"
+            )
 
 
 def _as_wanted(dotted: str, value: Value) -> Any:

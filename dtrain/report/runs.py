@@ -116,7 +116,8 @@ class Run:
         """
         own, mode = _at(self.config, "checkpoint", "monitor"), _at(self.config, "checkpoint", "mode")
         name = metric or (own if own in self.columns else monitored(self.columns))
-        if name is not None and name == own and mode in ("min", "max"):
+        usual = own is None and metric is None and name in ("val_loss", "loss")
+        if name is not None and (name == own or usual) and mode in ("min", "max"):
             return name, mode
         return name, "min" if name is None else mode_of(name)
 

@@ -233,7 +233,7 @@ def test_events_are_the_history_to_the_last_digit(dtrain: Dtrain, recipes: Path,
     writer.writerows([list(rows[0]), *(row.values() for row in rows)])
     assert buffer.getvalue() == (dtrain.folder / "runs/it/history.csv").read_text()
     assert told[-1] | {"at": 0} == {
-        "event": "complete", "at": 0, "run": "runs/it", "epochs": 2, "monitor": "val_loss",
+        "event": "complete", "at": 0, "run": "runs/it", "epochs": 2, "monitor": "val_loss", "ended": None,
         "best": min(rows, key=lambda row: row["val_loss"])["epoch"],
     }  # fmt: skip
     logged = [event for event in told if event["event"] == "log"]

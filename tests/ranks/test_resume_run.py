@@ -163,11 +163,11 @@ def test_history_and_leftovers_after_a_kill_within_the_first_epoch(run: Path) ->
 
 def test_early_stopping_counts_what_was_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     never = ["early_stopping.monitor=samples_seen", "early_stopping.patience=3"]
-    with pytest.raises(Exception, match=r"monitor = 'samples_seen': the history has no such column"):
+    with pytest.raises(Exception, match=r"monitor = 'samples_seen' \(command line\): the history has no such column"):
         start(tmp_path, *never)
     shutil.rmtree(tmp_path / "it")
     # The epoch's number only grows, so that no epoch after the first is a new best.
-    watch = ["early_stopping.monitor=epoch", "early_stopping.patience=3"]
+    watch = ["early_stopping.monitor=epoch", "early_stopping.mode=min", "early_stopping.patience=3"]
     start(tmp_path, *watch, "epochs=2")
     run = start(tmp_path, *watch, "epochs=9")
     assert read_history(run)["epoch"].tolist() == [1, 2, 3, 4], "one best, and three without"

@@ -60,7 +60,8 @@ class TestHistory:
     def test_best_is_what_the_monitor_says(self) -> None:
         rows = [{"loss": 3, "hits": 5}, {"loss": 1, "hits": 7}, {"loss": 0, "hits": float("nan")}, {"hits": 7}]
         assert best_row(rows, "hits", "max") == (rows[1], "hits")
-        assert best_row(rows, "hits") == (rows[0], "hits")
+        assert best_row(rows, "hits", "min") == (rows[0], "hits")
+        assert best_row(rows, "hits") == (rows[1], "hits")
         assert best_row(rows, "absent") == (rows[3], None)
 
 
