@@ -111,13 +111,6 @@ def test_diabetes_is_standardised_by_its_training_rows_alone() -> None:
             np.testing.assert_allclose(part.numpy(), (column[place] - mean) / deviation, atol=1e-4)
 
 
-def test_an_image_of_a_class_that_the_net_has_not_is_told_by_the_key() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^model\.classes = 2: .* number 3 of the folders in data\.folder\. Give model"
-    ):
-        images.train_step(images.build_model(classes=2), torch.zeros(2, 1, 32, 32), torch.tensor([0, 2]))
-
-
 def test_images_have_their_folders_class_in_the_alphabets_order(tmp_path: Path) -> None:
     for name, shade in (("b", 255), ("a", 0)):
         (tmp_path / name / "deeper").mkdir(parents=True)
