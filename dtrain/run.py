@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import shutil
-import socket
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,21 +15,18 @@ from dtrain.best import EarlyStopping, check_early, stop_early
 from dtrain.building import configured_engine, load_task, run_epochs
 from dtrain.checkpoint.folder import Saved
 from dtrain.config import Settings
+from dtrain.ending import leave_word, stopped
 from dtrain.engine import Engine
-from dtrain.errors import EXIT_USAGE, AgreedError, StopRequested, UsageError, add_remark
+from dtrain.errors import AgreedError, StopRequested, UsageError
 from dtrain.errors import Failure as RankFailure
-from dtrain.failures import describe, explain
+from dtrain.failures import describe
 from dtrain.finite import tell_validation
 from dtrain.history import FILE_NAME, History
-from dtrain.launch.heartbeat import SETUP
-from dtrain.launch.postmortem import FILE_NAME as FAILURE
-from dtrain.launch.postmortem import Failure, last_checkpoint, read_failure, remarks
-from dtrain.launch.reports import PEER, name_run, supervised
+from dtrain.launch.reports import name_run, supervised
 from dtrain.launch.requests import FILE_NAME as STOP_FILE
 from dtrain.launch.requests import StopRequest
 from dtrain.lock import owned
 from dtrain.norms import Norms
-from dtrain.passes import Place
 from dtrain.profiling import Profile, start_profile
 from dtrain.progress import Voice, together
 from dtrain.recipe_file import locate
@@ -133,7 +127,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
             _fit(engine, keeper, tracking, None if trial or supervised() else folder)
     except StopRequested:
         world.gather_json(None)  # rank 0 has written what any of them tells of
-        raise StopRequested(_stopped(stopping.why(), engine.place, folder, settings, resume)) from None
+        raise StopRequested(stopped(stopping.why(), engine.place, folder, settings, resume)) from None
     told = world.is_main and not trial
     if told:
         sum_up(engine, settings, folder, voice)
@@ -305,7 +299,7 @@ def _fit(engine: Engine, keeper: Keeper, tracking: Tracking | None, word: Path |
         with contextlib.suppress(Exception):  # what ended the run is told, not this
             keeper.close()
         if word is not None:
-            _leave_word(word, engine.place, engine.world, error)
+            leave_word(word, engine.place, engine.world, error)
         raise
     finally:
         if tracking is not None:
@@ -320,50 +314,6 @@ def _taken(folder: Path) -> Iterator[None]:
         if (folder / STOP_FILE).exists():
             raise UsageError(f"{folder / STOP_FILE} is there, by which somebody ended this run. Remove it to go on.")
         yield
-
-
-def _stopped(why: str, place: Place, folder: Path, settings: Settings, resume: str) -> str:
-    """What a person shall read of a run that stopped on request: where it stands, and how it goes on."""
-    where = f"epoch {place.epoch}, after {place.updates} optimizer steps" if place.epoch else "the beginning"
-    saved, again = last_checkpoint(folder), shlex.join(["dtrain", *sys.argv[1:]])
-    if resume in ("auto", "never") or saved is None:
-        again += f"{'' if settings.config.run.name else f' run.name={folder.name}'} --resume auto"
-    elif Path(resume).expanduser().resolve() != folder.resolve():  # a new run, that began from another one's checkpoint
-        again += f" --resume {shlex.quote(str(folder))}"
-    return f"stopped {why}, in {where}; checkpoint: {saved or 'none yet'}\ngo on with: {again}"
-
-
-def _leave_word(folder: Path, place: Place, world: World, error: BaseException) -> None:
-    """Leaves `failure.json` where no supervisor of dtrain's does, and tells so: the first rank that comes.
-
-    A rank that lost its connection to another gives way to what that one tells.
-    """
-    if getattr(error, "exit_code", None) == EXIT_USAGE or not folder.is_dir():
-        return
-    there = read_failure(folder)
-    if there is not None and there["cause"] != PEER:
-        return
-    told = explain(error).told
-    failure = Failure(
-        rank=world.rank,
-        local_rank=world.local_rank,
-        host=socket.gethostname(),
-        device=str(world.device),
-        epoch=place.epoch or None,
-        step=place.step or None,
-        phase=place.split or SETUP,
-        cause=told.cause,
-        exception={"type": told.type, "message": told.message},
-        traceback=told.traceback,
-        others={str(rank): "not known" for rank in range(world.size) if rank != world.rank},
-        checkpoint=last_checkpoint(folder),
-    )
-    try:
-        failure.write(folder)
-    except OSError as unwritten:  # a full disk: what ended the run is told, not this
-        add_remark(error, f"{folder / FAILURE} could not be written: {unwritten.strerror}")
-    for remark in (f"on {socket.gethostname()}, device {world.device}", *remarks(folder)):
-        add_remark(error, remark)
 
 
 def _start_tracking(engine: Engine, settings: Settings, folder: Path, ids: dict[str, str]) -> Tracking | None:

@@ -29,8 +29,6 @@ class Transformer(nn.Module):
     def forward(self, text: Tensor) -> Tensor:
         """No place sees what comes after it: the convolution's last outputs are cut off, the mask hides the rest."""
         length = text.shape[1]
-        if length > len(self.places):
-            raise ValueError(f"pieces of {length} characters (data.length), and model.context = {len(self.places)}")
         hidden = self.characters(text)
         hidden = hidden + self.nearest(hidden.transpose(1, 2))[:, :, :length].transpose(1, 2) + self.places[:length]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=text.device)

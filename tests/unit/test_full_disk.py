@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.ending import leave_word
 from dtrain.errors import notes_of
 from dtrain.launch.reports import part_of, write_whole
 from dtrain.norms import NormsFile
 from dtrain.passes import Place
-from dtrain.run import _leave_word
 from dtrain.world import bring_up
 
 
@@ -35,7 +35,7 @@ def test_what_cannot_be_written_whole_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("full")
 def test_an_error_is_not_hidden_by_that_of_its_report(tmp_path: Path) -> None:
     error = ValueError("the user's own")
-    _leave_word(tmp_path, Place(0, 1, "train", 2), bring_up(cpu=True), error)
+    leave_word(tmp_path, Place(0, 1, "train", 2), bring_up(cpu=True), error)
     assert any("failure.json could not be written: No space left on device" in note for note in notes_of(error))
     assert list(tmp_path.iterdir()) == []
 

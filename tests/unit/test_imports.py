@@ -75,7 +75,7 @@ LAYERS = [
     ["dtrain.building"],
     ["dtrain.resuming"],
     ["dtrain.run_folder"],
-    ["dtrain.telling"],
+    ["dtrain.telling", "dtrain.ending"],
     ["dtrain.keras", "dtrain.run", "dtrain.plan", "dtrain.script"],
     ["dtrain.check", "dtrain.bench", "dtrain.evaluation", "dtrain.doctor", "dtrain.finding", "dtrain.fast_dev"],
     ["dtrain.cli"],
