@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from dtrain.checkpoint import load_weights, saved_epochs
 from dtrain.config import Settings
+from dtrain.config.schema import CheckpointConfig
 from dtrain.errors import RecipeError, UsageError
-from dtrain.history import best_row
+from dtrain.history import best_by
 from dtrain.inference import PredictStep, evaluate_task, predict
 from dtrain.learning import Task
 from dtrain.metrics import PassResult
@@ -47,7 +48,7 @@ def restore_run(folder: Path, settings: Settings, which: Which, world: World) ->
     Args:
         folder: the run's folder.
         settings: its config, as `load_run_settings` read it.
-        which: the epoch with the best validation loss, or the last one.
+        which: the best epoch, by the config's `checkpoint.monitor`, or the last one.
         world: the ranks.
 
     Raises:
@@ -57,7 +58,7 @@ def restore_run(folder: Path, settings: Settings, which: Which, world: World) ->
 
 
 def _restored(folder: Path, settings: Settings, which: Which) -> Restored:
-    path, row = find_checkpoint(folder, which)
+    path, row = find_checkpoint(folder, which, settings.config.checkpoint)
     seed_everything(settings.config.train.seed)
     recipe = load_recipe(settings.config.recipe, settings.base)
     task = bind(recipe, settings)
@@ -68,8 +69,13 @@ def _restored(folder: Path, settings: Settings, which: Which) -> Restored:
     return Restored(task, step, row, settings)
 
 
-def find_checkpoint(folder: Path, which: Which) -> tuple[Path, dict[str, Any]]:
+def find_checkpoint(folder: Path, which: Which, policy: CheckpointConfig) -> tuple[Path, dict[str, Any]]:
     """Returns the folder of a run's saved epoch, and that epoch's row of the history.
+
+    Args:
+        folder: the run's.
+        which: the best one, by the policy's monitor, or the last one.
+        policy: of its config.
 
     Raises:
         UsageError: the run saved none.
@@ -77,7 +83,7 @@ def find_checkpoint(folder: Path, which: Which) -> tuple[Path, dict[str, Any]]:
     saved = saved_epochs(folder / "checkpoints")
     if not saved:
         raise UsageError(f"{folder} has no checkpoint: the run ended before its first epoch did. Train it again.")
-    best = best_row(list(saved.values()))
+    best, _ = best_by(list(saved.values()), policy.monitor, policy.mode)
     chosen = [path for path, row in saved.items() if which == "last" or row is best][-1]
     return chosen, saved[chosen]
 

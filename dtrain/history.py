@@ -99,11 +99,24 @@ class History:
 
 def best_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Returns the first row with the lowest `val_loss`, or `loss` where there is none; None without rows."""
-    for column in ("val_loss", "loss"):
+    return best_by(rows)[0]
+
+
+def best_by(
+    rows: list[dict[str, Any]], monitor: str | None = None, mode: str = "min"
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Returns the first best row, and the column that says so; the last row and None where none has a number.
+
+    Args:
+        rows: a history's.
+        monitor: the column; None for `val_loss`, else `loss`.
+        mode: "min" or "max": whether its lowest or its highest value is best.
+    """
+    for column in ("val_loss", "loss") if monitor is None else (monitor,):
         usable = [row for row in rows if row.get(column) is not None and row[column] == row[column]]
         if usable:
-            return min(usable, key=lambda row: row[column])
-    return rows[-1] if rows else None
+            return (min if mode == "min" else max)(usable, key=lambda row: row[column]), column
+    return (rows[-1] if rows else None), None
 
 
 def read_history(path: str | Path) -> pd.DataFrame:

@@ -133,7 +133,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
         raise StopRequested(_stopped(stopping.why(), engine.place, folder, settings)) from None
     told = world.is_main and not trial
     if told:
-        sum_up(engine.history, folder, voice)
+        sum_up(engine.history, folder, voice, settings.config.checkpoint)
     _end_profile(profile, told=told)
     return folder
 

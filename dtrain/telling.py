@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dtrain.config import Settings
+from dtrain.config.schema import CheckpointConfig
 from dtrain.engine import Engine
-from dtrain.history import History
+from dtrain.history import History, best_by
 from dtrain.progress import Voice
 from dtrain.resuming.finding import Loaded
 from dtrain.run_folder import CONFIG, Opened
@@ -47,16 +48,16 @@ def tell_complete(engine: Engine, settings: Settings, folder: Path, voice: Voice
         patience = settings.config.early_stopping.patience
         more = f"early_stopping.patience = {patience} ended it. Give more patience, or another run.name."
     print(f"{folder} is complete: {done} {'epoch' if done == 1 else 'epochs'}. {more}")  # noqa: T201
-    sum_up(engine.history, folder, voice)
+    sum_up(engine.history, folder, voice, settings.config.checkpoint)
 
 
-def sum_up(history: History, folder: Path, voice: Voice) -> None:
-    """Says which epoch was best, and where the run is."""
-    best = history.best()
-    monitor = None
+def sum_up(history: History, folder: Path, voice: Voice, policy: CheckpointConfig) -> None:
+    """Says which epoch was best, by what says so of the checkpoints, and where the run is."""
+    best, monitor = best_by(history.rows, policy.monitor, policy.mode)
     if best is not None:
-        monitor = next((name for name in ("val_loss", "loss") if name in best), None)
-        why = f" ({monitor} = {best[monitor]:.4f})" if monitor else " (the last one: no step returns a loss)"
-        print(f"best epoch: {best['epoch']}{why}")  # noqa: T201
+        given = any(name in best for name in ("val_loss", "loss"))
+        none = "no loss is a number" if given else "no step returns a loss"
+        why = f"{monitor} = {best[monitor]:.4f}" if monitor else f"the last one: {none}"
+        print(f"best epoch: {best['epoch']} ({why})")  # noqa: T201
     print(f"run: {folder}")  # noqa: T201
     voice.tell("complete", run=str(folder), epochs=len(history.rows), best=best and best["epoch"], monitor=monitor)

@@ -15,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from dtrain import read_history
 from dtrain.cli.evaluate import by_name
+from dtrain.config.schema import CheckpointConfig
+from dtrain.evaluation import find_checkpoint
 
 # Another number of threads rounds float32 sums otherwise, in the tenth digit.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -40,6 +42,17 @@ def copied(trained: Path, tmp_path: Path) -> Path:
     """A copy of runs/small that a test may break."""
     shutil.copytree(trained / "runs" / "small", tmp_path / "small")
     return tmp_path / "small"
+
+
+def test_the_best_is_by_what_says_so_of_the_checkpoints(copied: Path) -> None:
+    losses = read_history(copied)["val_loss"]
+    assert losses[0] != losses[1]
+    for policy, index in (
+        (CheckpointConfig(), losses.idxmin()),
+        (CheckpointConfig(monitor="val_loss", mode="max"), losses.idxmax()),
+    ):
+        path, row = find_checkpoint(copied, "best", policy)
+        assert (path.name, row["epoch"]) == (f"epoch-{index + 1}", index + 1)
 
 
 def means_of(text: str) -> dict[str, float]:

@@ -13,13 +13,16 @@ from torch import nn
 
 import dtrain
 from dtrain.checkpoint import save_epoch, saved_epochs
+from dtrain.config.schema import CheckpointConfig
 from dtrain.errors import StepError, UsageError, WorldError
 from dtrain.history import History, best_row, read_history
 from dtrain.launch import threads
 from dtrain.launch.facts import read_rank_facts
 from dtrain.metrics import Mean, MeanTable
+from dtrain.progress import Voice
 from dtrain.signatures import Builder
 from dtrain.steps import StepValues, kind_of
+from dtrain.telling import sum_up
 
 
 class TestHistory:
@@ -56,6 +59,25 @@ class TestHistory:
         assert best_row(rows) is rows[1]
         assert best_row([{"loss": 2}, {"loss": 1}]) == {"loss": 1}
         assert best_row([]) is None
+
+    def test_the_best_is_told_by_what_says_so_of_the_checkpoints(self, capsys: pytest.CaptureFixture[str]) -> None:
+        nan = float("nan")
+        rows = [
+            {"epoch": 1, "loss": 3.0, "val_loss": 1.0, "val_acc": 0.5},
+            {"epoch": 2, "loss": 2.0, "val_loss": 1.5, "val_acc": 0.9},
+        ]
+        without = [{**row, "val_loss": nan} for row in rows]
+        for given, policy, told in (
+            (rows, CheckpointConfig(), "best epoch: 1 (val_loss = 1.0000)"),
+            (rows, CheckpointConfig(monitor="val_acc", mode="max"), "best epoch: 2 (val_acc = 0.9000)"),
+            (without, CheckpointConfig(), "best epoch: 2 (loss = 2.0000)"),
+            ([{"epoch": 1, "loss": nan}], CheckpointConfig(), "best epoch: 1 (the last one: no loss is a number)"),
+            ([{"epoch": 1, "a": 1.0}], CheckpointConfig(), "best epoch: 1 (the last one: no step returns a loss)"),
+        ):
+            history = History()
+            history.rows = given
+            sum_up(history, Path("runs/it"), Voice("plain"), policy)
+            assert capsys.readouterr().out == f"{told}\nrun: runs/it\n"
 
 
 class TestCheckpoint:
