@@ -34,7 +34,8 @@ def tell_ignored_variables() -> None:
     """Says which DTRAIN_ variables of the environment nothing reads; the first rank alone does, or who starts ranks."""
     from dtrain.launch.reports import supervised
 
-    if supervised() or os.environ.get("RANK", "0") != "0" or not any(name.startswith("DTRAIN_") for name in os.environ):
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if supervised() or rank != "0" or not any(name.startswith("DTRAIN_") for name in os.environ):
         return
     from dtrain.config.variables import ignored_variables
 
