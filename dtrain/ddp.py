@@ -156,6 +156,8 @@ class Replica:
             inner = _Inner(net)
             with by_us_alone(world):
                 ddp = world.accelerator.prepare_model(inner, device_placement=_placement())
+            if ddp.device_ids:  # the local rank, also where each rank sees one GPU, as with srun's --gpus-per-task
+                ddp.device_ids, ddp.output_device = [world.device.index], world.device.index
             self._redirection = _Redirection(net, ddp, inner)
         world.accelerator._models.clear()  # nobody else's to keep alive
         self._trained = [parameter for parameter in net.parameters() if parameter.requires_grad]

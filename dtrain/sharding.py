@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from torch.utils.data import (
 from dtrain.batches import count_samples, cut_batch, first_rows, join_batches, tensor_bytes
 from dtrain.dealing import Dealing, Form, Share, deal
 from dtrain.errors import UsageError
-from dtrain.fetching import RowsOf, fetched_by_batch
+from dtrain.fetching import RowsOf, fetched_by_batch, row_batches
 from dtrain.launch.shield import shielded
 from dtrain.seeding import CommonRandomness, derive
 from dtrain.workers import Seeding
@@ -147,9 +148,7 @@ class _IndexedBatches:
     def __init__(self, loader: DataLoader[Any], how: Dealing, *, fetch_batches: bool) -> None:
         self._how = how
         self._batches = _without_distributed(loader)
-        self._dealt: deque[Share] = deque()
-        self._seed = self._skip = 0
-        self._workers_seed: int | None = None
+        self._begun = _Iteration(0)
         self.fingerprint = 0.0
         self._loader = _rebuilt(loader, self, fetch_batches=fetch_batches)
         # Whole batches that are not made elsewhere need nothing of what else a DataLoader does at each of them.
@@ -157,18 +156,20 @@ class _IndexedBatches:
         self._rows = self._loader.dataset if here and isinstance(self._loader.dataset, RowsOf) else None
 
     def __iter__(self) -> Iterator[Any]:
-        """Yields the indices of this rank's batches; the DataLoader calls this as its batch sampler."""
-        self._dealt.clear()
-        for number, share in enumerate(islice(self._index_shares(), self._skip, None), self._skip):
-            self._dealt.append(share)
-            yield share.batch if self._workers_seed is None else Seeding(share.batch, self._workers_seed, number)
+        """Iterates over the indices of this rank's batches; the DataLoader calls this as its batch sampler."""
+        return self._indices(self._begun)
 
-    def _index_shares(self) -> Iterator[Share]:
+    def _indices(self, of: _Iteration) -> Iterator[Any]:
+        for number, share in enumerate(islice(self._index_shares(of.seed), of.skip, None), of.skip):
+            of.dealt.append(share)
+            yield share.batch if of.workers_seed is None else Seeding(share.batch, of.workers_seed, number)
+
+    def _index_shares(self, seed: int) -> Iterator[Share]:
         source, form = self._batches, _INDICES
-        if not _reseed(source, self._seed):
-            source = _under(CommonRandomness(self._seed), source)
+        if not _reseed(source, seed):
+            source = _under(CommonRandomness(seed), source)
         elif self._rows is not None:
-            source, form = _row_batches(source, self._rows), _ROWS
+            source, form = row_batches(source, self._rows), _ROWS
         self.fingerprint = 0.0
         return deal(self._noted(source), self._how, form)
 
@@ -184,9 +185,8 @@ class _IndexedBatches:
         return len(self._batches)  # type: ignore[arg-type]
 
     def shares(self, seed: int, epoch: int, skip: int, ready: Callable[[], None]) -> Iterator[Share]:
-        self._seed, self._skip = seed, skip
-        if self._loader.num_workers > 0:
-            self._workers_seed = derive(seed, "workers", self._how.rank)
+        workers_seed = derive(seed, "workers", self._how.rank) if self._loader.num_workers > 0 else None
+        own = self._begun = _Iteration(seed, skip, workers_seed)
         _set_epoch(self._batches, epoch)
         _set_epoch(getattr(self._batches, "sampler", None), epoch)
         _set_epoch(self._loader.dataset, epoch)
@@ -196,30 +196,40 @@ class _IndexedBatches:
         ready()
         if self._rows is None:
             for batch in batches:
-                share = self._dealt.popleft()
+                share = own.dealt.popleft()
                 share.indices, share.batch = share.batch, batch
                 yield share
+                self._refuse_mixture(own)
             return
-        for share in islice(self._index_shares(), skip, None):
+        for share in islice(self._index_shares(seed), skip, None):
             share.indices = share.batch
             share.batch = self._rows.__getitems__(share.batch)
             yield share
 
+    def _refuse_mixture(self, own: _Iteration) -> None:
+        if self._loader.persistent_workers and self._begun is not own:
+            raise UsageError(
+                "a loop over a loader goes on after another one over the same loader began, such as next(iter(loader)) "
+                "in its body. With persistent_workers=True both would get the batches of the second. Look at a batch "
+                "before the loop, or make the DataLoader without persistent_workers."
+            )
 
-def _row_batches(batches: Any, rows_of: RowsOf) -> Iterator[Any]:
-    """Yields the batches of one of torch's own samplers as parts of one tensor, which are quicker to take than lists.
 
-    An order that is no such tensor comes in lists.
+@dataclass(slots=True)
+class _Iteration:
+    """One of a DataLoader's iterations, of which several may be open at once.
+
+    Attributes:
+        seed: of its order.
+        skip: so many of the first shares are left out.
+        workers_seed: of its batches in workers, None where there are none.
+        dealt: shares of which the indices were asked for and the batches did not come yet.
     """
-    sampler = batches.sampler
-    size = batches.batch_size
-    order = rows_of.rows(range(len(sampler)) if type(sampler) is SequentialSampler else list(sampler))
-    if batches.drop_last:
-        order = order[: len(order) // size * size]
-    if isinstance(order, torch.Tensor):
-        yield from torch.split(order, size)
-    else:
-        yield from (order[start : start + size] for start in range(0, len(order), size))
+
+    seed: int
+    skip: int = 0
+    workers_seed: int | None = None
+    dealt: deque[Share] = field(default_factory=deque)
 
 
 def _after(shares: Iterator[Share], skip: int, ready: Callable[[], None]) -> Iterator[Share]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 _BROADCAST_BYTES = 1 << 26  # at once, so that no device needs room for more
+_PACK = 1 << 22  # numbers
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,10 @@ class World:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over the ranks in place, without waiting for the device, and returns it."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            summed = tensor.contiguous()  # itself, where it is no view; see `broadcast_`
+            dist.all_reduce(summed)
+            if summed is not tensor:
+                tensor.copy_(summed)
         return tensor
 
     def gather_json(self, value: Any) -> list[Any]:
@@ -122,10 +126,18 @@ class World:
         ]
 
     def broadcast_(self, tensors: list[Tensor]) -> None:
-        """Overwrites tensors, in place, with rank 0's."""
-        if self.size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+        """Overwrites tensors, in place, with rank 0's, in one collective a type where they are small.
+
+        Args:
+            tensors: of the same shapes and types on all ranks, on any device; they may be views.
+        """
+        for packed in _packs(tensors) if self.size > 1 else ():
+            # A copy: gloo writes to as many numbers as a view has, one after the other, and NCCL takes no view.
+            moved = torch.cat([tensor.detach().reshape(-1).to(self.device) for tensor in packed])
+            dist.broadcast(moved, src=0)
+            parts = torch.split(moved, [tensor.numel() for tensor in packed])
+            for tensor, part in zip(packed, parts, strict=True):
+                tensor.detach().copy_(part.view(tensor.shape))
 
     def share_bytes(self, data: bytes) -> bytes:
         """Returns rank 0's bytes on every rank.
@@ -150,6 +162,16 @@ class World:
         if self.size > 1:
             dist.barrier()  # a rank that left earlier would cut the others' last collective off
             dist.destroy_process_group()
+
+
+def _packs(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        pack = kinds.setdefault(tensor.dtype, [])
+        pack.append(tensor)
+        if sum(one.numel() for one in pack) > _PACK:
+            yield kinds.pop(tensor.dtype)
+    yield from kinds.values()
 
 
 def _dtype(name: str) -> torch.dtype:

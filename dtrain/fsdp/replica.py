@@ -19,7 +19,6 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adafactor, Optimizer, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -104,7 +103,7 @@ class ShardedReplica:
     @contextlib.contextmanager
     def training(self) -> Iterator[nn.Module]:
         """While inside, a train step runs; it begins with rank 0's buffers, as it does with DDP."""
-        _same_values(list(self.net.buffers()), self._world)
+        self._world.broadcast_(list(self.net.buffers()))
         try:
             yield self.net
         except (RuntimeError, ValueError) as error:
@@ -143,7 +142,7 @@ def _sharded(net: nn.Module, world: World, sharding: Sharding) -> dict[Any, bool
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     optimizers = optimizers_of(names)
     parts = parts_of(net, sharding)
-    _same_values([*net.parameters(), *net.buffers()], world)
+    world.broadcast_([*net.parameters(), *net.buffers()])
     reshards = _shard(net, parts, world, sharding)
     for optimizer in optimizers:
         _switch(optimizer, names, dict(net.named_parameters()))
@@ -199,29 +198,6 @@ def _shard(net: nn.Module, parts: list[nn.Module], world: World, sharding: Shard
             "its blocks with train.shard_modules, as in train.shard_modules=[Block]."
         )
     return reshards
-
-
-def _same_values(tensors: list[Tensor], world: World) -> None:
-    """Overwrites tensors, in place, with rank 0's, in one collective a type and device where they are small."""
-    for packed in _packs(tensors):
-        moved = torch.cat([tensor.detach().reshape(-1).to(world.device) for tensor in packed])
-        dist.broadcast(moved, src=0)
-        parts = torch.split(moved, [tensor.numel() for tensor in packed])
-        for tensor, part in zip(packed, parts, strict=True):
-            tensor.detach().copy_(part.view(tensor.shape))
-
-
-_PACK = 1 << 22  # numbers
-
-
-def _packs(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    kinds: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        pack = kinds.setdefault(tensor.dtype, [])
-        pack.append(tensor)
-        if sum(one.numel() for one in pack) > _PACK:
-            yield kinds.pop(tensor.dtype)
-    yield from kinds.values()
 
 
 def optimizers_of(names: dict[int, str]) -> list[Optimizer]:

@@ -56,6 +56,27 @@ def test_one_sum_a_split_and_epoch(n: int, values: int) -> None:
         assert further == ["all_reduce"] * 2 * 3, "a train and a validation sum in each of three more epochs"
 
 
+def views(world) -> list[Any]:
+    """One rank: what tensors that are views, and the memory around them, hold after collectives."""
+    mine = float(world.rank + 1)
+    whole = torch.full((4, 3), mine)
+    stretched = torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1) * mine
+    flags, count = torch.tensor([world.is_main, True])[::2], torch.tensor(world.rank)
+    world.broadcast_([whole[:, 1], whole.T[2:], stretched, flags, count])
+    summed = torch.full((3, 4), mine)
+    assert world.sum_(summed[:, ::2]).data_ptr() == summed.data_ptr()
+    return [whole.tolist(), stretched.flatten().tolist(), flags.tolist(), int(count), summed.tolist()]
+
+
+def test_tensors_that_are_views_are_sent_and_nothing_around_them_is_written() -> None:
+    stretched = torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1).flatten().tolist()
+    for rank, (whole, moved, flags, count, summed) in enumerate(run_ranks(views, 2)):
+        mine = float(rank + 1)
+        assert whole == [[mine, 1.0, 1.0]] * 4, "the first column is this rank's own"
+        assert moved == stretched and flags == [True] and count == 0
+        assert summed == [[3.0, mine, 3.0, mine]] * 3
+
+
 FAKE = """
 import sys
 import torch

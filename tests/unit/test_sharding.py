@@ -21,7 +21,7 @@ from torch.utils.data import (
 
 from dtrain.batches import count_samples, cut_batch, join_batches
 from dtrain.dealing import Dealing, Share, part_of
-from dtrain.errors import DataError
+from dtrain.errors import DataError, UsageError
 from dtrain.sharding import ShardedLoader
 
 
@@ -160,6 +160,33 @@ def test_workers_and_persistent_workers_keep_the_counts_straight() -> None:
             ([3.0, 4.0, 5.0], 3, 6),
             ([9.0, 10.0], 2, 5),
         ]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_iteration_within_another_one_takes_nothing_from_it(workers: int) -> None:
+    """A batch to look at, as in next(iter(loader)), in the body of a loop over the same loader."""
+    data = list(torch.arange(40.0).split(1))
+    sharded = ShardedLoader(DataLoader(data, 16, num_workers=workers), Dealing(0, 1, "per_rank", True), 0, "train")
+    seen = []
+    for share in sharded.shares(1):
+        peeked = next(sharded.shares(2, skip=1))
+        assert (peeked.count, peeked.start, len(peeked.batch)) == (16, 16, 16)
+        seen.append([share.count, share.start, share.batch.flatten().tolist(), share.indices])
+    assert seen == [
+        [stop - start, start, [float(number) for number in range(start, stop)], list(range(start, stop))]
+        for start, stop in ((0, 16), (16, 32), (32, 40))
+    ]
+
+
+def test_with_persistent_workers_the_outer_iteration_says_that_its_batches_are_gone() -> None:
+    """torch has one iterator for such a loader, which begins anew for both."""
+    loader = DataLoader(list(range(40)), 16, num_workers=1, persistent_workers=True)
+    sharded = ShardedLoader(loader, Dealing(0, 1, "per_rank", True), 0, "train")
+    outer = sharded.shares(1)
+    next(outer)
+    assert next(sharded.shares(2)).count == 16
+    with pytest.raises(UsageError, match="persistent_workers"):
+        next(outer)
 
 
 def test_any_iterable_of_batches_is_a_loader() -> None:
