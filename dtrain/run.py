@@ -109,7 +109,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
     folder, ids, came_from = begin(engine, settings, resume, lambda folder: owner.enter_context(_taken(folder)))
     if world.local_rank == 0 and not trial:  # on each node, for the ranks' logs
         name_run(folder)
-    if engine.start.epoch > engine.epochs or engine.stopping:
+    if _nothing_left(engine):
         if world.is_main:
             tell_complete(engine, settings, folder, voice)
         return folder
@@ -136,6 +136,11 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
         if profile is not None:
             print(profile.words())  # noqa: T201
     return folder
+
+
+def _nothing_left(engine: Engine) -> bool:
+    """Whether the run that an engine was put to is complete."""
+    return engine.start.epoch > engine.epochs or engine.stopping
 
 
 def _watched(
@@ -187,12 +192,12 @@ def begin(
     _take_up_validations(engine, opened, [] if loaded is None else loaded.run.get("validations", []))
     if loaded is not None:
         restore(engine, loaded.weights, loaded.run, loaded.ranks)
-        tell_resumed(opened, loaded)
     early = settings.config.early_stopping
     if early.patience is not None:
         stop_early(engine, EarlyStopping(early.monitor, early.mode, early.patience))
     if loaded is None:
         return Path(folder), {}, None
+    tell_resumed(opened, loaded, complete=_nothing_left(engine))
     # A new run that begins from another one's checkpoint has trackers' runs of its own.
     again = opened is not None and opened.again
     return Path(folder), loaded.facts.get("trackers", {}) if again else {}, loaded.path
