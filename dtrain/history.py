@@ -42,7 +42,8 @@ class History:
         self._synced = float("-inf")
         if self._path is not None and self._path.exists():
             raise UsageError(
-                f"{self._path} is there already and is kept as it is. Choose another path (run.name, in a config)."
+                f"{self._path} is there already and is kept as it is. Give History another path, as in "
+                f'History("{self._path.stem}-2{self._path.suffix}"), or move the file away first.'
             )
 
     @classmethod

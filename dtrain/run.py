@@ -104,7 +104,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
     folder, ids, came_from = begin(engine, settings, resume, lambda folder: owner.enter_context(_taken(folder)))
     if world.local_rank == 0 and not trial:  # on each node, for the ranks' logs
         name_run(folder)
-    if engine.start.epoch > engine.epochs or engine.stopping:
+    if _nothing_left(engine):
         if world.is_main:
             tell_complete(engine, settings, folder, voice)
         return folder
@@ -133,6 +133,11 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
         sum_up(engine, settings, folder, voice)
     _end_profile(profile, told=told)
     return folder
+
+
+def _nothing_left(engine: Engine) -> bool:
+    """Whether the run that an engine was put to is complete."""
+    return engine.start.epoch > engine.epochs or engine.stopping
 
 
 def _ended(tracking: Tracking | None, engine: Engine) -> contextlib.ExitStack:
@@ -209,13 +214,13 @@ def begin(
     _take_up_validations(engine, opened, [] if loaded is None else loaded.run.get("validations", []))
     if loaded is not None:
         restore(engine, loaded.weights, loaded.run, loaded.ranks)
-        tell_resumed(opened, loaded)
     early = settings.config.early_stopping
     if early.patience is not None:
         place = settings.place_of("early_stopping.monitor")
         stop_early(engine, EarlyStopping(early.monitor, early.mode, early.patience, "early_stopping.", place))
     if loaded is None:
         return Path(folder), {}, None
+    tell_resumed(opened, loaded, complete=_nothing_left(engine))
     # A new run that begins from another one's checkpoint has trackers' runs of its own.
     again = opened is not None and opened.again
     return Path(folder), loaded.facts.get("trackers", {}) if again else {}, loaded.path

@@ -13,13 +13,17 @@ from dtrain.resuming.finding import Loaded
 from dtrain.run_folder import CONFIG, Opened
 
 
-def tell_resumed(opened: Opened | None, loaded: Loaded) -> None:
-    """Says what a run goes on from, and what it does not go on from; on rank 0, which alone has opened its folder."""
+def tell_resumed(opened: Opened | None, loaded: Loaded, *, complete: bool = False) -> None:
+    """Says what a run goes on from, and what it does not go on from; on rank 0, which alone has opened its folder.
+
+    One that is complete goes on from nothing; what comes next says so.
+    """
     if opened is None or opened.found is None:
         return
     for word in opened.found.words:
         print(f"not gone on from: {word}")  # noqa: T201
-    print(f"goes on from {loaded.path}")  # noqa: T201
+    if not complete:
+        print(f"goes on from {loaded.path}")  # noqa: T201
 
 
 def tell_start(engine: Engine, settings: Settings, folder: Path, came_from: Path | None, voice: Voice) -> None:

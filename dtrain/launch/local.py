@@ -23,7 +23,7 @@ from dtrain.launch.ports import free_port
 from dtrain.launch.postmortem import Failure, PostMortem, Seen
 from dtrain.launch.reaper import Reaper
 from dtrain.launch.relay import Relayed
-from dtrain.launch.reports import named_run, read_reports
+from dtrain.launch.reports import named_run, read_reports, words_on_alone
 from dtrain.launch.requests import kept_for_later
 from dtrain.launch.stacks import raw_crash_text
 from dtrain.launch.stopping import Orders, signals_caught
@@ -41,7 +41,7 @@ class Ending:
     Attributes:
         exit_code: 0 where all ranks ended with 0, 75 where they stopped on request, else that of the rank that failed
             first; 130 after Ctrl-C, 128 + N after another signal that ended them.
-        text: what a person shall read of it; empty where all went well.
+        text: what a person shall read of it; empty where all went well, but for a warning.
         signal: what stopped the job from outside, or None.
         when: seconds since the epoch.
         run: the folder of the run that the ranks worked on, where they named one.
@@ -195,6 +195,8 @@ def _run_part(
         ending = ending if meeting is None else _joint_ending(ending, word, meeting)
         if ending.failure is not None and job.first_rank == 0:  # rank 0's node has the run's folder
             ending = replace(ending, text="\n".join([ending.text, *post_mortem.leave(ending.failure)]))
+        if ending.exit_code == EXIT_OK and job.first_rank == 0:
+            ending = replace(ending, text=words_on_alone(read_reports(ranks.reports), job.nodes * job.ranks))
         if ending.text:
             output.end_lines()
         return replace(ending, run=named_run(ranks.reports))

@@ -14,7 +14,7 @@ from typing import Any
 
 from dtrain.errors import EXIT_FAILED, EXIT_HANG, EXIT_OK, EXIT_USAGE
 from dtrain.launch.hangs import Hang
-from dtrain.launch.heartbeat import Beat, read_beat
+from dtrain.launch.heartbeat import SCRIPT, Beat, read_beat
 from dtrain.launch.processes import out_of_memory_kills
 from dtrain.launch.reports import PEER, Report, named_run, read_reports, write_whole
 from dtrain.launch.stacks import crash_text, users_part
@@ -186,7 +186,30 @@ class PostMortem:
         cause = "exit" if told is None else told.cause
         exception = None if told is None else {"type": told.type, "message": told.message}
         trace = "" if told is None else told.traceback
-        return report.exit_code, report.text, self._failure(report.rank, cause, exception, trace)
+        text = self._on_ended_scripts(report) or report.text
+        return report.exit_code, text, self._failure(report.rank, cause, exception, trace)
+
+    def _on_ended_scripts(self, report: Report) -> str:
+        """Returns what to say of a cut connection where other ranks had come to the end of their script; else nothing.
+
+        A run of dtrain's own has the ranks end together.
+        """
+        early = [
+            other for other in read_reports(self._folder) if other.exit_code == EXIT_OK and other.when < report.when
+        ]
+        if not report.echo or not early or named_run(self._folder) is not None:
+            return ""
+        beat = read_beat(self._folder, report.rank)
+        # An exception has left the loop, and with it the step, by now.
+        where = f"in {beat}" if beat.phase != SCRIPT else f"in epoch {beat.epoch}" if beat.epoch else "in its own"
+        ranks = sorted(other.rank for other in early)
+        who = f"ranks {', '.join(map(str, ranks))}" if len(ranks) > 1 else f"rank {ranks[0]}"
+        words = (
+            f"dtrain: error: {who} had ended the script (exit code 0) while rank {report.rank} was {where}, waiting "
+            "for all. Every rank runs the whole script: nothing that all take part in (a loop over a prepared loader, "
+            "means(), save_weights()) may be left out on some, as by `if dtrain.is_main():`."
+        )
+        return "\n".join(filter(None, (report.told.traceback if report.told else "", words)))
 
     def _silent(self, rank: int, code: int) -> tuple[int, str, Failure]:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"

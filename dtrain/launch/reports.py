@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Report:
         text: what a person shall read; empty where all went well.
         when: seconds since the epoch; the earliest report is the cause, later ones are its echo.
         told: the same, in parts; None where no exception ended the rank.
+        alone: whether it seems to have trained without joining the other ranks.
     """
 
     rank: int
@@ -50,6 +52,7 @@ class Report:
     text: str
     when: float
     told: Told | None = None
+    alone: bool = False
 
     @property
     def echo(self) -> bool:
@@ -62,10 +65,25 @@ def supervised() -> bool:
     return REPORT_DIR in os.environ
 
 
-def write_report(rank: int, exit_code: int, text: str, told: Told | None = None) -> None:
+def write_report(rank: int, exit_code: int, text: str, told: Told | None = None, *, alone: bool = False) -> None:
     """Leaves a report for the supervisor; whole or not at all."""
     path = Path(os.environ[REPORT_DIR]) / f"rank-{rank}.json"
-    write_whole(path, json.dumps(asdict(Report(rank, exit_code, text, time.time(), told))))
+    write_whole(path, json.dumps(asdict(Report(rank, exit_code, text, time.time(), told, alone))))
+
+
+def words_on_alone(reports: Sequence[Report], size: int) -> str:
+    """Returns a warning where several ranks have each trained alone, which nothing else would show; else nothing.
+
+    Args:
+        reports: of ranks that ended well.
+        size: number of ranks in the job.
+    """
+    if size == 1 or not reports or not all(report.alone for report in reports):
+        return ""
+    return (
+        f"dtrain: warning: {size} processes each ran the whole script alone: none joined the others. To have them "
+        "train together, call dtrain.prepare(...) before the loop over the batches (docs/script-style.md)."
+    )
 
 
 def read_reports(folder: Path) -> list[Report]:

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import runpy  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 from dtrain.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, DtrainError, add_place  # noqa: E402
 from dtrain.failures import explain, users_line  # noqa: E402
@@ -36,7 +37,7 @@ def main() -> None:
         heartbeat.enter(SCRIPT)
     rank = int(os.environ["RANK"])
     text, code, told = run_script(sys.argv[1], sys.argv[2:])
-    write_report(rank, code, text, told)
+    write_report(rank, code, text, told, alone=trained_alone())
     if must_leave_at_once():
         leave(code)
     sys.exit(code)
@@ -65,6 +66,25 @@ def run_script(script: str, arguments: list[str]) -> tuple[str, int, Told | None
         found = explain(error)
         return found.text, found.exit_code, found.told
     return "", EXIT_OK, None
+
+
+def trained_alone() -> bool:
+    """Whether an optimizer was made in this process, and no process group: as by a script that knows of no ranks.
+
+    A script that is no training makes no optimizer, and may well run once for each rank.
+    """
+    optim = sys.modules.get("torch.optim.optimizer")
+    if optim is None:
+        return False
+    groups = sys.modules.get("torch.distributed.distributed_c10d")
+    # What it was made with is known also after it was left.
+    joined = groups is not None and (groups.is_initialized() or groups._default_pg_init_method is not None)
+    return not joined and any(_was_made(kind) for kind in optim.Optimizer.__subclasses__())
+
+
+def _was_made(kind: Any) -> bool:
+    """Whether there was an object of this class of optimizers, or of one made of it; torch then marks its `step`."""
+    return getattr(kind.step, "hooked", False) or any(_was_made(derived) for derived in kind.__subclasses__())
 
 
 def _ended(code: object) -> tuple[str, int]:

@@ -112,6 +112,54 @@ if len(tried.read_text()) <= int(sys.argv[1]) and os.environ["RANK"] == "1":
 """
 
 
+ALONE = """
+import torch
+from torch import nn
+
+net = nn.Linear(1, 1)
+optimizer = torch.optim.AdamW(net.parameters())
+net(torch.ones(1, 1)).sum().backward()
+optimizer.step()
+"""
+
+
+def test_ranks_that_each_train_alone_are_told_of(dtrain: Dtrain) -> None:
+    script(dtrain, ALONE)
+    done = dtrain("launch", "-n", 2, "--cpu", "mine/script.py")
+    assert done.code == 0, done.text
+    assert done.err.count("dtrain: warning: 2 processes each ran the whole script alone") == 1
+    assert "call dtrain.prepare(...)" in done.err
+    assert not dtrain("launch", "-n", 1, "--cpu", "mine/script.py").err
+
+
+EARLY = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import dtrain
+
+net, loader = dtrain.prepare(nn.Linear(1, 1), DataLoader(torch.ones(8, 1), batch_size=2), cpu=True)
+for epoch in range(2):
+    if not dtrain.is_main():
+        continue
+    for x in loader:
+        net(x).sum().backward()
+"""
+
+
+def test_a_rank_that_ended_its_script_early_is_named(dtrain: Dtrain) -> None:
+    script(dtrain, EARLY)
+    done = dtrain("launch", "-n", 2, "--cpu", "mine/script.py")
+    assert done.code == 1, done.text
+    assert (
+        "dtrain: error: rank 1 had ended the script (exit code 0) while rank 0 was in epoch 1, waiting for all."
+        in done.err
+    )
+    assert "Every rank runs the whole script" in done.err
+    assert "raised by your code" not in done.err
+
+
 @pytest.mark.parametrize(("faults", "code"), [(1, 0), (2, 1)])
 def test_retries_start_all_again(dtrain: Dtrain, faults: int, code: int) -> None:
     script(dtrain, ONCE)

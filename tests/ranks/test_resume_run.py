@@ -76,7 +76,8 @@ def test_values_that_change_no_number_may_differ(run: Path, capsys: pytest.Captu
 def test_a_complete_run_stays_as_it_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(run)
     start(run.parent)
-    assert "is complete: 2 epochs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is complete: 2 epochs" in said and "goes on from" not in said
     after = contents(run)
     config = "config.yaml"
     assert {k: v for k, v in after.items() if k != config} == {k: v for k, v in before.items() if k != config}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import pickle
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import Dtrain
+from helpers.pages import PAGES, blocks
 from helpers.ranks import run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -327,14 +329,21 @@ def test_the_tutorials_script_needs_ten_lines(dtrain: Dtrain, recipes: Path) -> 
     assert dtrain.run("python", before, 1).code == 0
     diff = difflib.ndiff(before.read_text().splitlines(), after.read_text().splitlines())
     assert len([line for line in diff if line.startswith("+ ") and line.strip("+ ")]) <= 10
-    frames = []
-    for ranks in (1, 2):
-        (dtrain.folder / str(ranks)).mkdir()
-        launched = Dtrain(dtrain.folder / str(ranks))
-        done = launched("launch", "-n", ranks, "--cpu", "--", after, 3)
+
+
+def test_the_page_s_commands_can_be_typed_one_after_another(dtrain: Dtrain, recipes: Path) -> None:
+    (dtrain.folder / "script_after.py").write_text((recipes / "script_after.py").read_text())
+    (page,) = (page for page in PAGES if page.name == "script-style.md")
+    typed = [shlex.split(line, comments=True) for block in blocks(page, "console") for line, _ in block.commands]
+    for words in typed:
+        done = dtrain.run(*words)
         assert done.code == 0, done.text
-        assert done.err == ""
-        assert done.out.count("EPOCH = 1,") == 1
-        frames.append(read_history(launched.folder / "history.csv"))
-    assert frames[0]["val_loss"].iloc[2] < frames[0]["val_loss"].iloc[0]
-    np.testing.assert_allclose(frames[1].to_numpy(), frames[0].to_numpy(), rtol=0, atol=1e-6)
+        assert done.err == "" or words[0] == "torchrun"  # which speaks of OMP_NUM_THREADS
+        assert done.out.count("EPOCH = 1,") == (words[0] != "mv")
+    one, *more = (read_history(dtrain.folder / name) for name in ("one.csv", "two.csv", "history.csv"))
+    assert one["val_loss"].iloc[2] < one["val_loss"].iloc[0]
+    for frame in more:
+        np.testing.assert_allclose(frame.to_numpy(), one.to_numpy(), rtol=0, atol=1e-6)
+    again = dtrain.run(*typed[0])
+    assert "history.csv is there already" in again.err and 'History("history-2.csv")' in again.err
+    assert "run.name" not in again.err
