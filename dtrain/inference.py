@@ -24,6 +24,8 @@ from dtrain.world import World
 
 PredictStep = Callable[[nn.Module, Any], Any]
 
+_CPU = torch.device("cpu")  # where predictions come together: all of them may be more than a device holds
+
 
 def evaluate_task(  # noqa: PLR0913 - a task and how its loader is dealt
     task: Task,
@@ -182,10 +184,10 @@ class _Collected:
             raise DataError(nothing_yielded("predict"))
         if any(shape != shapes[0] for shape in shapes):
             raise StepError(f"predict_step returned {shapes[0]} on one rank and {shapes[-1]} on another.")
-        order = _order([part for part in world.gather_tensors(self._positions()) if part is not None])
+        order = _order([part for part in world.gather_tensors(self._positions(), _CPU) if part is not None])
         count = len(self._leaves) or _count_leaves(shapes[0])
         mine = [torch.cat(leaf) for leaf in self._leaves] if self._leaves else [None] * count
-        return _nested(shapes[0], iter([_joined(world.gather_tensors(leaf), order) for leaf in mine]))
+        return _nested(shapes[0], iter([_joined(world.gather_tensors(leaf, _CPU), order) for leaf in mine]))
 
     def _positions(self) -> Tensor:
         """The place of each of this rank's rows."""
@@ -195,7 +197,7 @@ class _Collected:
 
 def _order(positions: list[Tensor]) -> Tensor:
     """Returns which of the gathered rows comes first, second, ... in the data's order."""
-    everywhere = torch.cat(positions).cpu()
+    everywhere = torch.cat(positions)
     order = torch.argsort(everywhere)
     if not torch.equal(everywhere[order], torch.arange(len(everywhere))):
         raise DataError("the ranks read different data: some samples were predicted twice, or not at all.")
@@ -203,7 +205,7 @@ def _order(positions: list[Tensor]) -> Tensor:
 
 
 def _joined(parts: list[Tensor | None], order: Tensor) -> Tensor:
-    there = [part.cpu() for part in parts if part is not None]
+    there = [part for part in parts if part is not None]
     sizes = {tuple(part.shape[1:]) for part in there}
     if len(sizes) > 1:
         raise StepError(f"predict_step returned rows of different shapes on different ranks: {sorted(sizes)}.")

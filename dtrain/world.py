@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-_BROADCAST_BYTES = 1 << 26  # at once, so that no device needs room for more
+_PIECE_BYTES = 1 << 26  # at once, of all ranks together, so that no device needs room for more
 _PACK = 1 << 22  # numbers
 
 
@@ -102,28 +102,41 @@ class World:
         dist.all_gather(room, torch.nn.functional.pad(data, (0, longest - data.numel())))
         return [json.loads(bytes(part[: int(length)].tolist())) for part, length in zip(room, lengths, strict=True)]
 
-    def gather_tensors(self, tensor: Tensor | None) -> list[Tensor | None]:
+    def gather_tensors(self, tensor: Tensor | None, onto: torch.device | None = None) -> list[Tensor | None]:
         """Returns every rank's tensor on every rank, in rank order; shapes and types may differ.
 
         Args:
-            tensor: this rank's, or None where it has none. The others' come back on this rank's device.
+            tensor: this rank's, or None where it has none.
+            onto: where all of them come together, by default this rank's device; on the way there, that has room for a
+                piece of them at a time.
         """
         if self.size == 1:
             return [tensor]
-        mine = None if tensor is None else tensor.detach().to(self.device).contiguous()
+        mine = None if tensor is None else tensor.detach().contiguous()
         told = self.gather_json(None if mine is None else [str(mine.dtype).removeprefix("torch."), list(mine.shape)])
         # As bytes: not every backend moves every type, and a rank without a tensor need not know the type.
-        data = torch.zeros(0, dtype=torch.uint8, device=self.device)
+        data = torch.zeros(0, dtype=torch.uint8)
         if mine is not None and mine.numel():
             data = mine.flatten().view(torch.uint8)
         sizes = [0 if one is None else math.prod(one[1]) * _dtype(one[0]).itemsize for one in told]
-        room = [torch.zeros(max(sizes), dtype=torch.uint8, device=self.device) for _ in told]
-        if max(sizes):
-            dist.all_gather(room, torch.nn.functional.pad(data, (0, max(sizes) - data.numel())))
+        gathered = self._gather_bytes(data, sizes, onto or self.device)
         return [
-            None if one is None else part[:size].view(_dtype(one[0])).reshape(one[1])
-            for part, size, one in zip(room, sizes, told, strict=True)
+            None if one is None else part.view(_dtype(one[0])).reshape(one[1])
+            for part, one in zip(gathered, told, strict=True)
         ]
+
+    def _gather_bytes(self, mine: Tensor, sizes: list[int], onto: torch.device) -> list[Tensor]:
+        gathered = [torch.empty(size, dtype=torch.uint8, device=onto) for size in sizes]
+        longest, step = max(sizes), max(1, _PIECE_BYTES // self.size)
+        for start in range(0, longest, step):
+            length = min(step, longest - start)
+            piece = mine[start : start + length].to(self.device)
+            room = [torch.empty(length, dtype=torch.uint8, device=self.device) for _ in sizes]
+            dist.all_gather(room, torch.nn.functional.pad(piece, (0, length - piece.numel())))
+            for whole, part in zip(gathered, room, strict=True):
+                there = whole[start : start + length]
+                there.copy_(part[: there.numel()])
+        return gathered
 
     def broadcast_(self, tensors: list[Tensor]) -> None:
         """Overwrites tensors, in place, with rank 0's, in one collective a type where they are small.
@@ -150,8 +163,8 @@ class World:
         length = torch.tensor([len(data)], device=self.device)
         dist.broadcast(length, src=0)
         received = bytearray(data if self.is_main else int(length))
-        for start in range(0, len(received), _BROADCAST_BYTES):
-            piece = torch.frombuffer(received, dtype=torch.uint8, offset=start)[:_BROADCAST_BYTES]
+        for start in range(0, len(received), _PIECE_BYTES):
+            piece = torch.frombuffer(received, dtype=torch.uint8, offset=start)[:_PIECE_BYTES]
             moved = piece.to(self.device)
             dist.broadcast(moved, src=0)
             piece.copy_(moved)

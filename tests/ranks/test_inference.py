@@ -98,6 +98,58 @@ def test_nested_predictions_keep_structure_and_types(ranks: int) -> None:
         assert answer == [x.bfloat16().float().tolist(), (x[:, 0] > 1).tolist(), (x * 7).long().tolist()]
 
 
+PIECE = 500  # bytes
+
+
+def as_bytes(tensor: torch.Tensor) -> list[Any]:
+    numbers = tensor.float() if tensor.dtype == torch.bfloat16 else tensor.resolve_conj()  # NumPy has none
+    return [str(tensor.dtype), list(tensor.shape), list(numbers.numpy().tobytes())]
+
+
+def pieces(world, sizes: list[int]) -> list[Any]:
+    """One rank: predictions of several types as bytes, and the most bytes that a collective made room for."""
+    import dtrain.world
+    from dtrain.errors import DataError
+    from dtrain.inference import predict
+
+    most, gather = [0], torch.distributed.all_gather
+
+    def all_gather(room, mine):
+        most.append(sum(part.nbytes for part in room))
+        gather(room, mine)
+
+    dtrain.world._PIECE_BYTES, torch.distributed.all_gather = PIECE, all_gather
+
+    results = []
+    with pytest.raises(DataError, match="yielded no batch"):
+        predict(net(), loader_of("ragged", 0), world)
+    for n in sizes:
+        for loader in (loader_of("ragged", n), loader_of("shuffled", n)):
+            found = predict(net(), loader, world, predict_step=lambda model, x: several_types(x))
+            assert all(part.is_cpu for part in found)
+            results.append([as_bytes(part) for part in found])
+        ones = [torch.full((2,), rank) if rank != 1 else None for rank in range(world.size)]
+        parts = world.gather_tensors(ones[world.rank])
+        assert [None if part is None else part.tolist() for part in parts] == [
+            None if one is None else one.tolist() for one in ones
+        ]
+    return [results, max(most)]
+
+
+def several_types(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    wave = torch.complex(x, -x)
+    return x, x.bfloat16(), x > 1, wave.conj(), x[:, :0], (x * 7).long()[:, 0], x.unsqueeze(2).expand(-1, -1, 3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_predictions_pass_the_devices_in_pieces_and_stay_what_they_are(ranks: int) -> None:
+    sizes = [1, 5, 101]
+    expected = [[as_bytes(part) for part in several_types(rows(n))] for n in sizes for _ in range(2)]
+    for results, most in run_ranks(pieces, ranks, sizes=sizes):
+        assert results == expected
+        assert most <= PIECE, "a device has room for all predictions of all ranks"
+
+
 def refuse(world, how: str) -> str:
     from dtrain.errors import DtrainError
     from dtrain.inference import predict
