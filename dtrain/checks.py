@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
 from dtrain.errors import DataError, StepError, UsageError
 from dtrain.fsdp.tensors import is_sharded
@@ -157,6 +158,48 @@ def check_takes(step: Callable[..., Any], batch: Any, split: str) -> None:
             f"{name}{signature} cannot be called with the model and a batch of {len(parts)} "
             f"part{'s' * (len(parts) != 1)}: {error}. A tuple or list is unpacked; any other batch is one argument."
         ) from None
+
+
+def check_validation(step: Callable[..., Any] | None, loader: Any) -> None:
+    """Checks, before training, what can be known of validation without a batch of it: nothing is drawn or fetched.
+
+    Args:
+        step: the valid step, or None.
+        loader: the validation loader, or None.
+
+    Raises:
+        DataError: the loader has no batch.
+        StepError: the step's parameters do not fit the parts of its batches, where the loader's kind says how many.
+    """
+    if step is None or loader is None:
+        return
+    try:
+        if _length(loader) == 0:
+            raise DataError(nothing_yielded("valid"))
+        dataset = _source(loader)
+        if type(dataset) is TensorDataset and loader.collate_fn is default_collate and loader.batch_size is not None:
+            check_takes(step, [None] * len(dataset.tensors), "valid")
+    except (DataError, StepError) as error:
+        error.agreed = True  # the same on every rank
+        raise
+
+
+def batches_alike(loader: Any, other: Any) -> bool:
+    """Whether two loaders' batches have the same parts: the same dataset, or parts of it, put together the same way."""
+    if _source(loader) is None or _source(other) is None:
+        return False
+    how = [(one.collate_fn, one.batch_size is None) for one in (loader, other)]
+    return how[0] == how[1] and _source(loader) is _source(other)
+
+
+def _source(loader: Any) -> Any:
+    """The dataset that a DataLoader's samples come from, where it takes a subset of one; None for another loader."""
+    if type(loader) is not DataLoader:
+        return None
+    dataset = loader.dataset
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return dataset
 
 
 def word_in_terms_of_ranks(error: Exception, net: nn.Module) -> None:

@@ -27,7 +27,7 @@ import torch
 
 from dtrain.averaging import WeightAverage
 from dtrain.bounds import Limits, Start, Trained
-from dtrain.checks import check_alike, check_order, check_same_task, weights_checksum
+from dtrain.checks import check_alike, check_order, check_same_task, check_validation, weights_checksum
 from dtrain.clipping import UNLIMITED, Limit
 from dtrain.compiling import Compile
 from dtrain.dealing import BatchMode
@@ -162,6 +162,7 @@ class Engine:
             )
         loaders = {"train": self.task.dl_train} | ({} if valid is None else {"valid": valid})
         check_same_task(self.world, self.task.module, loaders)
+        check_validation(self.task.valid_step, valid)
         ready(self.task.metrics, self.world)
         self.learner = Learner(
             self.task,

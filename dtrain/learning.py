@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from dtrain.accumulation import HeldBack
 from dtrain.batchnorm import SyncedBatchNorm
-from dtrain.checks import check_optimizers, check_takes
+from dtrain.checks import batches_alike, check_optimizers, check_takes
 from dtrain.clipping import UNLIMITED, Clipping, Limit
 from dtrain.compiling import Compile, wanted
 from dtrain.ddp import Replica
@@ -234,6 +234,8 @@ class Learner:
     def _learn_first(self, share: Share) -> dict[str, Value]:
         task = self._task
         check_takes(task.train_step, share.batch, "train")
+        if task.valid_step is not None and batches_alike(task.dl_train, task.dl_valid):
+            check_takes(task.valid_step, share.batch, "valid")  # now, not after a whole epoch
         self._witness = OptimizerWitness()
         if self._clip:
             self._clipping = Clipping(self._clip, parameters_of(task))

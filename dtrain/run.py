@@ -301,8 +301,9 @@ def _fit(engine: Engine, keeper: Keeper, tracking: Tracking | None, word: Path |
         failed = False
         raise
     except (Exception, SystemExit) as error:
-        with contextlib.suppress(Exception):  # what ended the run is told, not this
-            keeper.close()
+        for attempt in (keeper.save_trained, keeper.close):
+            with contextlib.suppress(Exception):  # what ended the run is told, not this
+                attempt()
         if word is not None:
             leave_word(word, engine.place, engine.world, error)
         raise

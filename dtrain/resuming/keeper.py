@@ -61,6 +61,7 @@ class Keeper:
         self._clock = None if policy.every_minutes is None else AgreedClock(policy.every_minutes * 60, engine.world)
         self._saved: tuple[int, int | None] | None = None
         self._trained: tuple[Trained, State] | None = None  # the epoch's train pass, and the rank's state after it
+        self._trained_epoch = 0
         self._told_no_room = False
 
     def attach(self) -> None:
@@ -88,6 +89,7 @@ class Keeper:
     def note_trained(self, trained: Trained) -> None:
         """Keeps what a stop in validation needs: that is left in its midst, and done again by the run that goes on."""
         self._trained = trained, rank_state(self._engine)
+        self._trained_epoch = self._engine.place.epoch or self._engine.start.epoch
 
     @property
     def writing(self) -> bool:
@@ -104,6 +106,19 @@ class Keeper:
             self._writer.wait()
             return
         self._save(self._engine.place, beside=False)
+
+    def save_trained(self) -> None:
+        """Saves the train pass of an epoch whose validation failed, as a stop within it would, and as it can be alone.
+
+        Several ranks save together, and the others do not know of one's failure: there nothing is done.
+
+        Raises:
+            Exception: it could not be saved.
+        """
+        place = self._engine.place
+        within = self._trained is None or self._trained_epoch != place.epoch
+        if place.split == "valid" and not within and self._engine.world.size == 1:
+            self.save_now()
 
     def close(self) -> None:
         """Waits until the last one is on the disk.
