@@ -51,7 +51,8 @@ def lr(
 ) -> None:
     """Find a learning rate: let it grow with each optimizer step, and see where the loss falls. Keeps nothing.
 
-    Exit code 1 where the loss does not come down.
+    Where it scatters too much to see that, the test is made again with 4 and 16 times the steps. Exit code 1 where it
+    does not come down.
 
     Examples: dtrain find lr; dtrain find lr my_recipe.py -n 2 --cpu --steps 200 -o lr.png
     """
@@ -66,16 +67,17 @@ def lr(
         settings = read_target(words or [])
 
         def work(world: World) -> None:
-            from dtrain.finding.lr import find_lr
+            from dtrain.finding.lr import find_clear_lr
 
-            found = find_lr(settings, world, rates, _tell if world.is_main else None)
+            tells = (_tell, _tell_again) if world.is_main else (None, None)
+            found = find_clear_lr(settings, world, rates, *tells)
             if world.is_main:
                 with piped():
                     _show(found, settings, out)
             world.gather_json(None)  # none fails, and has the others ended, before that is shown
             suggestion = found.curve.suggestion()
-            if suggestion is None:
-                raise _no_suggestion(found.curve)
+            if suggestion is None or not suggestion.agree:
+                raise _no_suggestion(found.curve, suggestion)
             if world.is_main:
                 options = [*(["-n", str(ranks)] if ranks else []), *["--cpu"] * cpu]
                 with piped():
@@ -90,6 +92,16 @@ def _tell(curve: Curve) -> None:
     if done % max(1, steps // _TOLD) == 0 and not curve.ended:
         with piped():
             typer.echo(f"[step = {done}/{steps}] lr: {curve.rates[done - 1]:.2g}, loss: {curve.smoothed[-1]:.4g}")
+
+
+def _tell_again(curve: Curve) -> None:
+    from dtrain.finding.lr import MORE
+
+    done, steps = len(curve.losses), len(curve.rates)
+    typer.echo(
+        f"after {done} of {steps} steps: the loss scatters too much to see where it falls; once more, with "
+        f"{MORE * steps} steps"
+    )
 
 
 def _show(found: Found, settings: Settings, out: Path | None) -> None:
@@ -121,13 +133,22 @@ def _show(found: Found, settings: Settings, out: Path | None) -> None:
         typer.echo(f"plot: {out}")
 
 
-def _no_suggestion(curve: Curve) -> DtrainError:
+def _no_suggestion(curve: Curve, suggestion: Suggestion | None) -> DtrainError:
     from dtrain.errors import DtrainError
 
+    steps = len(curve.rates)
+    if suggestion is not None:
+        why = (
+            f"the smoothed loss falls most steeply at {suggestion.steepest:.2g}, and is lowest at "
+            f"{suggestion.lowest:.2g}, which do not go together"
+        )
+    else:
+        bounds = f"between lr {curve.rates[0]:.2g} and {curve.rates[len(curve.losses) - 1]:.2g}"
+        scatters = f", or by less than it scatters in {steps} steps" if curve.unclear else ""
+        why = f"the loss does not come down {bounds}{scatters}"
     error = DtrainError(
-        f"no lr is suggested: the loss does not come down between lr {curve.rates[0]:.2g} and "
-        f"{curve.rates[len(curve.losses) - 1]:.2g}. Try other bounds (--from, --to), more --steps or larger batches; "
-        "dtrain train ... overfit_batches=1 shows whether the net can learn at all."
+        f"no lr is suggested: {why}. Try other bounds (--from, --to), more steps (--steps {4 * steps}) or larger "
+        "batches; dtrain train ... overfit_batches=1 shows whether the net can learn at all."
     )
     error.agreed = True
     return error
@@ -148,4 +169,4 @@ def _say_next(found: Found, suggestion: Suggestion, settings: Settings, words: l
         typer.echo(f"next: set it where {settings.config.recipe} makes its optimizer: no builder takes it as lr")
         return
     kept = [word for word in words if word.partition("=")[0] not in (found.key, f"optimizer.{found.key}")]
-    typer.echo(f"next: {shlex.join(['dtrain', 'train', *kept, f'{found.key}={suggestion.steepest:.2g}', *options])}")
+    typer.echo(f"next: {shlex.join(['dtrain', 'train', *kept, f'{found.key}={suggestion.careful:.2g}', *options])}")

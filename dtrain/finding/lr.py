@@ -17,7 +17,7 @@ from dtrain.config.schema import leaves
 from dtrain.dealing import Share
 from dtrain.engine import Engine
 from dtrain.errors import StepError, StopRequested, UsageError
-from dtrain.finding.curve import Curve
+from dtrain.finding.curve import Curve, growing
 from dtrain.learning import Task
 from dtrain.metrics import Mean, Observed, Value
 from dtrain.passes import Place
@@ -27,6 +27,8 @@ from dtrain.seeding import seed_everything
 from dtrain.world import World
 
 Tell = Callable[[Curve], None]
+TIMES_AGAIN = 2
+MORE = 4  # times the steps
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,41 @@ class Found:
         curve: the losses.
         key: the config's key of the optimizer's rate; None where no builder of the recipe takes it.
         several: the rates of the optimizer's groups over that one, where there are several.
+        anew: whether the recipe builds net and loaders, so that it can be tested again as it was.
     """
 
     curve: Curve
     key: str | None
     several: tuple[float, ...] = ()
+    anew: bool = False
+
+
+def find_clear_lr(
+    settings: Settings, world: World, rates: list[float], tell: Tell | None = None, tell_again: Tell | None = None
+) -> Found:
+    """As `find_lr`; once and twice again, with four times the steps each, while the losses scatter too much for them.
+
+    It is not done again where the recipe's net is not built by a function: it would be the one that was tested.
+
+    Args:
+        settings: the recipe and its parameters.
+        world: the ranks.
+        rates: the learning rate of each optimizer step of the first test.
+        tell: is told after each step.
+        tell_again: is told of a test with which it does not end.
+
+    Raises:
+        Exception: as `find_lr`.
+    """
+    found = find_lr(settings, world, rates, tell)
+    for _ in range(TIMES_AGAIN):
+        if not (found.anew and found.curve.unclear):
+            break
+        if tell_again is not None:
+            tell_again(found.curve)
+        rates = growing(rates[0], rates[-1], MORE * len(rates))
+        found = find_lr(settings, world, rates, tell)
+    return found
 
 
 def find_lr(settings: Settings, world: World, rates: list[float], tell: Tell | None = None) -> Found:
@@ -79,7 +111,8 @@ def find_lr(settings: Settings, world: World, rates: list[float], tell: Tell | N
     test = RangeTest(engine, optimizer, ratios, Curve(rates), tell)
     with test.rates_set(), contextlib.suppress(StopRequested):
         engine.fit()
-    return Found(test.curve, key, tuple(ratios) if len(set(ratios)) > 1 else ())
+    anew = {"model", "data"} <= recipe.builders.keys()
+    return Found(test.curve, key, tuple(ratios) if len(set(ratios)) > 1 else (), anew)
 
 
 def load_bound(settings: Settings) -> tuple[Recipe, Task]:
