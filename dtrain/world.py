@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,8 @@ from dtrain.forks import make_forks_safe
 from dtrain.fsdp.settings import Sharding, launched_sharding
 from dtrain.identity import introduce
 from dtrain.launch.facts import RankFacts, read_rank_facts
+from dtrain.launch.hangs import outlasting
+from dtrain.launch.job import HANG
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -226,9 +229,19 @@ def bring_up(
     world = _join(facts, cpu, first=store is not None)
     _verify(world, facts)
     if store is not None:
-        own = default_pg_nccl_timeout if world.device.type == "cuda" else None
-        _set_pg_timeout(own or default_pg_timeout)
+        _set_pg_timeout(_step_limit(world.device))
     return world
+
+
+def _step_limit(device: torch.device) -> timedelta:
+    """How long ranks wait for one another from the first step on.
+
+    torch's own limit (10 minutes on GPUs) would end a rank that may be late, or a hang before it is told which rank
+    it is. Where a supervisor watches, which tells that, torch's comes after it.
+    """
+    own = default_pg_nccl_timeout if device.type == "cuda" else None
+    usual, watched = own or default_pg_timeout, os.environ.get(HANG)
+    return max(usual, timedelta(seconds=outlasting(float(watched)))) if watched else usual
 
 
 def computes_on_cpu(cpu: bool) -> bool:

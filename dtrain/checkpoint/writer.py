@@ -42,9 +42,18 @@ class Snapshot:
             torch.accelerator.synchronize()
         return self._room
 
-    def _copied(self, name: str, tensor: Tensor) -> Tensor:
+    def lacking(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns those of the tensors, by name, that there is no memory for yet."""
+        return {name: tensor for name, tensor in tensors.items() if self._known(name, tensor) is None}
+
+    def _known(self, name: str, tensor: Tensor) -> Tensor | None:
         known = self._room.get(name)
-        if known is None or known.shape != tensor.shape or known.dtype != tensor.dtype:
+        fits = known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype
+        return known if fits else None
+
+    def _copied(self, name: str, tensor: Tensor) -> Tensor:
+        known = self._known(name, tensor)
+        if known is None:
             known = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return known.copy_(tensor.detach(), non_blocking=True)
 

@@ -17,7 +17,7 @@ def on_ranks(
     work: Callable[[World], None],
     *,
     claims: Callable[[], Mapping[str, str]] | None = None,
-    hang_seconds: float = 0.0,
+    hang_seconds: float | None = None,
     manner: Manner | None = None,
     **more: Any,
 ) -> int:
@@ -27,7 +27,7 @@ def on_ranks(
         ranks: the number asked for with -n, or None.
         cpu: compute on the CPU also where there is a GPU.
         work: what a rank does in the verified world.
-        hang_seconds: how long a rank that is started here may stand still; 0 is for ever.
+        hang_seconds: how long a rank that is started here may stand still; 0 is for ever, and None says nothing.
         manner: how this process speaks as a rank, and tells how those that it starts have ended.
         more: as for `launch.local.run_local_ranks`.
         claims: returns what must be the same on all ranks, asked only where there are several.

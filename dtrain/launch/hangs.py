@@ -24,6 +24,7 @@ _CONFIRM_SECONDS = 0.3
 _IDLE_SHARE = 0.01  # of one core
 _IDLE_SECONDS = 0.05
 _IDLE_BYTES = 16384
+_FOR_EVER = 24 * 86400.0  # as many milliseconds as an int of 32 bits holds, should anything count in those
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,19 @@ class _Pulse:
         return self.beat.count > 0 and self.beat.phase != DONE
 
 
+def outlasting(limit: float) -> float:
+    """Returns how many seconds something must wait so as to leave it to the watch to end a hang, and to tell of it.
+
+    Args:
+        limit: seconds that a rank may stand still; 0 is for ever.
+    """
+    return min(_FOR_EVER, 2 * _longest(limit)) if limit else _FOR_EVER
+
+
+def _longest(limit: float) -> float:
+    return max(_SPINNING * limit, _SPINNING_LEAST)
+
+
 class HangWatch:
     """Watches the heartbeats of local ranks.
 
@@ -124,7 +138,7 @@ class HangWatch:
     def _far_too_long(self, pulse: _Pulse, now: float) -> bool:
         if pulse.beat.phase == SCRIPT and now - pulse.worked < self._limit:
             return False
-        return now - pulse.moved > max(_SPINNING * self._limit, _SPINNING_LEAST)
+        return now - pulse.moved > _longest(self._limit)
 
     def _judge(self, watched: Mapping[int, _Pulse], pids: Mapping[int, int], now: float) -> Hang | None:
         stacks = ask_for_stacks(self._folder, {rank: pids[rank] for rank in watched})

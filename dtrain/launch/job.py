@@ -15,6 +15,7 @@ from dtrain.launch.slurm_step import NONCE
 from dtrain.launch.threads import usable_cores
 
 TIMEOUT = "DTRAIN_RDZV_TIMEOUT"
+HANG = "DTRAIN_HANG_SECONDS"
 DEFAULT_TIMEOUT = 120.0
 BY_ARRIVAL = -1
 DEFAULT_STOP_SECONDS = 600.0
@@ -34,7 +35,8 @@ class Job:
         timeout: seconds within which all nodes, then all ranks, must have come.
         nonce: tells this job from any other; made by the first node's launcher.
         environment: further variables for every rank.
-        hang_seconds: how long a rank may stand still; 0 is for ever. See `dtrain.launch.hangs`.
+        hang_seconds: how long a rank may stand still; 0 is for ever, and None where nobody said. See
+            `dtrain.launch.hangs`.
         stop_seconds: how long ranks may take to stop on request; None where they do not know how to. See
             `dtrain.launch.stopping`.
         log_dir: the folder of the ranks' logs; None for that of the run, if it has one.
@@ -49,7 +51,7 @@ class Job:
     timeout: float = DEFAULT_TIMEOUT
     nonce: str = field(default_factory=lambda: secrets.token_hex(8))
     environment: dict[str, str] = field(default_factory=dict)
-    hang_seconds: float = 0.0
+    hang_seconds: float | None = None
     stop_seconds: float | None = None
     log_dir: Path | None = None
 
@@ -88,5 +90,6 @@ class Job:
             local_rank: 0 to ranks - 1.
             reports: the folder for the ranks' reports.
         """
-        ours = {REPORT_DIR: reports, PARENT: str(os.getpid())}
+        said = "" if self.hang_seconds is None else str(self.hang_seconds)
+        ours = {REPORT_DIR: reports, PARENT: str(os.getpid()), HANG: said}
         return self.defaults() | dict(os.environ) | self.variables(local_rank) | ours

@@ -113,7 +113,7 @@ def run_local_ranks(  # noqa: PLR0913 - keyword-only
     environment: dict[str, str] | None = None,
     *,
     relayed: bool | Callable[[], None] = False,
-    hang_seconds: float = 0.0,
+    hang_seconds: float | None = None,
     stop_seconds: float | None = None,
     caught: Sequence[int] = (),
 ) -> Ending:
@@ -126,7 +126,7 @@ def run_local_ranks(  # noqa: PLR0913 - keyword-only
         environment: further variables for every rank.
         relayed: the ranks' output goes through this process's sys.stdout and sys.stderr, and they have no input;
             else through its file descriptors, and rank 0 has its input. A function is called again and again besides.
-        hang_seconds: how long a rank may stand still; 0 is for ever. See `dtrain.launch.hangs`.
+        hang_seconds: how long a rank may stand still; 0 is for ever, and None says nothing. See `dtrain.launch.hangs`.
         stop_seconds: how long ranks may take to stop on request; None where the program does not know how to.
         caught: signals that came before this.
     """
@@ -175,7 +175,7 @@ def _run_part(
         ranks = Ranks(job.first_rank, [], Path(name))
         orders = Orders(caught, job.stop_seconds, ranks.reports)
         output = Relayed(relayed) if relayed else Output(lambda: job.log_dir or _runs_logs(ranks.reports), orders.ends)
-        hangs = HangWatch(ranks.reports, job.hang_seconds, alone=job.nodes == 1)
+        hangs = HangWatch(ranks.reports, job.hang_seconds or 0.0, alone=job.nodes == 1)
         post_mortem = PostMortem(ranks.reports, range(job.first_rank, job.first_rank + job.ranks))
         try:
             for local_rank in range(job.ranks):

@@ -94,7 +94,7 @@ def make_job(asked: Asked) -> Job:
         ranks,
         timeout=timeout,
         environment=asked.environment,
-        hang_seconds=asked.hang_seconds or 0.0,
+        hang_seconds=asked.hang_seconds,
         log_dir=_made(asked.log_dir),
     )
     if nodes == 1:

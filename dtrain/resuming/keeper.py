@@ -226,7 +226,7 @@ class Keeper:
         return state | {"step": trained.steps, "trained": asdict(trained)}
 
     def _has_room(self, tensors: Mapping[str, Tensor]) -> bool:
-        room = fits_beside(tensors)
+        room = fits_beside(self._snapshot.lacking(tensors))  # what the last copy took is taken from what is free
         if not room and not self._told_no_room:
             self._told_no_room = True
             logger.warning("too little memory for a copy of the state: training waits while a checkpoint is written")

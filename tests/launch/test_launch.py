@@ -202,3 +202,23 @@ def test_a_loop_over_a_prepared_loader_is_watched_step_by_step(dtrain: Dtrain) -
     assert done.code == 76, done.text
     assert "a hang was ended: rank 1 has been in epoch 2, train step 3 for" in done.err
     assert "the others: rank 0: in epoch 2, train step" in done.err
+
+
+LIMIT = """
+import os, torch, torch.distributed as dist
+from dtrain.world import bring_up
+
+world = bring_up()
+backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+print(world.all_reduce([1.0]), backend.options._timeout.total_seconds(), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"), [((), 1800), (("--hang-seconds", 600), 12000), (("--hang-seconds", 0), 2073600)]
+)
+def test_torchs_own_limit_leaves_hangs_to_the_watch(dtrain: Dtrain, words: tuple[object, ...], seconds: int) -> None:
+    """Else it would end a rank that may still be late, and name nobody; what is not watched keeps it."""
+    script(dtrain, LIMIT)
+    done = dtrain("launch", "-n", 2, "--cpu", *words, "mine/script.py")
+    assert done.out.splitlines() == [f"[2.0] {seconds}.0"] * 2, done.text

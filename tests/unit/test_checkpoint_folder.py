@@ -15,6 +15,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from dtrain.checkpoint.folder import (
     all_saved,
@@ -29,8 +31,14 @@ from dtrain.checkpoint.keeping import Keeping
 from dtrain.checkpoint.tensors import pieces
 from dtrain.checkpoint.weights import WEIGHTS
 from dtrain.checkpoint.writer import Snapshot, Writer
+from dtrain.config.schema import CheckpointConfig
+from dtrain.engine import Engine
 from dtrain.errors import CheckpointError, UsageError
+from dtrain.learning import Task
+from dtrain.memory import Memory
 from dtrain.resuming.finding import FILES, find_good, read
+from dtrain.resuming.keeper import Keeper
+from dtrain.world import bring_up
 
 # What a save and the pruning after it ask of the system.
 CALLS = ("mkdir", "open", "write", "fsync", "rename", "unlink", "rmdir", "close")
@@ -294,6 +302,29 @@ def test_a_snapshot_is_a_copy_and_uses_its_memory_again() -> None:
     second = snapshot.take(tensors)
     assert second["a"].data_ptr() == address and float(second["a"].sum()) == 84.0
     assert snapshot.take({"a": torch.ones(2)})["a"].shape == (2,)
+
+
+def test_a_later_checkpoint_needs_no_more_memory_than_the_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The copy's memory is there from then on, and missing from what is free."""
+    net = nn.Linear(100, 1000)
+    size = 4 * (100 + 1) * 1000
+    copies: list[bool] = []
+    take = Snapshot.take
+    monkeypatch.setattr(Snapshot, "take", lambda *given: copies.append(True) or take(*given))
+    monkeypatch.setattr(
+        "dtrain.checkpoint.writer.read_memory", lambda: Memory((3 if copies else 5) * size // 2, 1 << 40)
+    )
+    loader = DataLoader(TensorDataset(torch.ones(2, 100)), batch_size=2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    task = Task(net, lambda model, x: model(x).square().mean(), loader, optimizer=optimizer)
+    engine = Engine(task, bring_up(cpu=True), epochs=3)
+    keeper = Keeper(engine, tmp_path, CheckpointConfig(keep_last=3), dict)
+    keeper.attach()
+    engine.fit()
+    keeper.close()
+    assert len(copies) == len(all_saved(tmp_path)) == 3 and "too little memory" not in caplog.text
 
 
 def test_what_a_thread_raises_is_raised_where_the_training_is() -> None:

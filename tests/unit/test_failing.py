@@ -327,6 +327,13 @@ def test_ranks_of_one_node_may_all_wait_for_another_node(monkeypatch: pytest.Mon
     assert bench.until(700) is not None
 
 
+def test_what_waits_longer_leaves_every_hang_to_the_watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for limit in (2, 60, 600):
+        bench = Bench(monkeypatch, tmp_path, {0: SLEEPS, 1: WAITS}, limit)
+        assert bench.until(hangs.outlasting(limit) - 30, {0: Activity(1.0), 1: Activity(1.0)}) is not None
+    assert hangs.outlasting(0) == hangs.outlasting(1e12) > 20 * 86400, "for ever, as far as torch counts"
+
+
 def test_skip_leaves_the_step_and_the_buffers_out(world: World) -> None:
     net = nn.BatchNorm1d(2)
     finite = FiniteLoss("skip", net, world)
