@@ -19,6 +19,11 @@ from dtrain.fsdp.tensors import is_sharded
 from dtrain.metrics import nothing_yielded
 from dtrain.world import World
 
+_NOT_AVERAGED = (
+    "their gradients were not averaged. Does the train step use a part of the model, such as model.encoder(x), instead "
+    "of model(x)? Gradients are averaged for calls of the model itself: give it a forward that does all of it."
+)
+
 
 def check_same_task(world: World, net: nn.Module, loaders: dict[str, Any]) -> None:
     """Compares, before the first step, the net's shape and the loaders' lengths of all ranks.
@@ -95,11 +100,12 @@ def check_alike(total: float, squares: float, size: int, epoch: int) -> None:
         StepError: they differ; every rank raises it.
     """
     if _spread(total, squares, size) > 1e-6:
-        raise _agreed(
-            f"the ranks' weights differ after epoch {epoch}: their gradients were not averaged. Does the train step "
-            "use a part of the model, such as model.encoder(x), instead of model(x)? Gradients are averaged for calls "
-            "of the model itself."
-        )
+        raise _agreed(f"the ranks' weights differ after epoch {epoch}: {_NOT_AVERAGED}")
+
+
+def not_called() -> StepError:
+    """Returns the error for a train step that learns without a call of the model, on one of several ranks."""
+    return StepError(f"the ranks' weights differ from this train step on: {_NOT_AVERAGED}")
 
 
 def check_order(total: float, squares: float, size: int, split: str) -> None:

@@ -90,6 +90,7 @@ class _Redirection:
 
     Attributes:
         modes: of the passes that are open, whether each leads calls through DDP; the last one counts.
+        used: whether a call has gone through DDP.
     """
 
     def __init__(self, net: nn.Module, ddp: nn.Module, inner: nn.Module) -> None:
@@ -99,12 +100,14 @@ class _Redirection:
         self._own = net.forward
         self._inside = False
         self.modes: list[bool] = []
+        self.used = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._inside:  # a net that calls itself
             return self._own(*args, **kwargs)
         averaged = self.modes[-1:] == [True] and torch.is_grad_enabled()
         self._inside = True
+        self.used |= averaged
         try:
             return self.ddp(*args, **kwargs) if averaged else self.inner(*args, **kwargs)
         except (RuntimeError, ValueError) as error:
@@ -198,6 +201,11 @@ class Replica:
             self.clock.close()
         self._redirection = None
         self._lowered.close()
+
+    @property
+    def passed_by(self) -> bool:
+        """Whether there are other ranks, and no call of the net so far whose gradients are averaged over them."""
+        return self._redirection is not None and not self._redirection.used
 
     def leaves(self) -> Iterable[torch.Tensor]:
         """Returns the parameters, at which gradients arrive before they are averaged."""

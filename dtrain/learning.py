@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from dtrain.accumulation import HeldBack
 from dtrain.batchnorm import SyncedBatchNorm
-from dtrain.checks import batches_alike, check_optimizers, check_takes
+from dtrain.checks import batches_alike, check_optimizers, check_takes, not_called
 from dtrain.clipping import UNLIMITED, Clipping, Limit
 from dtrain.compiling import Compile, wanted
 from dtrain.ddp import Replica
@@ -40,13 +40,14 @@ from dtrain.optimizers import place_states
 from dtrain.precision import Precision, chosen, scaler_of
 from dtrain.recomputing import refuse_synced_batchnorm
 from dtrain.steps import (
-    HOW_TO_LEARN,
     Kind,
+    LostGradients,
     OptimizerWitness,
     Step,
     StepValues,
     call_step,
     kind_of,
+    never_steps,
     scaled_gradients,
     watch_backward,
 )
@@ -55,6 +56,8 @@ from dtrain.world import World
 logger = logging.getLogger(__name__)
 
 Interval = Literal["epoch", "step"]
+
+_LOST_STEPS = 100  # a scale of float16's own that is far too large costs some tens
 
 _NOTHING = contextlib.nullcontext()
 
@@ -149,6 +152,7 @@ class Learner:
         place_states(task.module, [] if task.optimizer is None else [task.optimizer])
         self._witness: OptimizerWitness | None = None
         self._known: list[Optimizer] = []
+        self._lost = LostGradients(task.module)
         self._held: HeldBack | None = None
         self._clip = clip
         self._clipping: Clipping | None = None
@@ -170,6 +174,8 @@ class Learner:
         values = self._learn(share)
         if self.kind == "imperative":  # the other kind is looked at before backward
             self.finite.check(values.get("loss"), share)
+            if self._witness is not None and not self._witness.optimizers:
+                self._expect_step(share)
         return values
 
     def _learn(self, share: Share) -> dict[str, Value]:
@@ -201,13 +207,20 @@ class Learner:
         if self.kind == "declarative":  # its optimizer is dtrain's to step, which some reason may have forbidden
             return
         if not stepped:
-            raise StepError(
-                "the train step calls backward(), but no optimizer's step() ran in the whole epoch: "
-                f"nothing is learnt. {HOW_TO_LEARN}"
-            )
+            raise never_steps("the whole epoch")
         check_optimizers(stepped, self._task.module, self._world.size)
         if self._task.optimizer is None:
             self._task.optimizer = stepped[0]
+
+    def _expect_step(self, share: Share) -> None:
+        """Ends, long before a long epoch does, what only computes gradients.
+
+        Raises:
+            StepError: no optimizer has stepped in so many train steps, and the gradients of each were cleared.
+        """
+        lost = self._lost(cleared=self._accumulates)
+        if lost >= _LOST_STEPS and share.last:
+            raise never_steps(f"{lost} train steps")
 
     def optimizers(self) -> list[Optimizer]:
         """Returns the task's optimizer and those that were seen to step besides."""
@@ -253,12 +266,20 @@ class Learner:
             self.finite.refuse_imperative()
             self._refuse_scaling()
             self._refuse_what_it_cannot_weight(share, values.get("loss"), touched())
+        self._refuse_past_the_net(bool(backward), touched())
         if self._accumulates and not share.last and self._witness.optimizers:
             raise StepError(
                 "train.accumulation cannot hold back the optimizer that the train step steps, since it is not "
                 "model.optimizer. Use model.optimizer in the step, or return the loss."
             )
         return values
+
+    def _refuse_past_the_net(self, backward: bool, touched: bool) -> None:
+        """Gradients that do not come from a call of the net are averaged by nobody, unless the step does it itself."""
+        if isinstance(self._replica, ShardedReplica) or not self._replica.passed_by or touched:
+            return
+        if backward or any(parameter.grad is not None for parameter in self._task.module.parameters()):
+            raise not_called()
 
     def _refuse_beside_synced(self) -> None:
         refuse_synced_batchnorm(self._task.module)

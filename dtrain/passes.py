@@ -56,6 +56,12 @@ class Place:
         if self.heartbeat is not None:
             self.heartbeat.step(self.step)
 
+    def retreat(self) -> None:
+        """There was no such step: the one before was the last."""
+        self.step -= 1
+        if self.heartbeat is not None:
+            self.heartbeat.step(self.step)
+
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """While inside, another pass may run; then the run is where it was. An error is left at its own place."""
@@ -102,7 +108,7 @@ def shares_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all o
             check_first_batch(world, loader.fingerprint, place.split)
             compare, place.compared = False, True
         if share is None:
-            place.step -= 1
+            place.retreat()
             return
         share.batch = to_device(share.batch, world)
         yield share

@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dtrain.checks import check_alike, check_optimizers, check_order, weights_checksum
+from dtrain.checks import check_alike, check_optimizers, check_order, not_called, weights_checksum
 from dtrain.ddp import Replica
 from dtrain.dealing import BatchMode, Dealing, Share
 from dtrain.errors import StepError, UsageError
@@ -117,6 +117,7 @@ class Process:
         own = {id(p) for p in nets.parameters()}
         if learning:
             check_optimizers([optimizer], nets, size=2)
+            self._check_called(optimizer)
             self.late[optimizer] = 0
             return
         if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
@@ -129,6 +130,17 @@ class Process:
                 "the optimizer steps outside of a loop over a prepared loader, so that the gradients are each rank's "
                 "own. Loop over the loader that dtrain.prepare returned."
             )
+
+    def _check_called(self, optimizer: Optimizer) -> None:
+        """Before an optimizer's first step: the gradients that it steps on come from calls of a prepared net.
+
+        Where the loop has changed them since backward, it may have averaged them itself.
+        """
+        stepped = {id(p): p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        holding = [replica for replica in self.replicas if any(id(p) in stepped for p in replica.net.parameters())]
+        changed = any(grad._version for grad in stepped.values())
+        if holding and not changed and all(replica.passed_by for replica in holding):
+            raise not_called()
 
     def _leave_group(self) -> None:
         """Ends gloo's threads before the interpreter goes; they may abort the process otherwise.

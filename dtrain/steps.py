@@ -246,6 +246,42 @@ def kind_of(stepped: bool, backward: bool, loss: Value | None) -> Kind:
     )
 
 
+def never_steps(within: str) -> StepError:
+    """Returns the error for a train step that only computes gradients.
+
+    Args:
+        within: how long it was waited for a step, such as "the whole epoch".
+    """
+    return StepError(
+        f"the train step calls backward(), but no optimizer's step() ran in {within}: nothing is learnt. {HOW_TO_LEARN}"
+    )
+
+
+class LostGradients:
+    """Counts the train steps in a row whose gradients were cleared, and not kept for a later optimizer step.
+
+    Args:
+        module: the net.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._last: Tensor | None = None
+        self._count = 0
+
+    def __call__(self, *, cleared: bool = False) -> int:
+        """Looks at the gradients after a train step that no optimizer has stepped in, and returns the count.
+
+        Args:
+            cleared: whether they are known to be cleared anyway.
+        """
+        # What adds up stays the same object; one that was cleared is made anew.
+        now = next((p.grad for p in self._module.parameters() if p.grad is not None), None)
+        self._count = self._count + 1 if cleared or now is None or now is not self._last else 0
+        self._last = now
+        return self._count
+
+
 def has_graph(loss: Value | None) -> bool:
     """Whether backward() can be called on a loss."""
     total = loss.total if isinstance(loss, Mean) else loss

@@ -301,7 +301,8 @@ def _how(report: Report | None, code: int | None, beat: Beat) -> str:
     if report is not None and report.told is not None:
         if report.told.cause == PEER:
             return f"lost its connection to a rank that had gone, in {beat}"
-        return f"{report.told.type} in {beat}"
+        # An exception of dtrain's own has no traceback; what its class is called tells a person nothing.
+        return f"{report.told.type} in {beat}" if report.told.traceback else f"stopped with an error in {beat}"
     if code is None:
         return f"ended by dtrain, in {beat}"
     if code == 0:

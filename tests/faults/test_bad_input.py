@@ -177,3 +177,41 @@ def test_a_folder_that_cannot_be_made_is_named(dtrain: Dtrain, recipes: Path) ->
     (dtrain.folder / "file").write_text("")
     done = dtrain("train", recipes / "small.py", "run.dir=file")
     assert_told_once(done, 2, ["run.dir = 'file'", "Not a directory"])
+
+
+PAST = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Module(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 1)
+
+
+def build_model():
+    return Module()
+
+
+def build_dataloaders():
+    return DataLoader(TensorDataset(torch.randn(24, 3)), batch_size=2), None
+
+
+def build_optimizer(model, lr: float = 0.1):
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def train_step(model, x):
+    return model.net(x).square().mean()
+"""
+
+
+def test_a_part_of_the_net_that_is_called_on_two_ranks_is_told_of_at_once(dtrain: Dtrain) -> None:
+    (dtrain.folder / "past.py").write_text(PAST)
+    done = dtrain("train", "past.py", "-n", 2, "--cpu")
+    assert done.code == 1, done.text
+    assert "weights differ from this train step on: their gradients were not averaged" in done.err
+    assert "epoch 1, train step 1\n" in done.err
+    assert "StepError" not in done.text

@@ -227,27 +227,89 @@ def test_validation_neither_hangs_nor_changes_buffers_with_unequal_batches() -> 
         assert result["rows"] == results[0]["rows"]
 
 
-def go_past_ddp(world) -> str:
+def go_past_ddp(world, own_backward: bool, averages: bool = False) -> list[Any]:
+    """What a step is told that calls a part of the net, and how often it was called."""
+    import torch.distributed as dist
+
     from dtrain.errors import StepError
     from dtrain.training import train_model
 
     torch.manual_seed(0)
-    net = NormNet()
+    net, steps = NormNet(), []
+    net.optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     loader = DataLoader(TensorDataset(*regression_data(16)), batch_size=4)
 
     def train_step(model, x, y):
-        return {"loss": ((model.layers(x.float()) - y.float()) ** 2).mean()}
+        steps.append(len(x))
+        loss = ((model.layers(x.float()) - y.float()) ** 2).mean()
+        if own_backward:
+            model.optimizer.zero_grad()
+            loss.backward()
+            for parameter in model.parameters() if averages else ():
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= 2
+            model.optimizer.step()
+        return {"loss": loss.detach() if own_backward else loss}
 
     try:
         train_model(net, 1, loader, train_step=train_step, verbose=False, world=world)
     except StepError as error:
-        return str(error)
-    return "trained"
+        return [str(error), len(steps)]
+    return ["trained", len(steps)]
 
 
-def test_a_step_that_goes_past_ddp_is_found() -> None:
-    for told in run_ranks(go_past_ddp, 2):
-        assert "weights differ" in told
+@pytest.mark.parametrize("own_backward", [False, True])
+def test_a_step_that_goes_past_ddp_is_found_at_once(own_backward: bool) -> None:
+    for told, steps in run_ranks(go_past_ddp, 2, own_backward=own_backward):
+        assert "weights differ from this train step on" in told
+        assert "give it a forward" in told
+        assert steps == 1
+    if own_backward:  # a step may average by itself
+        assert run_ranks(go_past_ddp, 2, own_backward=True, averages=True) == [["trained", 2]] * 2
+
+
+def gradients_without_steps(world, clears: bool, accumulation: int, every: int) -> list[Any]:
+    """How often a step was called that computes gradients and steps at every so many calls, and what it was told."""
+    from dtrain.errors import StepError
+    from dtrain.training import train_model
+
+    net, calls = torch.nn.Linear(1, 1), []
+    net.optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    loader = DataLoader(TensorDataset(torch.ones(150, 1)), batch_size=1)
+
+    def train_step(model, x):
+        calls.append(1)
+        if clears:
+            model.optimizer.zero_grad()
+        loss = model(x).mean()
+        loss.backward()
+        if len(calls) % every == 0:
+            model.optimizer.step()
+            model.optimizer.zero_grad()
+        return {"loss": loss.detach()}
+
+    try:
+        train_model(net, 1, loader, train_step=train_step, verbose=False, world=world, accumulation=accumulation)
+    except StepError as error:
+        return [len(calls), str(error)]
+    return [len(calls), ""]
+
+
+@pytest.mark.parametrize(
+    ("clears", "accumulation", "every", "calls", "told"),
+    [
+        (True, 1, 1000, 100, "no optimizer's step() ran in 100 train steps"),
+        (True, 6, 1000, 102, "no optimizer's step() ran in 102 train steps"),
+        (False, 1, 1000, 150, "no optimizer's step() ran in the whole epoch"),
+        (False, 1, 120, 150, ""),  # it accumulates by itself
+    ],
+)
+def test_gradients_that_are_never_stepped_on_are_found_soon(
+    clears: bool, accumulation: int, every: int, calls: int, told: str
+) -> None:
+    ((called, words),) = run_ranks(gradients_without_steps, 1, clears=clears, accumulation=accumulation, every=every)
+    assert called == calls
+    assert told in words if told else not words, words
 
 
 def random_streams(world) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,11 @@ from dtrain.errors import StepError, UsageError, WorldError
 from dtrain.history import History, best_row, read_history
 from dtrain.launch import threads
 from dtrain.launch.facts import read_rank_facts
+from dtrain.launch.heartbeat import Beat, Heartbeat, read_beat
+from dtrain.launch.postmortem import _how
+from dtrain.launch.reports import Report, Told
 from dtrain.metrics import Mean, MeanTable
+from dtrain.passes import Place, shares_on_device
 from dtrain.signatures import Builder
 from dtrain.steps import StepValues, kind_of
 
@@ -250,3 +255,22 @@ def test_manifests_are_json(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "epoch-1" / "manifest.json").read_text())
     assert manifest["row"] == {"epoch": 1, "loss": 0.5}
     assert list(manifest["files"]) == ["model.safetensors"]
+
+
+def test_a_pass_ends_at_its_last_step(tmp_path: Path) -> None:
+    """What is found at an epoch's end is not told of a step that there never was."""
+    shares = [SimpleNamespace(batch=torch.ones(1)) for _ in range(3)]
+    loader, world = SimpleNamespace(shares=lambda epoch: iter(shares)), SimpleNamespace(device=torch.device("cpu"))
+    place = Place(0, heartbeat=Heartbeat(tmp_path / "rank-0.beat"))
+    place.enter("valid", 2)
+    assert len(list(shares_on_device(loader, world, place))) == 3
+    assert str(place) == "rank 0, epoch 2, valid step 3"
+    assert str(read_beat(tmp_path, 0)) == "epoch 2, valid step 3"
+
+
+@pytest.mark.parametrize(
+    ("kind", "trace", "told"), [("StepError", "", "stopped with an error"), ("OSError", "...", "OSError")]
+)
+def test_how_another_rank_ended_is_told_without_classes_of_dtrain_s(kind: str, trace: str, told: str) -> None:
+    report = Report(1, 1, "", 0.0, Told("exception", kind, "words", trace))
+    assert _how(report, 1, Beat(5, "train", 1, 3)) == f"{told} in epoch 1, train step 3"
