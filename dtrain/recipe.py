@@ -26,7 +26,7 @@ from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.errors import RecipeError, nearest
 from dtrain.learning import Interval, Task
 from dtrain.parameters import freeze, regroup
-from dtrain.recipe_file import locate, syntax_problem
+from dtrain.recipe_file import locate, module_name, syntax_problem
 from dtrain.recomputing import KEY as RECOMPUTED
 from dtrain.recomputing import recompute
 from dtrain.signatures import Builder, check_parameters
@@ -97,9 +97,7 @@ def _import_module(name: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     """Imports a file as `python FILE` would find things: its own folder first on the path."""
     _put_on_path(path.parent)
-    stem = path.stem
-    taken = stem in sys.modules or stem in sys.stdlib_module_names or not stem.isidentifier()
-    name = f"dtrain_recipe_{stem}" if taken else stem
+    name = module_name(path.stem)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise RecipeError(f"recipe {path}: cannot be imported as Python.")

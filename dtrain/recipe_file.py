@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
 from dtrain.errors import RecipeError, nearest
+
+UNIMPORTABLE = "dtrain_recipe_"  # begins the module's name where the file's own name cannot be imported
 
 
 def locate(reference: str, base: Path) -> Path | None:
@@ -33,6 +36,15 @@ def locate(reference: str, base: Path) -> Path | None:
     raise RecipeError(
         f"recipe {reference}: no such file (looked in {folder.resolve()}).{nearest(Path(reference).name, there)}"
     )
+
+
+def module_name(stem: str) -> str:
+    """Returns the name of a recipe's module: its file's own, by which a DataLoader's worker can import it, too.
+
+    Unless another module has it, or it has a dot, for Python the end of a package's name.
+    """
+    taken = stem in sys.modules or stem in sys.stdlib_module_names or "." in stem
+    return f"{UNIMPORTABLE}{stem}" if taken else stem
 
 
 def title_of(reference: str) -> str:

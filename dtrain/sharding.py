@@ -32,6 +32,7 @@ from dtrain.errors import UsageError
 from dtrain.fetching import RowsOf, fetched_by_batch, row_batches
 from dtrain.launch.shield import shielded
 from dtrain.seeding import CommonRandomness, derive
+from dtrain.worker_start import Started, check_workers_find_recipe, has_workers, start_context
 from dtrain.workers import Seeding
 
 T = TypeVar("T")
@@ -92,6 +93,7 @@ class ShardedLoader:
             )
         self._fingerprint = 0.0
         self._indexed = _IndexedBatches(loader, how, fetch_batches=fetch_batches) if _has_indices(loader) else None
+        check_workers_find_recipe(loader, split)
 
     def steps(self) -> int | None:
         """Returns the number of steps of a pass, None where the loader cannot tell."""
@@ -121,8 +123,9 @@ class ShardedLoader:
             return self._indexed.shares(seed, epoch, skip, ready)
         _set_epoch(self.loader, epoch)
         _set_epoch(getattr(self.loader, "dataset", None), epoch)
-        # A list of batches draws nothing at random.
-        source = self.loader if isinstance(self.loader, (list, tuple)) else _under(CommonRandomness(seed), self.loader)
+        source: Iterable[Any] = Started(self.loader) if has_workers(self.loader) else self.loader
+        if not isinstance(source, (list, tuple)):  # a list of batches draws nothing at random
+            source = _under(CommonRandomness(seed), source)
         return _after(deal(self._noted(source), self._how, _NESTED), skip, ready)
 
     def generators(self) -> list[torch.Generator]:
@@ -308,7 +311,7 @@ def _rebuilt(loader: DataLoader[Any], batch_sampler: Any, *, fetch_batches: bool
         workers = {
             "prefetch_factor": loader.prefetch_factor,
             "persistent_workers": loader.persistent_workers,
-            "multiprocessing_context": loader.multiprocessing_context,
+            "multiprocessing_context": start_context(loader),
             "timeout": loader.timeout,
         }
     return DataLoader(

@@ -50,6 +50,7 @@ LAYERS = [
         "dtrain.metrics",
         "dtrain.history",
         "dtrain.workers",
+        "dtrain.worker_start",
         "dtrain.sharding",
         "dtrain.ddp",
         "dtrain.fsdp",
