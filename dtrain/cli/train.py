@@ -182,11 +182,16 @@ def claims_of(settings: Settings) -> dict[str, str]:
 def read_target(words: list[str]) -> Settings:
     """Resolves the words of the command line, and checks the recipe's file as far as can be without torch."""
     from dtrain.config import load_settings
+    from dtrain.errors import RecipeError
     from dtrain.recipe_file import check_syntax, locate
 
     target, overrides = split_words(words)
     settings = load_settings(target, overrides)
-    path = locate(settings.config.recipe, settings.base)
+    try:
+        path = locate(settings.config.recipe, settings.base)
+    except RecipeError as error:
+        place = settings.place_of("recipe")
+        raise error if place == "command line" else RecipeError(f"{place}: {error}") from None
     if path is not None:
         check_syntax(path)
     return settings
