@@ -119,7 +119,7 @@ def _unreadable(path: Path, error: yaml.YAMLError) -> str:
     if mark is None or problem is None:
         return f"{path}: not readable as YAML: {error}"
     if r"'\t'" in problem:
-        return f"{path}:{mark.line + 1}: indent with spaces, not tabs."
+        return f"{path}:{mark.line + 1}: indent with spaces, not tabs, as YAML asks."
     context = getattr(error, "context", None)
     return f"{path}:{mark.line + 1}: not readable as YAML: {f'{context}: ' if context else ''}{problem}."
 

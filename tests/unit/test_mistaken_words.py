@@ -34,7 +34,7 @@ TOLD = {
     "some": "recipe some is a folder. Name a .py file or a .yaml config in it: train.yaml.",
     "nothing": "recipe nothing is a folder. Name a .py file or a .yaml config.",
     "nul.py": "nul.py:2: there is a NUL byte",
-    "tabs.yaml": "tabs.yaml:3: indent with spaces, not tabs.",
+    "tabs.yaml": "tabs.yaml:3: indent with spaces, not tabs",
     "list.yaml": "list.yaml:1: a config is a mapping of sections, such as 'train:', not a list.",
     "open.yaml": "open.yaml:2: not readable as YAML: while parsing a flow mapping: expected ',' or '}'",
     "named.yaml": "named.yaml:3: recipe nope.py: no such file",
