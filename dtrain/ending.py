@@ -35,6 +35,9 @@ def leave_word(folder: Path, place: Place, world: World, error: BaseException) -
     A rank that lost its connection to another gives way to what that one tells.
     """
     if getattr(error, "exit_code", None) == EXIT_USAGE or not folder.is_dir():
+        saved = last_checkpoint(folder)
+        if saved is not None:  # with what was asked for mended, it is gone on from there
+            add_remark(error, f"last checkpoint: {saved}")
         return
     there = read_failure(folder)
     if there is not None and there["cause"] != PEER:

@@ -32,6 +32,10 @@ _PEER_GONE = re.compile(
     r"closed by peer|reset by peer|Broken pipe|ncclRemoteError|remote process exited|Connection refused"
     r"|Socket Timeout|Timed out waiting|Application timeout caused pair closure|Failed to recv, got 0 bytes"
 )
+# The C++ frames that torch appends to some messages; whoever calls torch from Python can do nothing with them.
+_CPP_FRAMES = re.compile(
+    r"\n(?:Exception raised from .*\(most recent call first\):|C\+\+ CapturedTraceback:)(?:\n(?:frame )?#\d+.*)*"
+)
 _PEER_ERRORS = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
 
 
@@ -82,7 +86,7 @@ def explain(error: BaseException) -> Description:
         return _described(error, f"dtrain: error: {error}{at}", EXIT_FAILED)
     if not files:
         told = traceback.TracebackException.from_exception(error)
-    text = "".join(told.format()).rstrip("\n")
+    text = _CPP_FRAMES.sub("", "".join(told.format())).rstrip("\n")
     whole = f"{text}\ndtrain: error: {type(error).__name__}, raised {_origin(files)}{at}"
     return _described(error, whole, EXIT_FAILED, text)
 
@@ -99,7 +103,9 @@ def _shortages(error: BaseException) -> list[BaseException]:
 
 
 def _described(error: BaseException, text: str, exit_code: int, trace: str = "") -> Description:
-    return Description(text, exit_code, Told(cause_of(error), type(error).__name__, str(error), trace))
+    return Description(
+        text, exit_code, Told(cause_of(error), type(error).__name__, _CPP_FRAMES.sub("", str(error)), trace)
+    )
 
 
 def cause_of(error: BaseException) -> str:

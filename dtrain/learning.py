@@ -94,11 +94,28 @@ class Task:
         """Takes the optimizer from the net and puts it there, so that steps find it."""
         if self.dl_valid is not None and self.valid_step is None:
             raise UsageError("there is a validation loader but no valid_step. Define one, or leave the loader out.")
+        _refuse_loss_as_layer(self.module)
         found = getattr(self.module, "optimizer", None)
         if self.optimizer is None and hasattr(found, "param_groups"):
             self.optimizer = found
         elif self.optimizer is not None and found is not self.optimizer:
             self.module.optimizer = self.optimizer  # type: ignore[assignment]
+
+
+def _refuse_loss_as_layer(module: nn.Module) -> None:
+    """Refuses an nn.Sequential that took a loss or metric for one more of its layers, which it would run after them."""
+    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+        return
+    for name in ("loss_func", "loss_fn", "metric_func", "metric_fn", "metrics"):
+        child = dict(module.named_children()).get(name)
+        if child is not None:
+            kind = type(child).__name__
+            raise UsageError(
+                f"model.{name} = {kind}(...) makes it a layer of the net: that is an nn.Sequential, which would run it "
+                f"after the others. Keep it apart, as in {name} = {kind}(...) and {name}(predictions, labels) in the "
+                f"steps; or give model.{name} a plain function, such as one of torch.nn.functional; or make the net a "
+                "class of its own, an nn.Module with a forward."
+            )
 
 
 class Learner:

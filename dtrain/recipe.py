@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from dtrain import share
 from dtrain.config import BUILDER_SECTIONS, Settings
-from dtrain.errors import RecipeError, nearest
+from dtrain.errors import RecipeError, add_remark, nearest
 from dtrain.learning import Interval, Task
 from dtrain.parameters import freeze, regroup
 from dtrain.recipe_file import locate, module_name, syntax_problem
@@ -217,7 +218,21 @@ def _built(recipe: Recipe, settings: Settings, section: str, *first: Any) -> Any
             f"{builder.where}: {builder.name}{inspect.signature(builder.function)} cannot be called: {error}. dtrain "
             f"passes {first_is}the config's {section}.* by name."
         ) from None
-    return builder.function(*first, **parameters)
+    try:
+        return builder.function(*first, **parameters)
+    except Exception as error:
+        given = {key: value for key, value in parameters.items() if settings.place_of(f"{section}.{key}") != "default"}
+        if given:
+            add_remark(error, _given_to(builder, section, given, settings))
+        raise
+
+
+def _given_to(builder: Builder, section: str, given: dict[str, Any], settings: Settings) -> str:
+    """The values of a config that a builder was called with, in words, since it may be one of them that it rejects."""
+    shown = {key: textwrap.shorten(repr(value), 80) for key, value in given.items()}
+    call = ", ".join(f"{key}={value}" for key, value in shown.items())
+    places = (f"{section}.{key} = {value} ({settings.place_of(f'{section}.{key}')})" for key, value in shown.items())
+    return f"in {builder.name}({call}): {', '.join(places)}"
 
 
 def _function(recipe: Recipe, name: str) -> Callable[..., Any]:

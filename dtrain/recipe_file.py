@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shlex
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -23,8 +24,9 @@ def locate(reference: str, base: Path) -> Path | None:
         the file, or None for a dotted name, which is left to the import system.
 
     Raises:
-        RecipeError: a file is named that is not there.
+        RecipeError: a file is named that is not there, or something else than a .py file.
     """
+    _refuse_other_kinds(reference, base)
     if not reference.endswith(".py") and "/" not in reference:
         return None
     for folder in (base, Path()):
@@ -45,6 +47,29 @@ def module_name(stem: str) -> str:
     """
     taken = stem in sys.modules or stem in sys.stdlib_module_names or "." in stem
     return f"{UNIMPORTABLE}{stem}" if taken else stem
+
+
+def _refuse_other_kinds(reference: str, base: Path) -> None:
+    """Refuses a notebook, a folder that is no package, and files of other endings."""
+    path = next((folder / reference for folder in (base, Path()) if (folder / reference).exists()), None)
+    if reference.endswith(".ipynb"):
+        script = str(Path(reference).with_suffix(".py"))
+        raise RecipeError(
+            f"{reference} is a notebook: `{shlex.join(['jupyter', 'nbconvert', '--to', 'script', reference])}`, then "
+            f"`{shlex.join(['dtrain', 'train', script])}`."
+        )
+    if path is None or (reference.endswith(".py") and path.is_file()):
+        return
+    if path.is_file():
+        raise RecipeError(f"recipe {reference} is no .py file. A recipe is one, or a module; a config ends in .yaml.")
+    if not path.is_dir() or ("/" not in reference and (path / "__init__.py").is_file()):
+        return
+    if (path / "config.yaml").is_file():
+        remedy = f"It is a run's: dtrain evaluate {shlex.quote(reference)}; to train that again, name its config.yaml."
+    else:
+        there = sorted(p.name for p in path.iterdir() if p.suffix in (".py", ".yaml", ".yml"))
+        remedy = "Name a .py file or a .yaml config" + (f" in it: {', '.join(there[:5])}." if there else ".")
+    raise RecipeError(f"recipe {reference} is a folder. {remedy}")
 
 
 def title_of(reference: str) -> str:
@@ -81,7 +106,11 @@ def check_syntax(path: Path) -> None:
         RecipeError: it is no Python; the message has file, line and the text there.
     """
     try:
-        ast.parse(path.read_bytes(), filename=str(path))
+        content = path.read_bytes()
+        if b"\0" in content:
+            line = content[: content.index(b"\0")].count(b"\n") + 1
+            raise RecipeError(f"{path}:{line}: there is a NUL byte, which Python source has not. Is the file damaged?")
+        ast.parse(content, filename=str(path))
     except SyntaxError as error:
         raise syntax_problem(error) from None
     except (OSError, ValueError) as error:

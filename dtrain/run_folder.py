@@ -131,9 +131,9 @@ def make_folder(settings: Settings) -> Path:
                 ) from None
             continue
         except OSError as error:
-            raise UsageError(
-                f"run.dir = {run.dir!r}, run.name = {run.name!r}: cannot make {folder}: {error.strerror}."
-            ) from None
+            given = f"run.dir = {run.dir!r} ({settings.place_of('run.dir')})"
+            given += "" if run.name is None else f", run.name = {run.name!r} ({settings.place_of('run.name')})"
+            raise UsageError(f"{given}: cannot make {folder}: {error.strerror}.") from None
         write_whole(folder / CONFIG, settings.to_yaml())
         return folder
     raise UsageError(f"run.dir = {run.dir!r}: a thousand runs named {stem} are there.")

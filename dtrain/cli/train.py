@@ -187,9 +187,14 @@ def read_target(words: list[str]) -> Settings:
 
 
 def _with_readable_recipe(settings: Settings) -> Settings:
+    from dtrain.errors import RecipeError
     from dtrain.recipe_file import check_syntax, locate
 
-    path = locate(settings.config.recipe, settings.base)
+    try:
+        path = locate(settings.config.recipe, settings.base)
+    except RecipeError as error:
+        place = settings.place_of("recipe")
+        raise error if place == "command line" else RecipeError(f"{place}: {error}") from None
     if path is not None:
         check_syntax(path)
     return settings

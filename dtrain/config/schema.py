@@ -15,10 +15,15 @@ BUILDER_SECTIONS = {
 }
 
 
+_LONGEST_NAME = 255  # bytes; of most file systems
+
+
 def _run_name(name: str) -> str:
     """A run's name is one folder's name: no separators, no control characters."""
     if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise ValueError("should be a plain folder name, without '/', '\\' or control characters")
+    if len(name.encode(errors="surrogateescape")) > _LONGEST_NAME:
+        raise ValueError(f"should be a folder's name, of at most {_LONGEST_NAME} bytes")
     return name
 
 

@@ -233,10 +233,23 @@ def _describe(item: Any, values: Mapping[str, Value]) -> str:
     if item["type"] == "missing":
         return f"{key} is needed and is not given. Write {key}=..."
     reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    if item["type"] in ("model_type", "dict_type") and len(parts) < 3:
+        return f"{key} = {item['input']!r} ({place}): should be a section: {_example(parts)}."
     field_ = section.model_fields.get(parts[-1])
     default = field_.get_default(call_default_factory=True) if field_ is not None else None
     shown = f" (default: {default})" if not isinstance(default, BaseModel) and default is not None else ""
     return f"{key} = {item['input']!r} ({place}): {reason}{shown}."
+
+
+def _example(parts: Sequence[str]) -> str:
+    """A key of a section as it is written: track.wandb.project=NAME."""
+    section = _section_at(parts)
+    if parts[-1] in BUILDER_SECTIONS or section is RunConfig:
+        return f"{'.'.join(parts)}.KEY=VALUE"
+    name, field_ = next(iter(section.model_fields.items()))
+    default = field_.get_default()
+    value = default if isinstance(default, int) else "NAME" if name == "project" else "VALUE"
+    return f"{'.'.join((*parts, name))}={value}"
 
 
 def _section_at(parts: Sequence[str]) -> type[BaseModel]:

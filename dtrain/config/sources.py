@@ -105,12 +105,27 @@ def read_yaml(path: Path) -> dict[str, Value]:
         loader = _Loader(text)
         root = loader.get_single_node()
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+        raise ConfigError(_unreadable(path, error)) from None
     if root is None:
         return {}
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path}:1: a config is a mapping of sections, such as 'train:', not {root.tag}.")
+        raise ConfigError(f"{path}:1: a config is a mapping of sections, such as 'train:', not {_kind(root)}.")
     return _flatten(root, loader, path, "")
+
+
+def _unreadable(path: Path, error: yaml.YAMLError) -> str:
+    """What is wrong with a file that is no YAML, with the line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return f"{path}: not readable as YAML: {error}"
+    if r"'\t'" in problem:
+        return f"{path}:{mark.line + 1}: indent with spaces, not tabs, as YAML asks."
+    context = getattr(error, "context", None)
+    return f"{path}:{mark.line + 1}: not readable as YAML: {f'{context}: ' if context else ''}{problem}."
+
+
+def _kind(node: yaml.Node) -> str:
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
 
 
 def _flatten(node: yaml.MappingNode, loader: _Loader, path: Path, prefix: str) -> dict[str, Value]:

@@ -10,7 +10,7 @@ from helpers.ranks import run_ranks
 
 from dtrain.columns import Mode
 from dtrain.config import load_settings
-from dtrain.errors import ConfigError, UsageError
+from dtrain.errors import ConfigError, UsageError, notes_of
 from dtrain.history import read_history
 from dtrain.progress import Voice
 from dtrain.run import train_run
@@ -96,6 +96,9 @@ def test_a_mistyped_column_is_told_as_soon_as_it_can_be_known(
     assert str(refused.value).startswith(told)
     assert refused.value.agreed
     assert len((tmp_path / "steps").read_text()) == steps
+    if steps == 4:  # the whole train pass, which is kept
+        assert saved(tmp_path / "it") == ["epoch-1-step-4"]
+        assert notes_of(refused.value)[-1] == f"last checkpoint: {tmp_path / 'it/checkpoints/epoch-1-step-4'}"
 
 
 def test_a_column_of_validation_without_validation_is_refused_before_training(tmp_path: Path) -> None:
