@@ -51,8 +51,9 @@ def lr(
 ) -> None:
     """Find a learning rate: let it grow with each optimizer step, and see where the loss falls. Keeps nothing.
 
-    Where it scatters too much to see that, the test is made again with 4 and 16 times the steps. Exit code 1 where it
-    does not come down.
+    Where it scatters too much to see that, the test is made again with 4 and 16 times the steps.
+
+    Exit code 1 where the loss does not come down.
 
     Examples: dtrain find lr; dtrain find lr my_recipe.py -n 2 --cpu --steps 200 -o lr.png
     """

@@ -190,9 +190,9 @@ def test_the_smoothing_has_no_bias_to_zero() -> None:
 
 
 def test_steepest_and_lowest_are_found_by_their_rules() -> None:
-    """Against NumPy's difference over a tenth of the steps; the loss is a smooth step down, and then up again."""
+    """Against NumPy's difference over a tenth of the steps; the loss steps down, with some noise, and then up again."""
     at = np.arange(100)
-    losses = 2 - 1 / (1 + np.exp(-(at - 50) / 4)) + np.exp((at - 88) / 2)
+    losses = 2 - 1 / (1 + np.exp(-(at - 50) / 4)) + np.exp((at - 88) / 2) + 0.1 * np.random.RandomState(2).randn(100)
     curve = curve_of(list(losses))
     found = curve.suggestion()
     assert found is not None
@@ -201,7 +201,9 @@ def test_steepest_and_lowest_are_found_by_their_rules() -> None:
     at = np.arange(len(smoothed))
     low, high = np.maximum(at - 5, 0), np.minimum(at + 5, len(smoothed) - 1)
     slopes = (smoothed[high] - smoothed[low]) / (high - low)
-    assert curve.rates.index(found.steepest) == int(slopes[10 : lowest + 1].argmin()) + 10
+    steepest = int(slopes[10 : lowest + 1].argmin()) + 10
+    assert curve.rates.index(found.steepest) == steepest
+    assert steepest != int(np.gradient(smoothed)[10 : lowest + 1].argmin()) + 10, "that of two steps is the noise's"
     assert (found.lowest, found.tenth) == (curve.rates[lowest], curve.rates[lowest] / 10)
     assert found.loss == smoothed[lowest]
 
