@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 from dtrain.config.schema import BUILDER_SECTIONS, leaves
 from dtrain.config.sources import ENVIRONMENT_PREFIX
-from dtrain.launch.job import TIMEOUT
+from dtrain.launch.job import HANG, TIMEOUT
 from dtrain.launch.lifeline import PARENT
 from dtrain.launch.reports import REPORT_DIR
 from dtrain.launch.slurm_step import NONCE
 
-_OWN = (TIMEOUT, NONCE, REPORT_DIR, PARENT)  # all but the first are dtrain's own, for its ranks
+_OWN = (TIMEOUT, NONCE, REPORT_DIR, PARENT, HANG)  # all but the first are dtrain's own, for its ranks
 _TESTS = f"{ENVIRONMENT_PREFIX}TEST_"  # of dtrain's tests, which start commands
 
 
