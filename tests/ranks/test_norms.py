@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -216,10 +217,18 @@ def test_a_file_that_cannot_be_had_is_told_by_all_ranks_before_they_train(
     start("epochs=1")
     (tmp_path / "it/norms.csv").mkdir()
     ended: list[End] = []
+    finish = Tracking.finish
+
+    def noted(tracking: Tracking, end: End) -> None:
+        ended.append(end)
+        finish(tracking, end)
+
+    before = set(threading.enumerate())
     with monkeypatch.context() as seen:
-        seen.setattr(Tracking, "finish", lambda _, end: ended.append(end))
+        seen.setattr(Tracking, "finish", noted)
         with pytest.raises(AgreedError, match=r"norms\.csv"):
             start("epochs=2", "train.log_norms=1", "track.tensorboard=true")
+    assert set(threading.enumerate()) <= before
     (end,) = ended  # its trackers, which were there already
     assert (end.failed, end.complete, [row["epoch"] for row in end.rows]) == (True, False, [1])
     start("epochs=2")
