@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dtrain.checkpoint import load_weights, saved_epochs
-from dtrain.columns import Mode
+from dtrain.checkpoint import load_weights
+from dtrain.checkpoint.keeping import Keeping
 from dtrain.config import Settings
+from dtrain.config.schema import CheckpointConfig
 from dtrain.errors import RecipeError, UsageError
-from dtrain.history import best_row
 from dtrain.inference import PredictStep, evaluate_task, predict
 from dtrain.learning import Task
 from dtrain.metrics import PassResult
 from dtrain.progress import Progress, Silent, choose_progress
 from dtrain.recipe import bind, load_recipe
 from dtrain.run import agree
+from dtrain.run_folder import CHECKPOINTS
 from dtrain.seeding import seed_everything
 from dtrain.world import World
 
@@ -58,8 +59,7 @@ def restore_run(folder: Path, settings: Settings, which: Which, world: World) ->
 
 
 def _restored(folder: Path, settings: Settings, which: Which) -> Restored:
-    kept = settings.config.checkpoint
-    path, row = find_checkpoint(folder, which, kept.monitor, kept.mode)
+    path, row = find_checkpoint(folder, which, settings.config.checkpoint)
     seed_everything(settings.config.train.seed)
     recipe = load_recipe(settings.config.recipe, settings.base)
     task = bind(recipe, settings)
@@ -70,24 +70,22 @@ def _restored(folder: Path, settings: Settings, which: Which) -> Restored:
     return Restored(task, step, row, settings)
 
 
-def find_checkpoint(folder: Path, which: Which, monitor: str | None, mode: Mode | None) -> tuple[Path, dict[str, Any]]:
+def find_checkpoint(folder: Path, which: Which, policy: CheckpointConfig) -> tuple[Path, dict[str, Any]]:
     """Returns the folder of a run's saved epoch, and that epoch's row of the history.
 
     Args:
         folder: the run's.
-        which: the best epoch, by the column and in the direction that follow, or the last one.
-        monitor: `checkpoint.monitor` of the run.
-        mode: `checkpoint.mode` of the run.
+        which: the best epoch, by the policy's monitor and mode, or the last one; this one too where none has a number.
+        policy: of the run's config.
 
     Raises:
         UsageError: the run saved none.
     """
-    saved = saved_epochs(folder / "checkpoints")
-    if not saved:
+    keeping = Keeping(monitor=policy.monitor, mode=policy.mode)
+    saved = keeping.chosen(folder / CHECKPOINTS, which) or keeping.chosen(folder / CHECKPOINTS, "last")
+    if saved is None or saved.row is None:
         raise UsageError(f"{folder} has no checkpoint: the run ended before its first epoch did. Train it again.")
-    best, _ = best_row(list(saved.values()), monitor, mode)
-    chosen = [path for path, row in saved.items() if which == "last" or row is best][-1]
-    return chosen, saved[chosen]
+    return saved.path, saved.row
 
 
 def evaluate_run(restored: Restored, world: World) -> PassResult:

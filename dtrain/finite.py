@@ -135,8 +135,8 @@ def check_weights(module: nn.Module, world: World, when: str) -> None:
     """
     trained = {name: local_part(p) for name, p in module.named_parameters() if p.requires_grad}
     trained = {name: weight for name, weight in trained.items() if weight.is_floating_point() and weight.numel()}
-    largest = [torch.linalg.vector_norm(weight, ord=math.inf).float() for weight in trained.values()]
-    spoilt = ~torch.stack(largest).isfinite() if largest else torch.zeros(0, dtype=torch.bool)
+    finite = [torch.linalg.vector_norm(weight, ord=math.inf).isfinite() for weight in trained.values()]
+    spoilt = ~torch.stack(finite) if finite else torch.zeros(0, dtype=torch.bool)
     if not sum(world.all_reduce([float(spoilt.sum())])):
         return
     names = [name for name, bad in zip(trained, spoilt.tolist(), strict=True) if bad]

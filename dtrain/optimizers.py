@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
+def all_optimizers() -> list[Optimizer]:
+    """Returns all optimizers of this process, of whatever net."""
+    # Not isinstance, which runs the code of whatever there is.
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Optimizer)]
+
+
 def optimizers_holding(ids: Container[int]) -> list[Optimizer]:
     """Returns all optimizers that hold some of the parameters, also those that a train step alone knows.
 
@@ -22,10 +28,9 @@ def optimizers_holding(ids: Container[int]) -> list[Optimizer]:
         ids: of the parameters.
     """
     return [
-        thing
-        for thing in gc.get_objects()
-        if issubclass(type(thing), Optimizer)  # not isinstance, which runs the code of whatever there is
-        and any(id(p) in ids for group in getattr(thing, "param_groups", ()) for p in group["params"])
+        one
+        for one in all_optimizers()
+        if any(id(p) in ids for group in getattr(one, "param_groups", ()) for p in group["params"])
     ]
 
 

@@ -9,6 +9,6 @@
     weights   a net's weights alone
 """
 
-from dtrain.checkpoint.weights import load_weights, save_epoch, saved_epochs, weights_of
+from dtrain.checkpoint.weights import load_weights, save_epoch, weights_of
 
-__all__ = ["load_weights", "save_epoch", "saved_epochs", "weights_of"]
+__all__ = ["load_weights", "save_epoch", "weights_of"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtrain.checkpoint.folder import all_saved, name_of, read_manifest, verify_file, write_checkpoint
+from dtrain.checkpoint.folder import name_of, read_manifest, verify_file, write_checkpoint
 from dtrain.checkpoint.keeping import Keeping
 from dtrain.checkpoint.tensors import pieces
 from dtrain.errors import CheckpointError, UsageError
@@ -96,8 +96,3 @@ def check_fit(module: nn.Module, saved: dict[str, Tensor], file: str) -> None:
                 f"{file} does not fit the net: {name} has {there} in the file, and {here} in the recipe's net. "
                 "Was the recipe changed, or a model.* value given that the run was not trained with?"
             )
-
-
-def saved_epochs(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Returns the epochs that are saved whole, in order, with their rows of the history."""
-    return {one.path: one.row for one in all_saved(folder) if one.step is None and one.row is not None}

@@ -6,7 +6,6 @@ rank has of its own (random streams, sums of the epoch that runs).
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from dtrain.errors import CheckpointError, UsageError
 from dtrain.fsdp.tensors import cut_like, cut_state
 from dtrain.learning import Task
 from dtrain.metrics import PassResult, add_up
+from dtrain.optimizers import all_optimizers
 from dtrain.seeding import derive, load_random_state, random_state, seed_everything
 
 State = dict[str, Any]
@@ -194,10 +194,8 @@ def find_optimizers(saved: list[State], task: Task) -> list[Optimizer]:
 def _found(saved: State, task: Task) -> Optimizer:
     alike = [
         thing
-        for thing in gc.get_objects()
-        if issubclass(type(thing), Optimizer)  # not isinstance, which runs the code of whatever there is
-        and type(thing).__qualname__ == saved["kind"]
-        and holds(thing, task.module) == saved["holds"]
+        for thing in all_optimizers()
+        if type(thing).__qualname__ == saved["kind"] and holds(thing, task.module) == saved["holds"]
     ]
     if len(alike) != 1:
         names = [name for group in saved["holds"] for name in group]

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dtrain
-from dtrain.checkpoint import save_epoch, saved_epochs
+from dtrain.checkpoint import save_epoch
+from dtrain.checkpoint.folder import all_saved
 from dtrain.errors import StepError, UsageError, WorldError
 from dtrain.history import History, best_row, read_history
 from dtrain.launch import threads
@@ -77,7 +78,7 @@ class TestCheckpoint:
             with torch.no_grad():
                 net.weight.fill_(epoch)
             save_epoch(tmp_path, net, {"epoch": epoch, "val_loss": loss})
-        assert [path.name for path in saved_epochs(tmp_path)] == ["epoch-2", "epoch-4"]
+        assert [one.path.name for one in all_saved(tmp_path)] == ["epoch-2", "epoch-4"]
         assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-2", "epoch-4"]
         fresh = nn.Linear(2, 2)
         fresh.load_state_dict(load_file(tmp_path / "epoch-2" / "model.safetensors"))
