@@ -114,7 +114,7 @@ class World:
                 piece of them at a time.
         """
         if self.size == 1:
-            return [tensor]
+            return [tensor if tensor is None or onto is None else tensor.to(onto)]
         mine = None if tensor is None else tensor.detach().contiguous()
         told = self.gather_json(None if mine is None else [str(mine.dtype).removeprefix("torch."), list(mine.shape)])
         # As bytes: not every backend moves every type, and a rank without a tensor need not know the type.
