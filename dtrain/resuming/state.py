@@ -48,6 +48,7 @@ def run_state(engine: Engine) -> State:
         "others": {name: _kept(other) for name, other in task.others.items()},
         "buffers": _other_buffers(task.module),
         "trained weights": None if engine.average is None else engine.average.trained(),
+        "averages": {} if engine.average is None else engine.average.exact(),
     }
 
 
@@ -112,7 +113,7 @@ def restore(engine: Engine, weights: Mapping[str, Tensor], run: State, ranks: li
     cut = {name: cut_like(value, own[name]) if name in own else value for name, value in weights.items()}
     task.module.load_state_dict(cut, strict=False)
     if engine.average is not None:
-        engine.average.take_up(run["trained weights"], run["updates"])
+        engine.average.take_up(run["trained weights"], run.get("averages", {}), run["updates"])
     buffers = dict(task.module.named_buffers())
     for name, value in run["buffers"].items():
         if name in buffers and buffers[name].shape == value.shape:
