@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtrain.checkpoint import weights_of
+from dtrain.checkpoint.extra import extra_of, load_extra
 from dtrain.checkpoint.keeping import check_monitor
+from dtrain.checkpoint.tensors import read_file
+from dtrain.checkpoint.weights import weights_file
 from dtrain.columns import NO_METRICS, VALID, Mode, mode_of
 from dtrain.engine import Engine, Row
 from dtrain.errors import UsageError
@@ -186,21 +189,40 @@ class BestKeeper:
 
 
 def save_state(module: nn.Module, path: Path) -> None:
-    """Saves a net's state: as safetensors where the path ends so, else as torch.save does; whole or not at all."""
-    from safetensors.torch import save_file
+    """Saves a net's state: as safetensors where the path ends so, else as torch.save does; whole or not at all.
 
+    Raises:
+        UsageError, CheckpointError: the extra state of a module is of a kind that the file cannot hold; it is named.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         if path.suffix == ".safetensors":
-            save_file(weights_of(module), part)
+            with part.open("wb") as file:
+                file.writelines(weights_file(module))
         else:
             torch.save(module.state_dict(), part)
+            _check_loadable(module, part, path)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _check_loadable(module: nn.Module, part: Path, path: Path) -> None:
+    """Looks whether what torch.save wrote is read without running code of it, as `load_state` reads it."""
+    extra = [name for name, value in module.state_dict().items() if not isinstance(value, torch.Tensor)]
+    if not extra:
+        return
+    try:
+        torch.load(part, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise UsageError(
+            f"{path}: the extra state of a module, {', '.join(extra[:3])}, holds what torch.load reads by running code "
+            f"alone. Let ckpt_path end in .safetensors, which keeps it as JSON and tensors. torch says: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
 
 
 def load_state(module: nn.Module, path: Path) -> None:
@@ -210,11 +232,11 @@ def load_state(module: nn.Module, path: Path) -> None:
         UsageError: there is no such file.
         RuntimeError: the weights are another net's.
     """
-    from safetensors.torch import load_file
-
     if not path.is_file():
         raise UsageError(f"{path}: there are no weights of this name.")
     if path.suffix == ".safetensors":
-        module.load_state_dict(load_file(path))
+        tensors, metadata = read_file(path)
+        saved = tensors | extra_of(metadata)
     else:
-        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    module.load_state_dict(load_extra(module, saved))

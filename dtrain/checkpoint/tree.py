@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtrain.checkpoint.streams import made_generator, plain_generator
 from dtrain.checkpoint.tensors import DTYPES
 from dtrain.errors import CheckpointError
 
@@ -69,9 +70,13 @@ def _numbers(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         return _tensor(value, where, tensors)
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8:
         return {"array" if isinstance(value, np.ndarray) else "scalar": _array(value, where, tensors)}
+    generator = plain_generator(value)
+    if generator is not None:
+        return {"generator": _flatten(generator, where, tensors)}
     raise CheckpointError(
         f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: it has numbers, text, "
-        "tensors and arrays, in lists, tuples, sets and dicts. Let state_dict() return these alone."
+        "tensors, arrays and random generators, in lists, tuples, sets and dicts. Let state_dict() or "
+        "get_extra_state() return these alone."
     )
 
 
@@ -112,7 +117,7 @@ def unflatten(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((tag, inner),) = structure.items()
     try:
         return _made(tag, inner, tensors)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"a state holds a damaged {tag}: {error!r}") from None
 
 
@@ -121,6 +126,8 @@ def _made(tag: str, inner: Any, tensors: Mapping[str, Tensor]) -> Any:
         return _SEQUENCES[tag]([unflatten(part, tensors) for part in inner])
     if tag in _MAPPINGS:
         return _MAPPINGS[tag]([(unflatten(key, tensors), unflatten(value, tensors)) for key, value in inner])
+    if tag == "generator":
+        return made_generator(unflatten(inner, tensors))
     if tag in _OF_TENSORS:
         return _OF_TENSORS[tag](tensors[inner])
     return _OF_JSON[tag](inner)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dtrain.checkpoint.folder import name_of, read_manifest, verify_file, write_checkpoint
+from dtrain.checkpoint.extra import extra_keys, extra_metadata, extra_of, load_extra
+from dtrain.checkpoint.folder import Pieces, name_of, read_manifest, verify_file, write_checkpoint
 from dtrain.checkpoint.keeping import Keeping
-from dtrain.checkpoint.tensors import pieces
+from dtrain.checkpoint.tensors import pieces, read_file
 from dtrain.errors import CheckpointError, UsageError
-
-logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 
@@ -34,9 +32,18 @@ def save_epoch(folder: Path, module: nn.Module, row: dict[str, Any], own: Collec
     Returns:
         the new folder, which holds `model.safetensors` and `manifest.json`.
     """
-    path = write_checkpoint(folder, name_of(row["epoch"], None), {WEIGHTS: pieces(weights_of(module))}, {"row": row})
+    path = write_checkpoint(folder, name_of(row["epoch"], None), {WEIGHTS: weights_file(module)}, {"row": row})
     Keeping().prune(folder, None if own is None else {*own, path})
     return path
+
+
+def weights_file(module: nn.Module) -> Pieces:
+    """Returns a safetensors file of a net's state, its modules' extra states included, in pieces.
+
+    Raises:
+        CheckpointError: something of it cannot be held; it is named.
+    """
+    return pieces(weights_of(module), extra_metadata(module.state_dict()))
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -48,8 +55,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
-            logger.warning("%s is not saved: it is the extra state of a module, and no tensor", name)
-            continue
+            continue  # see `extra_metadata`
         tensor = value.detach().to("cpu", memory_format=torch.contiguous_format)
         address = tensor.untyped_storage().data_ptr()
         shared = address in seen or tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes()
@@ -68,31 +74,37 @@ def load_weights(module: nn.Module, folder: Path) -> None:
     Raises:
         UsageError: the weights are damaged or another net's; the first parameter that differs is named.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     file = folder / WEIGHTS
     try:
         verify_file(file, read_manifest(folder)["files"][WEIGHTS])
-        saved = load_file(file)
-    except (OSError, SafetensorError, CheckpointError) as error:
+        tensors, metadata = read_file(file)
+        saved = tensors | extra_of(metadata)
+    except (OSError, CheckpointError) as error:
         raise UsageError(f"{file}: cannot read the weights: {error}.") from None
     check_fit(module, saved, str(file))
-    module.load_state_dict(saved, strict=False)  # strict would miss the extra state that is no tensor
+    module.load_state_dict(load_extra(module, saved), strict=False)
 
 
-def check_fit(module: nn.Module, saved: dict[str, Tensor], file: str) -> None:
-    """Compares saved weights with a net.
+def check_fit(module: nn.Module, saved: Mapping[str, Any], file: str) -> None:
+    """Compares a saved state with a net. An extra state may have any form; what is looked at is whether there is one.
 
     Raises:
         UsageError: they are another net's; the first parameter that differs is named.
     """
-    own = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
-    for name in [*own, *(name for name in saved if name not in own)]:
-        here = f"shape {tuple(own[name].shape)}" if name in own else "no such parameter"
-        there = f"shape {tuple(saved[name].shape)}" if name in saved else "no such parameter"
-        if here != there:
+    keys = extra_keys(module)
+    own = {name: _form(value, name in keys) for name, value in module.state_dict().items()}
+    there = {name: _form(value, name in keys) for name, value in saved.items()}
+    for name in [*own, *(name for name in there if name not in own)]:
+        if own.get(name) != there.get(name):
             raise UsageError(
-                f"{file} does not fit the net: {name} has {there} in the file, and {here} in the recipe's net. "
+                f"{file} does not fit the net: {name} has {there.get(name, _NOTHING)} in the file, and "
+                f"{own.get(name, _NOTHING)} in the recipe's net. "
                 "Was the recipe changed, or a model.* value given that the run was not trained with?"
             )
+
+
+_NOTHING = "no such parameter"
+
+
+def _form(value: Any, is_extra: bool) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) and not is_extra else "an extra state"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from dtrain.checkpoint.extra import extra_of
 from dtrain.checkpoint.folder import MANIFEST, Saved, named, verify
+from dtrain.checkpoint.tensors import read_tensors
 from dtrain.checkpoint.tree import unflatten
 from dtrain.checkpoint.weights import WEIGHTS
 from dtrain.errors import CheckpointError, UsageError
@@ -78,11 +78,11 @@ def read_saved(path: Path, epoch: int, step: int | None) -> Saved:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint in memory, on every rank: the manifest, and the parts of `dtrain.resuming.state`."""
+    """A checkpoint in memory, on every rank: the manifest, the net's state, and the parts of `dtrain.resuming.state`."""
 
     path: Path
     facts: dict[str, Any]
-    weights: dict[str, Tensor]
+    weights: dict[str, Any]
     run: State
     ranks: list[State]
 
@@ -106,8 +106,9 @@ class Parts:
             CheckpointError: they are not what dtrain writes.
         """
         manifest, weights, *states = self.files
-        run, ranks = (_tree(states[n], _tensors(states[n + 1])) for n in (0, 2))
-        return Loaded(Path(self.path), json.loads(manifest), _tensors(weights), run, ranks)
+        run, ranks = (_tree(states[n], read_tensors(states[n + 1])[0]) for n in (0, 2))
+        tensors, metadata = read_tensors(weights)
+        return Loaded(Path(self.path), json.loads(manifest), tensors | extra_of(metadata), run, ranks)
 
 
 def read(path: Path) -> Parts:
@@ -119,18 +120,7 @@ def read(path: Path) -> Parts:
     return Parts(str(path), tuple((path / name).read_bytes() for name in (MANIFEST, *FILES)))
 
 
-def _tensors(data: bytes) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load as load_tensors
-
-    try:
-        loaded = load_tensors(data)
-    except SafetensorError as error:
-        raise CheckpointError(f"a checkpoint holds tensors that are none: {error}") from None
-    return {name: tensor.clone() for name, tensor in loaded.items()}  # memory of torch's own making
-
-
-def _tree(data: bytes, tensors: dict[str, Tensor]) -> Any:
+def _tree(data: bytes, tensors: dict[str, Any]) -> Any:
     try:
         return unflatten(json.loads(data), tensors)
     except (ValueError, RecursionError) as error:

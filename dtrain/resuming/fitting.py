@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dtrain import __version__
 from dtrain.checkpoint.weights import WEIGHTS, check_fit
@@ -154,7 +153,7 @@ def check_ranks(there: Mapping[str, Any], step: int | None, ranks: int, settings
         raise UsageError(f"{reason}, which it can from the start of an epoch alone, and there is no such checkpoint.")
 
 
-def check_shapes(engine: Engine, weights: Mapping[str, Tensor], run: State, ranks: list[State], where: str) -> None:
+def check_shapes(engine: Engine, weights: Mapping[str, Any], run: State, ranks: list[State], where: str) -> None:
     """Compares a saved state with the engine's net, optimizers, schedule and further objects.
 
     Raises:
@@ -162,7 +161,7 @@ def check_shapes(engine: Engine, weights: Mapping[str, Tensor], run: State, rank
         CheckpointError: an optimizer is not to be found.
     """
     task = engine.task
-    check_fit(task.module, dict(weights), f"{where}/{WEIGHTS}")
+    check_fit(task.module, weights, f"{where}/{WEIGHTS}")
     for optimizer, saved in zip(find_optimizers(run["optimizers"], task), run["optimizers"], strict=True):
         _same("the optimizer", saved["kind"], type(optimizer).__qualname__, where)
         groups = holds(optimizer, task.module)

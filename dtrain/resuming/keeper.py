@@ -8,15 +8,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dtrain.bounds import Trained
+from dtrain.checkpoint.extra import extra_metadata
 from dtrain.checkpoint.folder import name_of, write_checkpoint
 from dtrain.checkpoint.keeping import Keeping
-from dtrain.checkpoint.tensors import pieces
+from dtrain.checkpoint.tensors import check_storable, pieces, read_tensors
 from dtrain.checkpoint.tree import flatten
 from dtrain.checkpoint.weights import WEIGHTS
 from dtrain.checkpoint.writer import Snapshot, Writer, fits_beside
@@ -33,7 +34,14 @@ from dtrain.resuming.state import State, rank_state, run_state, weights_state
 
 logger = logging.getLogger(__name__)
 
-_Whole = tuple[Any, dict[str, Tensor]]
+
+class _Whole(NamedTuple):
+    """What is the same on all ranks: what JSON holds of it, its tensors, and what the file of weights has as text."""
+
+    structure: Any
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
 
 # Rank 0 writes all, also what the others have of their own: it comes through the process group, a few kilobytes a
 # rank. So nodes need no file system in common, and no rank's file can be missing when the checkpoint is sealed.
@@ -168,7 +176,7 @@ class Keeper:
         whole: _Whole | None,
     ) -> None:
         self._writer.wait()  # the copy's memory is in use until then
-        structure, named = whole or self._state()
+        structure, named, metadata = whole or self._state()
         if whole is not None:  # a copy already
             beside, copied = self._writer.beside if beside is None else beside, named
         else:
@@ -181,7 +189,7 @@ class Keeper:
 
         def job() -> None:
             begun = time.perf_counter()
-            files = _files(structure, copied, ranks)
+            files = _files(_Whole(structure, copied, metadata), ranks)
             path = write_checkpoint(self._folder, name_of(*position), files, facts)
             self._keeping.prune(self._folder)
             spent = time.perf_counter() - begun
@@ -192,10 +200,12 @@ class Keeper:
             self.stalls[-1] = time.perf_counter() - started
 
     def _state(self) -> _Whole:
-        """Returns all that is the same on all ranks: what JSON holds of it, and its tensors where they are."""
+        """Returns all that is the same on all ranks, its tensors where they are."""
         structure, tensors = flatten(self._run_state(), RUN)
         weights = weights_state(self._engine)
-        return structure, {f"{WEIGHTS}:{name}": tensor for name, tensor in weights.items()} | tensors
+        check_storable(weights, "the net's ")
+        named = {f"{WEIGHTS}:{name}": tensor for name, tensor in weights.items()} | tensors
+        return _Whole(structure, named, extra_metadata(self._engine.task.module.state_dict()))
 
     def _gathered(self) -> _Whole:
         """The same of a sharded net, gathered by all ranks and kept by rank 0; there, one copy at a time."""
@@ -203,8 +213,8 @@ class Keeper:
         replica = self._engine.learner.replica
         if isinstance(replica, ShardedReplica):
             replica.apart()
-        structure, named = self._state()
-        return structure, gathered(named, keep=self._engine.world.is_main)
+        whole = self._state()
+        return whole._replace(tensors=gathered(whole.tensors, keep=self._engine.world.is_main))
 
     def _position(self) -> tuple[int, int | None]:
         """Returns the epoch, and the train steps of it that are done; None for all that belongs to it."""
@@ -262,19 +272,18 @@ def _packed(state: Any, rank: int) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *pieces(plain)])
 
 
-def _files(structure: Any, tensors: Mapping[str, Tensor], ranks: list[Tensor | None]) -> dict[str, Any]:
-    from safetensors.torch import load as load_tensors
-
+def _files(whole: _Whole, ranks: list[Tensor | None]) -> dict[str, Any]:
+    structure, tensors, metadata = whole
     structures: list[Any] = []
     of_ranks: dict[str, Tensor] = {}
     for packed in ranks:
         data = b"" if packed is None else packed.cpu().numpy().tobytes()
         end = 8 + int.from_bytes(data[:8], "little")
         structures.append(json.loads(data[8:end]))
-        of_ranks |= load_tensors(data[end:])
+        of_ranks |= read_tensors(data[end:])[0]
     prefix = f"{WEIGHTS}:"
     return {
-        WEIGHTS: pieces({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}),
+        WEIGHTS: pieces({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, metadata),
         f"{RUN}.json": [json.dumps(structure).encode()],
         f"{RUN}.safetensors": pieces({n: t for n, t in tensors.items() if not n.startswith(prefix)}),
         f"{RANKS}.json": [json.dumps({"list": structures}).encode()],

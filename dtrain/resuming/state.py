@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.bounds import Start, Trained
+from dtrain.checkpoint.extra import extra_keys, load_extra
 from dtrain.engine import Engine
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.fsdp.tensors import cut_like, cut_state
@@ -99,7 +101,7 @@ def _other_buffers(module: nn.Module) -> dict[str, Tensor]:
 # --- put back -------------------------------------------------------------------------------------------
 
 
-def restore(engine: Engine, weights: Mapping[str, Tensor], run: State, ranks: list[State]) -> None:
+def restore(engine: Engine, weights: Mapping[str, Any], run: State, ranks: list[State]) -> None:
     """Puts a saved state into an engine that fits it (`dtrain.resuming.fitting`).
 
     Args:
@@ -109,15 +111,15 @@ def restore(engine: Engine, weights: Mapping[str, Tensor], run: State, ranks: li
         ranks: what `rank_state` returned, of each rank that there was.
     """
     task = engine.task
-    own = task.module.state_dict()
-    cut = {name: cut_like(value, own[name]) if name in own else value for name, value in weights.items()}
+    own, extra = task.module.state_dict(), extra_keys(task.module)
+    cut = {
+        name: cut_like(value, own[name]) if name in own and name not in extra else value
+        for name, value in load_extra(task.module, weights).items()
+    }
     task.module.load_state_dict(cut, strict=False)
     if engine.average is not None:
         engine.average.take_up(run["trained weights"], run.get("averages", {}), run["updates"])
-    buffers = dict(task.module.named_buffers())
-    for name, value in run["buffers"].items():
-        if name in buffers and buffers[name].shape == value.shape:
-            buffers[name].copy_(value)
+    _load_buffers(task.module, run["buffers"])
     optimizers = find_optimizers(run["optimizers"], task)
     for optimizer, saved in zip(optimizers, run["optimizers"], strict=True):
         load_optimizer(optimizer, saved["state"])
@@ -135,6 +137,22 @@ def restore(engine: Engine, weights: Mapping[str, Tensor], run: State, ranks: li
     engine.place.updates = run["updates"]
     engine.start = _start(engine, run, ranks)
     engine.stopping = engine.spent and engine.start.skip == 0 and engine.start.trained is None
+
+
+@torch.no_grad()
+def _load_buffers(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Puts back the buffers that are not in the net's `state_dict()`; one may have come or changed its size since."""
+    there = dict(module.named_buffers())
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    for name, value in saved.items():
+        known = there.get(name)
+        if known is not None and known.shape == value.shape and known.dtype == value.dtype:
+            known.copy_(value)
+            continue
+        path, _, leaf = name.rpartition(".")
+        module.get_submodule(path).register_buffer(
+            leaf, value.to(device if known is None else known.device), persistent=False
+        )
 
 
 def _start(engine: Engine, run: State, ranks: list[State]) -> Start:
