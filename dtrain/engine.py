@@ -94,6 +94,7 @@ class Engine:
         order_state: the states of the users' own generators that draw the order, as they were when it began.
         stopping: set by an `after_epoch` function, on every rank alike, to end after that epoch.
         ended: why such a function did so, in words.
+        began: what the task was at first; see `dtrain.resuming.changed`.
     """
 
     task: Task
@@ -124,6 +125,7 @@ class Engine:
     start: Start = field(default_factory=Start)
     stopping: bool = False
     ended: str | None = None
+    began: Any = None
 
     def __post_init__(self) -> None:
         """Compares the ranks' tasks, deals the loaders out and readies the net."""
@@ -312,6 +314,7 @@ class Engine:
         self.task.module.train()
         self.place.enter("train", epoch)
         start = self.start if epoch == self.start.epoch else Start(epoch)
+        self.train_loader.sources.enter(epoch)
         self.order_state = [generator.get_state() for generator in self.generators()]
         self.table = table = MeanTable("train", self.names, self.task.metrics)
         if start.table is not None:

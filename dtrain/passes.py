@@ -243,6 +243,7 @@ class ValidPass:
         """
         self.module.eval()
         place.enter("valid", epoch)
+        self.loader.sources.enter(epoch)
         table = MeanTable("valid", self.names, self.metrics)
         steps, facts = self.loader.steps(), facts or RunFacts(ranks=self.world.size)
         progress.begin(PassFacts("valid", epoch, steps, samples=lambda: table.samples, within=within, run=facts))

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from dtrain import share
+from dtrain.attributes import attributes_of
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.errors import RecipeError, add_remark, nearest
 from dtrain.learning import Interval, Task
@@ -31,6 +32,7 @@ from dtrain.recipe_file import locate, module_name, syntax_problem
 from dtrain.recomputing import KEY as RECOMPUTED
 from dtrain.recomputing import recompute
 from dtrain.signatures import Builder, check_parameters
+from dtrain.sources import parts_of
 from dtrain.synced import check_metrics
 
 T = TypeVar("T")
@@ -167,15 +169,14 @@ def bind(recipe: Recipe, settings: Settings) -> Task:
 
 
 def _others(recipe: Recipe, task: Task) -> dict[str, Any]:
-    """What else has a state, by its name: objects of the recipe's file, attributes of the net, a map-style dataset.
+    """What else has a state, by its name: objects of the recipe's file, and attributes of the net and its modules.
 
-    Loaders, samplers and iterable datasets that have one are left alone: they are gone through again.
+    What belongs to the loaders is kept with them, see `dtrain.sources`.
     """
-    dataset = getattr(task.dl_train, "dataset", None)
-    named = dict(vars(recipe.module)) | {f"model.{name}": thing for name, thing in vars(task.module).items()}
-    named |= {} if isinstance(dataset, IterableDataset) else {"dl_train.dataset": dataset}
-    own = (task.module, task.optimizer, task.scheduler, *task.metrics.values())
-    known = {id(thing) for thing in own}
+    named = dict(vars(recipe.module)) | attributes_of(task.module)
+    own = (*task.module.modules(), task.optimizer, task.scheduler, *task.metrics.values())
+    loaders = (part for loader in (task.dl_train, task.dl_valid) for part in parts_of(loader).values())
+    known = {id(thing) for thing in (*own, *loaders)}
     found = {}
     for name, thing in named.items():
         if id(thing) not in known and _has_state(thing):

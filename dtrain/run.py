@@ -30,6 +30,7 @@ from dtrain.norms import Norms
 from dtrain.profiling import Profile, start_profile
 from dtrain.progress import Voice, together
 from dtrain.recipe_file import locate
+from dtrain.resuming.changed import beginning_of
 from dtrain.resuming.finding import Loaded, Parts, read
 from dtrain.resuming.fitting import check_facts, check_ranks, check_shapes, facts_of
 from dtrain.resuming.keeper import Keeper
@@ -198,6 +199,7 @@ def begin(
         AgreedError: some rank could not; every rank raises it, and what was there is as it was.
     """
     world = engine.world
+    beginning_of(engine)
     opened = agree(world, lambda: _opened(engine, settings, resume, own) if world.is_main else None)
     folder, resumes = world.gather_json(None if opened is None else [str(opened.folder), opened.found is not None])[0]
     loaded = None

@@ -32,8 +32,9 @@ from dtrain.errors import UsageError
 from dtrain.fetching import RowsOf, fetched_by_batch, row_batches
 from dtrain.launch.shield import shielded
 from dtrain.seeding import CommonRandomness, derive
+from dtrain.sources import Sources
 from dtrain.worker_start import Started, check_workers_find_recipe, has_workers, start_context
-from dtrain.workers import Seeding
+from dtrain.workers import Seeding, let_workers_go
 
 T = TypeVar("T")
 
@@ -92,7 +93,9 @@ class ShardedLoader:
                 "or any iterable of batches."
             )
         self._fingerprint = 0.0
-        self._indexed = _IndexedBatches(loader, how, fetch_batches=fetch_batches) if _has_indices(loader) else None
+        self.sources = Sources(loader)
+        indexed = _has_indices(loader)
+        self._indexed = _IndexedBatches(loader, how, self.sources, fetch_batches=fetch_batches) if indexed else None
         check_workers_find_recipe(loader, split)
 
     def steps(self) -> int | None:
@@ -119,11 +122,15 @@ class ShardedLoader:
             ready: called when the iteration has begun, and drawn what it draws, before the first share is fetched.
         """
         seed = derive(self._seed, "order", self._split, 1 if self._same_order else epoch)
+        self.sources.begin(epoch)
         if self._indexed is not None:
+            if skip and self.sources.replays:
+                self.sources.rewind()
+                return _after(self._indexed.shares(seed, epoch, 0, _nothing), skip, ready)
             return self._indexed.shares(seed, epoch, skip, ready)
-        _set_epoch(self.loader, epoch)
-        _set_epoch(getattr(self.loader, "dataset", None), epoch)
+        let_workers_go(self.loader)
         source: Iterable[Any] = Started(self.loader) if has_workers(self.loader) else self.loader
+        source = self.sources.restarting(source)
         if not isinstance(source, (list, tuple)):  # a list of batches draws nothing at random
             source = _under(CommonRandomness(seed), source)
         return _after(deal(self._noted(source), self._how, _NESTED), skip, ready)
@@ -148,8 +155,9 @@ class ShardedLoader:
 class _IndexedBatches:
     """A map-style DataLoader: the indices are dealt out, so that each rank fetches its own samples alone."""
 
-    def __init__(self, loader: DataLoader[Any], how: Dealing, *, fetch_batches: bool) -> None:
+    def __init__(self, loader: DataLoader[Any], how: Dealing, sources: Sources, *, fetch_batches: bool) -> None:
         self._how = how
+        self._sources = sources
         self._batches = _without_distributed(loader)
         self._begun = _Iteration(0)
         self.fingerprint = 0.0
@@ -165,12 +173,12 @@ class _IndexedBatches:
     def _indices(self, of: _Iteration) -> Iterator[Any]:
         for number, share in enumerate(islice(self._index_shares(of.seed), of.skip, None), of.skip):
             of.dealt.append(share)
-            yield share.batch if of.workers_seed is None else Seeding(share.batch, of.workers_seed, number)
+            yield share.batch if of.workers_seed is None else Seeding(share.batch, of.workers_seed, number, of.epoch)
 
     def _index_shares(self, seed: int) -> Iterator[Share]:
         source, form = self._batches, _INDICES
         if not _reseed(source, seed):
-            source = _under(CommonRandomness(seed), source)
+            source = _under(CommonRandomness(seed), self._sources.restarting(source))
         elif self._rows is not None:
             source, form = row_batches(source, self._rows), _ROWS
         self.fingerprint = 0.0
@@ -189,10 +197,7 @@ class _IndexedBatches:
 
     def shares(self, seed: int, epoch: int, skip: int, ready: Callable[[], None]) -> Iterator[Share]:
         workers_seed = derive(seed, "workers", self._how.rank) if self._loader.num_workers > 0 else None
-        own = self._begun = _Iteration(seed, skip, workers_seed)
-        _set_epoch(self._batches, epoch)
-        _set_epoch(getattr(self._batches, "sampler", None), epoch)
-        _set_epoch(self._loader.dataset, epoch)
+        own = self._begun = _Iteration(seed, skip, workers_seed, epoch if self._loader.persistent_workers else None)
         if isinstance(self._loader.generator, _Generator):
             self._loader.generator.manual_seed(derive(seed, "base", self._how.rank))
         batches = iter(self._loader)  # draws from the random state, also where it is not used
@@ -226,12 +231,14 @@ class _Iteration:
         seed: of its order.
         skip: so many of the first shares are left out.
         workers_seed: of its batches in workers, None where there are none.
+        epoch: that workers are told of, None where they are started in it.
         dealt: shares of which the indices were asked for and the batches did not come yet.
     """
 
     seed: int
     skip: int = 0
     workers_seed: int | None = None
+    epoch: int | None = None
     dealt: deque[Share] = field(default_factory=deque)
 
 
@@ -367,12 +374,6 @@ class _Generator(torch.Generator):
     def __reduce__(self) -> Any:
         """A copy, or what is unpickled, is dtrain's too; torch's own way gives a plain generator."""
         return _Generator, ()
-
-
-def _set_epoch(source: Any, epoch: int) -> None:
-    """Tells samplers and datasets that know epochs (they count from 0) which one it is."""
-    if hasattr(source, "set_epoch"):
-        source.set_epoch(epoch - 1)
 
 
 def _under(common: CommonRandomness, source: Iterable[T]) -> Iterator[T]:

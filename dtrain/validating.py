@@ -27,6 +27,7 @@ from dtrain.metrics import PassResult
 from dtrain.passes import Place, ValidPass
 from dtrain.progress import Progress, RunFacts
 from dtrain.seeding import load_random_state, random_state
+from dtrain.sources import Sources
 from dtrain.stopping import Stopping
 from dtrain.world import World
 
@@ -103,7 +104,7 @@ class WithinEpoch:
         modes = [(part, part.training) for part in module.modules()]
         buffers = list(module.buffers())
         before = [buffer.clone() for buffer in buffers]
-        streams = _Streams(self._world.device, self._generators())
+        streams = _Streams(self._world.device, self._generators(), self._pass.loader.sources)
         self._world.broadcast_(buffers)  # each rank has its own while it trains
         with place.aside():
             try:
@@ -116,22 +117,25 @@ class WithinEpoch:
 
 
 class _Streams:
-    """The random streams of this process and the users' generators, as they are when this is made."""
+    """The random streams of this process, the users' generators and the loader's states, as when this is made."""
 
-    def __init__(self, device: torch.device, generators: list[torch.Generator]) -> None:
-        self._device, self._generators = device, generators
+    def __init__(self, device: torch.device, generators: list[torch.Generator], sources: Sources) -> None:
+        self._device, self._generators, self._sources = device, generators, sources
+        self._sources_states = sources.states()
         self._state = random_state(device)
         self._states = [generator.get_state() for generator in generators]
 
     def now(self) -> _Streams:
         """Returns the same ones as they are now."""
-        return _Streams(self._device, self._generators)
+        return _Streams(self._device, self._generators, self._sources)
 
     def put_back(self) -> None:
         """Has them go on from where they were."""
         load_random_state(self._state, self._device)
         for generator, state in zip(self._generators, self._states, strict=True):
             generator.set_state(state)
+        if self._sources_states:
+            self._sources.load(self._sources_states)
 
 
 @torch.no_grad()

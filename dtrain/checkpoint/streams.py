@@ -60,7 +60,7 @@ def _legacy(_: str, state: Any) -> np.random.RandomState:
 
 
 def _python(_: str, state: Any) -> random.Random:
-    made = random.Random()
+    made = random.Random()  # noqa: S311 - a stream of the user
     made.setstate(state)
     return made
 

@@ -78,7 +78,7 @@ def read_saved(path: Path, epoch: int, step: int | None) -> Saved:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint in memory, on every rank: the manifest, the net's state, and the parts of `dtrain.resuming.state`."""
+    """A checkpoint in memory, on every rank: manifest, the net's state, and the parts of `dtrain.resuming.state`."""
 
     path: Path
     facts: dict[str, Any]

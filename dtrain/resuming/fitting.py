@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,9 @@ from dtrain.engine import Engine
 from dtrain.errors import UsageError
 from dtrain.launch.fingerprint import file_hash
 from dtrain.recipe_file import locate
-from dtrain.resuming.state import State, check_order, find_optimizers, holds
+from dtrain.resuming.changed import beginning_of, holds
+from dtrain.resuming.kept import check_kept
+from dtrain.resuming.state import State, at_first, check_order, find_optimizers
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def facts_of(engine: Engine, settings: Settings) -> dict[str, Any]:
         "device": engine.world.device.type,
         "config": settings.plain(),
         "recipe": recipe_facts(settings),
-        "data": _data_facts(engine),
+        "data": beginning_of(engine).lengths,
     }
 
 
@@ -66,15 +67,6 @@ def recipe_facts(settings: Settings) -> dict[str, str]:
     if path is None:
         return {"name": settings.config.recipe, "content": ""}
     return {"name": path.name, "content": file_hash(path)}
-
-
-def _data_facts(engine: Engine) -> dict[str, int]:
-    facts: dict[str, int] = {}
-    for split, loader in (("train", engine.task.dl_train), ("valid", engine.task.dl_valid)):
-        for what, sized in (("samples", getattr(loader, "dataset", None)), ("batches", loader)):
-            with contextlib.suppress(TypeError):  # what has no length
-                facts[f"{split} {what}"] = len(sized)  # type: ignore[arg-type]
-    return facts
 
 
 def check_facts(there: Mapping[str, Any], here: Mapping[str, Any], settings: Settings, *, strict: bool) -> None:
@@ -165,14 +157,16 @@ def check_shapes(engine: Engine, weights: Mapping[str, Any], run: State, ranks: 
     for optimizer, saved in zip(find_optimizers(run["optimizers"], task), run["optimizers"], strict=True):
         _same("the optimizer", saved["kind"], type(optimizer).__qualname__, where)
         groups = holds(optimizer, task.module)
-        _same("the number of the optimizer's groups", len(saved["holds"]), len(groups), where)
-        for number, (there, here) in enumerate(zip(saved["holds"], groups, strict=True)):
+        held = at_first(saved)
+        _same("the number of the optimizer's groups", len(held), len(groups), where)
+        for number, (there, here) in enumerate(zip(held, groups, strict=True)):
             _same(f"group {number} of the optimizer's parameters", there, here, where)
     _same("the scheduler", _kind(run["scheduler"]), _name(task.scheduler), where)
     _same("what else has a state", sorted(run["others"]), sorted(task.others), where)
     for name, saved in run["others"].items():
         _same(name, saved["kind"], _name(task.others[name]), where)
     check_order(engine, ranks[0])
+    check_kept(engine, ranks[0], where)
 
 
 def _kind(saved: State | None) -> str | None:

@@ -28,8 +28,10 @@ from dtrain.finite import check_weights
 from dtrain.fsdp.replica import ShardedReplica
 from dtrain.fsdp.tensors import gathered
 from dtrain.passes import Place
+from dtrain.resuming.changed import beginning_of
 from dtrain.resuming.clock import AgreedClock
 from dtrain.resuming.finding import RANKS, RUN
+from dtrain.resuming.kept import Unkept, check_keepable
 from dtrain.resuming.state import State, rank_state, run_state, weights_state
 
 logger = logging.getLogger(__name__)
@@ -71,9 +73,17 @@ class Keeper:
         self._trained: tuple[Trained, State] | None = None  # the epoch's train pass, and the rank's state after it
         self._trained_epoch = 0
         self._told_no_room = False
+        self._unkept: Unkept | None = None
 
     def attach(self) -> None:
-        """From now on the engine's steps and epochs are followed."""
+        """From now on the engine's steps and epochs are followed.
+
+        Raises:
+            UsageError, CheckpointError: something has a state that no checkpoint can hold; it is named.
+        """
+        beginning_of(self._engine)
+        check_keepable(self._engine)
+        self._unkept = Unkept(self._engine)
         self._engine.after_step.append(self.look)
         self._engine.save = self.save_now
         self._engine.after_train = self.note_trained
@@ -158,6 +168,8 @@ class Keeper:
         mine = _packed(self._rank_state(), world.rank)
         ranks = world.gather_tensors(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
         whole = self._gathered() if isinstance(engine.learner.replica, ShardedReplica) else None
+        if self._unkept is not None:
+            self._unkept.warn()
         if world.is_main:
             if position[1] is None:
                 self._keeping.check(engine.history.rows[-1])

@@ -21,6 +21,8 @@ from dtrain.fsdp.tensors import cut_like, cut_state
 from dtrain.learning import Task
 from dtrain.metrics import PassResult, add_up
 from dtrain.optimizers import all_optimizers
+from dtrain.resuming.changed import beginning_of, changed_learning, held_at_first, holds, regroup, set_learning
+from dtrain.resuming.kept import kept_state, load_datasets, load_kept
 from dtrain.seeding import derive, load_random_state, random_state, seed_everything
 
 State = dict[str, Any]
@@ -45,7 +47,8 @@ def run_state(engine: Engine) -> State:
         "valid_names": None if engine.valid is None else engine.valid.names,
         "rate": engine.rates.rate,
         "layout": engine.learner.replica.layout,
-        "optimizers": [_optimizer_state(optimizer, task) for optimizer in engine.learner.optimizers()],
+        "optimizers": [_optimizer_state(optimizer, engine) for optimizer in engine.learner.optimizers()],
+        "learns": changed_learning(engine),
         "scheduler": None if task.scheduler is None else _kept(task.scheduler),
         "others": {name: _kept(other) for name, other in task.others.items()},
         "buffers": _other_buffers(task.module),
@@ -61,6 +64,7 @@ def rank_state(engine: Engine) -> State:
         "random": random_state(engine.world.device),
         "order": engine.order_state if within else [generator.get_state() for generator in engine.generators()],
         "table": engine.table.state() if within and engine.table is not None else None,
+        **kept_state(engine, within=within),
     }
 
 
@@ -79,17 +83,10 @@ def _kept(thing: Any) -> State:
     return {"kind": type(thing).__qualname__, "state": thing.state_dict()}
 
 
-def _optimizer_state(optimizer: Optimizer, task: Task) -> State:
-    return {**_kept(optimizer), "holds": holds(optimizer, task.module), "own": optimizer is task.optimizer}
-
-
-def holds(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
-    """Returns the names of an optimizer's parameters, group by group; shapes, of those that are not the net's."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return [
-        [names.get(id(p), f"a parameter of shape {tuple(p.shape)}") for p in group["params"]]
-        for group in optimizer.param_groups
-    ]
+def _optimizer_state(optimizer: Optimizer, engine: Engine) -> State:
+    task = engine.task
+    held = {"holds": holds(optimizer, task.module), "held": held_at_first(engine, optimizer)}
+    return {**_kept(optimizer), **held, "own": optimizer is task.optimizer}
 
 
 def _other_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -111,6 +108,8 @@ def restore(engine: Engine, weights: Mapping[str, Any], run: State, ranks: list[
         ranks: what `rank_state` returned, of each rank that there was.
     """
     task = engine.task
+    beginning_of(engine)
+    set_learning(task.module, run.get("learns", {}))
     own, extra = task.module.state_dict(), extra_keys(task.module)
     cut = {
         name: cut_like(value, own[name]) if name in own and name not in extra else value
@@ -122,6 +121,7 @@ def restore(engine: Engine, weights: Mapping[str, Any], run: State, ranks: list[
     _load_buffers(task.module, run["buffers"])
     optimizers = find_optimizers(run["optimizers"], task)
     for optimizer, saved in zip(optimizers, run["optimizers"], strict=True):
+        regroup(optimizer, saved["holds"], task.module)
         load_optimizer(optimizer, saved["state"])
     engine.learner.knows(optimizers)
     if task.optimizer is None and optimizers:  # as at the end of the first epoch
@@ -165,12 +165,14 @@ def _start(engine: Engine, run: State, ranks: list[State]) -> Start:
     mine = ranks[world.rank] if same else ranks[0]
     for generator, state in zip(engine.generators(), mine["order"], strict=True):
         generator.set_state(state)
+    load_kept(engine, mine)
     table = mine["table"]
     if not same and within:
         table = add_up([rank["table"] for rank in ranks])
         table |= {} if world.is_main else {"samples": 0, "sums": {}}
 
     def randomness() -> None:
+        load_datasets(engine, mine)
         if same:
             load_random_state(mine["random"], world.device)
         else:  # the streams are each rank's own; those of other ranks are nobody's
@@ -214,10 +216,10 @@ def _found(saved: State, task: Task) -> Optimizer:
     alike = [
         thing
         for thing in all_optimizers()
-        if type(thing).__qualname__ == saved["kind"] and holds(thing, task.module) == saved["holds"]
+        if type(thing).__qualname__ == saved["kind"] and holds(thing, task.module) == at_first(saved)
     ]
     if len(alike) != 1:
-        names = [name for group in saved["holds"] for name in group]
+        names = [name for group in at_first(saved) for name in group]
         raise CheckpointError(
             f"the checkpoint has the state of an optimizer {saved['kind']} of {', '.join(names[:3])}"
             f"{', ...' * (len(names) > 3)}, and the recipe has {len(alike) or 'none'} of this kind. "
@@ -225,6 +227,12 @@ def _found(saved: State, task: Task) -> Optimizer:
         )
     found: Optimizer = alike[0]
     return found
+
+
+def at_first(saved: State) -> list[list[str]]:
+    """Returns what a saved optimizer held at the beginning of the run."""
+    held: list[list[str]] = saved["held"] if "held" in saved else saved["holds"]  # older ones lack the first
+    return held
 
 
 def check_order(engine: Engine, rank: State) -> None:

@@ -38,6 +38,8 @@ LAYERS = [
         "dtrain.forwards",
         "dtrain.forks",
         "dtrain.optimizers",
+        "dtrain.sources",
+        "dtrain.attributes",
     ],
     ["dtrain.identity", "dtrain.profiles", "dtrain.lock", "dtrain.slurm", "dtrain.starts"],
     ["dtrain.arrival"],

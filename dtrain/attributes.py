@@ -1,0 +1,52 @@
+"""The plain attributes of a net and its modules, which are no part of its `state_dict()`."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_OWN = frozenset(vars(nn.Module()))
+_LONGEST = 1000  # a longer list is data
+_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
+
+
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """Returns the attributes of a net and all modules in it by name, as in "model.layers.0.scaler".
+
+    Of one that is a list, tuple or dict, its elements come besides, as in "model.teachers.0".
+    """
+    found: dict[str, Any] = {}
+    for path, part in module.named_modules(prefix="model"):
+        for name, value in vars(part).items():
+            if name in _OWN:
+                continue
+            found[f"{path}.{name}"] = value
+            if type(value) in (list, tuple, dict) and len(value) > _LONGEST:
+                continue
+            if type(value) in (list, tuple):
+                found |= {f"{path}.{name}.{number}": inner for number, inner in enumerate(value)}
+            elif type(value) is dict:
+                found |= {f"{path}.{name}.{key}": inner for key, inner in value.items()}
+    return found
+
+
+def streams_of(module: nn.Module) -> dict[str, Any]:
+    """Returns the random generators among a net's attributes, by name."""
+    return {name: value for name, value in attributes_of(module).items() if type(value) in _GENERATORS}
+
+
+def quantities_of(module: nn.Module) -> dict[str, float]:
+    """Returns the plain numbers among a net's attributes, by name; of a tensor with one element, its value."""
+    found = {}
+    for name, value in attributes_of(module).items():
+        if type(value) in (int, float) or (_is_number(value) and not value.requires_grad):
+            found[name] = float(value)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter) and value.numel() == 1

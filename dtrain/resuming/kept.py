@@ -1,0 +1,139 @@
+"""What is kept besides net, optimizers and schedule: states of the loaders' parts, random streams on the net.
+
+What has a state that no checkpoint can hold is refused by name before the first step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dtrain.attributes import quantities_of, streams_of
+from dtrain.checkpoint.extra import check_extra
+from dtrain.checkpoint.streams import plain_generator
+from dtrain.checkpoint.tensors import check_storable
+from dtrain.checkpoint.tree import flatten
+from dtrain.engine import Engine
+from dtrain.errors import DtrainError, UsageError
+from dtrain.sources import Sources, load_state
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, Any]
+
+
+def sources_of(engine: Engine) -> dict[str, Sources]:
+    """Returns the loaders' parts by split."""
+    found = {"train": engine.train_loader.sources}
+    return found if engine.valid is None else found | {"valid": engine.valid.loader.sources}
+
+
+def kept_state(engine: Engine, *, within: bool) -> State:
+    """Returns what this rank has of them.
+
+    Args:
+        engine: where the run is.
+        within: whether it is within a train pass, of which the loaders' states are those that it began with.
+    """
+    sources = sources_of(engine)
+    states = {split: source.states() for split, source in sources.items()}
+    if within:
+        states["train"] = sources["train"].began
+    return {
+        "sources": states,
+        "datasets": sources["train"].states(datasets=True) if within else {},
+        "streams": dict(streams_of(engine.task.module)),
+    }
+
+
+def load_kept(engine: Engine, saved: Mapping[str, Any]) -> None:
+    """Puts back what `kept_state` returned, but for the datasets, which a resumed epoch may read from its beginning."""
+    states = saved.get("sources", {})
+    for split, source in sources_of(engine).items():
+        source.load(states.get(split, {}))
+    streams = streams_of(engine.task.module)
+    for name, stream in saved.get("streams", {}).items():
+        if name in streams:
+            load_state(streams[name], stream)
+
+
+def load_datasets(engine: Engine, saved: Mapping[str, Any]) -> None:
+    """Puts the training datasets to where they were, once the resumed epoch is where it was."""
+    engine.train_loader.sources.load(saved.get("datasets", {}))
+
+
+def check_kept(engine: Engine, saved: Mapping[str, Any], where: str) -> None:
+    """Compares what the loaders keep a state of with what was saved.
+
+    Raises:
+        UsageError: they are not the same parts; the first that differs is named.
+    """
+    for split, source in sources_of(engine).items():
+        there = {name: one["kind"] for name, one in saved.get("sources", {}).get(split, {}).items() if _own(one)}
+        here = {n: type(part).__qualname__ for n, part in source.stateful().items() if plain_generator(part) is None}
+        for name in there if "sources" in saved else ():
+            if there[name] != here.get(name):
+                raise UsageError(
+                    f"{where} does not fit the recipe: it has the state of dl_{split}{name and f'.{name}'}, a "
+                    f"{there[name]}, and that is {here.get(name, 'nothing with a state')} now."
+                )
+
+
+def _own(saved: State) -> bool:
+    return plain_generator(saved["state"]) is None
+
+
+def check_keepable(engine: Engine) -> None:
+    """Looks, before the first step, for what the first checkpoint could not hold; from now on the states are noted.
+
+    Raises:
+        UsageError, CheckpointError: something has a state that a checkpoint cannot hold; it is named.
+    """
+    module = engine.task.module
+    try:
+        for split, source in sources_of(engine).items():
+            source.check(split)
+            source.kept = True
+            for name, state in source.states().items():
+                flatten(state["state"], f"dl_{split}{name and f'.{name}'}: state")
+        check_extra(module)
+        state = module.state_dict()
+        check_storable({n: value for n, value in state.items() if isinstance(value, Tensor)}, "the net's ")
+        check_storable({n: b for n, b in module.named_buffers() if n not in state and not b.is_complex()}, "the net's ")
+        for name, other in engine.task.others.items():
+            flatten(other.state_dict(), name)
+    except DtrainError as error:
+        error.agreed = True  # the ranks' objects are alike
+        raise
+
+
+class Unkept:
+    """Numbers that are plain attributes of the net or its modules, which no checkpoint has.
+
+    Args:
+        engine: it has not trained yet, or was put to where a run was.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._module = engine.task.module
+        self._before = quantities_of(self._module)
+        self._told = not engine.world.is_main
+
+    def warn(self) -> None:
+        """Tells once of those that training has changed."""
+        if self._told:
+            return
+        now = quantities_of(self._module)
+        changed = [name for name, value in now.items() if name in self._before and self._before[name] != value]
+        if changed:
+            self._told = True
+            logger.warning(
+                "%s%s changed in training and %s in no checkpoint, so that a resumed run begins with the first value. "
+                "If the numbers depend on it, make it a buffer (register_buffer) or give it in get_extra_state.",
+                ", ".join(changed[:5]),
+                ", ..." * (len(changed) > 5),
+                "is" if len(changed) == 1 else "are",
+            )
