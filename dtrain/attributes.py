@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from dtrain.errors import UsageError
 
 _OWN = frozenset(vars(nn.Module()))
 _LONGEST = 1000  # a longer list is data
@@ -50,3 +53,21 @@ def quantities_of(module: nn.Module) -> dict[str, float]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter) and value.numel() == 1
+
+
+def check_materialized(module: nn.Module) -> None:
+    """Looks for parameters and buffers of lazy modules that have met no batch yet.
+
+    Raises:
+        UsageError: there is one; it is named.
+    """
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            path = name.rpartition(".")[0]
+            error = UsageError(
+                f"{name} has no shape yet: {path or 'the net'} is a lazy module "
+                f"({type(module.get_submodule(path)).__name__}). Run one batch through the net before dtrain gets it, "
+                "as in model(features)."
+            )
+            error.agreed = True  # the ranks' nets are alike
+            raise error

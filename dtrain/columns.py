@@ -18,6 +18,27 @@ _LESS = {
     *("loss", "losses", "error", "err", "mse", "rmse", "mae", "mape", "nll", "ce", "bce", "kl", "perplexity", "ppl"),
     *("wer", "cer", "fid", "brier", "ece", "deviation", "distance", "divergence", "regret", "cost", "energy"),
 }
+# And words that say that more is.
+_MORE = {
+    *("accuracy", "acc", "auc", "auroc", "auprc", "ap", "map", "f1", "precision", "recall", "iou", "miou", "dice"),
+    *(
+        "bleu",
+        "rouge",
+        "meteor",
+        "score",
+        "psnr",
+        "ssim",
+        "kappa",
+        "mcc",
+        "r2",
+        "ndcg",
+        "mrr",
+        "reward",
+        "top1",
+        "top5",
+    ),
+    *("sensitivity", "specificity", "jaccard", "likelihood", "correct", "hits", "hit", "success", "win", "elo"),
+}
 
 
 def metrics_of(names: Iterable[str]) -> list[str]:
@@ -54,3 +75,9 @@ def mode_of(name: str) -> Mode:
     """Returns which end of a metric is best, by the words of its name: of a loss or an error the lowest."""
     words = re.split(r"[^a-z]+", base_of(name).lower())
     return "min" if _LESS & set(words) else "max"
+
+
+def sure_mode_of(name: str) -> Mode | None:
+    """Returns the same where a word of the name says so; None where it is only taken for a metric of which more is."""
+    words = set(re.split(r"[^a-z0-9]+", base_of(name).lower()))
+    return mode_of(name) if words & (_LESS | _MORE) else None

@@ -240,8 +240,8 @@ class Engine:
 
     def updates_in_all(self) -> int | None:
         """Returns the optimizer steps of the whole run; None where the loader cannot tell its length."""
-        steps = self.train_loader.steps()
-        total = None if steps is None else -(-steps // self.accumulation) * self.epochs
+        epochs = self.train_loader.steps_of_epochs(self.epochs)
+        total = None if epochs is None else sum(-(-steps // self.accumulation) for steps in epochs)
         if self.max_steps is None:
             return total
         return self.max_steps if total is None else min(total, self.max_steps)

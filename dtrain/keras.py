@@ -22,8 +22,10 @@ from dtrain.errors import UsageError
 from dtrain.fsdp.settings import refuse_sharding
 from dtrain.inference import evaluate_task, predict
 from dtrain.learning import Task
+from dtrain.plateau import check_plateau
 from dtrain.precision import Precision, check_precision
 from dtrain.progress import Progress, fed, progress_of
+from dtrain.schedules import check_total_steps
 from dtrain.spawn.call import call_on_ranks, starts_ranks
 from dtrain.synced import is_torchmetric
 from dtrain.world import World, bring_up
@@ -59,7 +61,8 @@ class KerasModel(nn.Module):
             which is computed once an epoch, over all samples of all ranks. Mind that torchmetrics guesses from the
             range of each batch whether it got logits or probabilities: probabilities are safe.
         optimizer: by default Adam with a learning rate of 3e-4.
-        lr_scheduler: a torch learning-rate scheduler, which counts optimizer steps.
+        lr_scheduler: a torch learning-rate scheduler, which counts optimizer steps; ReduceLROnPlateau counts epochs and
+            watches the `monitor` of `fit`.
     """
 
     def __init__(
@@ -202,6 +205,7 @@ class KerasModel(nn.Module):
         world = world if world is not None else bring_up(cpu=cpu)
         refuse_sharding(world.sharding, world.size, "KerasModel.fit")
         task = self._task(plan.train_data, plan.val_data)
+        task.monitor = plan.monitor
         engine = Engine(
             task,
             world,
@@ -218,6 +222,8 @@ class KerasModel(nn.Module):
         keeper = _keeper(plan, engine)
         if keeper is not None:
             engine.after_epoch.append(keeper.look)
+        check_plateau(engine, "monitor", "the argument of fit", plan.mode)
+        check_total_steps(engine)
         history = engine.fit()
         if engine.ended is not None and verbose is True and world.is_main:
             print(engine.ended)  # noqa: T201

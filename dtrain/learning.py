@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.accumulation import HeldBack
+from dtrain.attributes import check_materialized
 from dtrain.batchnorm import SyncedBatchNorm
 from dtrain.checks import batches_alike, check_optimizers, check_takes, not_called
 from dtrain.clipping import UNLIMITED, Clipping, Limit
@@ -75,6 +76,7 @@ class Task:
         optimizer: by default `module.optimizer`; an imperative step may bring its own.
         scheduler: a torch learning-rate scheduler, or None.
         interval: whether the scheduler counts epochs or optimizer steps.
+        monitor: the column that ReduceLROnPlateau watches; None for `val_loss`, else `loss`.
         metrics: name -> torchmetrics object; a step's value of that name is what the object is updated with.
         others: name -> more that has a state to go on from (`state_dict`, `load_state_dict`): a weight average, say.
     """
@@ -87,6 +89,7 @@ class Task:
     optimizer: Optimizer | None = None
     scheduler: Any = None
     interval: Interval = "epoch"
+    monitor: str | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, Any] = field(default_factory=dict)
 
@@ -94,6 +97,7 @@ class Task:
         """Takes the optimizer from the net and puts it there, so that steps find it."""
         if self.dl_valid is not None and self.valid_step is None:
             raise UsageError("there is a validation loader but no valid_step. Define one, or leave the loader out.")
+        check_materialized(self.module)
         _refuse_loss_as_layer(self.module)
         found = getattr(self.module, "optimizer", None)
         if self.optimizer is None and hasattr(found, "param_groups"):
@@ -134,6 +138,7 @@ class Learner:
 
     Attributes:
         kind: the kind of the train step, known after the first one.
+        told_kind: called with it, before the optimizer steps where that is dtrain's to do.
         finite: looks at the losses.
         scaler: float16's, None with another precision.
     """
@@ -152,6 +157,7 @@ class Learner:
         sharding: Sharding | None = None,
     ) -> None:
         self.kind: Kind | None = None
+        self.told_kind: list[Callable[[Kind], None]] = []
         self.finite = FiniteLoss(nan, task.module, world)
         self._task = task
         self._world = world
@@ -276,6 +282,8 @@ class Learner:
         stepped = bool(self._witness.optimizers) or (self._held is not None and self._held.asked)
         self.kind = kind_of(stepped, bool(backward), values.get("loss"))
         logger.info("the train step is %s", self.kind)
+        for tell in self.told_kind:
+            tell(self.kind)
         if self.kind == "declarative":
             self._descend(values.get("loss"), share)
         check_optimizers(self._witness.optimizers, task.module, self._world.size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dtrain.errors import UsageError
 from dtrain.learning import Interval, Task
@@ -37,20 +37,26 @@ class Rates:
         """An optimizer step, or an epoch with its row, is over: steps the scheduler, where it counts these.
 
         Raises:
-            UsageError: it watches a loss, and there is none.
+            UsageError: it watches a column, and there is none of this name.
         """
         scheduler = self._task.scheduler
         if scheduler is None or self._task.interval != interval:
             return
         if interval == "step":
             self.rate = self.now()
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            monitored = None if row is None else row.get("val_loss", row.get("loss"))
-            if monitored is None:
-                raise UsageError(
-                    "ReduceLROnPlateau counts epochs and watches a value named loss: return it from build_scheduler "
-                    "without 'step', and return a loss from the steps."
-                )
-            scheduler.step(float(monitored))
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(float(self._watched(row)))
         else:
             scheduler.step()
+
+    def _watched(self, row: Mapping[str, Any] | None) -> Any:
+        """Returns the value of the column that ReduceLROnPlateau watches."""
+        names = ("val_loss", "loss") if self._task.monitor is None else (self._task.monitor,)
+        found = next((row[name] for name in names if name in row), None) if row is not None else None
+        if found is None:
+            raise UsageError(
+                f"ReduceLROnPlateau counts epochs and watches a column of the history, {names[0]}: return it from "
+                "build_scheduler without 'step', and return such a value from the steps, or name another column with "
+                "scheduler.monitor (scheduler_monitor in Python)."
+            )
+        return found

@@ -20,18 +20,19 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from dtrain import share
 from dtrain.attributes import attributes_of
 from dtrain.config import BUILDER_SECTIONS, Settings
-from dtrain.errors import RecipeError, add_remark, nearest
+from dtrain.errors import ConfigError, RecipeError, add_remark, nearest
 from dtrain.learning import Interval, Task
 from dtrain.parameters import freeze, regroup
 from dtrain.recipe_file import locate, module_name, syntax_problem
 from dtrain.recomputing import KEY as RECOMPUTED
 from dtrain.recomputing import recompute
-from dtrain.signatures import Builder, check_parameters
+from dtrain.signatures import MONITOR, Builder, check_parameters, own_keys
 from dtrain.sources import parts_of
 from dtrain.synced import check_metrics
 
@@ -165,7 +166,25 @@ def bind(recipe: Recipe, settings: Settings) -> Task:
         module, train_step, dl_train, valid_step, dl_valid, optimizer, scheduler, interval, metrics=_metrics(recipe)
     )
     task.others = _others(recipe, task)
+    task.monitor = _plateau_monitor(recipe, settings, scheduler)
     return task
+
+
+def _plateau_monitor(recipe: Recipe, settings: Settings, scheduler: Any) -> str | None:
+    """Returns the column that ReduceLROnPlateau watches, where the config names one; None for another scheduler.
+
+    Raises:
+        ConfigError: `scheduler.monitor` is no name, or there is nothing that would watch it.
+    """
+    given = settings.config.scheduler.get(MONITOR) if MONITOR in own_keys(recipe.builders, "scheduler") else None
+    plateau = isinstance(scheduler, ReduceLROnPlateau)
+    if given is not None and not (plateau and isinstance(given, str)):
+        raise ConfigError(
+            f"scheduler.{MONITOR} = {given!r} ({settings.place_of(f'scheduler.{MONITOR}')}): it names the column that "
+            f"ReduceLROnPlateau watches, and build_scheduler returned {type(scheduler).__name__}. "
+            "Leave it out, or return a ReduceLROnPlateau."
+        )
+    return (given or settings.config.checkpoint.monitor) if plateau else None
 
 
 def _others(recipe: Recipe, task: Task) -> dict[str, Any]:
@@ -208,7 +227,8 @@ def _built(recipe: Recipe, settings: Settings, section: str, *first: Any) -> Any
     builder = recipe.builders.get(section)
     if builder is None:
         return None
-    parameters = getattr(settings.config, section)
+    own = own_keys(recipe.builders, section)
+    parameters = {key: value for key, value in getattr(settings.config, section).items() if key not in own}
     try:
         inspect.signature(builder.function).bind(*first, **parameters)
     except ValueError:

@@ -27,6 +27,7 @@ from dtrain.launch.requests import FILE_NAME as STOP_FILE
 from dtrain.launch.requests import StopRequest
 from dtrain.lock import owned
 from dtrain.norms import Norms
+from dtrain.plateau import check_plateau
 from dtrain.profiling import Profile, start_profile
 from dtrain.progress import Voice, together
 from dtrain.recipe_file import locate
@@ -36,6 +37,7 @@ from dtrain.resuming.fitting import check_facts, check_ranks, check_shapes, fact
 from dtrain.resuming.keeper import Keeper
 from dtrain.resuming.state import restore
 from dtrain.run_folder import CHECKPOINTS, VALIDATIONS, Opened, open_folder, take_up
+from dtrain.schedules import check_total_steps
 from dtrain.seeding import deterministic
 from dtrain.starts import commit_of, here, noted
 from dtrain.stopping import Stopping, check_not_asked
@@ -109,6 +111,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
         if world.is_main:
             tell_complete(engine, settings, folder, voice)
         return folder
+    check_total_steps(engine)
     tracking = agree(world, lambda: _start_tracking(engine, settings, folder, ids) if world.is_main else None)
     unbegun = owner.enter_context(_ended(tracking, engine))  # what is set up below may fail, before _fit ends them
     if world.is_main and train.nan != "ignore":
@@ -154,6 +157,9 @@ def _check_monitors(engine: Engine, settings: Settings) -> None:
     check_early(engine, kept.monitor, "checkpoint.monitor", settings.place_of("checkpoint.monitor"))
     if early.patience is not None:
         check_early(engine, early.monitor, "early_stopping.monitor", settings.place_of("early_stopping.monitor"))
+    key = "scheduler.monitor" if settings.place_of("scheduler.monitor") != "default" else "checkpoint.monitor"
+    declared = kept.mode if kept.monitor == engine.task.monitor else None
+    check_plateau(engine, key, settings.place_of(key), declared)
 
 
 def _watched(

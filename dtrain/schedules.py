@@ -7,15 +7,20 @@ ranks. Step s of T, with W of warm-up: (s + 1) / W while s < W; then, with p = (
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, OneCycleLR, SequentialLR
 
 from dtrain.config.schema import TrainConfig
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
+from dtrain.steps import Kind
+
+logger = logging.getLogger(__name__)
 
 Shape = Literal["constant", "linear", "cosine"]
 
@@ -65,10 +70,31 @@ def follow_schedule(engine: Engine, train: TrainConfig) -> None:
     if total is None:
         raise UsageError(f"{what}: the training loader has no length, so that its end cannot be known.")
     # A function, not an object: it counts by the config, and not by a checkpoint's, which may have had fewer epochs.
-    task.scheduler = LambdaLR(
-        task.optimizer, factor(train.schedule, total, _warmup(train, total, engine.epochs), train.floor)
-    )
+    of_step = factor(train.schedule, total, _warmup(train, total, engine.epochs), train.floor)
+    if engine.world.is_main and train.schedule != "constant":
+        of_step = _told_when_over(of_step, total, what)
+    task.scheduler = LambdaLR(task.optimizer, of_step)
     task.interval = "step"
+
+
+def _told_when_over(of_step: Callable[[int], float], total: int, what: str) -> Callable[[int], float]:
+    """Warns once where there are more steps than the loader's length said."""
+    told = False
+
+    def watched(step: int) -> float:
+        nonlocal told
+        if step > total and not told:
+            told = True
+            logger.warning(
+                "%s came to its end after %d optimizer steps, which the training loader's length came to before the "
+                "first one; there are more, at its last rate. A dataset that tells its length of each epoch after "
+                "set_epoch(epoch) is counted rightly; so is train.max_steps.",
+                what,
+                total,
+            )
+        return of_step(step)
+
+    return watched
 
 
 def _warmup(train: TrainConfig, total: int, epochs: int) -> int:
@@ -77,3 +103,84 @@ def _warmup(train: TrainConfig, total: int, epochs: int) -> int:
     if train.warmup_epochs is not None:
         return round(train.warmup_epochs * total / epochs)
     return round((train.warmup_fraction or 0.0) * total)
+
+
+def check_total_steps(engine: Engine) -> None:
+    """Looks whether a schedule with a fixed number of steps lasts for the whole run.
+
+    How many optimizer steps there are is known for a train step that returns its loss: one for each batch, or group of
+    them. One that steps itself may take fewer; then it is a warning. It is looked at once the kind is known, before the
+    first optimizer step that is dtrain's to take.
+
+    Args:
+        engine: it has not trained yet, and was put to where the run was, whose schedule it has.
+
+    Raises:
+        UsageError: torch's OneCycleLR would raise in the midst of training. Where it counts optimizer steps, the engine
+            raises it.
+    """
+    task = engine.task
+    if not any(True for _ in _limited(task.scheduler, 0)):
+        return
+    needed = engine.epochs if task.interval == "epoch" else engine.updates_in_all()
+    for scheduler, steps in () if needed is None else _limited(task.scheduler, needed):
+        if steps <= scheduler.total_steps:
+            continue
+        text = _too_short(engine, scheduler, steps)
+        if task.interval == "epoch" and isinstance(scheduler, OneCycleLR):
+            raise _agreed(text)
+        if isinstance(scheduler, OneCycleLR):
+            engine.learner.told_kind.append(lambda kind, text=text: _tell(engine, kind, text))  # type: ignore[misc]
+        elif engine.world.is_main:
+            logger.warning("%s", text)
+        return
+
+
+def _limited(scheduler: Any, needed: int) -> Iterator[tuple[Any, int]]:
+    """Yields the schedulers that have a number of steps, each with the steps that it is to take."""
+    if isinstance(scheduler, SequentialLR):
+        starts = [0, *scheduler._milestones]
+        ends = [*(min(needed, end - 1) for end in scheduler._milestones), needed]
+        for one, start, end in zip(scheduler._schedulers, starts, ends, strict=False):
+            yield from _limited(one, max(0, end - start))
+    elif isinstance(scheduler, ChainedScheduler):
+        for one in scheduler._schedulers:
+            yield from _limited(one, needed)
+    elif isinstance(getattr(scheduler, "total_steps", None), int):
+        yield scheduler, needed
+
+
+def _tell(engine: Engine, kind: Kind, text: str) -> None:
+    if kind == "declarative":
+        raise _agreed(text)
+    if engine.world.is_main:
+        logger.warning("%s It counts the steps that the train step takes: it may be right if these are fewer.", text)
+
+
+def _too_short(engine: Engine, scheduler: Any, needed: int) -> str:
+    by_epochs, total = engine.task.interval == "epoch", scheduler.total_steps
+    what = "epochs" if by_epochs else "optimizer steps"
+    fits = total if by_epochs else _epochs_within(engine, total)
+    fewer = f"train {fits} epoch{'s' * (fits != 1)} (train.epochs={fits})" if fits else "train fewer steps"
+    text = (
+        f"the scheduler ({type(scheduler).__name__}) is made for {total} {what} (total_steps), and there are {needed}."
+    )
+    if engine.place.updates:
+        return (
+            f"{text} The schedule of a run that has begun cannot be made longer: {fewer}, or begin a new run (another "
+            f"run.name) with total_steps={needed}."
+        )
+    return f"{text} Have it made with total_steps={needed}, or {fewer}."
+
+
+def _epochs_within(engine: Engine, total: int) -> int:
+    """Returns how many epochs so many optimizer steps are enough for."""
+    steps = engine.train_loader.steps_of_epochs(engine.epochs) or []
+    taken = itertools.accumulate(-(-number // engine.accumulation) for number in steps)
+    return sum(1 for number in taken if number <= total)
+
+
+def _agreed(text: str) -> UsageError:
+    error = UsageError(text)
+    error.agreed = True  # the same on every rank
+    return error

@@ -36,6 +36,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from dtrain.attributes import check_materialized
 from dtrain.checks import check_optimizers, check_same_task
 from dtrain.dealing import BatchMode
 from dtrain.errors import AgreedError, Failure, UsageError
@@ -89,6 +90,7 @@ def prepare(
         raise UsageError(f"batch = {batch!r}: should be 'per_rank' or 'global'.")
     for position, other in enumerate(others, start=2):
         _check_other(other, position)
+    check_materialized(model)
     world = PROCESS.joined(cpu=cpu)
     refuse_sharding(world.sharding, world.size, "dtrain.prepare")
     loaders = {f"argument {n}'s": o for n, o in enumerate(others, start=2) if not isinstance(o, Optimizer)}

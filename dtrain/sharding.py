@@ -107,6 +107,11 @@ class ShardedLoader:
         batches = batches if self._how.limit is None else min(batches, self._how.limit)
         return batches if self._how.mode == "global" else -(-batches // self._how.size)
 
+    def steps_of_epochs(self, epochs: int) -> list[int] | None:
+        """Returns the steps of each epoch's pass, which `set_epoch` may change; None where the loader cannot tell."""
+        found = self.sources.over_epochs(epochs, self.steps)
+        return [steps for steps in found if steps is not None] if None not in found else None
+
     @property
     def fingerprint(self) -> float:
         """A number that stands for the order of this epoch's first samples; 0 where it is not known."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.errors import ConfigError, nearest
+
+MONITOR = "monitor"  # of the scheduler's section: dtrain's own key, unless build_scheduler has such a parameter
 
 _SCALARS = (bool, int, float, str)
 
@@ -97,9 +99,18 @@ def check_parameters(builders: dict[str, Builder], path: Path, settings: Setting
         raise ConfigError("\n".join(problems))
 
 
+def own_keys(builders: Mapping[str, Builder], section: str) -> tuple[str, ...]:
+    """Returns the keys of a section that are dtrain's and not its builder's."""
+    builder = builders.get(section)
+    return (MONITOR,) if section == "scheduler" and builder is not None and MONITOR not in builder.parameters else ()
+
+
 def _check_section(section: str, builder: Builder, given: dict[str, Any], settings: Settings) -> list[str]:
     problems = []
+    own = own_keys({section: builder}, section)
     for key, value in list(given.items()):
+        if key in own:
+            continue
         at = f"{section}.{key} = {value!r} ({settings.place_of(f'{section}.{key}')})"
         parameter = builder.parameters.get(key)
         if parameter is None:

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from dtrain.errors import UsageError
+from dtrain.seeding import CommonRandomness
 
+T = TypeVar("T")
 State = dict[str, Any]
 
 _PARTS = (Dataset, Sampler, DataLoader)
@@ -109,6 +111,29 @@ class Sources:
         if entered != epoch:
             self.enter(epoch)
             self._entered = None
+
+    def over_epochs(self, epochs: int, ask: Callable[[], T]) -> list[T]:
+        """Returns what a question comes to in each epoch, asked ahead; the parts are then as they were.
+
+        Args:
+            epochs: how many, from the first.
+            ask: is called with the parts told of each epoch in turn; once, where none is told of epochs.
+        """
+        if not knows_epochs(self.loader):
+            return [ask()] * epochs
+        parts = [part for part in parts_of(self.loader).values() if hasattr(part, "__dict__")]
+        before = [dict(vars(part)) for part in parts]
+        answers = []
+        try:
+            with CommonRandomness(0)():  # what is drawn here is drawn from nobody's stream
+                for epoch in range(1, epochs + 1):
+                    enter_epoch(self.loader, epoch)
+                    answers.append(ask())
+        finally:
+            for part, own in zip(parts, before, strict=True):
+                vars(part).clear()
+                vars(part).update(own)
+        return answers
 
     def stateful(self) -> dict[str, Any]:
         """Returns, by name, the parts that have a state: themselves, and random generators among their attributes."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from dtrain.errors import StepError, UsageError
 
 if TYPE_CHECKING:
     from dtrain.world import World
+
+_ROUNDING = 1e-5  # of float32 on machines that are not alike
 
 
 def is_torchmetric(thing: Any) -> bool:
@@ -76,16 +78,41 @@ def compute_all(metrics: Mapping[str, Any], world: World) -> dict[str, float]:
         name -> value, equal on all ranks to the last bit.
 
     Raises:
-        StepError: a metric's value is not one number, or its state cannot be gathered.
+        StepError: a metric's value is not one number, its state cannot be gathered, or the ranks come to different
+            values of one.
     """
     if not metrics:
         return {}
     _check_gatherable(metrics, world)
-    values = [_number(name, metric.compute()) for name, metric in metrics.items()]
+    mine = {name: _number(name, metric.compute()) for name, metric in metrics.items()}
+    if world.size == 1:
+        return mine
+    told = world.gather_json(mine)
+    for name in metrics:
+        _check_equal(name, [values[name] for values in told])
     # Decisions (early stopping) hang on these, and ranks on unlike machines may round them differently.
-    agreed = torch.tensor(values, dtype=world.sum_dtype, device=world.device)
-    world.broadcast_([agreed])
-    return dict(zip(metrics, agreed.tolist(), strict=True))
+    return {name: float(told[0][name]) for name in metrics}
+
+
+def _check_equal(name: str, values: list[float]) -> None:
+    """Looks whether the ranks came to one value, which they compute of the same gathered states.
+
+    Raises:
+        StepError: they did not; every rank raises it.
+    """
+    if all(_close(value, values[0]) for value in values):
+        return
+    error = StepError(
+        f"metric {name!r} came to different values on the ranks, although each has the samples of all: "
+        f"{', '.join(f'{value:.6g} on rank {rank}' for rank, value in enumerate(values))}. Does it keep something "
+        "besides its states (add_state), which other ranks do not see, or depend on the order of the samples?"
+    )
+    error.agreed = True
+    raise error
+
+
+def _close(one: float, two: float) -> bool:
+    return math.isclose(one, two, rel_tol=_ROUNDING, abs_tol=_ROUNDING) or (math.isnan(one) and math.isnan(two))
 
 
 def _number(name: str, value: Any) -> float:

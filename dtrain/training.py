@@ -16,8 +16,10 @@ from dtrain.engine import Engine
 from dtrain.errors import UsageError
 from dtrain.fsdp.settings import refuse_sharding
 from dtrain.learning import Interval, Task
+from dtrain.plateau import check_plateau
 from dtrain.precision import Precision, check_precision
 from dtrain.progress import Progress, fed, progress_of
+from dtrain.schedules import check_total_steps
 from dtrain.spawn.call import call_on_ranks, starts_ranks
 from dtrain.steps import Step
 from dtrain.synced import check_metrics
@@ -57,6 +59,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     optimizer: Optimizer | None = None,
     scheduler: Any = None,
     scheduler_interval: Interval = "epoch",
+    scheduler_monitor: str | None = None,
     metrics: Mapping[str, Any] | None = None,
     batch: BatchMode = "per_rank",
     accumulation: int = 1,
@@ -87,6 +90,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         optimizer: by default `model.optimizer`.
         scheduler: a torch learning-rate scheduler.
         scheduler_interval: whether the scheduler counts epochs or optimizer steps.
+        scheduler_monitor: the column of the history that ReduceLROnPlateau watches; by default val_loss, without
+            validation loss.
         metrics: name -> torchmetrics metric, computed once an epoch over all samples of all ranks; a step's value
             of that name is what it is updated with: `{"loss": loss, "auroc": (predictions, labels)}`.
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
@@ -136,6 +141,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         optimizer=optimizer,
         scheduler=scheduler,
         interval=scheduler_interval,
+        monitor=scheduler_monitor,
         metrics=check_metrics(metrics, "metrics"),
     )
     if num_processes is not None and starts_ranks(num_processes, world):
@@ -159,6 +165,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         ema_decay=ema_decay,
         progress=progress_of(verbose, is_main=world.is_main, log_step_freq=log_step_freq),
     )
+    check_plateau(engine, "scheduler_monitor", "the argument of train_model")
+    check_total_steps(engine)
     history = engine.fit()
     if engine.average is not None:
         engine.average.settle()

@@ -15,6 +15,7 @@ from dtrain.config.flat import flatten
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
 from dtrain.launch.fingerprint import file_hash
+from dtrain.plateau import watched_column
 from dtrain.recipe_file import locate
 from dtrain.resuming.changed import beginning_of, holds
 from dtrain.resuming.kept import check_kept
@@ -58,6 +59,7 @@ def facts_of(engine: Engine, settings: Settings) -> dict[str, Any]:
         "config": settings.plain(),
         "recipe": recipe_facts(settings),
         "data": beginning_of(engine).lengths,
+        "plateau": watched_column(engine),
     }
 
 
@@ -87,6 +89,11 @@ def check_facts(there: Mapping[str, Any], here: Mapping[str, Any], settings: Set
         for name, count in here["data"].items()
         if there["data"].get(name) != count
     ]
+    if "plateau" in there and there["plateau"] != here.get("plateau"):
+        differences.append(
+            f"the column that ReduceLROnPlateau watches was {there['plateau']} and is {here.get('plateau')} "
+            "(scheduler.monitor, else checkpoint.monitor)"
+        )
     if there["recipe"]["name"] != here["recipe"]["name"]:
         differences.append(f"the recipe was {there['recipe']['name']} and is {here['recipe']['name']}")
     elif there["recipe"]["content"] != here["recipe"]["content"]:
