@@ -43,11 +43,17 @@ def streams_of(module: nn.Module) -> dict[str, Any]:
 
 
 def quantities_of(module: nn.Module) -> dict[str, float]:
-    """Returns the plain numbers among a net's attributes, by name; of a tensor with one element, its value."""
+    """Returns the plain numbers among a net's attributes, by name; of a tensor with one element, its value.
+
+    Modules with an extra state (`get_extra_state`) are left out, which has theirs.
+    """
     found = {}
-    for name, value in attributes_of(module).items():
-        if type(value) in (int, float) or (_is_number(value) and not value.requires_grad):
-            found[name] = float(value)
+    for path, part in module.named_modules(prefix="model"):
+        if type(part).get_extra_state is not nn.Module.get_extra_state:
+            continue
+        for name, value in vars(part).items():
+            if type(value) in (int, float) or (_is_number(value) and not value.requires_grad):
+                found[f"{path}.{name}"] = float(value)
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dtrain.attributes import attributes_of
 from dtrain.engine import Engine
 from dtrain.errors import CheckpointError
 from dtrain.optimizers import optimizers_holding
@@ -42,14 +43,20 @@ def beginning_of(engine: Engine) -> Beginning:
     """Returns what an engine's task was when this was first asked, which is before it trains or takes up a run."""
     if engine.began is None:
         module = engine.task.module
-        ids = {id(parameter) for parameter in module.parameters()}
         engine.began = Beginning(
             _lengths(engine),
             {name: parameter.requires_grad for name, parameter in module.named_parameters()},
-            [(optimizer, holds(optimizer, module)) for optimizer in optimizers_holding(ids)],
+            [(optimizer, holds(optimizer, module)) for optimizer in _optimizers(engine)],
         )
     began: Beginning = engine.began
     return began
+
+
+def _optimizers(engine: Engine) -> list[Optimizer]:
+    """Returns the task's optimizer and those on the net; where there is none, all that hold its parameters."""
+    module, own = engine.task.module, engine.task.optimizer
+    found = [thing for thing in (own, *attributes_of(module).values()) if isinstance(thing, Optimizer)]
+    return found or optimizers_holding({id(parameter) for parameter in module.parameters()})
 
 
 def _lengths(engine: Engine) -> dict[str, int]:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 
 average = None  # of the weights: an object of the file's own, with a state
+hidden_stream = random.Random(5)
 
 
 class Noisy(Dataset):
@@ -40,7 +41,8 @@ class Net(nn.Module):
 def build_model(hidden: int = 6, dropout: float = 0.2, pause: float = 0.0, fault: str = ""):
     global average  # noqa: PLW0603 - as notebooks do
     model = Net(hidden, dropout)
-    model.pause, model.fault, model.hidden_stream = pause, fault, random.Random(5)
+    model.pause, model.fault = pause, fault
+    hidden_stream.seed(5)
     average = torch.optim.swa_utils.AveragedModel(model, avg_fn=lambda old, new, _: 0.9 * old + 0.1 * new)
     return model
 
@@ -56,10 +58,12 @@ class OwnStream(Noisy):
 
 
 class OwnOrder(Sampler):
-    """Draws the order from a stream of its own."""
+    """Draws the order from a stream of its class, which is no attribute of its own."""
+
+    stream = random.Random(5)
 
     def __init__(self, data):
-        self.data, self.stream = data, random.Random(5)
+        self.data = data
 
     def __len__(self):
         return len(self.data)
@@ -91,7 +95,7 @@ def train_step(model, index, x, y):
         model.order.mul_(31).add_(number + 1)
     loss = (model(x) - y).square().mean()
     if model.fault == "stream":
-        loss = loss * model.hidden_stream.random()
+        loss = loss * hidden_stream.random()
     average.update_parameters(model)
     return loss, loss.detach().sqrt()
 
