@@ -217,7 +217,11 @@ def _has_state(part: Any) -> bool:
 
 
 def _state_of(part: Any) -> Any:
-    return copy.deepcopy(part if type(part) in _GENERATORS else part.state_dict())
+    state = part if type(part) in _GENERATORS else part.state_dict()
+    try:
+        return copy.deepcopy(state)
+    except (TypeError, RuntimeError, NotImplementedError, copy.Error):
+        return state  # what cannot be copied cannot be saved, which is told by its name where it is due
 
 
 def load_state(part: Any, state: Any) -> None:

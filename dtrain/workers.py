@@ -58,4 +58,7 @@ def let_workers_go(loader: Any) -> None:
     Those that are started for the next epoch have a dataset that was told.
     """
     if isinstance(loader, DataLoader) and loader.persistent_workers and knows_epochs(loader.dataset):
+        if loader._iterator is not None:
+            # Now, since what the new workers have of them, once forked, would be ended by these too.
+            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
         loader._iterator = None
