@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torchmetrics
 from helpers.commands import Dtrain
+from helpers.ranks import run_ranks
 from helpers.sweep import some
 from sklearn.datasets import load_digits
 from sklearn.metrics import f1_score, roc_auc_score
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import dtrain as library
 
@@ -58,3 +64,91 @@ def test_a_builder_with_parameters_is_told_that_it_gets_none(dtrain: Dtrain, rec
     done = dtrain("train", "scores.py")
     assert done.code == 2
     assert "build_metrics takes no parameters, but asks for classes" in done.err
+
+
+class Outside(torchmetrics.Metric):
+    """Keeps its value where no other rank sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), "sum")
+        self.last = 0.0
+
+    def update(self, values: torch.Tensor) -> None:
+        self.total += values.sum()
+        self.last = float(values.max())
+
+    def compute(self) -> torch.Tensor:
+        return torch.tensor(self.last)
+
+
+def values_of_metrics(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(n)
+    return torch.rand(n, 1, generator=draw), torch.randint(0, 2, (n,), generator=draw)
+
+
+def rows_of(world, counts: list[int], broken: bool) -> list[Any]:
+    """One rank: the rows of short runs, each over so many samples in batches of 2, of which ranks may have none."""
+    answers: list[Any] = []
+    for n in counts:
+        for mode in ("per_rank", "global"):
+            metrics = {
+                "auroc": torchmetrics.AUROC(task="binary"),
+                "f1": torchmetrics.F1Score(task="binary"),
+                "mean": torchmetrics.MeanMetric(),
+                "cat": torchmetrics.SpearmanCorrCoef(),
+            }
+            metrics |= {"outside": Outside()} if broken else {}
+            net = nn.Linear(1, 1)
+            net.optimizer = torch.optim.SGD(net.parameters(), lr=0.0)  # type: ignore[assignment]
+
+            def step(model, x, y, broken=broken):
+                loss = (model(x) * 0).mean()
+                if model.training:
+                    return {"loss": loss}
+                fed = {"auroc": (x[:, 0], y), "f1": (x[:, 0], y), "mean": x, "cat": (x[:, 0], y.float())}
+                return {"loss": loss, **fed} | ({"outside": x} if broken else {})
+
+            data = TensorDataset(*values_of_metrics(n))
+            loaders = [DataLoader(TensorDataset(*values_of_metrics(6)), 2), DataLoader(data, 2)]
+            try:
+                frame = library.train_model(
+                    net,
+                    2,
+                    *loaders,
+                    train_step=step,
+                    valid_step=step,
+                    metrics=metrics,
+                    batch=mode,
+                    verbose=False,
+                    world=world,
+                )
+                answers.append(frame.drop(columns=["seconds", "samples_per_second"]).to_dict("records"))
+            except library.StepError as error:
+                answers.append(str(error))
+    return answers
+
+
+@pytest.mark.parametrize("ranks", some([3], [1, 2]))
+def test_all_ranks_have_the_values_of_all_samples(ranks: int) -> None:
+    counts = [3, 7]  # on 3 ranks with batches of 2: one rank has none; the last batch is ragged
+    answers = run_ranks(rows_of, ranks, counts=counts, broken=False)
+    assert all(answer == answers[0] for answer in answers), "every rank's rows, to the last bit"
+    for number, rows in enumerate(answers[0]):
+        scores, labels = (part.numpy() for part in values_of_metrics(counts[number // 2]))
+        for row in rows:
+            assert row["val_auroc"] == pytest.approx(roc_auc_score(labels, scores[:, 0]), rel=1e-6)
+            assert row["val_f1"] == pytest.approx(f1_score(labels, scores[:, 0] > 0.5), rel=1e-6)
+            assert row["val_mean"] == pytest.approx(scores.mean(), rel=1e-6)
+            spearman = np.corrcoef(scores[:, 0].argsort().argsort(), _mean_ranks(labels))[0, 1]
+            assert row["val_cat"] == pytest.approx(spearman, rel=1e-5)
+
+
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
+    return np.array([np.mean([np.sum(values < value) + 1, np.sum(values <= value)]) for value in values])
+
+
+def test_values_that_differ_between_ranks_are_told_on_each() -> None:
+    for answers in run_ranks(rows_of, 2, counts=[7], broken=True):
+        assert all("metric 'outside' came to different values on the ranks" in answer for answer in answers)
+        assert all("on rank 0, " in answer and "on rank 1." in answer for answer in answers)

@@ -115,3 +115,84 @@ def test_weights_of_two_names_are_saved_as_one(dtrain: Dtrain, recipes: Path) ->
     assert frames[0]["val_loss"].tolist() == frames[1]["val_loss"].tolist()
     done = dtrain("evaluate", "runs/whole", "--checkpoint", "last", "--cpu")
     assert f"val_loss = {frames[0]['val_loss'].iloc[-1]:.6f}"[:18] in done.out, done.text
+
+
+def plain_average(steps: list[dict[str, np.ndarray]], decay: float) -> dict[str, np.ndarray]:
+    """The recursion in float64, of all parameters, also while they are frozen."""
+    average = steps[0]
+    for weights in steps[1:]:
+        average = {name: decay * average[name] + (1 - decay) * weights[name] for name in weights}
+    return average
+
+
+def moving(world, dtype: str, decay: float, changes: dict[str, bool], sharded: bool) -> dict[str, Any]:
+    """One rank: trains with some layers frozen and unfrozen at some steps; the weights of each step, and the average."""
+    from dtrain.engine import Engine
+    from dtrain.fsdp.settings import Sharding
+    from dtrain.fsdp.tensors import whole_tensor
+    from dtrain.learning import Task
+
+    torch.manual_seed(5)
+    kind = getattr(torch, dtype)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).to(kind)
+    for name in changes:
+        first = min(key for key in changes if key.startswith(name.partition("@")[0]))
+        net[int(name[0])].requires_grad_(not changes[first])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    steps: list[dict[str, Any]] = []
+    seen: list[str] = []
+
+    def note(_: Any) -> None:
+        whole = {name: whole_tensor(p) for name, p in net.named_parameters()}
+        steps.append({name: tensor.double().tolist() for name, tensor in whole.items()})
+
+    def step(model, x, y):
+        if not model.training:
+            seen.append(str(model[0].weight.dtype))
+            return {"loss": ((model(x.to(kind)).double() - y) ** 2).mean()}
+        for change, learns in changes.items():
+            layer, at = change.split("@")
+            if len(steps) == int(at):
+                model[int(layer)].requires_grad_(learns)
+        return {"loss": ((model(x.to(kind)).double() - y) ** 2).mean()}
+
+    loader = DataLoader(TensorDataset(X, Y), batch_size=6)
+    how = {"sharding": Sharding(modules=())} if sharded else {}
+    task = Task(net, step, loader, step, loader, optimizer)
+    engine = Engine(task, world, epochs=3, batch="global", ema_decay=decay, **how)
+    engine.after_update.append(note)
+    engine.fit()
+    kept = {name: whole_tensor(value) for name, value in engine.average.weights().items()}
+    exact = {name: whole_tensor(value) for name, value in engine.average.exact().items()}
+    return {
+        "steps": steps,
+        "seen": sorted(set(seen)),
+        "kept": {name: [str(value.dtype), value.double().tolist()] for name, value in kept.items()},
+        "exact": {name: [str(value.dtype), value.double().tolist()] for name, value in exact.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dtype", "decay", "changes", "sharded"),
+    [
+        (1, "bfloat16", 0.99, {}, False),
+        (1, "float64", 0.8, {"0@3": True}, False),
+        (1, "float16", 0.9, {"0@2": True, "2@5": False}, False),
+        (1, "float64", 0.8, {"0@0": True, "2@1": False, "2@7": True}, False),
+        *some([(2, "bfloat16", 0.9, {}, True)], [(2, "bfloat16", 0.99, {}, False)]),
+    ],
+)
+def test_the_average_is_kept_in_float32_at_least_and_joined(
+    ranks: int, dtype: str, decay: float, changes: dict[str, bool], sharded: bool
+) -> None:
+    for found in run_ranks(moving, ranks, dtype=dtype, decay=decay, changes=changes, sharded=sharded):
+        steps = [{name: np.array(value) for name, value in step.items()} for step in found["steps"]]
+        right = plain_average(steps, decay)
+        narrow = dtype != "float64"
+        assert found["seen"] == [f"torch.{dtype}"], "validation has the net's own type"
+        assert {kind for kind, _ in found["kept"].values()} == {f"torch.{dtype}"}
+        assert set(found["exact"]) == (set(right) if narrow else set())
+        for name, value in right.items():
+            kind, average = found["exact"][name] if narrow else found["kept"][name]
+            assert kind == ("torch.float32" if narrow else "torch.float64")
+            np.testing.assert_allclose(average, value, rtol=2e-6 if narrow else 1e-12, atol=1e-6 if narrow else 1e-14)
