@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.accumulation import HeldBack
+from dtrain.batches import BatchFunctions
 from dtrain.batchnorm import SyncedBatchNorm
 from dtrain.checks import batches_alike, check_optimizers, check_takes, not_called
 from dtrain.clipping import UNLIMITED, Clipping, Limit
@@ -76,6 +77,7 @@ class Task:
         scheduler: a torch learning-rate scheduler, or None.
         interval: whether the scheduler counts epochs or optimizer steps.
         metrics: name -> torchmetrics object; a step's value of that name is what the object is updated with.
+        batches: what the user says of the batches of loaders without indices.
         others: name -> more that has a state to go on from (`state_dict`, `load_state_dict`): a weight average, say.
     """
 
@@ -88,6 +90,7 @@ class Task:
     scheduler: Any = None
     interval: Interval = "epoch"
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    batches: BatchFunctions = field(default_factory=BatchFunctions)
     others: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
