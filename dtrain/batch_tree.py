@@ -219,18 +219,21 @@ class Sequence(Struct):
 
     Attributes:
         samples: whether it is samples, one each; None where it is not known.
+        likely: whether that is what it looks like, and nothing in the batch says it.
     """
 
     samples: bool | None = None
+    likely = False
 
     def sizes(self) -> frozenset[int] | None:
         length = frozenset((len(self.value),))
         if self.samples is not None:
             return length if self.samples else super().sizes()
-        return length | (super().sizes() or frozenset())
+        parts = super().sizes()
+        return None if parts is None else length | parts
 
     def preferred(self) -> frozenset[int] | None:
-        if self.samples is not None:
+        if self.samples is not None or super().sizes() is None:
             return self.sizes()
         if self.looks_like_samples():
             return frozenset((len(self.value),))
@@ -254,10 +257,10 @@ class Sequence(Struct):
         if self.samples is None:
             parts = super().sizes()
             possible = len(self.value) == size, parts is not None and size in parts
-            if possible[0] != possible[1]:
+            if possible[0] != possible[1] or parts is None:  # of scalars alone, it is as a list of scalars
                 self.samples = possible[0]
             elif possible[0] and self.looks_like_samples():
-                self.samples = True
+                self.samples = self.likely = True
         if not self.samples:
             super().resolve(size)
 

@@ -197,7 +197,7 @@ class BatchReader:
                 if not one.is_cut:
                     self._whole.add(one.path)
             elif type(one) is Sequence and one.samples is not None:
-                self._unsure |= {one.path} if unsure and one.path not in self._lists else set()
+                self._unsure |= {one.path} if (unsure or one.likely) and one.path not in self._lists else set()
                 self._remember_list(one)
 
     def _remember_list(self, node: Sequence) -> None:
@@ -264,7 +264,8 @@ class BatchReader:
         if self.functions.batch_size is not None:
             counts = [self._asked(batch) for batch in plain]
         try:
-            read = [self._read(batch, count) for batch, count in zip(plain, counts, strict=True)]
+            for _ in range(2):  # since one batch may show how another is read
+                read = [self._read(batch, count) for batch, count in zip(plain, counts, strict=True)]
             nodes = [node for node, _ in read]
             joined = nodes[0].join(nodes)
         except UnclearError as error:
@@ -375,7 +376,7 @@ def _is_list_of_samples(node: Sequence) -> bool:
 
 def _length_of_scalars(node: Node) -> int:
     """The length of the lists of texts and the like, where there is nothing else; a batch itself is no such list."""
-    lengths = {len(one.value) for one in node.nodes() if isinstance(one, Scalars)}
+    lengths = {len(one.value) for one in node.nodes() if isinstance(one, (Scalars, Sequence))}
     if len(lengths) == 1 and not isinstance(node, Scalars):
         return next(iter(lengths))
     raise UnclearError(f"it holds no tensor or array that would tell: {_listed(node)}")

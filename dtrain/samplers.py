@@ -15,13 +15,23 @@ logger = logging.getLogger(__name__)
 _REPLACED = "_dtrain_replaced"
 
 
+def index_batches(loader: DataLoader[Any]) -> Any:
+    """Returns what draws a loader's batches as lists of indices; None where it draws single ones, or none.
+
+    With `batch_size=None` it may be the sampler, of which the dataset gets each list as an index.
+    """
+    if loader.batch_sampler is not None:
+        return loader.batch_sampler
+    return loader.sampler if isinstance(loader.sampler, BatchSampler) else None
+
+
 def without_distributed(loader: DataLoader[Any], split: str, rank: int) -> Iterable[list[Any]]:
     """The loader's batch sampler; a DistributedSampler in it gives way to the plain one that it stands for.
 
     Raises:
         UsageError: what it stands for is not known.
     """
-    batches: Any = loader.batch_sampler
+    batches = index_batches(loader)
     sampler = getattr(batches, "sampler", None)
     if not isinstance(sampler, DistributedSampler):
         return batches  # type: ignore[no-any-return]

@@ -32,7 +32,7 @@ from dtrain.errors import UsageError
 from dtrain.fetching import RowsOf, fetched_by_batch, row_batches
 from dtrain.fingerprints import sample_fingerprints
 from dtrain.launch.shield import shielded
-from dtrain.samplers import without_distributed
+from dtrain.samplers import index_batches, without_distributed
 from dtrain.seeding import CommonRandomness, derive
 from dtrain.streams import Length, Stream, length_of
 from dtrain.worker_start import Started, check_workers_find_recipe, has_workers, start_context
@@ -276,7 +276,7 @@ def _has_indices(loader: Any) -> bool:
         isinstance(loader, DataLoader)
         and type(loader).__iter__ is DataLoader.__iter__
         and not isinstance(loader.dataset, IterableDataset)
-        and loader.batch_sampler is not None
+        and index_batches(loader) is not None
     )
 
 
@@ -285,14 +285,15 @@ def in_data_order(loader: Any) -> Any:
 
     What has an order of its own (a sampler of the user's, an iterable) is returned as it is.
     """
-    if not _has_indices(loader) or type(loader.batch_sampler) is not BatchSampler:
+    batches = index_batches(loader) if _has_indices(loader) else None
+    if type(batches) is not BatchSampler:
         return loader
-    sampler = loader.batch_sampler.sampler
+    sampler = batches.sampler
     whole = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(loader.dataset)
     if not whole and type(sampler) not in (SequentialSampler, DistributedSampler):
         return loader
     plain: Any = SequentialSampler(loader.dataset)
-    return _rebuilt(loader, BatchSampler(plain, loader.batch_sampler.batch_size, drop_last=False))
+    return _rebuilt(loader, BatchSampler(plain, batches.batch_size, drop_last=False))
 
 
 def with_batch_size(loader: Any, size: int) -> Any:
@@ -301,8 +302,9 @@ def with_batch_size(loader: Any, size: int) -> Any:
     Raises:
         UsageError: it makes its batches in a way of its own.
     """
-    if _has_indices(loader) and type(loader.batch_sampler) is BatchSampler:
-        return _rebuilt(loader, BatchSampler(loader.batch_sampler.sampler, size, loader.batch_sampler.drop_last))
+    batches = index_batches(loader) if _has_indices(loader) else None
+    if type(batches) is BatchSampler:
+        return _rebuilt(loader, BatchSampler(batches.sampler, size, batches.drop_last))
     raise UsageError(
         f"the batch size of the training loader ({type(loader).__name__}) cannot be changed from outside: it is no "
         "DataLoader over a map-style dataset with a batch_size. Give build_dataloaders a parameter batch_size."
@@ -311,7 +313,11 @@ def with_batch_size(loader: Any, size: int) -> Any:
 
 def _rebuilt(loader: DataLoader[Any], batch_sampler: Any, *, fetch_batches: bool = False) -> DataLoader[Any]:
     """The same DataLoader with another batch sampler."""
+    fetch_batches = fetch_batches and loader.batch_sampler is not None
     dataset, collate_fn = fetched_by_batch(loader) if fetch_batches else (loader.dataset, loader.collate_fn)
+    drawn: dict[str, Any] = {"batch_sampler": batch_sampler}
+    if loader.batch_sampler is None:  # the dataset gets the list itself
+        drawn = {"batch_size": None, "sampler": batch_sampler}
     workers: dict[str, Any] = {}
     generator = loader.generator
     if loader.persistent_workers:
@@ -327,7 +333,7 @@ def _rebuilt(loader: DataLoader[Any], batch_sampler: Any, *, fetch_batches: bool
         }
     return DataLoader(
         dataset,
-        batch_sampler=batch_sampler,
+        **drawn,
         num_workers=loader.num_workers,
         collate_fn=collate_fn,
         pin_memory=loader.pin_memory,
