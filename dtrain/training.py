@@ -93,7 +93,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         metrics: name -> torchmetrics metric, computed once an epoch over all samples of all ranks; a step's value
             of that name is what it is updated with: `{"loss": loss, "auroc": (predictions, labels)}`.
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
-        batch_size: batch -> its number of samples, where dtrain cannot know it: see `dtrain.BatchFunctions`.
+        batch_size: batch -> its number of samples, where a loader has no indices and it is not known by the batch.
         split_batch: (batch, sizes) -> a list of batches of so many samples each; for `batch="global"` on several ranks.
         accumulation: micro-batches that make one optimizer step.
         sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks instead of each one's.
