@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dtrain.batch_kinds import UnclearError
@@ -23,7 +22,7 @@ from dtrain.collating import Collated
 from dtrain.dealing import part_of
 from dtrain.errors import DataError, UsageError
 
-_WHERE = "in the recipe, or give it as an argument: train_model(..., {0}={0}), KerasModel.fit, dtrain.prepare"
+DEFINED = "in the recipe, or give it as an argument: train_model(..., {0}={0}), KerasModel.fit, dtrain.prepare"
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,10 @@ class BatchReader:
         collated: bool = False,
     ) -> None:
         self.functions = functions or BatchFunctions()
-        self._ranks = ranks
-        self._name = split
+        self.collated = collated
+        self.ranks = ranks
+        self.name = split
         self._fixed = fixed
-        self._collated = collated
         self._lists: dict[str, bool] = {}  # path -> whether the list there is samples
         self._seen: dict[str, tuple[int, int | None]] = {}  # path -> a list's length, and the one that its items share
         self._whole: set[str] = set()  # paths of lists of scalars that are not the samples'
@@ -86,24 +85,31 @@ class BatchReader:
         Raises:
             DataError: that is not known.
         """
-        if self._flat:
+        count: int | None = None
+        if type(batch) is Collated:
+            batch, count = self._opened(batch)
+        if self.functions.batch_size is not None:
+            return self._asked(batch)
+        if count is not None and self.collated:
+            return count
+        if self._flat and count is None:
             size = self._flat_size(batch)
             if size >= 0:
                 return size
-        count: int | None = None
-        if type(batch) is Collated:
-            batch, count = batch.batch, batch.count
-        if self.functions.batch_size is not None:
-            return self._asked(batch)
-        if count is not None and self._collated:
-            return count
         try:
             return self._read(batch, count)[1]
         except UnclearError as error:
             raise DataError(
-                f"the number of samples in a batch of the {self._name} loader is not known: {error}. Define "
-                f"`def batch_size(batch): return {_example(batch)}` with what it is, {_WHERE.format('batch_size')}."
+                f"the number of samples in a batch of the {self.name} loader is not known: {error}. Define "
+                f"`def batch_size(batch): return {_example(batch)}` with what it is, {DEFINED.format('batch_size')}."
             ) from None
+
+    def _opened(self, batch: Any) -> tuple[Any, int | None]:
+        """Returns the user's own batch, and its number of samples where that is known."""
+        if type(batch) is not Collated:
+            return batch, None
+        self._fixed = self._fixed or batch.parts
+        return batch.batch, batch.count
 
     def _flat_size(self, batch: Any) -> int:
         """The same for the most frequent kind of batch, once it was read, with few calls; -1 for any other."""
@@ -145,14 +151,14 @@ class BatchReader:
         unsure = count is None and len(node.sizes() or ()) > 1
         node.resolve(size)
         if isinstance(node, Struct) and type(node) is not Sequence and isinstance(batch, (tuple, list)):
-            plain = not self._collated and self.functions.batch_size is None
+            plain = not self.collated and self.functions.batch_size is None
             whole = all(type(part) is Tensor and part.ndim > 0 and not part.is_nested for part in batch)
             self._flat = len(batch) if plain and whole else 0
         self._remember(node, unsure=unsure)
         return node, size
 
     def _tree(self, batch: Any) -> Node:
-        node = tree_of(batch, collated=self._collated, known=self._lists)
+        node = tree_of(batch, collated=self.collated, known=self._lists)
         if type(node) is Sequence:  # the step gets its items as its arguments
             known = self._lists.get("batch")
             if known is None:
@@ -217,9 +223,7 @@ class BatchReader:
         Raises:
             DataError: it is not known how a batch is cut.
         """
-        count = None
-        if type(batch) is Collated:
-            batch, count = batch.batch, batch.count
+        batch, count = self._opened(batch)
         if self.functions.split_batch is not None:
             return self._split(self.functions.split_batch, batch, count, start, stop)
         if self.functions.batch_size is not None:
@@ -228,14 +232,14 @@ class BatchReader:
             return self._read(batch, count)[0].cut(start, stop)
         except UnclearError as error:
             raise DataError(
-                f"a batch of the {self._name} loader cannot be cut between {self._ranks} ranks: {error}. Define "
+                f"a batch of the {self.name} loader cannot be cut between {self.ranks} ranks: {error}. Define "
                 "`def split_batch(batch, sizes): ...`, which returns a list of batches of so many samples each, "
-                f"{_WHERE.format('split_batch')}. Or use train.batch=per_rank (batch='per_rank'), which cuts none."
+                f"{DEFINED.format('split_batch')}. Or use train.batch=per_rank (batch='per_rank'), which cuts none."
             ) from None
 
     def _split(self, split: Callable[..., Any], batch: Any, count: int | None, start: int, stop: int) -> Any:
         total = self.size_of(batch) if count is None else count
-        ranges = [part_of(total, rank, self._ranks) for rank in range(self._ranks)]
+        ranges = [part_of(total, rank, self.ranks) for rank in range(self.ranks)]
         if (start, stop) not in ranges:
             ranges = [(0, start), (start, stop), (stop, total)]
         ranges = [(first, last) for first, last in ranges if last > first]
@@ -259,21 +263,21 @@ class BatchReader:
         """
         if len(batches) == 1:
             return batches[0]
-        counts: list[int | None] = [one.count if type(one) is Collated else None for one in batches]
-        plain = [one.batch if type(one) is Collated else one for one in batches]
+        opened = [self._opened(batch) for batch in batches]
         if self.functions.batch_size is not None:
-            counts = [self._asked(batch) for batch in plain]
+            opened = [(batch, self._asked(batch)) for batch, _ in opened]
         try:
             for _ in range(2):  # since one batch may show how another is read
-                read = [self._read(batch, count) for batch, count in zip(plain, counts, strict=True)]
+                read = [self._read(batch, count) for batch, count in opened]
             nodes = [node for node, _ in read]
             joined = nodes[0].join(nodes)
         except UnclearError as error:
             raise DataError(
-                f"batches of the {self._name} loader cannot be joined to one: {error}. With train.batch=global no "
+                f"batches of the {self.name} loader cannot be joined to one: {error}. With train.batch=global no "
                 "batches are joined."
             ) from None
-        return Collated(joined, sum(size for _, size in read)) if type(batches[0]) is Collated else joined
+        known = type(batches[0]) is Collated
+        return Collated(joined, sum(size for _, size in read)) if known else joined
 
     def samples(self, batch: Any, count: int) -> list[Any]:
         """Returns the samples of a batch as batches of one.
@@ -283,39 +287,17 @@ class BatchReader:
         """
         if self.functions.split_batch is not None:
             return list(self.functions.split_batch(batch, [1] * count))
-        reader = BatchReader(self.functions, fixed=self._fixed, collated=self._collated)
+        reader = BatchReader(self.functions, fixed=self._fixed, collated=self.collated)
         node, _ = reader._read(batch, count)
         return [node.cut(row, row + 1) for row in range(count)]
 
-    # --- constants --------------------------------------------------------------------------------------
-
-    def refuse_constants(self, batch: Any, following: Any) -> None:
-        """Before the first of several batches is cut: refuses a part that is the same in two, as class weights are.
+    def cut_parts(self, batch: Any) -> dict[str, Any]:
+        """Returns the parts of a batch that are cut along the samples, by their places.
 
         Raises:
-            DataError: there is one, which as long as the batch would be cut.
+            UnclearError: its number of samples is not known.
         """
-        if self.functions.split_batch is not None or self._collated or batch is following:
-            return
-        try:
-            one, other = (self._cut_parts(each) for each in (batch, following))
-        except UnclearError:
-            return  # which is told where it is counted
-        same = [path for path in one if _is_same(one[path], other.get(path))]
-        if not same or all(path in same or _are_equal(one[path], other.get(path)) for path in one):
-            return
-        shape = f" {tuple(one[same[0]].shape)}" if isinstance(one[same[0]], Tensor) else ""
-        raise DataError(
-            f"a batch of the {self._name} loader cannot be cut between {self._ranks} ranks: {same[0]}{shape} is the "
-            "same in two batches, as class weights are, and as long as a batch. Keep it out of the batch (as a buffer "
-            "of the model, say), or define `def split_batch(batch, sizes): ...`, which returns a list of batches of so "
-            f"many samples each, {_WHERE.format('split_batch')}."
-        )
-
-    def _cut_parts(self, batch: Any) -> dict[str, Any]:
-        """The parts of a batch that are cut, by their places."""
-        count = batch.count if type(batch) is Collated else None
-        node, _ = self._read(batch.batch if type(batch) is Collated else batch, count)
+        node, _ = self._read(*self._opened(batch))
         cut = (one for one in node.nodes() if isinstance(one, Rows) or (isinstance(one, Scalars) and one.is_cut))
         return {one.path: one.value for one in cut}
 
@@ -327,25 +309,6 @@ def takes_fixed_parts(step: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return inspect.Parameter.VAR_POSITIONAL not in kinds
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Whether two batches share a part, or have equal ones that are made of unequal numbers."""
-    if isinstance(one, tuple):
-        return one == other and all(isinstance(number, (int, float)) for number in one)
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:
-        return False
-    if one.layout is torch.strided and len(one) > 1 and one.data_ptr() == other.data_ptr():
-        return True
-    if one.ndim != 1 or not one.is_floating_point() or not torch.equal(one, other):
-        return False
-    return len(set(one.tolist()) - {0.0, 1.0}) > 1
-
-
-def _are_equal(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return True
-    return one.shape == other.shape and one.layout is torch.strided and torch.equal(one, other)
 
 
 def _is_list_of_samples(node: Sequence) -> bool:

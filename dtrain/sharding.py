@@ -24,6 +24,8 @@ from torch.utils.data import (
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
+    default_convert,
 )
 
 from dtrain.batches import BatchFunctions
@@ -34,7 +36,7 @@ from dtrain.fingerprints import sample_fingerprints
 from dtrain.launch.shield import shielded
 from dtrain.samplers import index_batches, without_distributed
 from dtrain.seeding import CommonRandomness, derive
-from dtrain.streams import Length, Stream, length_of
+from dtrain.streams import Dropped, Length, Stream, length_of
 from dtrain.worker_start import Started, check_workers_find_recipe, has_workers, start_context
 from dtrain.workers import Seeding
 
@@ -163,6 +165,8 @@ class _IndexedBatches:
         self._how = how
         self._batches = without_distributed(loader, split, how.rank)
         self._length = length
+        own = loader.collate_fn not in (default_collate, default_convert)
+        self._dropped = Dropped(split, how.rank) if own else None
         self._begun = _Iteration(0)
         self.fingerprint = 0.0
         self._loader = _rebuilt(loader, self, fetch_batches=fetch_batches)
@@ -213,6 +217,8 @@ class _IndexedBatches:
             for batch in batches:
                 share = own.dealt.popleft()
                 share.indices, share.batch = share.batch, batch
+                if self._dropped is not None:
+                    self._dropped.look(share)
                 yield share
                 self._refuse_mixture(own)
             return

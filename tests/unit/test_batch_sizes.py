@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    SequentialSampler,
+    default_collate,
+)
 
 from dtrain.batches import BatchFunctions, BatchReader
 from dtrain.dealing import Dealing, part_of
@@ -332,6 +339,35 @@ def dealt_by(dealt: list[list[Any]], rank: int) -> list[Any]:
     return dealt[rank]
 
 
+class Ready(IterableDataset):
+    """Batches of four images each, or of features and labels, of which the first dimensions agree by accident."""
+
+    def __init__(self, form: type) -> None:
+        self.form = form
+
+    def __iter__(self) -> Any:
+        return iter([self.form(IMAGES[:4]), self.form(IMAGES[4:8])])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_ready_tuple_is_parts_and_a_ready_list_may_be_samples(workers: int) -> None:
+    """A DataLoader makes both lists."""
+    for batches in (DataLoader(Ready(tuple), None, num_workers=workers), [tuple(IMAGES[:4]), tuple(IMAGES[4:8])]):
+        assert [share.count for share in shares_of(batches)] == [3, 3]
+        assert all(type(share.batch) in (list, tuple) and len(share.batch) == 4 for share in shares_of(batches))
+    with pytest.raises(DataError, match="Yield a tuple where it is parts"):
+        shares_of(DataLoader(Ready(list), None, num_workers=workers))
+    assert [share.count for share in shares_of(DataLoader(Ready(list), None), fixed=True)] == [3, 3]
+    own = BatchFunctions(len)
+    assert [share.count for share in shares_of(DataLoader(Ready(list), None), functions=own)] == [4, 4]
+
+
+def test_batches_that_are_all_there_are_looked_at_before_the_first() -> None:
+    seen = ShardedLoader([torch.ones(4, 2), (torch.ones(4), torch.ones(3))], Dealing(0, 1, "global", True), 1, "train")
+    with pytest.raises(DataError, match=r"batch\[0\] \(4,\), batch\[1\] \(3,\)"):
+        next(seen.shares(1))
+
+
 @pytest.mark.parametrize("anew", [False, True])
 def test_class_weights_as_long_as_the_batch_are_not_cut(anew: bool) -> None:
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4])
@@ -414,6 +450,20 @@ def test_a_distributed_sampler_is_replaced_aloud_and_the_steps_are_those_that_co
                 f"the train loader's DistributedSampler (num_replicas={replicas}, rank=0) is replaced by a "
                 "SequentialSampler over all 50 samples"
             )
+
+
+def test_samples_that_a_collate_function_leaves_out_are_told(caplog: Any) -> None:
+    data = [(torch.ones(2), n) if n % 5 else None for n in range(1, 13)]
+
+    def there(samples: list[Any]) -> Any:
+        return default_collate([sample for sample in samples if sample is not None])
+
+    with caplog.at_level(logging.WARNING):
+        assert [share.count for share in shares_of(DataLoader(data, 3, collate_fn=there))] == [3, 3, 3, 3]
+        shares_of(DataLoader([one for one in data if one], 3, collate_fn=there))
+        shares_of(DataLoader(IMAGES, 4, collate_fn=list))
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "a batch of the train loader is of 3 indices and has 2 rows; it counts as 3 samples" in told
 
 
 def test_samplers_of_the_users_own_that_deal_are_refused() -> None:

@@ -49,6 +49,7 @@ LAYERS = [
         "dtrain.batch_tree",
         "dtrain.batches",
         "dtrain.collating",
+        "dtrain.constants",
         "dtrain.dealing",
         "dtrain.fetching",
         "dtrain.fingerprints",
