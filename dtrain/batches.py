@@ -100,8 +100,8 @@ class BatchReader:
             return self._read(batch, count)[1]
         except UnclearError as error:
             raise DataError(
-                f"the number of samples in a batch of the {self.name} loader is not known: {error}. Define "
-                f"`def batch_size(batch): return {_example(batch)}` with what it is, {DEFINED.format('batch_size')}."
+                f"the number of samples in a batch of the {self.name} loader is not known: {error}. Define `def "
+                f"batch_size(batch): return ...`, which returns it{_examples(batch)}, {DEFINED.format('batch_size')}."
             ) from None
 
     def _opened(self, batch: Any) -> tuple[Any, int | None]:
@@ -350,10 +350,9 @@ def _listed(node: Node) -> str:
     return ", ".join(shown[:5]) + ", ..." * (len(shown) > 5)
 
 
-def _example(batch: Any) -> str:
-    """A line that is right for many batches of this form."""
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        return "len(batch[-1])"
-    if isinstance(batch, dict) and batch:
-        return f"len(batch[{list(batch)[-1]!r}])"
-    return "len(batch)"
+def _examples(batch: Any) -> str:
+    """Expressions in Python, of which one is likely the number of samples; which one is, only the user knows."""
+    rows = [node for node in tree_of(batch, collated=True).nodes() if isinstance(node, Rows)]
+    found = [f"len({node.path})" for node in rows[:3]]
+    found += [f"{node.path}.shape[1]" for node in rows[:1] if len(node.value.shape) > 1]
+    return f", such as {' or '.join(f'`{one}`' for one in found)}" if found else ""
