@@ -25,6 +25,9 @@ from dtrain.errors import DataError, UsageError
 DEFINED = "in the recipe, or give it as an argument: train_model(..., {0}={0}), KerasModel.fit, dtrain.prepare"
 
 
+_FLAT = (tuple, list, dict)
+
+
 @dataclass(frozen=True)
 class BatchFunctions:
     """What the user says of the batches of loaders that have no indices.
@@ -75,7 +78,7 @@ class BatchReader:
         self._seen: dict[str, tuple[int, int | None]] = {}  # path -> a list's length, and the one that its items share
         self._whole: set[str] = set()  # paths of lists of scalars that are not the samples'
         self._unsure: set[str] = set()  # paths of lists of which nothing else in the batch said what they are
-        self._flat = 0  # parts of a batch that is a tuple or list of as many tensors; 0 for any other
+        self._flat = 0  # parts of a batch that is nothing but so many tensors; 0 for any other
 
     # --- counting ---------------------------------------------------------------------------------------
 
@@ -113,10 +116,10 @@ class BatchReader:
 
     def _flat_size(self, batch: Any) -> int:
         """The same for the most frequent kind of batch, once it was read, with few calls; -1 for any other."""
-        if (type(batch) is not tuple and type(batch) is not list) or len(batch) != self._flat:
+        if (kind := type(batch)) not in _FLAT or len(batch) != self._flat:
             return -1
         size: int = -1
-        for part in batch:
+        for part in batch.values() if kind is dict else batch:
             if type(part) is not Tensor or part.is_nested or part.ndim == 0:
                 return -1
             if size >= 0 and part.shape[0] != size:
@@ -150,10 +153,8 @@ class BatchReader:
         size = self._checked(node, count) if count is not None else self._told(node)
         unsure = count is None and len(node.sizes() or ()) > 1
         node.resolve(size)
-        if isinstance(node, Struct) and type(node) is not Sequence and isinstance(batch, (tuple, list)):
-            plain = not self.collated and self.functions.batch_size is None
-            whole = all(type(part) is Tensor and part.ndim > 0 and not part.is_nested for part in batch)
-            self._flat = len(batch) if plain and whole else 0
+        if type(node) is Struct and type(batch) in _FLAT:
+            self._flat = len(batch) if all(type(child) is Rows for child in node.children.values()) else 0
         self._remember(node, unsure=unsure)
         return node, size
 
