@@ -198,8 +198,37 @@ def trained(world: World) -> dict[str, Any]:
                 batches=BatchFunctions(**functions),
             )
             found[f"{name} predicted"] = told.tolist()
+    found["keras"] = in_keras_style(world)
     found["script"] = scripted()
     return found
+
+
+class OverTime(nn.Module):
+    """Takes (time, batch, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.mean(0))
+
+
+def in_keras_style(world: World) -> list[Any]:
+    """The functions are given once, to fit."""
+    from dtrain.keras import KerasModel
+
+    def make(picked: list[int]) -> Any:
+        return MEANS[picked].expand(7, -1, -1), NUMBERS[picked]
+
+    model = KerasModel(OverTime(), nn.functional.mse_loss, {}, None)
+    model.optimizer = torch.optim.SGD(model.net.parameters(), lr=RATE)
+    how: dict[str, Any] = {"batch": "global", "world": world}
+    own = {"batch_size": lambda batch: len(batch[1]), "split_batch": split_time_first}
+    loader = Batches(Kind(make))
+    rows = model.fit(1, loader, loader, verbose=False, **how, **own)
+    told = model.evaluate(loader, **how)["val_loss"], model.predict(loader, **how).tolist()
+    return [[rows["loss"][0], rows["val_loss"][0], model.net.net.w.tolist()], *told]
 
 
 def scripted() -> list[Any]:
@@ -252,6 +281,12 @@ def test_they_are_weighted_cut_and_dealt_as_in_one_process(ranks: int) -> None:
             if case == "script":
                 assert got[0] == pytest.approx(right["global 1"][0], rel=1e-12)
                 assert got[1] == pytest.approx(right["global 1"][2], rel=1e-12)
+            elif case == "keras":
+                weights = torch.tensor(right["global 1"][2], dtype=torch.float64)
+                assert got[0][:2] == pytest.approx(right["global 1"][:2], rel=1e-12)
+                assert got[0][2] == pytest.approx(right["global 1"][2], rel=1e-12)
+                assert got[1] == pytest.approx(right["global 1"][1], rel=1e-12)
+                assert got[2] == pytest.approx((MEANS @ weights).tolist(), rel=1e-12)
             elif case.endswith("predicted"):
                 assert got == pytest.approx(predicted, rel=1e-12), case
             else:
