@@ -139,7 +139,7 @@ class Engine:
         self.rates = Rates(self.task)
         self.facts = RunFacts(self.epochs, self.world.size, self.rates.now, lambda: self.place.updates)
         self.train_loader = train_loader(
-            self.task.dl_train,
+            self.task,
             self.world,
             batch=self.batch,
             seed=self.seed,
@@ -188,6 +188,7 @@ class Engine:
             self.generators,
             self._averaged,
             lambda: self.validations,
+            self.watch,
         )
         if self.learner.scaler is not None:
             self.task.others = {**self.task.others, "the scaler of float16": self.learner.scaler}
@@ -324,6 +325,8 @@ class Engine:
         # The streams are put back after the iteration has begun, which draws from them.
         ready = start.randomness if start.skip else None
         for share in shares_on_device(self.train_loader, self.world, self.place, start.skip, ready, most):
+            if self.place.step - 1 == steps and self.within is not None and self.within.is_due:  # it was no end
+                self.within.run(self.progress, self.facts)
             values = self.learner.learn(share) if clock is None else self.watch.timed(self.learner.learn, share, clock)
             table.add(values, share.count)
             if share.last:
@@ -338,8 +341,7 @@ class Engine:
                 for look in self.after_update:
                     look(self.place)
                 if self.within is not None and self.within.is_due and self.place.step != steps:
-                    with self.watch.stopped():
-                        self.within.run(self.progress, self.facts)
+                    self.within.run(self.progress, self.facts)
                 self._tell_step()
         self.table = None
         return self._end_pass(epoch, table)
@@ -365,8 +367,7 @@ class Engine:
             if start.randomness is not None:
                 start.randomness()
             self.place.step = start.skip
-            with self.watch.stopped():
-                self.within.run(self.progress, self.facts)
+            self.within.run(self.progress, self.facts)
         return steps
 
     def _end_pass(self, epoch: int, table: MeanTable) -> PassResult:

@@ -126,6 +126,7 @@ def predict_run(restored: Restored, world: World, split: Split = "valid") -> Any
         world,
         predict_step=restored.predict_step,
         batch=train.batch,
+        batches=restored.task.batches,
         seed=train.seed,
         fetch_batches=train.fetch_batches,
         precision=train.precision,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtrain.batches import BatchFunctions
 from dtrain.compiling import Compile, compilation, compiled
 from dtrain.dealing import BatchMode, Dealing, Share
 from dtrain.errors import DataError, StepError, UsageError, add_place
@@ -82,6 +83,7 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
     *,
     predict_step: PredictStep | None = None,
     batch: BatchMode = "per_rank",
+    batches: BatchFunctions | None = None,
     seed: int = 42,
     fetch_batches: bool = True,
     precision: Precision | None = None,
@@ -99,6 +101,7 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
             of a batch that is a tuple or list, else the whole batch. What is returned is a tensor, or a tuple, list
             or mapping of tensors; their first dimension is the samples of the batch.
         batch: whose batch size the loader's is; the result is the same.
+        batches: what the user says of the batches of a loader without indices.
         seed: for loaders that draw random numbers.
         fetch_batches: see `dtrain.fetching`.
         precision: in which the net computes; by default that of Accelerate's settings.
@@ -115,7 +118,8 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
     place, progress = Place(world.rank, heartbeat=own_heartbeat()), progress or Silent()
     try:
         how = Dealing(world.rank, world.size, batch, fill=False)
-        shares = ShardedLoader(in_data_order(loader), how, seed, "predict", fetch_batches=fetch_batches)
+        read: dict[str, Any] = {"fetch_batches": fetch_batches, "functions": batches}
+        shares = ShardedLoader(in_data_order(loader), how, seed, "predict", **read)
         with _set_up(module, world, precision, compile):
             # A net that was trained and not yet validated has buffers of its own on each rank.
             world.broadcast_(list(module.buffers()))

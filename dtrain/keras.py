@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.arguments import check_positive, check_whole
+from dtrain.batches import BatchFunctions
 from dtrain.best import BestKeeper, check_early, load_state
 from dtrain.clipping import Limit
-from dtrain.columns import Mode
 from dtrain.dealing import BatchMode
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
+from dtrain.fit_forms import FitPlan, read_fit
 from dtrain.fsdp.settings import refuse_sharding
 from dtrain.inference import evaluate_task, predict
 from dtrain.learning import Task
@@ -32,20 +32,6 @@ from dtrain.world import World, bring_up
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """What both calling forms of `fit` come to."""
-
-    epochs: int
-    train_data: Any
-    val_data: Any
-    log_step_freq: int
-    ckpt_path: str | Path | None
-    patience: int | None
-    monitor: str
-    mode: Mode | None
 
 
 class KerasModel(nn.Module):
@@ -82,6 +68,7 @@ class KerasModel(nn.Module):
         self._cpu = False
         self._fetch_batches = True
         self._precision: Precision | None = None
+        self._batches = BatchFunctions()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the net."""
@@ -142,6 +129,8 @@ class KerasModel(nn.Module):
         self,
         *args: Any,
         batch: BatchMode = "per_rank",
+        batch_size: Callable[[Any], int] | None = None,
+        split_batch: Callable[[Any, list[int]], Any] | None = None,
         sync_batchnorm: bool = False,
         fetch_batches: bool = True,
         accumulation: int = 1,
@@ -169,6 +158,7 @@ class KerasModel(nn.Module):
         Args:
             args: see above.
             batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
+            batch_size, split_batch: as in `dtrain.train_model`; `evaluate` and `predict` then use them, too.
             sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks.
             fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
             accumulation, precision, clip_norm, clip_value: as in `dtrain.train_model`; `evaluate` and `predict` then
@@ -189,16 +179,18 @@ class KerasModel(nn.Module):
             UsageError: an argument is wrong, or there is no loss.
             StepError, DataError, RankError: as in `dtrain.train_model`.
         """  # fmt: skip
-        plan = _read_fit(args, kwargs)
+        plan = read_fit(args, kwargs)
         check_whole(accumulation=accumulation)
         check_precision(precision)
         check_positive(clip_norm=clip_norm, clip_value=clip_value)
         limit = Limit(clip_norm, clip_value)
         self._cpu, self._fetch_batches, self._precision = cpu, fetch_batches, precision
+        self._batches = BatchFunctions(batch_size, split_batch)
         if num_processes is not None and starts_ranks(num_processes, world):
             self._task(plan.train_data, plan.val_data)  # tells what is missing; makes the default optimizer
             how = {"model": self, **vars(plan), "batch": batch, "seed": seed, "cpu": cpu}
             how |= {"sync_batchnorm": sync_batchnorm, "fetch_batches": fetch_batches, "accumulation": accumulation}
+            how |= vars(self._batches)
             how |= {"precision": precision, "clip_norm": clip_norm, "clip_value": clip_value}
             with fed(verbose, log_step_freq=plan.log_step_freq) as (how["verbose"], meanwhile):
                 return call_on_ranks(_fit, how, num_processes, cpu=cpu, meanwhile=meanwhile)
@@ -231,14 +223,22 @@ class KerasModel(nn.Module):
             keeper.restore()
         return history.dataframe()
 
-    def evaluate(
-        self, dl_val: Any, *, batch: BatchMode = "per_rank", seed: int = 42, world: World | None = None
+    def evaluate(  # noqa: PLR0913 - keyword-only
+        self,
+        dl_val: Any,
+        *,
+        batch: BatchMode = "per_rank",
+        batch_size: Callable[[Any], int] | None = None,
+        split_batch: Callable[[Any, list[int]], Any] | None = None,
+        seed: int = 42,
+        world: World | None = None,
     ) -> dict[str, float]:
         """Returns the loss and metrics over all samples of a loader, on every rank: {"val_loss": ..., "val_acc": ...}.
 
         Args:
             dl_val: the loader.
             batch: whose batch size the loader's is.
+            batch_size, split_batch: as in `fit`, whose they are by default.
             seed: for loaders that draw random numbers.
             world: ranks that were brought up before.
 
@@ -249,15 +249,26 @@ class KerasModel(nn.Module):
         world = world if world is not None else bring_up(cpu=self._cpu)
         how: dict[str, Any] = {"batch": batch, "seed": seed, "fetch_batches": self._fetch_batches}
         how["precision"] = self._precision
+        self._use(batch_size, split_batch)
         result = evaluate_task(self._task(None, dl_val), world, **how)
         return {f"val_{name}": mean for name, mean in result.means.items()}
 
-    def predict(self, dl: Any, *, batch: BatchMode = "per_rank", seed: int = 42, world: World | None = None) -> Any:
+    def predict(  # noqa: PLR0913 - keyword-only
+        self,
+        dl: Any,
+        *,
+        batch: BatchMode = "per_rank",
+        batch_size: Callable[[Any], int] | None = None,
+        split_batch: Callable[[Any, list[int]], Any] | None = None,
+        seed: int = 42,
+        world: World | None = None,
+    ) -> Any:
         """Returns the predictions for all samples of a loader, in the data's order, on the CPU, on every rank.
 
         Args:
             dl: the loader; of a batch that is a tuple or list, the first part are the features.
             batch: whose batch size the loader's is.
+            batch_size, split_batch: as in `fit`, whose they are by default.
             seed: for loaders that draw random numbers.
             world: ranks that were brought up before.
 
@@ -270,7 +281,8 @@ class KerasModel(nn.Module):
         """
         world = world if world is not None else bring_up(cpu=self._cpu)
         how: dict[str, Any] = {"batch": batch, "seed": seed, "fetch_batches": self._fetch_batches}
-        return predict(self.net, dl, world, precision=self._precision, **how)
+        self._use(batch_size, split_batch)
+        return predict(self.net, dl, world, precision=self._precision, batches=self._batches, **how)
 
     def load_ckpt(self, ckpt_path: str | Path) -> None:
         """Loads weights that `fit` kept.
@@ -284,6 +296,10 @@ class KerasModel(nn.Module):
             RuntimeError: the weights are another net's.
         """
         load_state(self.net, Path(ckpt_path))
+
+    def _use(self, batch_size: Callable[[Any], int] | None, split_batch: Callable[..., Any] | None) -> None:
+        known = self._batches
+        self._batches = BatchFunctions(batch_size or known.batch_size, split_batch or known.split_batch)
 
     def _task(self, train_data: Any, val_data: Any) -> Task:
         """The engine's view of this model, with fresh copies of the metrics."""
@@ -303,6 +319,7 @@ class KerasModel(nn.Module):
             scheduler=self.lr_scheduler,
             interval="epoch" if _counts_epochs(self.lr_scheduler) else "step",
             metrics=metrics,
+            batches=self._batches,
         )
 
 
@@ -348,47 +365,7 @@ def _checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(metrics or {})
 
 
-def _read_fit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Fit:
-    """Tells the two calling forms apart and checks the values."""
-    classic = "dl_train" in kwargs or (bool(args) and isinstance(args[0], int))
-    plan = _classic_form(*args, **kwargs) if classic else _current_form(*args, **kwargs)
-    check_whole(epochs=plan.epochs, log_step_freq=plan.log_step_freq)
-    if plan.patience is not None:
-        check_whole(patience=plan.patience)
-    if plan.mode not in ("min", "max", None):
-        raise UsageError(f'mode = {plan.mode!r}: should be "min" or "max".')
-    if plan.val_data is None and plan.monitor == "val_loss":
-        return _Fit(**{**vars(plan), "monitor": "loss"})
-    return plan
-
-
-def _classic_form(  # noqa: PLR0913, PLR0917 - the calling form
-    epochs: int,
-    dl_train: Any,
-    dl_val: Any = None,
-    log_step_freq: int = 10,
-    ckpt_path: str | Path | None = None,
-    patience: int | None = None,
-    monitor: str = "val_loss",
-    mode: Mode | None = None,
-) -> _Fit:
-    return _Fit(epochs, dl_train, dl_val, log_step_freq, ckpt_path, patience, monitor, mode)
-
-
-def _current_form(  # noqa: PLR0913, PLR0917 - the calling form
-    train_data: Any,
-    val_data: Any = None,
-    epochs: int = 10,
-    ckpt_path: str | Path | None = "checkpoint",
-    patience: int | None = 5,
-    monitor: str = "val_loss",
-    mode: Mode | None = None,
-    log_step_freq: int = 10,
-) -> _Fit:
-    return _Fit(epochs, train_data, val_data, log_step_freq, ckpt_path, patience, monitor, mode)
-
-
-def _keeper(plan: _Fit, engine: Engine) -> BestKeeper | None:
+def _keeper(plan: FitPlan, engine: Engine) -> BestKeeper | None:
     if plan.ckpt_path is None and plan.patience is None:
         return None
     path = None if plan.ckpt_path is None else Path(plan.ckpt_path)

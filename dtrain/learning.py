@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from dtrain.accumulation import HeldBack
 from dtrain.attributes import check_materialized
+from dtrain.batches import BatchFunctions
 from dtrain.batchnorm import SyncedBatchNorm
 from dtrain.checks import batches_alike, check_optimizers, check_takes, not_called
 from dtrain.clipping import UNLIMITED, Clipping, Limit
@@ -78,6 +79,7 @@ class Task:
         interval: whether the scheduler counts epochs or optimizer steps.
         monitor: the column that ReduceLROnPlateau watches; None for `val_loss`, else `loss`.
         metrics: name -> torchmetrics object; a step's value of that name is what the object is updated with.
+        batches: what the user says of the batches of loaders without indices.
         others: name -> more that has a state to go on from (`state_dict`, `load_state_dict`): a weight average, say.
     """
 
@@ -91,6 +93,7 @@ class Task:
     interval: Interval = "epoch"
     monitor: str | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    batches: BatchFunctions = field(default_factory=BatchFunctions)
     others: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dtrain.batches import takes_fixed_parts
 from dtrain.bounds import Limits, Start
 from dtrain.checks import check_first_batch, check_order, check_takes
 from dtrain.compiling import CompileClock
@@ -288,12 +289,13 @@ def valid_pass(  # noqa: PLR0913 - keyword-only
         return None
     limits = limits or Limits()
     how = Dealing(world.rank, world.size, batch, fill=in_step, limit=limits.valid, merge=limits.merge)
-    loader = ShardedLoader(task.dl_valid, how, seed, "valid", fetch_batches=fetch_batches)
+    read: dict[str, Any] = {"functions": task.batches, "fixed": takes_fixed_parts(task.valid_step)}
+    loader = ShardedLoader(task.dl_valid, how, seed, "valid", fetch_batches=fetch_batches, **read)
     return ValidPass(task.module, task.valid_step, loader, world, task.metrics, in_step=in_step)
 
 
 def train_loader(  # noqa: PLR0913 - keyword-only
-    loader: Any,
+    task: Task,
     world: World,
     *,
     batch: BatchMode,
@@ -302,6 +304,7 @@ def train_loader(  # noqa: PLR0913 - keyword-only
     limits: Limits,
     fetch_batches: bool,
 ) -> ShardedLoader:
-    """Returns the rank's view of a training loader; the arguments are the engine's."""
+    """Returns the rank's view of a task's training loader; the arguments are the engine's."""
     how = Dealing(world.rank, world.size, batch, fill=True, group=accumulation, limit=limits.train, merge=limits.merge)
-    return ShardedLoader(loader, how, seed, "train", fetch_batches=fetch_batches, same_order=limits.same)
+    read: dict[str, Any] = {"functions": task.batches, "fixed": takes_fixed_parts(task.train_step)}
+    return ShardedLoader(task.dl_train, how, seed, "train", fetch_batches=fetch_batches, same_order=limits.same, **read)

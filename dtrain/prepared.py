@@ -26,6 +26,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from dtrain.batches import BatchFunctions
 from dtrain.checks import check_alike, check_optimizers, check_order, not_called, weights_checksum
 from dtrain.ddp import Replica
 from dtrain.dealing import BatchMode, Dealing, Share
@@ -170,6 +171,7 @@ class PreparedLoader:
         replica: the net that it feeds.
         process: where the current pass is noted.
         batch: whose batch size the loader's is.
+        functions: what the user says of its batches.
         seed: the order is derived from it and the epoch.
         fetch_batches: see `dtrain.fetching`.
     """
@@ -181,6 +183,7 @@ class PreparedLoader:
         process: Process,
         *,
         batch: BatchMode,
+        functions: BatchFunctions,
         seed: int,
         fetch_batches: bool = True,
     ) -> None:
@@ -189,7 +192,7 @@ class PreparedLoader:
         self._process = process
         self._batch: BatchMode = batch
         self._seed = seed
-        self._fetch_batches = fetch_batches
+        self._how: dict[str, Any] = {"fetch_batches": fetch_batches, "functions": functions}
         self._world = process.joined(cpu=False)
         self._views: dict[bool, ShardedLoader] = {}
         self._epochs = {True: 0, False: 0}
@@ -245,7 +248,7 @@ class PreparedLoader:
         if train not in self._views:
             how = Dealing(self._world.rank, self._world.size, self._batch, fill=train)
             split = "train" if train else "valid"
-            self._views[train] = ShardedLoader(self.loader, how, self._seed, split, fetch_batches=self._fetch_batches)
+            self._views[train] = ShardedLoader(self.loader, how, self._seed, split, **self._how)
         return self._views[train]
 
     def _check(self, view: ShardedLoader) -> None:

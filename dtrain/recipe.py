@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from dtrain import share
 from dtrain.attributes import attributes_of
+from dtrain.batches import BatchFunctions
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.errors import ConfigError, RecipeError, add_remark, nearest
 from dtrain.learning import Interval, Task
@@ -162,9 +163,8 @@ def bind(recipe: Recipe, settings: Settings) -> Task:
             raise RecipeError(f"{recipe.path}: the optimizer is {optimizer!r}, not a torch.optim.Optimizer.")
         setattr(module, "optimizer", optimizer)  # noqa: B010 - several, for the step to choose from; the step itself steps them
         optimizer = None
-    task = Task(
-        module, train_step, dl_train, valid_step, dl_valid, optimizer, scheduler, interval, metrics=_metrics(recipe)
-    )
+    more: dict[str, Any] = {"metrics": _metrics(recipe), "batches": _batches(recipe)}
+    task = Task(module, train_step, dl_train, valid_step, dl_valid, optimizer, scheduler, interval, **more)
     task.others = _others(recipe, task)
     task.monitor = _plateau_monitor(recipe, settings, scheduler)
     return task
@@ -202,6 +202,12 @@ def _others(recipe: Recipe, task: Task) -> dict[str, Any]:
             known.add(id(thing))
             found[name] = thing
     return found
+
+
+def _batches(recipe: Recipe) -> BatchFunctions:
+    """What the recipe says of its batches; `batch_size` may also be a number, for the recipe's own use."""
+    named = {name: getattr(recipe.module, name, None) for name in ("batch_size", "split_batch")}
+    return BatchFunctions(**{name: function for name, function in named.items() if callable(function)})
 
 
 def _has_state(thing: Any) -> bool:

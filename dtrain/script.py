@@ -27,6 +27,7 @@ Every rank runs the whole script; none may skip a loop, a `means()` or a `save_w
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from dtrain.attributes import check_materialized
+from dtrain.batches import BatchFunctions
 from dtrain.checks import check_optimizers, check_same_task
 from dtrain.dealing import BatchMode
 from dtrain.errors import AgreedError, Failure, UsageError
@@ -52,10 +54,12 @@ from dtrain.world import World
 _COMPARED_ROWS = 64
 
 
-def prepare(
+def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
     model: nn.Module,
     *others: Any,
     batch: BatchMode = "per_rank",
+    batch_size: Callable[[Any], int] | None = None,
+    split_batch: Callable[[Any, list[int]], Any] | None = None,
     seed: int = 42,
     fetch_batches: bool = True,
     cpu: bool = False,
@@ -72,6 +76,7 @@ def prepare(
         others: its loaders (DataLoader or any iterable of batches), each of which comes back prepared; and its
             optimizers, which are checked and come back as they are. Make optimizers from `model.parameters()`.
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
+        batch_size, split_batch: as in `dtrain.train_model`.
         seed: the order of the samples and each rank's random stream are derived from it.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
         cpu: compute on the CPU also where there is an accelerator.
@@ -97,6 +102,7 @@ def prepare(
     check_same_task(world, model, loaders)
     _check_same_data(world, loaders)
     optimizers = [other for other in others if isinstance(other, Optimizer)]
+    how: dict[str, Any] = {"batch": batch, "functions": BatchFunctions(batch_size, split_batch), "seed": seed}
     check_optimizers(optimizers, model, world.size)
     replica = PROCESS.replica_of(model)
     place_states(model, optimizers)
@@ -106,7 +112,7 @@ def prepare(
         *(
             other
             if isinstance(other, Optimizer)
-            else PreparedLoader(other, replica, PROCESS, batch=batch, seed=seed, fetch_batches=fetch_batches)
+            else PreparedLoader(other, replica, PROCESS, fetch_batches=fetch_batches, **how)
             for other in others
         ),
     )

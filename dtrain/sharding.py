@@ -24,15 +24,20 @@ from torch.utils.data import (
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
+    default_convert,
 )
 
-from dtrain.batches import count_samples, cut_batch, first_rows, join_batches, tensor_bytes
+from dtrain.batches import BatchFunctions
 from dtrain.dealing import Dealing, Form, Share, deal
 from dtrain.errors import UsageError
 from dtrain.fetching import RowsOf, fetched_by_batch, row_batches
+from dtrain.fingerprints import sample_fingerprints
 from dtrain.launch.shield import shielded
+from dtrain.samplers import index_batches, without_distributed
 from dtrain.seeding import CommonRandomness, derive
 from dtrain.sources import Sources
+from dtrain.streams import Dropped, Length, Stream, length_of
 from dtrain.worker_start import Started, check_workers_find_recipe, has_workers, start_context
 from dtrain.workers import Seeding, let_workers_go
 
@@ -57,6 +62,8 @@ class ShardedLoader:
         split: "train" or "valid".
         fetch_batches: whether whole batches are fetched at once where that gives the same.
         same_order: whether every epoch has the first one's order.
+        functions: what the user says of the batches of a loader without indices.
+        fixed: whether a batch that is a list is known to be parts; see `dtrain.batches`.
 
     Raises:
         UsageError: the loader was already sharded by another library.
@@ -71,6 +78,8 @@ class ShardedLoader:
         *,
         fetch_batches: bool = True,
         same_order: bool = False,
+        functions: BatchFunctions | None = None,
+        fixed: bool = False,
     ) -> None:
         self._same_order = same_order
         if type(loader).__module__.startswith("accelerate."):
@@ -92,17 +101,20 @@ class ShardedLoader:
                 f"the {split} loader is a {type(loader).__name__}, which cannot be iterated over. Give a DataLoader, "
                 "or any iterable of batches."
             )
-        self._fingerprint = 0.0
         self.sources = Sources(loader)
-        indexed = _has_indices(loader)
-        self._indexed = _IndexedBatches(loader, how, self.sources, fetch_batches=fetch_batches) if indexed else None
+        self._length = Length(split, how.rank)
+        self._stream = Stream(loader, how, split, functions, fixed=fixed)
+        self._indexed = None
+        if _has_indices(loader):
+            self._indexed = _IndexedBatches(
+                loader, how, self.sources, self._length, split, fetch_batches=fetch_batches
+            )
         check_workers_find_recipe(loader, split)
 
     def steps(self) -> int | None:
         """Returns the number of steps of a pass, None where the loader cannot tell."""
-        try:
-            batches = len(self.loader)
-        except TypeError:
+        batches = length_of(self.loader if self._indexed is None else self._indexed)
+        if batches is None:
             return None
         batches = batches if self._how.limit is None else min(batches, self._how.limit)
         return batches if self._how.mode == "global" else -(-batches // self._how.size)
@@ -115,7 +127,13 @@ class ShardedLoader:
     @property
     def fingerprint(self) -> float:
         """A number that stands for the order of this epoch's first samples; 0 where it is not known."""
-        return self._fingerprint if self._indexed is None else self._indexed.fingerprint
+        return self._stream.fingerprint if self._indexed is None else self._indexed.fingerprint
+
+    def rows(self, share: Share) -> list[int]:
+        """Returns a fingerprint of each real sample of a share; of its index where it is not known what a sample is."""
+        known = sample_fingerprints(self._stream.reader, share.batch, share.count) if share.count else []
+        indices = share.indices.tolist() if isinstance(share.indices, torch.Tensor) else share.indices
+        return known or [zlib.crc32(repr(index).encode()) for index in indices or () if share.count]
 
     def shares(self, epoch: int, skip: int = 0, ready: Callable[[], None] = _nothing) -> Iterator[Share]:
         """Iterates over the rank's shares of one epoch.
@@ -133,12 +151,14 @@ class ShardedLoader:
                 self.sources.rewind()
                 return _after(self._indexed.shares(seed, epoch, 0, _nothing), skip, ready)
             return self._indexed.shares(seed, epoch, skip, ready)
-        let_workers_go(self.loader)
-        source: Iterable[Any] = Started(self.loader) if has_workers(self.loader) else self.loader
+        let_workers_go(self._stream.loader)
+        source: Iterable[Any] = self._stream.loader
+        source = Started(source) if has_workers(source) else source  # type: ignore[arg-type]
         source = self.sources.restarting(source)
         if not isinstance(source, (list, tuple)):  # a list of batches draws nothing at random
             source = _under(CommonRandomness(seed), source)
-        return _after(deal(self._noted(source), self._how, _NESTED), skip, ready)
+        source = self._length.checked(source, self.loader)
+        return _after(self._stream.plain(deal(self._stream.noted(source), self._how, self._stream.form)), skip, ready)
 
     def generators(self) -> list[torch.Generator]:
         """Returns the random generators that the user gave the loader or its sampler, which go on over epochs."""
@@ -148,22 +168,26 @@ class ShardedLoader:
         users = [g for g in found if isinstance(g, torch.Generator) and not getattr(g, "of_dtrain", False)]
         return list({id(generator): generator for generator in users}.values())
 
-    def _noted(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Takes a fingerprint of the first batch on its way; rows that are no tensors leave none."""
-        self._fingerprint = 0.0
-        for number, batch in enumerate(batches):
-            if number == 0 and self._how.size > 1:
-                self._fingerprint = 1.0 + zlib.crc32(b"".join(tensor_bytes(row) for row in first_rows(batch)))
-            yield batch
-
 
 class _IndexedBatches:
     """A map-style DataLoader: the indices are dealt out, so that each rank fetches its own samples alone."""
 
-    def __init__(self, loader: DataLoader[Any], how: Dealing, sources: Sources, *, fetch_batches: bool) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917 - what a ShardedLoader has
+        self,
+        loader: DataLoader[Any],
+        how: Dealing,
+        sources: Sources,
+        length: Length,
+        split: str,
+        *,
+        fetch_batches: bool,
+    ) -> None:
         self._how = how
         self._sources = sources
-        self._batches = _without_distributed(loader)
+        self._batches = without_distributed(loader, split, how.rank)
+        self._length = length
+        own = loader.collate_fn not in (default_collate, default_convert)
+        self._dropped = Dropped(split, how.rank) if own else None
         self._begun = _Iteration(0)
         self.fingerprint = 0.0
         self._loader = _rebuilt(loader, self, fetch_batches=fetch_batches)
@@ -187,7 +211,7 @@ class _IndexedBatches:
         elif self._rows is not None:
             source, form = row_batches(source, self._rows), _ROWS
         self.fingerprint = 0.0
-        return deal(self._noted(source), self._how, form)
+        return deal(self._noted(self._length.checked(source, self._batches)), self._how, form)
 
     def _noted(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Takes a fingerprint of the first batch on its way."""
@@ -211,6 +235,8 @@ class _IndexedBatches:
             for batch in batches:
                 share = own.dealt.popleft()
                 share.indices, share.batch = share.batch, batch
+                if self._dropped is not None:
+                    self._dropped.look(share)
                 yield share
                 self._refuse_mixture(own)
             return
@@ -268,7 +294,6 @@ def _join_lists(lists: list[list[Any]]) -> list[Any]:
 
 _INDICES: Form[list[Any]] = Form(len, _cut, _join_lists)
 _ROWS: Form[Any] = Form(len, _cut, _join_rows)
-_NESTED: Form[Any] = Form(count_samples, cut_batch, join_batches)
 
 
 def _has_indices(loader: Any) -> bool:
@@ -277,7 +302,7 @@ def _has_indices(loader: Any) -> bool:
         isinstance(loader, DataLoader)
         and type(loader).__iter__ is DataLoader.__iter__
         and not isinstance(loader.dataset, IterableDataset)
-        and loader.batch_sampler is not None
+        and index_batches(loader) is not None
     )
 
 
@@ -286,14 +311,15 @@ def in_data_order(loader: Any) -> Any:
 
     What has an order of its own (a sampler of the user's, an iterable) is returned as it is.
     """
-    if not _has_indices(loader) or type(loader.batch_sampler) is not BatchSampler:
+    batches = index_batches(loader) if _has_indices(loader) else None
+    if type(batches) is not BatchSampler:
         return loader
-    sampler = loader.batch_sampler.sampler
+    sampler = batches.sampler
     whole = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(loader.dataset)
     if not whole and type(sampler) not in (SequentialSampler, DistributedSampler):
         return loader
     plain: Any = SequentialSampler(loader.dataset)
-    return _rebuilt(loader, BatchSampler(plain, loader.batch_sampler.batch_size, drop_last=False))
+    return _rebuilt(loader, BatchSampler(plain, batches.batch_size, drop_last=False))
 
 
 def with_batch_size(loader: Any, size: int) -> Any:
@@ -302,8 +328,9 @@ def with_batch_size(loader: Any, size: int) -> Any:
     Raises:
         UsageError: it makes its batches in a way of its own.
     """
-    if _has_indices(loader) and type(loader.batch_sampler) is BatchSampler:
-        return _rebuilt(loader, BatchSampler(loader.batch_sampler.sampler, size, loader.batch_sampler.drop_last))
+    batches = index_batches(loader) if _has_indices(loader) else None
+    if type(batches) is BatchSampler:
+        return _rebuilt(loader, BatchSampler(batches.sampler, size, batches.drop_last))
     raise UsageError(
         f"the batch size of the training loader ({type(loader).__name__}) cannot be changed from outside: it is no "
         "DataLoader over a map-style dataset with a batch_size. Give build_dataloaders a parameter batch_size."
@@ -312,7 +339,11 @@ def with_batch_size(loader: Any, size: int) -> Any:
 
 def _rebuilt(loader: DataLoader[Any], batch_sampler: Any, *, fetch_batches: bool = False) -> DataLoader[Any]:
     """The same DataLoader with another batch sampler."""
+    fetch_batches = fetch_batches and loader.batch_sampler is not None
     dataset, collate_fn = fetched_by_batch(loader) if fetch_batches else (loader.dataset, loader.collate_fn)
+    drawn: dict[str, Any] = {"batch_sampler": batch_sampler}
+    if loader.batch_sampler is None:  # the dataset gets the list itself
+        drawn = {"batch_size": None, "sampler": batch_sampler}
     workers: dict[str, Any] = {}
     generator = loader.generator
     if loader.persistent_workers:
@@ -328,7 +359,7 @@ def _rebuilt(loader: DataLoader[Any], batch_sampler: Any, *, fetch_batches: bool
         }
     return DataLoader(
         dataset,
-        batch_sampler=batch_sampler,
+        **drawn,
         num_workers=loader.num_workers,
         collate_fn=collate_fn,
         pin_memory=loader.pin_memory,
@@ -336,22 +367,6 @@ def _rebuilt(loader: DataLoader[Any], batch_sampler: Any, *, fetch_batches: bool
         generator=generator,
         **workers,
     )
-
-
-def _without_distributed(loader: DataLoader[Any]) -> Iterable[list[Any]]:
-    """The loader's batch sampler; a DistributedSampler in it gives way to the plain one that it stands for."""
-    batches: Any = loader.batch_sampler
-    sampler = getattr(batches, "sampler", None)
-    if not isinstance(sampler, DistributedSampler):
-        return batches  # type: ignore[no-any-return]
-    if type(batches) is not BatchSampler:
-        raise UsageError(
-            f"the loader's {type(batches).__name__} deals to ranks by a DistributedSampler, as dtrain does itself. "
-            "Give it a RandomSampler or SequentialSampler."
-        )
-    data: Any = sampler.dataset
-    plain = RandomSampler(data) if sampler.shuffle else SequentialSampler(data)
-    return BatchSampler(plain, batches.batch_size, batches.drop_last)
 
 
 def _reseed(batches: Any, seed: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtrain.batches import cut_batch
+from dtrain.batches import BatchReader
 from dtrain.errors import DataError
 from dtrain.inference import features_of
 from dtrain.learning import Task
@@ -43,7 +43,7 @@ def shape_summary(net: nn.Module, input_shape: Sequence[int], dtype: torch.dtype
 
 def data_summary(net: nn.Module, batch: Any) -> str:
     """Returns the summary of a net for the features of a batch, cut to one sample."""
-    return _text(net, input_data=[cut_batch(features_of(batch), 0, 1)])
+    return _text(net, input_data=[BatchReader().cut(features_of(batch), 0, 1)])
 
 
 def _text(net: nn.Module, **what: Any) -> str:

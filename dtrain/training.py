@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.arguments import check_positive, check_share, check_whole
+from dtrain.batches import BatchFunctions
 from dtrain.clipping import Limit
 from dtrain.compiling import Compile, check_compile
 from dtrain.dealing import BatchMode
@@ -62,6 +63,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     scheduler_monitor: str | None = None,
     metrics: Mapping[str, Any] | None = None,
     batch: BatchMode = "per_rank",
+    batch_size: Callable[[Any], int] | None = None,
+    split_batch: Callable[[Any, list[int]], Any] | None = None,
     accumulation: int = 1,
     sync_batchnorm: bool = False,
     fetch_batches: bool = True,
@@ -95,6 +98,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         metrics: name -> torchmetrics metric, computed once an epoch over all samples of all ranks; a step's value
             of that name is what it is updated with: `{"loss": loss, "auroc": (predictions, labels)}`.
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
+        batch_size: batch -> its number of samples, where a loader has no indices and it is not known by the batch.
+        split_batch: (batch, sizes) -> a list of batches of so many samples each; for `batch="global"` on several ranks.
         accumulation: micro-batches that make one optimizer step.
         sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks instead of each one's.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
@@ -143,6 +148,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         interval=scheduler_interval,
         monitor=scheduler_monitor,
         metrics=check_metrics(metrics, "metrics"),
+        batches=BatchFunctions(batch_size, split_batch),
     )
     if num_processes is not None and starts_ranks(num_processes, world):
         del arguments["world"], arguments["num_processes"]

@@ -24,7 +24,7 @@ from dtrain.columns import VALID
 from dtrain.errors import UsageError
 from dtrain.history import History
 from dtrain.metrics import PassResult
-from dtrain.passes import Place, ValidPass
+from dtrain.passes import PassWatch, Place, ValidPass
 from dtrain.progress import Progress, RunFacts
 from dtrain.seeding import load_random_state, random_state
 from dtrain.sources import Sources
@@ -43,6 +43,7 @@ class WithinEpoch:
         generators: returns the generators that the user gave the loaders.
         averaged: puts the averaged weights into the net while inside, where there is an average.
         history: returns where rows are added: epoch, step (optimizer steps since the run began), val_..., seconds.
+        watch: of the train pass around it, whose time this is no part of.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - made at one place, with all of them
@@ -54,7 +55,9 @@ class WithinEpoch:
         generators: Callable[[], list[torch.Generator]],
         averaged: Callable[[], AbstractContextManager[None]],
         history: Callable[[], History],
+        watch: PassWatch,
     ) -> None:
+        self._watch = watch
         self._history = history
         self._every = every
         self._pass = replace(valid, metrics=copy.deepcopy(dict(valid.metrics)))
@@ -80,14 +83,15 @@ class WithinEpoch:
             Exception: as at an epoch's end.
         """
         place = self._place
-        with self._aside() as streams:
-            with self._averaged():
-                result = self._pass.run(place.epoch, place, progress, facts, within=True)
-            self._last = place.updates, result, streams.now()
-        means = {f"{VALID}{name}": mean for name, mean in result.means.items()}
-        row = {"epoch": place.epoch, "step": place.updates, **means, "seconds": result.seconds}
-        self._history().append(row)
-        progress.validated(row)
+        with self._watch.stopped():
+            with self._aside() as streams:
+                with self._averaged():
+                    result = self._pass.run(place.epoch, place, progress, facts, within=True)
+                self._last = place.updates, result, streams.now()
+            means = {f"{VALID}{name}": mean for name, mean in result.means.items()}
+            row = {"epoch": place.epoch, "step": place.updates, **means, "seconds": result.seconds}
+            self._history().append(row)
+            progress.validated(row)
 
     def taken_up(self) -> PassResult | None:
         """Returns the last result, where no step was taken since: the epoch's validation would do the same again."""
@@ -152,6 +156,7 @@ def within_epochs(  # noqa: PLR0913, PLR0917 - made at one place, with all of th
     generators: Callable[[], list[torch.Generator]],
     averaged: Callable[[], AbstractContextManager[None]],
     history: Callable[[], History],
+    watch: PassWatch,
 ) -> WithinEpoch | None:
     """Returns what validates within epochs; None where that is not asked for.
 
@@ -169,4 +174,4 @@ def within_epochs(  # noqa: PLR0913, PLR0917 - made at one place, with all of th
             f"train.val_every_steps = {every}: the validation loader is used up after one pass: it is an iterator "
             "or a generator. Give a DataLoader, or an object whose __iter__ starts anew."
         )
-    return WithinEpoch(every, valid, world, place, generators, averaged, history)
+    return WithinEpoch(every, valid, world, place, generators, averaged, history, watch)

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain.batches import tensor_bytes
 from dtrain.bounds import Limits
 from dtrain.building import configured_engine, load_task
 from dtrain.config import Settings
 from dtrain.config.schema import CheckpointConfig
 from dtrain.dealing import Share
 from dtrain.engine import Engine
+from dtrain.fingerprints import tensor_bytes
 from dtrain.fsdp.tensors import local_part
 from dtrain.metrics import Mean, Observed, Value
 from dtrain.passes import Place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from dtrain.batches import first_rows, tensor_bytes
 from dtrain.bounds import Limits
 from dtrain.building import configured_engine, load_task
 from dtrain.checks import weights_checksum
 from dtrain.config import Settings
 from dtrain.dealing import Share
 from dtrain.engine import Engine
+from dtrain.fingerprints import tensor_bytes
 from dtrain.fsdp.tensors import cut_like, whole_tensor
 from dtrain.metrics import Mean, Observed, Value
 from dtrain.run import agree
@@ -46,6 +47,7 @@ class Trace:
         self._steps: list[dict[str, Any]] = []
         self._optimizer_steps = 0
         self._gradients: dict[str, Tensor] = {}
+        self._rows: Callable[[Share], list[int]] = lambda _: []
         self._initial = zlib.crc32(b"".join(tensor_bytes(p) for p in net.parameters()))
         self._batchnorm = any(
             isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
@@ -55,7 +57,7 @@ class Trace:
 
     def watch(self, engine: Engine) -> Any:
         """Follows an engine's train steps; returns handles to remove at the end."""
-        learn = engine.learner.learn
+        learn, self._rows = engine.learner.learn, engine.train_loader.rows
         self._batchnorm &= not engine.sync_batchnorm
 
         def followed(share: Share) -> dict[str, Value]:
@@ -88,8 +90,7 @@ class Trace:
                 continue  # compared as the epoch's value, in the history
             total, count = (value.total, value.count) if isinstance(value, Mean) else (value * share.count, share.count)
             numbers[name] = [_number(total), _number(count)] if share.count else [0.0, 0.0]
-        rows = [zlib.crc32(tensor_bytes(row)) for row in first_rows(share.batch)] if share.count else []
-        self._steps.append({"rows": rows, "values": numbers})
+        self._steps.append({"rows": self._rows(share), "values": numbers})
 
     def _keep_gradients(self) -> None:
         self._gradients = {

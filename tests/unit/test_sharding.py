@@ -19,7 +19,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from dtrain.batches import count_samples, cut_batch, join_batches
+from dtrain.batches import BatchReader
 from dtrain.dealing import Dealing, Share, part_of
 from dtrain.errors import DataError, UsageError
 from dtrain.sharding import ShardedLoader
@@ -199,13 +199,14 @@ def test_any_iterable_of_batches_is_a_loader() -> None:
 
 def test_nested_batches_are_counted_and_cut() -> None:
     batch = ({"ids": torch.arange(12).reshape(4, 3), "text": list("abcd")}, [torch.arange(4), 7])
-    assert count_samples(batch) == 4
-    part = cut_batch(batch, 1, 3)
+    reader = BatchReader()
+    assert reader.size_of(batch) == 4
+    part = reader.cut(batch, 1, 3)
     assert part[0]["ids"].tolist() == [[3, 4, 5], [6, 7, 8]]
     assert part[0]["text"] == ["b", "c"]
     assert part[1][0].tolist() == [1, 2]
     assert part[1][1] == 7
-    joined = join_batches([cut_batch(batch, 0, 1), cut_batch(batch, 1, 4)])
+    joined = reader.join([reader.cut(batch, 0, 1), reader.cut(batch, 1, 4)])
     assert joined[0]["ids"].tolist() == batch[0]["ids"].tolist()
     assert joined[0]["text"] == list("abcd")
     assert joined[1][0].tolist() == [0, 1, 2, 3]
@@ -213,7 +214,7 @@ def test_nested_batches_are_counted_and_cut() -> None:
 
 def test_a_batch_without_anything_to_count_is_refused() -> None:
     with pytest.raises(DataError, match="holds no tensor"):
-        count_samples({"text": "abc"})
+        BatchReader().size_of({"text": "abc"})
 
 
 @given(total=st.integers(0, 200), size=st.integers(1, 20))

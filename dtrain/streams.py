@@ -1,0 +1,165 @@
+"""What a loader without indices yields, on its way to the ranks: counted, looked at, and compared with what it said."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from dtrain.batches import BatchFunctions, BatchReader
+from dtrain.collating import Collated, collates_by_default, noting
+from dtrain.constants import refuse_constants
+from dtrain.dealing import Dealing, Form, Share
+from dtrain.errors import DataError
+from dtrain.fingerprints import first_bytes
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Stream:
+    """The batches of a loader without indices.
+
+    Args:
+        loader: the user's.
+        how: how they are dealt.
+        split: the loader's name.
+        functions: what the user says of its batches.
+        fixed: as for `dtrain.batches.BatchReader`.
+
+    Attributes:
+        loader: what is iterated over: the user's, or a copy that notes what is known of its batches.
+        reader: counts and cuts them.
+        form: the same for `dtrain.dealing.deal`.
+        fingerprint: a number that stands for the first batch of the last epoch; 0 on one rank.
+    """
+
+    def __init__(self, loader: Any, how: Dealing, split: str, functions: BatchFunctions | None, *, fixed: bool) -> None:
+        self.loader = noting(loader)
+        self.reader = BatchReader(functions, how.size, split, fixed=fixed, collated=collates_by_default(loader))
+        self.form: Form[Any] = Form(self.reader.size_of, self.reader.cut, self.reader.join)
+        self.fingerprint = 0.0
+        self._noting = self.loader is not loader
+        self._how = how
+        self._split = split
+        self._looked = False
+
+    def noted(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Takes a fingerprint of the first batch on its way, and looks at it."""
+        self.fingerprint = 0.0
+        if isinstance(self.loader, (list, tuple)) and not self._looked:
+            for batch in self.loader:  # before the first step, since they are all there
+                self.reader.size_of(batch)
+        if self._how.size == 1:
+            self._looked = True
+            yield from batches
+            return
+        iterator = iter(batches)
+        first = list(islice(iterator, 1))
+        self.fingerprint = float(sum(1 + zlib.crc32(first_bytes(batch)) for batch in first))
+        if self._how.mode == "global" and not self._looked:
+            first += self._look(first, iterator)
+        yield from chain(first, iterator)
+
+    def _look(self, first: list[Any], rest: Iterator[Any]) -> list[Any]:
+        """Compares the first batch of all, before it is cut, with the next one, which it returns."""
+        self._looked = True
+        following = list(islice(rest, 1))
+        if first and following:
+            if self.fingerprint != 1.0 + zlib.crc32(first_bytes(first[0])):
+                raise DataError(
+                    f"the {self._split} loader changes a batch that it has yielded, to yield it again. Let it yield "
+                    "new tensors: dtrain holds a batch while it reads the next one."
+                )
+            refuse_constants(self.reader, first[0], following[0])
+        return following
+
+    def plain(self, shares: Iterator[Share]) -> Iterator[Share]:
+        """Returns the shares with the user's own batches."""
+        return map(_plain, shares) if self._noting else shares
+
+
+def _plain(share: Share) -> Share:
+    if type(share.batch) is Collated:
+        share.batch = share.batch.batch
+    return share
+
+
+class Length:
+    """Compares how many batches a loader yields with its length, and says once that it differs.
+
+    Args:
+        split: the loader's name.
+        rank: rank 0 says it.
+    """
+
+    def __init__(self, split: str, rank: int) -> None:
+        self._split = split
+        self._silent = rank != 0
+
+    def checked(self, batches: Iterable[T], sized: Any) -> Iterator[T]:
+        """Iterates over the batches of one epoch.
+
+        Args:
+            batches: what is yielded.
+            sized: what has the length; of what has none, nothing is said.
+        """
+        said = length_of(sized)
+        number = 0
+        for number, batch in enumerate(batches, start=1):
+            if number - 1 == said:
+                self._tell(said, "more")
+            yield batch
+        if said is not None and number < said:
+            self._tell(said, str(number))
+
+    def _tell(self, said: int, yielded: str) -> None:
+        if not self._silent:
+            logger.warning(
+                "the %s loader has the length %d and yielded %s batches: what is counted by its length is wrong "
+                "(progress, time left, a schedule's end). Correct its __len__, or leave it out.",
+                self._split,
+                said,
+                yielded,
+            )
+        self._silent = True
+
+
+class Dropped:
+    """Looks for samples that a user's `collate_fn` leaves out, and says once that they count.
+
+    Args:
+        split: the loader's name.
+        rank: rank 0 says it.
+    """
+
+    def __init__(self, split: str, rank: int) -> None:
+        self._split = split
+        self._silent = rank != 0
+
+    def look(self, share: Share) -> None:
+        """Compares the number of indices with the rows, where all parts are tensors of as many."""
+        parts = share.batch.values() if isinstance(share.batch, dict) else share.batch
+        if self._silent or not isinstance(share.batch, (dict, tuple, list)) or len(share.batch) == len(share.indices):
+            return  # which may also be a list of samples
+        rows = {part.shape[0] if isinstance(part, Tensor) and part.ndim else -1 for part in parts}
+        if len(rows) == 1 and 0 <= (left := rows.pop()) < (drawn := len(share.indices)):
+            self._silent = True
+            logger.warning(
+                "a batch of the %s loader is of %d indices and has %d rows; it counts as %d samples. Where collate_fn "
+                "leaves some out, return dtrain.Mean(total, count) from the steps, or leave them out of the dataset.",
+                *(self._split, drawn, left, drawn),
+            )
+
+
+def length_of(sized: Any) -> int | None:
+    """Returns a length; None for what has none."""
+    try:
+        return len(sized)
+    except TypeError:
+        return None
