@@ -101,6 +101,7 @@ def configured_engine(task: Task, world: World, settings: Settings, **more: Any)
         world,
         seed=train.seed,
         batch=train.batch,
+        same_draws=train.same_draws,
         accumulation=train.accumulation,
         sync_batchnorm=train.sync_batchnorm,
         fetch_batches=train.fetch_batches,

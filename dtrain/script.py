@@ -55,6 +55,7 @@ def prepare(
     model: nn.Module,
     *others: Any,
     batch: BatchMode = "per_rank",
+    same_draws: bool | None = None,
     seed: int = 42,
     fetch_batches: bool = True,
     cpu: bool = False,
@@ -71,6 +72,8 @@ def prepare(
         others: its loaders (DataLoader or any iterable of batches), each of which comes back prepared; and its
             optimizers, which are checked and come back as they are. Make optimizers from `model.parameters()`.
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
+        same_draws: whether dropout and other random numbers in loops over the loaders are those that one rank draws for
+            the same global batch; by default, with batch "global". Not in a loop within another one's body.
         seed: the order of the samples and each rank's random stream are derived from it.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
         cpu: compute on the CPU also where there is an accelerator.
@@ -85,6 +88,8 @@ def prepare(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"the first argument of prepare is a {type(model).__name__}: give the net (an nn.Module).")
+    if same_draws not in (None, True, False):
+        raise UsageError(f"same_draws = {same_draws!r}: should be True, False or None.")
     if batch not in ("per_rank", "global"):
         raise UsageError(f"batch = {batch!r}: should be 'per_rank' or 'global'.")
     for position, other in enumerate(others, start=2):
@@ -104,7 +109,9 @@ def prepare(
         *(
             other
             if isinstance(other, Optimizer)
-            else PreparedLoader(other, replica, PROCESS, batch=batch, seed=seed, fetch_batches=fetch_batches)
+            else PreparedLoader(
+                other, replica, PROCESS, batch=batch, seed=seed, fetch_batches=fetch_batches, same_draws=same_draws
+            )
             for other in others
         ),
     )

@@ -59,6 +59,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     scheduler_interval: Interval = "epoch",
     metrics: Mapping[str, Any] | None = None,
     batch: BatchMode = "per_rank",
+    same_draws: bool | None = None,
     accumulation: int = 1,
     sync_batchnorm: bool = False,
     fetch_batches: bool = True,
@@ -90,6 +91,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         metrics: name -> torchmetrics metric, computed once an epoch over all samples of all ranks; a step's value
             of that name is what it is updated with: `{"loss": loss, "auroc": (predictions, labels)}`.
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
+        same_draws: whether dropout and other random numbers of steps are those that one rank draws for the same global
+            batch; by default, with batch "global".
         accumulation: micro-batches that make one optimizer step.
         sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks instead of each one's.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
@@ -150,6 +153,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         epochs=epochs,
         seed=seed,
         batch=batch,
+        same_draws=same_draws,
         accumulation=accumulation,
         sync_batchnorm=sync_batchnorm,
         fetch_batches=fetch_batches,
