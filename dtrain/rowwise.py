@@ -225,7 +225,8 @@ def _rejecting(operator: Any) -> Callable[..., Any]:
 
     def draw(keys: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         part, keys = _CURRENT.part, keys & _BELOW
-        dimension = None if part is None else row_dimension(tensor, part)
+        batched = part is not None and (tensor.ndim > 1 or operator is not torch.ops.aten._sample_dirichlet.default)
+        dimension = row_dimension(tensor, part) if part is not None and batched else None
         if part is None or dimension is None:
             return operator.redispatch(keys, tensor, *args, **kwargs)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -262,13 +263,13 @@ def row_dimension(tensor: Tensor, part: Part) -> int | None:
 
     It is the first one, also with several rows to a sample (tokens, heads), or, time first, the second one.
     """
-    if tensor.ndim == 0 or isinstance(tensor, nn.Parameter) or tensor.requires_grad:
-        return None
+    if tensor.ndim == 0 or tensor.shape == (1,) or isinstance(tensor, nn.Parameter) or tensor.requires_grad:
+        return None  # `torch.rand(1)` is one number for all, also where the part has one sample
     shape, rows = tensor.shape, part.rows
     several = shape[0] % rows == 0 and tensor.ndim >= _FLATTENED
     if tensor.ndim > 1 and shape[1] == rows and several:  # either may be meant
         known = _known_layout()
-        return known if known is not None else int(shape[0] != rows and tuple(shape[2:]) != (rows,))
+        return known if known is not None else int(shape[0] != rows and tuple(shape[2:]) not in {(), (rows,)})
     if shape[0] == rows:
         return 0
     if tuple(shape) in part.shapes:

@@ -38,6 +38,7 @@ LAYERS = [
         "dtrain.forwards",
         "dtrain.forks",
         "dtrain.optimizers",
+        "dtrain.rowwise",
     ],
     ["dtrain.identity", "dtrain.profiles", "dtrain.lock", "dtrain.slurm", "dtrain.starts"],
     ["dtrain.arrival"],
@@ -56,6 +57,7 @@ LAYERS = [
         "dtrain.fsdp",
         "dtrain.checks",
         "dtrain.batchnorm",
+        "dtrain.draws",
     ],
     [
         "dtrain.steps",
