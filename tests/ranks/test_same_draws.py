@@ -195,3 +195,143 @@ def test_each_random_function_gives_what_it_gives_one_process(ranks: int) -> Non
                 wrong.add((name, "rows" if not same else "stream", len(one["index"])))
     assert wrong == set()
     assert len({one["first"] for one in alone()}) == 3, "each step draws anew"
+
+
+# --- training -------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A part whose forward is computed again in the backward."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.again = again
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 8), nn.Dropout(0.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (checkpoint(self.inner, x, use_reentrant=False) if self.again else self.inner(x))
+
+
+class Net(nn.Module):
+    """A recurrent net with dropout everywhere."""
+
+    def __init__(self, again: bool = False) -> None:
+        super().__init__()
+        self.first = nn.LSTM(WIDTH, 8, 2, dropout=0.3, batch_first=True)
+        self.block = Block(again)
+        self.last = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.block(self.first(x)[0]).mean(dim=1))
+
+
+def task_of(case: dict[str, Any], size: int) -> Any:
+    from dtrain.learning import Task
+
+    torch.manual_seed(3)
+    net = Net(case.get("again", False)).double()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    imperative, numpy = case.get("imperative", False), case.get("numpy", False)
+
+    def loss_of(model: Any, x: Tensor, y: Tensor) -> Tensor:
+        keep = float(np.random.beta(0.4, 0.4)) if numpy else 1.0
+        noisy = x + 0.1 * torch.randn_like(x) * (random.random() if numpy else 1.0)
+        return keep * F.mse_loss(model(noisy), y) + 0.1 * torch.rand(())
+
+    def train_step(model: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        loss = loss_of(model, x, y)
+        if imperative:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return {"loss": loss.detach() if imperative else loss}
+
+    def valid_step(model: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"loss": loss_of(model, x, y)}
+
+    x = torch.randn(29, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    data = TensorDataset(x, x.sum(dim=(1, 2))[:, None])
+    per_rank = case.get("batch") == "per_rank"
+    loaders = [DataLoader(data, 6 // size if per_rank else 6, shuffle=True) for _ in range(2)]
+    return Task(net, train_step, loaders[0], valid_step, loaders[1], optimizer)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "declarative": {},
+    "imperative": {"imperative": True},
+    "accumulation": {"accumulation": 2},
+    "accumulation, imperative": {"accumulation": 2, "imperative": True},
+    "computed again in the backward": {"again": True},
+    "computed again in an imperative step": {"again": True, "imperative": True},
+    "python and numpy": {"numpy": True, "val_every_steps": 2},
+    "batches of each rank": {"batch": "per_rank", "same_draws": True},
+}
+
+
+def told_of(engine: Any) -> dict[str, Any]:
+    rows = [[row["loss"], row["val_loss"]] for row in engine.history.rows]
+    return {"rows": rows, "weights": [p.detach().flatten().tolist() for p in engine.task.module.parameters()]}
+
+
+def train_cases(world: Any) -> dict[str, Any]:
+    from dtrain.engine import Engine
+
+    found = {}
+    for name, case in CASES.items():
+        given = {key: case[key] for key in ("accumulation", "same_draws", "val_every_steps", "batch") if key in case}
+        engine = Engine(task_of(case, world.size), world, epochs=2, **{"batch": "global", **given})
+        engine.fit()
+        found[name] = told_of(engine)
+    return found
+
+
+def loop_of_ones_own(world: Any) -> list[float]:
+    """Script style, and KerasModel."""
+    import dtrain
+    from dtrain.prepared import PROCESS
+
+    PROCESS.world = world
+    task = task_of({}, world.size)
+    net, optimizer, train, valid = dtrain.prepare(
+        task.module, task.optimizer, task.dl_train, task.dl_valid, batch="global", seed=7
+    )
+    found = []
+    for _ in range(2):
+        net.train()
+        meter = dtrain.Meter()
+        for x, y in train:
+            optimizer.zero_grad()
+            loss = F.mse_loss(net(x), y)
+            loss.backward()
+            optimizer.step()
+            meter.add(loss=loss.detach())
+        found.append(meter.means()["loss"])
+        net.eval()
+        meter = dtrain.Meter()
+        for x, y in valid:
+            meter.add(loss=F.mse_loss(net(x + torch.randn_like(x)), y).detach())
+        found.append(meter.means()["loss"])
+    torch.manual_seed(4)
+    net = Net().double()
+    keras = dtrain.KerasModel(net, F.mse_loss, optimizer=torch.optim.SGD(net.parameters(), lr=0.01))
+    history = keras.fit(2, task.dl_train, task.dl_valid, batch="global", verbose=False, world=world)
+    return [*found, *history["loss"], *history["val_loss"]]
+
+
+def everything(world: Any) -> dict[str, Any]:
+    return {"cases": train_cases(world), "own": loop_of_ones_own(world)}
+
+
+@functools.cache
+def of_one_process() -> dict[str, Any]:
+    return run_ranks(everything, 1)[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_nets_with_dropout_train_as_in_one_process(ranks: int) -> None:
+    for found in run_ranks(everything, ranks):
+        for name, one in of_one_process()["cases"].items():
+            for what in ("rows", "weights"):
+                for here, there in zip(found["cases"][name][what], one[what], strict=True):
+                    assert here == pytest.approx(there, rel=1e-9, abs=1e-9), (name, what)
+        assert found["own"] == pytest.approx(of_one_process()["own"], rel=1e-9)

@@ -43,7 +43,7 @@ LAYERS = [
     ["dtrain.identity", "dtrain.profiles", "dtrain.lock", "dtrain.slurm", "dtrain.starts"],
     ["dtrain.arrival"],
     ["dtrain.world"],
-    ["dtrain.precision", "dtrain.compiling", "dtrain.recomputing"],
+    ["dtrain.precision", "dtrain.compiling", "dtrain.recomputing", "dtrain.import_steps"],
     ["dtrain.spawn", "dtrain.stopping"],
     ["dtrain.batches", "dtrain.dealing", "dtrain.fetching"],
     [
