@@ -93,6 +93,7 @@ def configured_engine(task: Task, world: World, settings: Settings, **more: Any)
     if train.channels_last:
         task.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batches = train.overfit_batches or train.limit_batches
+    more.setdefault("same_draws", train.same_draws)
     more.setdefault("limits", Limits(batches, train.limit_batches, same=train.overfit_batches is not None))
     sharding = chosen_sharding(train, world.sharding)
     check_parts(task.module, sharding)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
@@ -53,11 +54,39 @@ class Clipping:
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if not any(id(parameter) in self._own for parameter in held):
             return  # somebody else's
+        sparse = any(parameter.grad is not None and parameter.grad.is_sparse for parameter in held)
         if self._limit.value is not None:
-            clip_grad_value_(held, self._limit.value)
+            (_clip_values if sparse else clip_grad_value_)(held, self._limit.value)
         if self._limit.norm is not None:
-            clip_grad_norm_(held, self._limit.norm)
+            (_clip_norm if sparse else clip_grad_norm_)(held, self._limit.norm)
 
     def close(self) -> None:
         """Clips no more; closing twice does no harm."""
         self._handle.remove()
+
+
+def _clip_values(parameters: Iterable[Tensor], limit: float) -> None:
+    clip_grad_value_(_values(parameters), limit)
+
+
+def _clip_norm(parameters: Iterable[Tensor], limit: float) -> None:
+    clip_grad_norm_(_values(parameters), limit)
+
+
+def _values(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Returns stand-ins whose dense gradients share memory with the parameters' own.
+
+    Of a sparse gradient these are its values, once those of the same index were added up: what it has no values for is
+    zero, which is neither clipped nor counts in a norm.
+    """
+    found = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+        grad = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
+        stand_in = torch.empty_like(grad)
+        stand_in.grad = grad
+        found.append(stand_in)
+    return found

@@ -61,6 +61,8 @@ class Share:
         last: whether the optimizer steps after it.
         start: where its first sample is in the loader's order.
         indices: its samples' indices in the dataset, None where the loader has none.
+        whole_start: where the first sample of its global batch is in the loader's order.
+        rows: the samples in `batch`; a filler's, too.
     """
 
     batch: Any
@@ -71,6 +73,8 @@ class Share:
     last: bool = True
     start: int = 0
     indices: Any = None
+    whole_start: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def _take_all(batches: Iterable[T], form: Form[T]) -> Iterator[Share]:
     seen = 0
     for batch in batches:
         if count := form.size_of(batch):
-            yield Share(batch, count, count, 1.0, start=seen)
+            yield Share(batch, count, count, 1.0, start=seen, whole_start=seen, rows=count)
         seen += count
 
 
@@ -145,12 +149,11 @@ def _take_turns(batches: Iterable[T], how: Dealing, form: Form[T]) -> Iterator[S
         first = batch if turn == 0 else first
         mine = batch if turn == how.rank else mine
         if len(counts) == how.size:
-            yield from _share(mine, counts[how.rank], first, sum(counts), seen + sum(counts[: how.rank]), how)
+            yield from _share(mine, counts, first, seen, how)
             seen += sum(counts)
             first, mine, counts = None, None, []
     if counts:
-        count = counts[how.rank] if how.rank < len(counts) else 0
-        yield from _share(mine, count, first, sum(counts), seen + sum(counts[: how.rank]), how)
+        yield from _share(mine, counts + [0] * (how.size - len(counts)), first, seen, how)
 
 
 def _cut_each(batches: Iterable[T], how: Dealing, form: Form[T]) -> Iterator[Share]:
@@ -160,19 +163,21 @@ def _cut_each(batches: Iterable[T], how: Dealing, form: Form[T]) -> Iterator[Sha
         start, stop = part_of(total, how.rank, how.size)
         mine = form.cut(batch, start, stop) if stop > start else None
         filler = form.cut(batch, *part_of(total, 0, how.size)) if mine is None else None
-        yield from _share(mine, stop - start, filler, total, seen + start, how)
+        counts = [end - begin for begin, end in (part_of(total, rank, how.size) for rank in range(how.size))]
+        yield from _share(mine, counts, filler, seen, how)
         seen += total
 
 
-def _share(  # noqa: PLR0913, PLR0917 - the parts of a Share
-    mine: T | None, count: int, filler: T | None, total: int, start: int, how: Dealing
-) -> Iterator[Share]:
+def _share(mine: T | None, counts: list[int], filler: T | None, seen: int, how: Dealing) -> Iterator[Share]:
+    """Yields a rank's share of a global batch, of which each rank has so many samples; the filler is the first's."""
+    total, count = sum(counts), counts[how.rank]
     if total == 0:
         return
+    where = {"start": seen + sum(counts[: how.rank]), "whole_start": seen}
     if count > 0:
-        yield Share(mine, count, total, count * how.size / total, start=start)
+        yield Share(mine, count, total, count * how.size / total, rows=count, **where)
     elif how.fill:
-        yield Share(filler, 0, total, 0.0, start=start)
+        yield Share(filler, 0, total, 0.0, rows=counts[0], **where)
 
 
 def part_of(total: int, rank: int, size: int) -> tuple[int, int]:

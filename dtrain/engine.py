@@ -31,6 +31,7 @@ from dtrain.checks import check_alike, check_order, check_same_task, check_valid
 from dtrain.clipping import UNLIMITED, Limit
 from dtrain.compiling import Compile
 from dtrain.dealing import BatchMode
+from dtrain.draws import step_draws
 from dtrain.errors import StopRequested, UsageError, add_place
 from dtrain.finite import WhenNan
 from dtrain.fsdp.settings import Sharding
@@ -62,6 +63,7 @@ class Engine:
         epochs: passes over the training data.
         seed: order of samples, and this rank's random stream, are derived from it.
         batch: whose batch size the loaders' is.
+        same_draws: whether random numbers within steps are one process's; None: with batch "global".
         accumulation: micro-batches that make one optimizer step.
         limits: how much of the data is taken.
         sync_batchnorm: whether BatchNorm takes its statistics over all ranks while it trains.
@@ -102,6 +104,7 @@ class Engine:
     epochs: int
     seed: int = 42
     batch: BatchMode = "per_rank"
+    same_draws: bool | None = None
     accumulation: int = 1
     limits: Limits = field(default_factory=Limits)
     sync_batchnorm: bool = False
@@ -177,8 +180,10 @@ class Engine:
             clip=self.clip,
             sharding=self.sharding,
         )
+        how = {"batch": self.batch, "wanted": self.same_draws, "compiled": self.learner.replica.clock is not None}
+        self.draws, draws = step_draws(self.world, self.seed, self.task.module, **how)  # type: ignore[arg-type]
         if self.valid is not None:
-            self.valid.around = self.learner.replica.validating
+            self.valid.around, self.valid.draws = self.learner.replica.validating, draws
         self.average = None if self.ema_decay is None else WeightAverage(self.task.module, self.ema_decay)
         self.within = within_epochs(
             self.val_every_steps,
@@ -324,10 +329,12 @@ class Engine:
         steps, clock = self._begin_pass(epoch, start, table, most), self.learner.replica.clock
         # The streams are put back after the iteration has begun, which draws from them.
         ready = start.randomness if start.skip else None
-        for share in shares_on_device(self.train_loader, self.world, self.place, start.skip, ready, most):
+        for share in shares_on_device(self.train_loader, self.world, self.place, start.skip, ready, most, self.draws):
             if self.place.step - 1 == steps and self.within is not None and self.within.is_due:  # it was no end
                 self.within.run(self.progress, self.facts)
             values = self.learner.learn(share) if clock is None else self.watch.timed(self.learner.learn, share, clock)
+            if self.draws is not None:
+                self.draws.leave()
             table.add(values, share.count)
             if share.last:
                 self.rates.step("step")

@@ -131,6 +131,7 @@ class KerasModel(nn.Module):
         batch: BatchMode = "per_rank",
         batch_size: Callable[[Any], int] | None = None,
         split_batch: Callable[[Any, list[int]], Any] | None = None,
+        same_draws: bool | None = None,
         sync_batchnorm: bool = False,
         fetch_batches: bool = True,
         accumulation: int = 1,
@@ -161,7 +162,7 @@ class KerasModel(nn.Module):
             batch_size, split_batch: as in `dtrain.train_model`; `evaluate` and `predict` then use them, too.
             sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks.
             fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
-            accumulation, precision, clip_norm, clip_value: as in `dtrain.train_model`; `evaluate` and `predict` then
+            same_draws, accumulation, precision, clip_norm, clip_value: as in `dtrain.train_model`; `evaluate` and `predict` then
                 compute in this precision, too.
             seed: the order of the samples and each rank's random stream are derived from it.
             verbose: whether rank 0 shows progress; or what it is to tell it to, as in `dtrain.train_model`.
@@ -188,7 +189,7 @@ class KerasModel(nn.Module):
         self._batches = BatchFunctions(batch_size, split_batch)
         if num_processes is not None and starts_ranks(num_processes, world):
             self._task(plan.train_data, plan.val_data)  # tells what is missing; makes the default optimizer
-            how = {"model": self, **vars(plan), "batch": batch, "seed": seed, "cpu": cpu}
+            how = {"model": self, **vars(plan), "batch": batch, "seed": seed, "cpu": cpu, "same_draws": same_draws}
             how |= {"sync_batchnorm": sync_batchnorm, "fetch_batches": fetch_batches, "accumulation": accumulation}
             how |= vars(self._batches)
             how |= {"precision": precision, "clip_norm": clip_norm, "clip_value": clip_value}
@@ -204,6 +205,7 @@ class KerasModel(nn.Module):
             epochs=plan.epochs,
             seed=seed,
             batch=batch,
+            same_draws=same_draws,
             sync_batchnorm=sync_batchnorm,
             fetch_batches=fetch_batches,
             accumulation=accumulation,

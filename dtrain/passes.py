@@ -17,6 +17,7 @@ from dtrain.bounds import Limits, Start
 from dtrain.checks import check_first_batch, check_order, check_takes
 from dtrain.compiling import CompileClock
 from dtrain.dealing import BatchMode, Dealing, Share
+from dtrain.draws import StepDraws
 from dtrain.errors import StopRequested
 from dtrain.launch.heartbeat import Heartbeat
 from dtrain.learning import Task
@@ -87,6 +88,7 @@ def shares_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all o
     skip: int = 0,
     ready: Callable[[], None] | None = None,
     most: int | None = None,
+    draws: StepDraws | None = None,
 ) -> Iterator[Share]:
     """Yields the rank's shares of the epoch that the place names, on its device; keeps the place up to date.
 
@@ -97,9 +99,12 @@ def shares_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all o
         skip: so many of the first shares are left out.
         ready: called once the iteration has begun, before the first share is fetched.
         most: the number of shares after which the pass ends, those left out included; None for all.
+        draws: leads the random numbers between a share and the next one; None leaves them alone.
     """
     shares = loader.shares(place.epoch) if ready is None else loader.shares(place.epoch, skip, ready)
     place.step = skip
+    if draws is not None:
+        draws.begin(place.split, place.epoch, skip)
     # Once, before the first step, where a difference between the ranks could still hang them.
     compare = place.split == "train" and not place.compared
     while most is None or place.step < most:
@@ -112,7 +117,14 @@ def shares_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all o
             place.retreat()
             return
         share.batch = to_device(share.batch, world)
-        yield share
+        if draws is None:
+            yield share
+            continue
+        draws.enter(share)
+        try:
+            yield share
+        finally:
+            draws.leave()
 
 
 def seconds_since(started: float, world: World) -> float:
@@ -209,6 +221,7 @@ class ValidPass:
         in_step: whether every rank takes part in every step, one without a sample with weight 0, since calls of the
             net are collectives.
         looks: called on each rank with the values' names after the first batch that it ever has.
+        draws: leads the steps' random numbers; None leaves them alone.
     """
 
     module: nn.Module
@@ -221,6 +234,7 @@ class ValidPass:
     around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     in_step: bool = False
     looks: list[Callable[[tuple[str, ...]], None]] = field(default_factory=list)
+    draws: StepDraws | None = None
 
     def run(
         self, epoch: int, place: Place, progress: Progress, facts: RunFacts | None = None, *, within: bool = False
@@ -251,7 +265,7 @@ class ValidPass:
         values_of = StepValues(self.module, "valid", self.metrics)
         started = time.perf_counter()
         with self.around():
-            for share in shares_on_device(self.loader, self.world, place):
+            for share in shares_on_device(self.loader, self.world, place, draws=self.draws):
                 first = table.steps == 0 and self.names is None
                 if first:
                     check_takes(self.step, share.batch, "valid")

@@ -30,6 +30,7 @@ from dtrain.batches import BatchFunctions
 from dtrain.checks import check_alike, check_optimizers, check_order, not_called, weights_checksum
 from dtrain.ddp import Replica
 from dtrain.dealing import BatchMode, Dealing, Share
+from dtrain.draws import step_draws
 from dtrain.errors import StepError, UsageError
 from dtrain.launch.heartbeat import SCRIPT, own_heartbeat
 from dtrain.passes import Place, to_device
@@ -174,6 +175,7 @@ class PreparedLoader:
         functions: what the user says of its batches.
         seed: the order is derived from it and the epoch.
         fetch_batches: see `dtrain.fetching`.
+        same_draws: as for `dtrain.train_model`.
     """
 
     def __init__(  # noqa: PLR0913 - keyword-only
@@ -186,6 +188,7 @@ class PreparedLoader:
         functions: BatchFunctions,
         seed: int,
         fetch_batches: bool = True,
+        same_draws: bool | None = None,
     ) -> None:
         self.loader = loader
         self._replica = replica
@@ -196,6 +199,8 @@ class PreparedLoader:
         self._world = process.joined(cpu=False)
         self._views: dict[bool, ShardedLoader] = {}
         self._epochs = {True: 0, False: 0}
+        how = {"batch": batch, "wanted": same_draws, "compiled": replica.clock is not None}
+        self._draws = step_draws(self._world, seed, replica.net, **how)  # type: ignore[arg-type]
         self._place = Place(self._world.rank, heartbeat=own_heartbeat())  # for the watch of `dtrain launch`
 
     def __len__(self) -> int:
@@ -237,7 +242,8 @@ class PreparedLoader:
 
     def _batches(self, current: Pass, shares: Iterator[Share]) -> Iterator[Any]:
         self._place.advance()  # also while its batch is fetched
-        for share in shares:
+        draws = self._draws[0 if current.train else 1]
+        for share in shares if draws is None else draws.around(shares, self._place.split, self._epochs[current.train]):
             current.share = share
             with scaled_gradients(self._replica.net.parameters(), share.scale if current.train else 1.0):
                 yield to_device(share.batch, self._world)

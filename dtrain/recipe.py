@@ -12,7 +12,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from dtrain.attributes import attributes_of
 from dtrain.batches import BatchFunctions
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.errors import ConfigError, RecipeError, add_remark, nearest
+from dtrain.import_steps import ImportStep, import_steps
 from dtrain.learning import Interval, Task
 from dtrain.parameters import freeze, regroup
 from dtrain.recipe_file import locate, module_name, syntax_problem
@@ -48,11 +49,13 @@ class Recipe:
         module: the user's module.
         path: its file.
         builders: section of the config -> the function that takes its parameters.
+        steps: of optimizers, while it was imported.
     """
 
     module: ModuleType
     path: Path
     builders: dict[str, Builder]
+    steps: list[ImportStep] = field(default_factory=list)
 
     def parameters(self) -> dict[str, list[str]]:
         """Returns section -> names of the parameters that its builder takes from the config."""
@@ -67,7 +70,8 @@ def load_recipe(reference: str, base: Path) -> Recipe:
         Exception: whatever the user's file raises when it is imported.
     """
     path = locate(reference, base)
-    module = _import_module(reference) if path is None else _import_file(path.resolve())
+    with import_steps() as steps:
+        module = _import_module(reference) if path is None else _import_file(path.resolve())
     file = Path(module.__file__ or reference)
     functions = {
         section: function
@@ -78,7 +82,7 @@ def load_recipe(reference: str, base: Path) -> Recipe:
         section: Builder.of(function, skip=1 if section in ("optimizer", "scheduler") else 0)
         for section, function in functions.items()
     }
-    return Recipe(module, file, builders)
+    return Recipe(module, file, builders, steps)
 
 
 def _import_module(name: str) -> ModuleType:
@@ -146,6 +150,8 @@ def bind(recipe: Recipe, settings: Settings) -> Task:
     check_parameters(recipe.builders, recipe.path, settings)
     train_step = _function(recipe, "train_step")
     module = _model(recipe, settings)
+    for step in recipe.steps:
+        step.check(module)
     freeze(module, settings.config.parameters.freeze, settings.place_of("parameters.freeze"))
     recompute(module, settings.config.train.activation_checkpointing, settings.place_of(RECOMPUTED))
     dl_train, dl_valid = _loaders(recipe, settings)

@@ -60,6 +60,7 @@ def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
     batch: BatchMode = "per_rank",
     batch_size: Callable[[Any], int] | None = None,
     split_batch: Callable[[Any, list[int]], Any] | None = None,
+    same_draws: bool | None = None,
     seed: int = 42,
     fetch_batches: bool = True,
     cpu: bool = False,
@@ -77,6 +78,8 @@ def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
             optimizers, which are checked and come back as they are. Make optimizers from `model.parameters()`.
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
         batch_size, split_batch: as in `dtrain.train_model`.
+        same_draws: whether dropout and other random numbers in loops over the loaders are those that one rank draws for
+            the same global batch; by default, with batch "global". Not in a loop within another one's body.
         seed: the order of the samples and each rank's random stream are derived from it.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
         cpu: compute on the CPU also where there is an accelerator.
@@ -91,6 +94,8 @@ def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"the first argument of prepare is a {type(model).__name__}: give the net (an nn.Module).")
+    if same_draws not in (None, True, False):
+        raise UsageError(f"same_draws = {same_draws!r}: should be True, False or None.")
     if batch not in ("per_rank", "global"):
         raise UsageError(f"batch = {batch!r}: should be 'per_rank' or 'global'.")
     for position, other in enumerate(others, start=2):
@@ -112,7 +117,7 @@ def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
         *(
             other
             if isinstance(other, Optimizer)
-            else PreparedLoader(other, replica, PROCESS, fetch_batches=fetch_batches, **how)
+            else PreparedLoader(other, replica, PROCESS, fetch_batches=fetch_batches, same_draws=same_draws, **how)
             for other in others
         ),
     )

@@ -106,9 +106,7 @@ class ShardedLoader:
         self._stream = Stream(loader, how, split, functions, fixed=fixed)
         self._indexed = None
         if _has_indices(loader):
-            self._indexed = _IndexedBatches(
-                loader, how, self.sources, self._length, split, fetch_batches=fetch_batches
-            )
+            self._indexed = _IndexedBatches(loader, how, self.sources, self._length, split, fetch_batches=fetch_batches)
         check_workers_find_recipe(loader, split)
 
     def steps(self) -> int | None:

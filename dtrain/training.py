@@ -65,6 +65,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     batch: BatchMode = "per_rank",
     batch_size: Callable[[Any], int] | None = None,
     split_batch: Callable[[Any, list[int]], Any] | None = None,
+    same_draws: bool | None = None,
     accumulation: int = 1,
     sync_batchnorm: bool = False,
     fetch_batches: bool = True,
@@ -100,6 +101,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
         batch_size: batch -> its number of samples, where a loader has no indices and it is not known by the batch.
         split_batch: (batch, sizes) -> a list of batches of so many samples each; for `batch="global"` on several ranks.
+        same_draws: whether dropout and other random numbers of steps are those that one rank draws for the same global
+            batch; by default, with batch "global".
         accumulation: micro-batches that make one optimizer step.
         sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks instead of each one's.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
@@ -162,6 +165,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         epochs=epochs,
         seed=seed,
         batch=batch,
+        same_draws=same_draws,
         accumulation=accumulation,
         sync_batchnorm=sync_batchnorm,
         fetch_batches=fetch_batches,

@@ -123,7 +123,10 @@ def _cause(alone: Record, name: str, one: float, many: float, ranks: int) -> str
             "train.sync_batchnorm=true takes them over all ranks."
         )
     if record["dropout"]:
-        return "dropout: each rank draws masks of its own. That is as it should be; set it to 0 for this check."
+        return (
+            "dropout: each rank draws masks of its own, with train.same_draws=false or train.compile. Leave these out, or "
+            "set it to 0 for this check."
+        )
     if name == "loss" and one and abs(many / one * ranks - 1) < 0.5:
         return (
             "a summed loss: it grows with the batch, so that its sum over a rank's part is about 1/N of the whole. "
@@ -134,7 +137,10 @@ def _cause(alone: Record, name: str, one: float, many: float, ranks: int) -> str
             "a metric that is no mean over samples (AUROC, F1, a root of a mean, ...): means of parts are not the "
             "whole's. Return its sum and count as dtrain.Mean."
         )
-    return "unknown: something in the step depends on how the batch is split."
+    return (
+        "unknown: something in the step depends on how the batch is split, such as random numbers that are not drawn "
+        "sample by sample."
+    )
 
 
 def _compare_tensors(alone: Record, together: Record, step: int, tolerance: float) -> Parting | None:

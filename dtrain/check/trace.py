@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from dtrain.bounds import Limits
 from dtrain.building import configured_engine, load_task
 from dtrain.checks import weights_checksum
+from dtrain.compiling import wanted
 from dtrain.config import Settings
 from dtrain.dealing import Share
 from dtrain.engine import Engine
@@ -59,6 +60,7 @@ class Trace:
         """Follows an engine's train steps; returns handles to remove at the end."""
         learn, self._rows = engine.learner.learn, engine.train_loader.rows
         self._batchnorm &= not engine.sync_batchnorm
+        self._dropout &= engine.draws is None
 
         def followed(share: Share) -> dict[str, Value]:
             values = learn(share)
@@ -140,12 +142,15 @@ def trace_run(  # noqa: PLR0913 - what `check trace` is given
     train = settings.config.train
     share = world.size if train.batch == "per_rank" else 1
     batches = steps * train.accumulation * share * merge
+    # What is compared are the same global batches, whatever their numbers of ranks draw in a run.
+    always = train.same_draws is None and not wanted(train.compile, world)
     trace = Trace(folder, world, task.module, like)
     engine = configured_engine(
         task,
         world,
         settings,
         epochs=1,
+        same_draws=True if always else train.same_draws,
         limits=Limits(train=batches, valid=batches, merge=merge),
     )
     handles = trace.watch(engine)

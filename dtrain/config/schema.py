@@ -49,6 +49,10 @@ class TrainConfig(_Section):
     batch: Literal["per_rank", "global"] = Field(
         "per_rank", description="whose batch size the loader's is: each rank's, or the whole world's"
     )
+    same_draws: bool | None = Field(
+        None,
+        description="dropout and other random numbers of steps as one rank draws them; by default, with batch=global",
+    )
     accumulation: int = Field(1, ge=1, description="micro-batches that make one optimizer step")
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         None, description="the net's forward in float32 or mixed precision; by default as Accelerate's settings say"

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class PlainLines:
     """One line every `log_step_freq` train steps, one after each validation within an epoch, one after each epoch.
 
-    The means within an epoch are this rank's own so far; those of an epoch are exact over all ranks.
+    The means within an epoch are this rank's own so far, and marked so where there are several; those of an epoch are
+    exact over all ranks.
 
     Args:
         log_step_freq: train steps between two lines.
@@ -27,10 +28,12 @@ class PlainLines:
         self._freq = log_step_freq
         self._out = out
         self._training = False
+        self._whose = ""
 
     def begin(self, facts: PassFacts) -> None:
         """Prints a head line before the train pass."""
         self._training = facts.split == "train"
+        self._whose = "rank 0: " if facts.run.ranks > 1 else ""
         if self._training:
             of_steps = "" if facts.steps is None else f", {facts.steps} steps"
             self._print(f"epoch {facts.epoch}/{facts.epochs}{of_steps}")
@@ -38,7 +41,7 @@ class PlainLines:
     def step(self, table: MeanTable) -> None:
         """Prints a line at every `log_step_freq`-th train step."""
         if self._training and table.steps % self._freq == 0:
-            self._print(f"[step = {table.steps}] {metrics_text(table.running())}")
+            self._print(f"[step = {table.steps}] {self._whose}{metrics_text(table.running())}")
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Prints the epoch's line."""

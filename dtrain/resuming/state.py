@@ -65,6 +65,7 @@ def rank_state(engine: Engine) -> State:
         "order": engine.order_state if within else [generator.get_state() for generator in engine.generators()],
         "table": engine.table.state() if within and engine.table is not None else None,
         **kept_state(engine, within=within),
+        "draws": engine.draws.used if within and engine.draws is not None else None,
     }
 
 
@@ -166,6 +167,8 @@ def _start(engine: Engine, run: State, ranks: list[State]) -> Start:
     for generator, state in zip(engine.generators(), mine["order"], strict=True):
         generator.set_state(state)
     load_kept(engine, mine)
+    if engine.draws is not None:
+        engine.draws.used = mine.get("draws")
     table = mine["table"]
     if not same and within:
         table = add_up([rank["table"] for rank in ranks])

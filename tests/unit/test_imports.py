@@ -40,11 +40,12 @@ LAYERS = [
         "dtrain.optimizers",
         "dtrain.sources",
         "dtrain.attributes",
+        "dtrain.rowwise",
     ],
     ["dtrain.identity", "dtrain.profiles", "dtrain.lock", "dtrain.slurm", "dtrain.starts"],
     ["dtrain.arrival"],
     ["dtrain.world"],
-    ["dtrain.precision", "dtrain.compiling", "dtrain.recomputing"],
+    ["dtrain.precision", "dtrain.compiling", "dtrain.recomputing", "dtrain.import_steps"],
     ["dtrain.spawn", "dtrain.stopping"],
     [
         "dtrain.batch_kinds",
@@ -69,6 +70,7 @@ LAYERS = [
         "dtrain.fsdp",
         "dtrain.checks",
         "dtrain.batchnorm",
+        "dtrain.draws",
     ],
     [
         "dtrain.steps",
