@@ -69,6 +69,8 @@ def follow_schedule(engine: Engine, train: TrainConfig) -> None:
         task.optimizer, factor(train.schedule, total, _warmup(train, total, engine.epochs), train.floor)
     )
     task.interval = "step"
+    if train.schedule != "constant" or (train.warmup_steps is None and _warmup(train, total, engine.epochs)):
+        engine.learner.planned = what
 
 
 def _warmup(train: TrainConfig, total: int, epochs: int) -> int:
