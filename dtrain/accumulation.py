@@ -182,9 +182,9 @@ class HeldBack:
         if any(given is not None for given in (*args, *kwargs.values())):
             raise refusal("gives optimizer.step() a closure, which computes on its own batch alone", ALONE)
         if self._stepped:
-            raise refusal("steps its optimizer twice", RETURN)
+            raise refusal("steps its optimizer twice", ALONE)
         if not self._arrived:
-            raise refusal("calls optimizer.step() without a backward() before it", RETURN)
+            raise refusal("calls optimizer.step() without a backward() before it", ALONE)
         self._check(whole=True)
         self._stepped = True
         return original() if share.last else None
@@ -199,7 +199,7 @@ class HeldBack:
         raise refusal(
             f"steps an optimizer ({type(optimizer).__name__}) that train.accumulation cannot hold back the steps of, "
             "since it is not model.optimizer",
-            "Put all parameters into model.optimizer, as groups, or set train.accumulation=1.",
+            "Step model.optimizer alone, whose groups may hold all parameters, or set train.accumulation=1.",
         )
 
     # --- what backward calls ----------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def refusal(what: str, remedy: str) -> StepError:
 
 def _by_hand(fault: str) -> bool:
     """Whether it is something that dtrain cannot do for the step."""
-    return any(word in fault for word in ("weights", "hook", "autograd.grad"))
+    return any(word in fault for word in ("weights", "hook", "autograd.grad", "after optimizer"))
 
 
 def _named(task: Task) -> dict[str, Any]:

@@ -41,14 +41,12 @@ from dtrain.metrics import Value
 from dtrain.optimizers import place_states
 from dtrain.precision import Precision, chosen, scaler_of
 from dtrain.recomputing import refuse_synced_batchnorm
-from dtrain.skipping import CallsOfNet, take_part
 from dtrain.steps import (
     Kind,
     LostGradients,
     Step,
     StepValues,
     call_step,
-    has_graph,
     kind_of,
     missing_loss,
     never_learns,
@@ -164,8 +162,6 @@ class Learner:
         self.steps = StepCounter(task)
         self.planned = ""
         self.first = task.optimizer
-        self._several = world.size > 1 and not accumulates
-        self._calls = CallsOfNet(self._replica)
         self._checked = 0  # of the optimizers seen, those that were found right
         self._idle = 0
         self._learnt = False
@@ -326,7 +322,7 @@ class Learner:
             self._held = HeldBack(task, leaves, averaged=self._world.size > 1)
             self.steps.waiting.leave()  # what a step leaves behind is refused
         else:
-            self.steps.waiting.always |= self._several or bool(self.planned)
+            self.steps.waiting.always |= bool(self.planned)
             self.steps.waiting.watch()
 
     def _was_idle(self, values: dict[str, Value], share: Share) -> None:
@@ -355,27 +351,12 @@ class Learner:
     def _imperative(self, share: Share) -> dict[str, Value]:
         if self._synced is not None:
             self._synced.scale = share.scale
-        if self._held is not None:
-            with self._held(share):
-                values = self._call(share)
-        else:
-            self._calls.begin()
-            with scaled_gradients(self._leaves(), share.scale):
-                values = self._call(share)
-            called = self._calls.end()
-            if self._several:
-                self._take_part(values, called)
+        # What is held back weights the gradients itself.
+        with self._held(share) if self._held is not None else scaled_gradients(self._leaves(), share.scale):
+            values = self._call(share)
         if isinstance(self._replica, ShardedReplica):
             self._replica.apart()  # what a call after its backward gathered
         return values
-
-    def _take_part(self, values: dict[str, Value], called: bool) -> None:
-        """On several ranks, a step that leaves its batch out takes part in the others' backward pass all the same."""
-        if self.steps.stepped or self.steps.waiting.came():
-            return
-        if self.kind is None and (has_graph(values.get("loss")) or "loss" not in values):
-            return  # dtrain calls backward(), or there is an error
-        take_part(self._replica, called=called)
 
     def _leaves(self) -> Iterable[Tensor]:
         """Where the gradients of what learns arrive."""

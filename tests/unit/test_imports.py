@@ -69,7 +69,7 @@ LAYERS = [
         "dtrain.averaging",
     ],
     ["dtrain.finite", "dtrain.report"],
-    ["dtrain.kinds", "dtrain.skipping", "dtrain.untouched"],
+    ["dtrain.kinds", "dtrain.untouched"],
     [
         "dtrain.accumulation",
         "dtrain.counting",
