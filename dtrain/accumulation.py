@@ -15,6 +15,7 @@ found while it does it, and refused before the optimizer steps on it. The groups
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -187,7 +188,11 @@ class HeldBack:
             raise refusal("calls optimizer.step() without a backward() before it", ALONE)
         self._check(whole=True)
         self._stepped = True
-        return original() if share.last else None
+        if share.last:
+            return original()
+        if self._task.optimizer is not None and hasattr(original, "_wrapped_by_lr_sched"):
+            self._task.optimizer._opt_called = True  # type: ignore[attr-defined]  # no reason for torch to warn
+        return None
 
     def _any_steps(self, optimizer: Optimizer, *_: Any) -> None:
         """Before any optimizer steps: in the midst of a group it can be none but the task's, at its end."""
@@ -306,7 +311,7 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
     """Has a function called with a method of one object in the method's place; a scheduler may have done so before."""
     before = owner.__dict__.get(name)
     original = getattr(owner, name)
-    owner.__dict__[name] = lambda *args, **kwargs: function(original, *args, **kwargs)
+    owner.__dict__[name] = functools.wraps(original)(lambda *args, **kwargs: function(original, *args, **kwargs))
     try:
         yield
     finally:

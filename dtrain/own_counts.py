@@ -29,14 +29,7 @@ class Rates:
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        # Not isinstance, which runs the code of whatever there is.
-        self._schedulers = [
-            thing
-            for thing in gc.get_objects()
-            if issubclass(type(thing), LRScheduler)
-            and thing is not task.scheduler
-            and getattr(thing, "optimizer", None) is task.optimizer
-        ]
+        self._schedulers = _schedulers_of(task)
         self._before: list[Any] = []
         self._counted: list[int] = []
 
@@ -67,6 +60,15 @@ class Rates:
             {name: (id(v), v._version) if isinstance(v, Tensor) else v for name, v in group.items() if name != "params"}
             for group in groups
         ]
+
+
+def _schedulers_of(task: Task) -> list[Any]:
+    """Returns the schedulers of the task's optimizer besides the task's; each has wrapped its step() on being made."""
+    if not hasattr(getattr(task.optimizer, "step", None), "_wrapped_by_lr_sched"):
+        return []
+    # Not isinstance, which runs the code of whatever there is.
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), LRScheduler)]
+    return [s for s in found if s is not task.scheduler and getattr(s, "optimizer", None) is task.optimizer]
 
 
 class OwnCounts:

@@ -101,7 +101,7 @@ class Untouched:
             for number, parameter in enumerate(self.parameters):
                 if tensor is parameter:
                     return self._weight(number)
-            return "changes gradients after backward()"
+            return "changes the gradients after backward()"
         if not self.careful:
             return ""
         for number, (before, parameter) in enumerate(zip(self._sums, self.parameters, strict=True)):
