@@ -35,8 +35,8 @@ def role_of(optimizer: Optimizer, engine: Engine) -> State:
         others = [one for one in all_optimizers() if type(one) is type(optimizer) and one is not engine.learner.first]
         if sum(_held(one) == held for one in others) > 1:
             raise CheckpointError(
-                f"there are several optimizers {type(optimizer).__qualname__} of the same parameters, which a resumed run "
-                f"could not tell apart. {REMEDY}"
+                f"there are several optimizers {type(optimizer).__qualname__} of the same parameters, which a resumed "
+                f"run could not tell apart. {REMEDY}"
             )
     return {"first": first, "at": at}
 

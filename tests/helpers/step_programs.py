@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-BATCH, SAMPLES = 3, 16
+BATCH, SAMPLES = 3, 28
+CALLS = -(-SAMPLES // BATCH)  # of the train step in an epoch on one rank
 Program = Sequence[str]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.step_programs import (
     BATCH,
+    CALLS,
     DOES,
     ORDINARY,
     TO_WEIGHTS,
@@ -144,7 +145,7 @@ def test_another_optimizer_is_refused_before_it_steps(world: World) -> None:
 
     def from_the_second_epoch(model: Any, x: Any, y: Any) -> Any:
         epochs.append(1)
-        if len(epochs) <= 6:
+        if len(epochs) <= CALLS:
             return take(model, x, y, PLAIN)
         model.second.zero_grad()
         loss = take(model, x, y, ["backward"])
@@ -180,7 +181,7 @@ def test_hooks_that_change_a_part_are_refused_and_others_are_not(world: World) -
     net = fresh_net()
     net[0].weight.register_hook(lambda grad: seen.append(float(grad.norm())))
     assert refused(world, net, usual) == ""
-    assert len(seen) == 6
+    assert len(seen) == CALLS
     assert flat(net) == pytest.approx(by_hand(fresh_net(), [PLAIN], 6)[-1], rel=1e-9)
     net = fresh_net()
     net[0].weight.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
@@ -209,7 +210,7 @@ def test_changes_that_raise_no_version_are_refused(world: World) -> None:
     def later(model: Any, x: Any, y: Any) -> Any:
         calls.append(1)
         clipped = ["zero", "backward", "clip by data", "step"]
-        return take(model, x, y, clipped if len(calls) > 24 else PLAIN)
+        return take(model, x, y, clipped if len(calls) > 4 * CALLS else PLAIN)
 
     assert "changes the gradients after backward()" in refused(world, fresh_net(), by_numpy)
     assert "changes the weights by itself" in _changed(world, by_setting)
