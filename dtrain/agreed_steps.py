@@ -7,11 +7,14 @@ epoch, a checkpoint, the end of training. There, ranks with different counts wou
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from dtrain.errors import StepError
 from dtrain.passes import Place
 from dtrain.world import World
+
+logger = logging.getLogger(__name__)
 
 
 class AgreedSteps:
@@ -53,6 +56,23 @@ class AgreedSteps:
         while self._grown <= self._done:
             self._grown *= 2
         self._next = min([self._grown, *(self._done - (-left // self._most) for left in self._left())])
+
+    def tell_unreached(self, epochs: int, planned: int | None) -> None:
+        """Warns where the last epoch came before the last optimizer step, since some batches had none.
+
+        Args:
+            epochs: how many there were to be.
+            planned: the optimizer steps of all of them, with one for each batch.
+        """
+        ended = self._last is None or planned is None or self._place.updates >= planned
+        if ended or self._place.epoch < epochs or not self._world.is_main:
+            return
+        logger.warning(
+            "training has ended with epoch %s, after %s of max_steps = %s optimizer steps. Give more epochs.",
+            epochs,
+            self._place.updates,
+            self._last,
+        )
 
     def _left(self) -> list[int]:
         updates = self._place.updates

@@ -223,6 +223,7 @@ class Engine:
             self.learner.close()
             self.history.sync()
             self.validations.sync()
+        self.counts.tell_unreached(self.epochs, self.updates_in_all())
         if self.place.heartbeat is not None:
             self.place.heartbeat.enter(DONE)  # what comes now is the caller's own
         return self.history
