@@ -1,68 +1,317 @@
-"""Gradient accumulation for imperative steps: no optimizer step and no cleared gradient in the midst of a group.
+"""Gradient accumulation for imperative steps: the steps of a group's micro-batches make one optimizer step.
 
-The groups and their weights are made by `dtrain.sharding`.
+::
+
+    first micro-batch:  zero_grad, backward            step() is held back
+    the others:         backward                       zero_grad() is held back as well
+    last one:           backward, step, zero_grad
+
+What the gradients add up to is the joined batch's as long as each step does just that: one or more backward(), then
+one step() of the task's optimizer. Whatever else a step may do with gradients, weights, optimizers and schedules is
+found while it does it, and refused before the optimizer steps on it. The groups and their weights are made by
+`dtrain.sharding`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor
+from torch.autograd import Variable
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dtrain.dealing import Share
+from dtrain.descent import parameters_of
 from dtrain.errors import StepError
+from dtrain.own_counts import OwnCounts, Rates
+from dtrain.untouched import Untouched
+
+if TYPE_CHECKING:
+    from dtrain.learning import Task
+
+RETURN = "Return the loss and leave backward, step and zero_grad to dtrain, or set train.accumulation=1."
+TOUCHED = "changes the gradients after backward() (clips them?)"
+ALONE = "Set train.accumulation=1."
+CLIP = (
+    "Return the loss and leave the rest to dtrain, which clips with train.clip_norm or train.clip_value; or set "
+    "train.accumulation=1."
+)
+SCHEDULE = (
+    'Give dtrain the schedule: build_scheduler(optimizer) returns (scheduler, "step"); or set train.accumulation=1.'
+)
 
 
 class HeldBack:
-    """Keeps an imperative step from stepping and from clearing gradients in the midst of a group.
+    """Holds back what an imperative step does in the midst of a group, and finds what does not add up.
 
     Args:
-        optimizer: the optimizer that the step is expected to use.
-        net: the net, whose own `zero_grad` counts as well.
+        task: the user's objects.
+        leaves: where gradients arrive, where that is not at the parameters (a sharded net); None else.
+        averaged: whether backward averages the gradients over several ranks, at the end of a group.
 
-    Attributes:
-        asked: whether the step called `optimizer.step()`, held back or not.
+    Raises:
+        StepError: there is no optimizer to hold back.
     """
 
-    def __init__(self, optimizer: Optimizer | None, net: nn.Module) -> None:
-        if optimizer is None:
+    def __init__(self, task: Task, leaves: list[Tensor] | None = None, *, averaged: bool = False) -> None:
+        if task.optimizer is None:
             raise StepError(
                 "train.accumulation needs to know the optimizer: define build_optimizer(model), or set model.optimizer."
             )
-        self._optimizer = optimizer
-        self._net = net
-        self.asked = False
+        self._task = task
+        self._averaged = averaged
+        self._untouched = None if leaves is not None else Untouched(_named(task))
+        self._counts = OwnCounts(task)
+        self._rates = Rates(task)
+        self._share: Share | None = None
+        self._arrived = self._stepped = self._queued = False
+        self._open = 0  # gradients that were computed and have not come to their parameter
+        self._fault = self._hooked_after = ""
+        self._handles: list[Any] = [register_optimizer_step_pre_hook(self._any_steps)]
+        self._hooked: dict[int, int] = {}
+        self._hooks: list[tuple[dict[int, Any], int, Any]] = []
+        self._watch(leaves)
+
+    def _watch(self, leaves: list[Tensor] | None) -> None:
+        """Hooks in where gradients come, also those of what is frozen as yet."""
+        for number, parameter in enumerate(leaves if self._untouched is None else self._untouched.parameters):  # type: ignore[arg-type]
+            trained = parameter.requires_grad
+            if not trained and not (parameter.is_floating_point() or parameter.is_complex()):
+                continue
+            parameter.requires_grad_(True)  # without which torch takes no hook
+            self._check_hooks(parameter)
+            self._handles.append(parameter.register_hook(self._before(number)))
+            self._hooked[number] = len(parameter._backward_hooks or ())
+            if self._untouched is not None:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._came(number)))
+            parameter.requires_grad_(trained)
 
     @contextlib.contextmanager
     def __call__(self, share: Share) -> Iterator[None]:
         """Holds back for one micro-batch what its place in the group does not allow."""
-        if share.first:
-            # Once for the whole group, since a step may clear before backward or after its own step.
-            self._optimizer.zero_grad()
-            self._net.zero_grad()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_replaced(self._optimizer, "zero_grad", _nothing))
-            stack.enter_context(_replaced(self._net, "zero_grad", _nothing))
-            if not share.last:
-                stack.enter_context(_replaced(self._optimizer, "step", self._note))
-            yield
+        if share.first and share.last:  # nothing is to be added up
+            self._share = share
+            try:
+                yield
+            finally:
+                self._share = None
+            return
+        optimizer = self._task.optimizer
+        if share.first and self._untouched is not None:
+            self._untouched.begin()
+        self._counts.begin()
+        self._rates.begin()
+        self._arrived = self._stepped = False
+        self._open, self._fault = 0, self._hooked_after
+        self._share = share
+        if self._untouched is not None:
+            self._untouched.within(True)
+        try:
+            with (
+                _replaced(optimizer, "zero_grad", self._clears),
+                _replaced(self._task.module, "zero_grad", self._clears),
+                _replaced(optimizer, "step", self._steps),
+            ):
+                yield
+        finally:
+            self._share = None
 
-    def _note(self, *_: Any, **__: Any) -> None:
-        self.asked = True
+    @property
+    def asked(self) -> bool:
+        """Whether the last step called `optimizer.step()`, held back or not."""
+        return self._stepped
+
+    def end(self, share: Share) -> None:
+        """A micro-batch's imperative step is over.
+
+        Raises:
+            StepError: it did something that does not add up.
+        """
+        if share.first and share.last:
+            return
+        try:
+            self._end(share)
+        finally:
+            if self._untouched is not None:
+                self._untouched.within(False)
+
+    def _end(self, share: Share) -> None:
+        if not self._arrived and not self._stepped:
+            raise refusal("left a batch out: it called neither backward() nor optimizer.step()", ALONE)
+        if not self._stepped:
+            raise refusal("calls backward(), but not optimizer.step(), as if it accumulated by itself", RETURN)
+        self._check(whole=not share.last)
+        if not share.last:
+            self._counts.check()
+
+    def _check(self, *, whole: bool) -> None:
+        """Finds what was done since the step began; once the optimizer has really stepped, all is free."""
+        fault = self._fault
+        if not fault and self._open:
+            fault = "takes gradients with torch.autograd.grad, of its own batch alone"
+        if not fault and whole and self._untouched is not None:
+            fault = self._untouched.changed()
+        if fault:
+            raise refusal(fault, CLIP if "gradients after" in fault else ALONE if _by_hand(fault) else RETURN)
+        if whole:
+            told = self._rates.changed()
+            if told:
+                raise refusal(told, SCHEDULE)
+
+    # --- what the step calls ----------------------------------------------------------------------------
+
+    def _clears(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        share = self._share
+        if share is None:
+            return original(*args, **kwargs)
+        if self._stepped:
+            return original(*args, **kwargs) if share.last else None
+        if self._arrived:
+            raise refusal(
+                "clears the gradients between backward() and optimizer.step(), as steps of several phases do", ALONE
+            )
+        return original(*args, **kwargs) if share.first else None
+
+    def _steps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        share = self._share
+        if share is None:
+            return original(*args, **kwargs)
+        if any(given is not None for given in (*args, *kwargs.values())):
+            raise refusal("gives optimizer.step() a closure, which computes on its own batch alone", ALONE)
+        if self._stepped:
+            raise refusal("steps its optimizer twice", ALONE)
+        if not self._arrived:
+            raise refusal("calls optimizer.step() without a backward() before it", ALONE)
+        self._check(whole=True)
+        self._stepped = True
+        if share.last:
+            return original()
+        if self._task.optimizer is not None and hasattr(original, "_wrapped_by_lr_sched"):
+            self._task.optimizer._opt_called = True  # type: ignore[attr-defined]  # no reason for torch to warn
+        return None
+
+    def _any_steps(self, optimizer: Optimizer, *_: Any) -> None:
+        """Before any optimizer steps: in the midst of a group it can be none but the task's, at its end."""
+        share = self._share
+        if share is None or (share.first and share.last) or (self._stepped and optimizer is self._task.optimizer):
+            return
+        if optimizer is self._task.optimizer:
+            raise refusal("steps its optimizer past optimizer.step()", RETURN)
+        raise refusal(
+            f"steps an optimizer ({type(optimizer).__name__}) that train.accumulation cannot hold back the steps of, "
+            "since it is not model.optimizer",
+            "Step model.optimizer alone, whose groups may hold all parameters, or set train.accumulation=1.",
+        )
+
+    # --- what backward calls ----------------------------------------------------------------------------
+
+    def _before(self, number: int) -> Callable[[Tensor], Tensor | None]:
+        def before(grad: Tensor) -> Tensor | None:
+            share = self._share
+            if share is None:
+                return None
+            if not (share.first and share.last):
+                self._comes(number)
+            return None if share.scale == 1.0 else grad * share.scale
+
+        return before
+
+    def _comes(self, number: int) -> None:
+        if self._stepped and not self._fault:
+            self._fault = "calls backward() after optimizer.step()"
+        self._arrived = True
+        if self._untouched is None:
+            return
+        self._open += 1
+        if len(self._untouched.parameters[number]._backward_hooks) != self._hooked[number] and not self._fault:
+            self._fault = "has registered a hook on a parameter, which works on each micro-batch's gradient"
+        if not self._fault:
+            self._fault = self._untouched.before(number)
+        if self._averaged and not self._queued and self._share is not None and self._share.last:
+            self._queued = True
+            Variable._execution_engine.queue_callback(self._after_backward)
+
+    def _came(self, number: int) -> Callable[[Tensor], None]:
+        def came(_: Tensor) -> None:
+            if self._share is not None and self._untouched is not None and not (self._share.first and self._share.last):
+                self._open -= 1
+                self._untouched.came(number)
+
+        return came
+
+    def _after_backward(self) -> None:
+        """Queued once more, so that it comes after what averages the gradients, which is queued within backward."""
+        Variable._execution_engine.queue_callback(self._after_averaging)
+
+    def _after_averaging(self) -> None:
+        self._queued = False
+        if self._untouched is not None:
+            self._untouched.averaged()
+
+    def _check_hooks(self, parameter: Any) -> None:
+        """Has the user's own hooks on a parameter seen to: one that changes the gradient works on a part of it."""
+        after = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+        if any(not str(getattr(hook, "__module__", "") or "dtrain").startswith("dtrain") for hook in after.values()):
+            self._hooked_after = "has a parameter with a hook of its own after its gradient has come"
+        hooks = parameter._backward_hooks or {}
+        for key, hook in list(hooks.items()):
+
+            def seen(grad: Tensor, hook: Callable[[Tensor], Any] = hook) -> Any:
+                changed = hook(grad)
+                share = self._share
+                if changed is not None and share is not None and not (share.first and share.last):
+                    self._fault = self._fault or "has a hook that changes the gradient of each micro-batch"
+                return changed
+
+            hooks[key] = seen
+            self._hooks.append((hooks, key, hook))
+
+    def close(self) -> None:
+        """Looks away; closing twice does no harm."""
+        for handle in self._handles:
+            handle.remove()
+        for hooks, key, hook in self._hooks:
+            if key in hooks:
+                hooks[key] = hook
+        self._hooks.clear()
+        if self._untouched is not None:
+            self._untouched.close()
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    """Does nothing, in the place of zero_grad()."""
+def refusal(what: str, remedy: str) -> StepError:
+    """Returns the error for a train step that cannot be taken once for each micro-batch.
+
+    Args:
+        what: it does, in words that follow "the train step".
+        remedy: what helps.
+    """
+    return StepError(
+        f"train.accumulation: the train step {what}. It is called once for each micro-batch, and their gradients would "
+        f"not add up to those of one step on the whole batch. {remedy}"
+    )
+
+
+def _by_hand(fault: str) -> bool:
+    """Whether it is something that dtrain cannot do for the step."""
+    return any(word in fault for word in ("weights", "hook", "autograd.grad", "after optimizer"))
+
+
+def _named(task: Task) -> dict[str, Any]:
+    names = {id(parameter): name for name, parameter in task.module.named_parameters()}
+    others = (p for p in parameters_of(task))
+    return {names.get(id(p), f"a parameter of shape {tuple(p.shape)}, number {n}"): p for n, p in enumerate(others)}
 
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Puts a function in the place of a method of one object; a scheduler may have done so before."""
+    """Has a function called with a method of one object in the method's place; a scheduler may have done so before."""
     before = owner.__dict__.get(name)
-    owner.__dict__[name] = function
+    original = getattr(owner, name)
+    owner.__dict__[name] = functools.wraps(original)(lambda *args, **kwargs: function(original, *args, **kwargs))
     try:
         yield
     finally:

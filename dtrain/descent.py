@@ -20,6 +20,7 @@ from dtrain.errors import StepError
 from dtrain.finite import FiniteLoss
 from dtrain.metrics import Mean, Value
 from dtrain.steps import has_graph, scaled_gradients
+from dtrain.switching import check_without_closure, follow
 from dtrain.world import World
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Descent:
         self._scaler = scaler
         self._leaves = leaves or (lambda: parameters_of(task))
         self._counted: Tensor | None = None
+        self._stepped = False
 
     def __call__(self, loss: Value | None, share: Share) -> None:
         """Backward, and after the last micro-batch of a group the optimizer's step.
@@ -63,6 +65,8 @@ class Descent:
             StepError: there is nothing to go down on, or nothing that steps.
             NotFiniteError: the loss is not, and the run shall stop then.
         """
+        before = self._task.optimizer
+        follow(self._task, self._world.size)
         optimizer = self._task.optimizer
         if optimizer is None:
             raise StepError(
@@ -75,8 +79,12 @@ class Descent:
                 "Return the loss itself at every step, without .item() or .detach()."
             )
         self._finite.check(loss, share)
+        if optimizer is not before or not self._stepped:
+            check_without_closure(optimizer)
         if share.first:
             optimizer.zero_grad()
+        elif optimizer is not before:
+            self._check_switched(optimizer, before)
         if isinstance(loss, Mean):
             self._total(loss, share)
         else:
@@ -84,8 +92,18 @@ class Descent:
         if share.last:
             self._step(optimizer)
 
+    def _check_switched(self, optimizer: Optimizer, before: Optimizer | None) -> None:
+        """In the midst of a group, what the new one holds besides may have gradients of earlier groups."""
+        held = {id(p) for group in (before.param_groups if before is not None else ()) for p in group["params"]}
+        if any(p.grad is not None and id(p) not in held for group in optimizer.param_groups for p in group["params"]):
+            raise StepError(
+                "model.optimizer was changed between two micro-batches of one optimizer step, for one that holds other "
+                "parameters. Change it before an epoch or at the first of train.accumulation batches."
+            )
+
     def _step(self, optimizer: Optimizer) -> None:
         """The optimizer's step, once the gradients of the group are whole."""
+        self._stepped = True
         if self._finite.refuses_step():
             self._counted = None
             return
@@ -95,8 +113,19 @@ class Descent:
             optimizer.step()
             return
         self._scaler.unscale_(optimizer)  # now, since an optimizer that does so itself would do it after the clipping
-        self._scaler.step(optimizer)
+        if not self._overflows(optimizer):
+            self._scaler.step(optimizer)
         self._scaler.update()
+
+    def _overflows(self, optimizer: Optimizer) -> bool:
+        """Whether the step is to be left out by an optimizer that would else do so within its own kernel.
+
+        Its step would then look like one that was taken. The others' are left out by the scaler, which looks as well.
+        """
+        if self._scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+            return False
+        found = self._scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        return any(bool(inf) for inf in found.values())
 
     def _mean(self, loss: Tensor, scale: float) -> None:
         """A plain loss is weighted where an imperative step's is, so that the two kinds agree to the last bit."""

@@ -19,12 +19,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from dtrain.agreed_steps import AgreedSteps, check_counts
 from dtrain.averaging import WeightAverage
 from dtrain.bounds import Limits, Start, Trained
 from dtrain.checks import check_alike, check_order, check_same_task, check_validation, weights_checksum
@@ -32,16 +33,16 @@ from dtrain.clipping import UNLIMITED, Limit
 from dtrain.compiling import Compile
 from dtrain.dealing import BatchMode
 from dtrain.draws import step_draws
-from dtrain.errors import StopRequested, UsageError, add_place
+from dtrain.errors import StopRequested, add_place
 from dtrain.finite import WhenNan
 from dtrain.fsdp.settings import Sharding
 from dtrain.history import History
 from dtrain.launch.heartbeat import DONE, own_heartbeat
 from dtrain.learning import Learner, Task
 from dtrain.metrics import MeanTable, PassResult
-from dtrain.passes import PassWatch, Place, shares_on_device, train_loader, valid_pass
+from dtrain.passes import PassWatch, Place, check_starts_anew, shares_on_device, train_facts, train_loader, valid_pass
 from dtrain.precision import Precision
-from dtrain.progress import PassFacts, Progress, RunFacts, Silent
+from dtrain.progress import Progress, RunFacts, Silent
 from dtrain.rates import Rates
 from dtrain.rows import epoch_row, tell_unused_metrics
 from dtrain.seeding import derive, seed_everything
@@ -160,11 +161,7 @@ class Engine:
             in_step=self.sharding is not None and not self.sharding.validate_whole,
         )
         valid = self.task.dl_valid
-        if self.epochs > 1 and any(isinstance(loader, Iterator) for loader in (self.task.dl_train, valid)):
-            raise UsageError(
-                f"a loader is used up after one epoch, and there are {self.epochs}: it is an iterator or a generator. "
-                "Give a DataLoader, or an object whose __iter__ starts anew."
-            )
+        check_starts_anew(self.epochs, self.task.dl_train, valid)
         loaders = {"train": self.task.dl_train} | ({} if valid is None else {"valid": valid})
         check_same_task(self.world, self.task.module, loaders)
         check_validation(self.task.valid_step, valid)
@@ -182,6 +179,8 @@ class Engine:
         )
         how = {"batch": self.batch, "wanted": self.same_draws, "compiled": self.learner.replica.clock is not None}
         self.draws, draws = step_draws(self.world, self.seed, self.task.module, **how)  # type: ignore[arg-type]
+        self.counts = AgreedSteps(self.world, self.place, self.max_steps, self.val_every_steps)
+        self.stopping_place: Callable[[Place], None] | None = None
         if self.valid is not None:
             self.valid.around, self.valid.draws = self.learner.replica.validating, draws
         self.average = None if self.ema_decay is None else WeightAverage(self.task.module, self.ema_decay)
@@ -212,10 +211,7 @@ class Engine:
             Exception: whatever the user's code raises, with a note of rank, epoch and step.
         """
         seed_everything(derive(self.seed, "rank", self.world.rank))
-        if self.task.scheduler is not None and self.task.optimizer is not None:
-            # The order is the engine's own. torch would else warn of it where the first step is left out (float16's
-            # scale is still too large), or was taken before the run was cut off.
-            self.task.optimizer._opt_called = True  # type: ignore[attr-defined]
+        self.rates.begin()
         if self.start.randomness is not None and self.start.skip == 0:
             self.start.randomness()
         try:
@@ -235,6 +231,7 @@ class Engine:
             self.learner.close()
             self.history.sync()
             self.validations.sync()
+        self.counts.tell_unreached(self.epochs, self.updates_in_all())
         if self.place.heartbeat is not None:
             self.place.heartbeat.enter(DONE)  # what comes now is the caller's own
         return self.history
@@ -258,8 +255,8 @@ class Engine:
         return self.place.split == "checkpoint" and (self.stopping or self.place.epoch == self.epochs)
 
     def heed(self, stopping: Stopping) -> None:
-        """Lets a request to stop end training: after an optimizer step or an epoch, or within validation."""
-        self.after_step.insert(0, stopping.step)
+        """Lets a request to stop end training: after a group of train steps or an epoch, or in validation."""
+        self.stopping_place = stopping.step
         if self.valid is not None:
             self.valid.stopping = stopping
         if self.within is not None:
@@ -288,7 +285,7 @@ class Engine:
         self.progress.end_epoch(row)
         for tell in self.after_epoch:
             tell(row)
-        self._tell_step()
+        self._tell_step(stepped=True)
 
     def _validated(self, epoch: int) -> PassResult | None:
         if self.valid is None:
@@ -302,9 +299,18 @@ class Engine:
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
-    def _tell_step(self) -> None:
-        for tell in self.after_step:
+    def _tell_step(self, *, stepped: bool) -> None:
+        if self.stopping_place is not None:
+            self.stopping_place(self.place)
+        for tell in self.after_step if stepped else ():
             tell(self.place)
+
+    def _count_step(self) -> None:
+        """An optimizer step that counts was taken."""
+        self.rates.step("step")
+        self.place.updates += 1
+        if self.average is not None:
+            self.average.update()
 
     # --- training -------------------------------------------------------------------------------------
 
@@ -325,78 +331,79 @@ class Engine:
         self.table = table = MeanTable("train", self.names, self.task.metrics)
         if start.table is not None:
             table.load(start.table, self.world.device)
-        most = self._most_shares(start)
-        steps, clock = self._begin_pass(epoch, start, table, most), self.learner.replica.clock
+        clock, learner = self.learner.replica.clock, self.learner
+        learner.steps.on_step = self._count_step
+        self._begin_pass(epoch, start, table)
+        compare = self.world.size > 1 and self.accumulation == 1
         # The streams are put back after the iteration has begun, which draws from them.
         ready = start.randomness if start.skip else None
-        for share in shares_on_device(self.train_loader, self.world, self.place, start.skip, ready, most, self.draws):
-            if self.place.step - 1 == steps and self.within is not None and self.within.is_due:  # it was no end
+        done = lambda: self.spent  # noqa: E731
+        for share in shares_on_device(self.train_loader, self.world, self.place, start.skip, ready, done, self.draws):
+            if self.within is not None and self.within.is_due and self._is_last(self.place.step - 1):  # it was not
                 self.within.run(self.progress, self.facts)
-            values = self.learner.learn(share) if clock is None else self.watch.timed(self.learner.learn, share, clock)
+            values = learner.learn(share) if clock is None else self.watch.timed(learner.learn, share, clock)
             if self.draws is not None:
                 self.draws.leave()
             table.add(values, share.count)
-            if share.last:
-                self.rates.step("step")
-                self.place.updates += 1
-                if self.average is not None:
-                    self.average.update()
+            self.place.taken = learner.steps.taken
+            if compare and learner.kind == "imperative":
+                self.counts.after()
             self.progress.step(table)
             if table.asked is not None:
-                self.learner.finite.check_running(table)
+                learner.finite.check_running(table)
+            if self.place.taken:
+                self._after_update()
             if share.last:
-                for look in self.after_update:
-                    look(self.place)
-                if self.within is not None and self.within.is_due and self.place.step != steps:
-                    self.within.run(self.progress, self.facts)
-                self._tell_step()
+                self._tell_step(stepped=self.place.taken > 0)
         self.table = None
         return self._end_pass(epoch, table)
 
-    def _begin_pass(self, epoch: int, start: Start, table: MeanTable, most: int | None) -> int | None:
-        """Returns this rank's steps of the pass, where they are known."""
-        steps = self.train_loader.steps()
-        if most is not None:
-            steps = most if steps is None else min(steps, most)
+    def _after_update(self) -> None:
+        for look in self.after_update:
+            look(self.place)
+        if self.within is not None and self.within.is_due and not self._is_last(self.place.step):
+            self.within.run(self.progress, self.facts)
+
+    def _is_last(self, step: int) -> bool:
+        """Whether the epoch's own validation comes after a step."""
+        return self.spent or step == self.train_loader.steps()
+
+    def _begin_pass(self, epoch: int, start: Start, table: MeanTable) -> None:
         self.watch.begin(start)
-        facts = PassFacts(
-            "train",
-            epoch,
-            steps,
-            start.skip,
-            start.seconds,
-            samples=lambda: table.samples - self.watch.untimed,
-            run=self.facts,
-            aside=lambda: self.watch.aside,
-        )
-        self.progress.begin(facts)
-        if self.within is not None and start.skip not in (0, steps) and self.within.is_due:  # a stop came into it
+        self.progress.begin(train_facts(epoch, self._expected(start), start, table, self.watch, self.facts))
+        # Where a stop came into it:
+        if self.within is not None and start.skip and self.within.is_due and not self._is_last(start.skip):
             if start.randomness is not None:
                 start.randomness()
             self.place.step = start.skip
             self.within.run(self.progress, self.facts)
-        return steps
 
     def _end_pass(self, epoch: int, table: MeanTable) -> PassResult:
         module, world = self.task.module, self.world
         seconds, watch = self.watch.seconds(), self.watch
         weights = weights_checksum(module, world.sum_dtype) if world.size > 1 else 0.0
         order = self.train_loader.fingerprint
-        result, sums = table.reduce(world, seconds, (weights, weights**2, order, order**2, watch.aside, watch.untimed))
+        updates = self.place.updates
+        sums_of = (weights, weights**2, order, order**2, watch.aside, watch.untimed, updates, updates**2)
+        result, sums = table.reduce(world, seconds, sums_of)
         self.names = tuple(result.means)
         self.learner.finite.check_mean(result.means.get("loss"), f"epoch {epoch}, over all ranks,")
         check_order(sums[2], sums[3], world.size, "train")
+        if world.size * sums[7] != sums[6] ** 2:
+            check_counts(world.gather_json(updates))
         check_alike(sums[0], sums[1], world.size, epoch)
         self.learner.check_learnt()
         # DDP keeps rank 0's buffers (BatchNorm's statistics) for all while it trains; so does what comes after.
         world.broadcast_(list(module.buffers()))
         return replace(result, aside=sums[4] / world.size, untimed=round(sums[5]))
 
-    def _most_shares(self, start: Start) -> int | None:
-        """Returns after how many shares of the epoch the last optimizer step of the run is taken, if in this one."""
+    def _expected(self, start: Start) -> int | None:
+        """Returns this rank's shares of the epoch, as far as they are known, with one optimizer step for each group."""
+        steps = self.train_loader.steps()
         if self.max_steps is None:
-            return None
-        return start.skip + (self.max_steps - self.place.updates) * self.accumulation
+            return steps
+        most = start.skip + (self.max_steps - self.place.updates) * self.accumulation
+        return most if steps is None else min(steps, most)
 
     def generators(self) -> list[torch.Generator]:
         """Returns the generators that the user gave the loaders or their samplers."""

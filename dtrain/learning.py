@@ -23,36 +23,40 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtrain.accumulation import HeldBack
+from dtrain.accumulation import CLIP, TOUCHED, HeldBack, refusal
 from dtrain.attributes import check_materialized
 from dtrain.batches import BatchFunctions
 from dtrain.batchnorm import SyncedBatchNorm
 from dtrain.checks import batches_alike, check_optimizers, check_takes, not_called
 from dtrain.clipping import UNLIMITED, Clipping, Limit
 from dtrain.compiling import Compile, wanted
+from dtrain.counting import StepCounter
 from dtrain.ddp import Replica
 from dtrain.dealing import Share
 from dtrain.descent import Descent, parameters_of
-from dtrain.errors import StepError, UsageError
+from dtrain.errors import UsageError
 from dtrain.finite import FiniteLoss, WhenNan
 from dtrain.fsdp.replica import ShardedReplica, check_values, refuse_compiling, refuse_others
 from dtrain.fsdp.settings import Sharding
-from dtrain.metrics import Mean, Value
+from dtrain.kinds import check_planned, refuse_loss_as_layer, refuse_scaling, refuse_weights
+from dtrain.metrics import Value
 from dtrain.optimizers import place_states
 from dtrain.precision import Precision, chosen, scaler_of
 from dtrain.recomputing import refuse_synced_batchnorm
 from dtrain.steps import (
     Kind,
     LostGradients,
-    OptimizerWitness,
     Step,
     StepValues,
     call_step,
     kind_of,
+    missing_loss,
+    never_learns,
     never_steps,
     scaled_gradients,
     watch_backward,
 )
+from dtrain.switching import follow
 from dtrain.world import World
 
 logger = logging.getLogger(__name__)
@@ -60,6 +64,7 @@ logger = logging.getLogger(__name__)
 Interval = Literal["epoch", "step"]
 
 _LOST_STEPS = 100  # a scale of float16's own that is far too large costs some tens
+_IDLE_STEPS = 5  # train steps that may leave their batch out before there was one that did not
 
 _NOTHING = contextlib.nullcontext()
 
@@ -101,28 +106,12 @@ class Task:
         if self.dl_valid is not None and self.valid_step is None:
             raise UsageError("there is a validation loader but no valid_step. Define one, or leave the loader out.")
         check_materialized(self.module)
-        _refuse_loss_as_layer(self.module)
+        refuse_loss_as_layer(self.module)
         found = getattr(self.module, "optimizer", None)
         if self.optimizer is None and hasattr(found, "param_groups"):
             self.optimizer = found
         elif self.optimizer is not None and found is not self.optimizer:
             self.module.optimizer = self.optimizer  # type: ignore[assignment]
-
-
-def _refuse_loss_as_layer(module: nn.Module) -> None:
-    """Refuses an nn.Sequential that took a loss or metric for one more of its layers, which it would run after them."""
-    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
-        return
-    for name in ("loss_func", "loss_fn", "metric_func", "metric_fn", "metrics"):
-        child = dict(module.named_children()).get(name)
-        if child is not None:
-            kind = type(child).__name__
-            raise UsageError(
-                f"model.{name} = {kind}(...) makes it a layer of the net: that is an nn.Sequential, which would run it "
-                f"after the others. Keep it apart, as in {name} = {kind}(...) and {name}(predictions, labels) in the "
-                f"steps; or give model.{name} a plain function, such as one of torch.nn.functional; or make the net a "
-                "class of its own, an nn.Module with a forward."
-            )
 
 
 class Learner:
@@ -140,9 +129,12 @@ class Learner:
         sharding: how the net is sharded, where there are several ranks; None for a whole net on each.
 
     Attributes:
-        kind: the kind of the train step, known after the first one.
+        kind: the kind of the train step, known after the first one that learns.
         told_kind: called with it, before the optimizer steps where that is dtrain's to do.
         finite: looks at the losses.
+        steps: counts the optimizer steps.
+        planned: what rests on one optimizer step for each batch (or group of them), in words; nothing else.
+        first: the task's optimizer as it was before the first step.
         scaler: float16's, None with another precision.
     """
 
@@ -176,7 +168,12 @@ class Learner:
             self._replica = Replica(task.module, world, in_use, compile)
         self.scaler = scaler_of(in_use, world)
         place_states(task.module, [] if task.optimizer is None else [task.optimizer])
-        self._witness: OptimizerWitness | None = None
+        self.steps = StepCounter(task)
+        self.planned = ""
+        self.first = task.optimizer
+        self._checked = 0  # of the optimizers seen, those that were found right
+        self._idle = 0
+        self._learnt = False
         self._known: list[Optimizer] = []
         self._lost = LostGradients(task.module)
         self._held: HeldBack | None = None
@@ -197,18 +194,22 @@ class Learner:
         """
         if self.finite.skips:
             self.finite.begin(share)
+        self.steps.begin()
         values = self._learn(share)
         if self.kind == "imperative":  # the other kind is looked at before backward
-            self.finite.check(values.get("loss"), share)
-            if self._witness is not None and not self._witness.optimizers:
-                self._expect_step(share)
+            self._followed(values, share)
+        self.steps.end()
+        if len(self.steps.seen) != self._checked:
+            self._check_optimizers()
+        if self.planned and self.kind == "imperative" and not self._accumulates:
+            check_planned(self.planned, self.steps.taken, came=self.steps.waiting.came_last)
         return values
 
     def _learn(self, share: Share) -> dict[str, Value]:
         if self._alone and self.kind is not None:  # the same as below, without what is then idle
             values = self._values_of(call_step(self._task.train_step, self._task.module, share.batch))
             if self.kind == "declarative":
-                self._descend(values.get("loss"), share)
+                self._descend(self._loss_of(values), share)
             return values
         with self._replica.averaging(share.last), self._synced or _NOTHING:
             if self.kind is None:
@@ -216,8 +217,22 @@ class Learner:
             if self.kind == "imperative":
                 return self._imperative(share)
             values = self._call(share)
-            self._descend(values.get("loss"), share)
+            self._descend(self._loss_of(values), share)
             return values
+
+    def _loss_of(self, values: dict[str, Value]) -> Value:
+        if "loss" not in values:
+            raise missing_loss(values)
+        return values["loss"]
+
+    def _followed(self, values: dict[str, Value], share: Share) -> None:
+        """After an imperative step: its loss, what it was held back from, and whether it changed the optimizer."""
+        self.finite.check(values.get("loss"), share)
+        if self._held is not None:
+            self._held.end(share)
+        elif not self.steps.seen:
+            self._expect_step()
+        follow(self._task, self._world.size)
 
     def check_learnt(self) -> None:
         """After the first epoch: some optimizer must have stepped by then, whoever made it.
@@ -225,12 +240,13 @@ class Learner:
         Raises:
             StepError: none has.
         """
-        if self._witness is None:
+        if self._learnt:
             return
-        self._witness.close()
-        stepped, self._witness = self._witness.optimizers, None
-        self.knows(stepped)
-        if self.kind == "declarative":  # its optimizer is dtrain's to step, which some reason may have forbidden
+        if self.kind is None and self._idle:
+            raise never_learns({}, self._idle)
+        self._learnt = True
+        stepped = self.steps.seen
+        if self.kind != "imperative":  # its optimizer is dtrain's to step, which some reason may have forbidden
             return
         if not stepped:
             raise never_steps("the whole epoch")
@@ -238,21 +254,25 @@ class Learner:
         if self._task.optimizer is None:
             self._task.optimizer = stepped[0]
 
-    def _expect_step(self, share: Share) -> None:
+    def _expect_step(self) -> None:
         """Ends, long before a long epoch does, what only computes gradients.
 
         Raises:
             StepError: no optimizer has stepped in so many train steps, and the gradients of each were cleared.
         """
-        lost = self._lost(cleared=self._accumulates)
-        if lost >= _LOST_STEPS and share.last:
+        lost = self._lost()
+        if lost >= _LOST_STEPS:
             raise never_steps(f"{lost} train steps")
+
+    def _check_optimizers(self) -> None:
+        """An optimizer has stepped for the first time, in whatever epoch."""
+        self._checked = len(self.steps.seen)
+        check_optimizers(self.steps.seen, self._task.module, self._world.size)
 
     def optimizers(self) -> list[Optimizer]:
         """Returns the task's optimizer and those that were seen to step besides."""
         own = [] if self._task.optimizer is None else [self._task.optimizer]
-        seen = [] if self._witness is None else self._witness.optimizers
-        return list({id(optimizer): optimizer for optimizer in (*own, *self._known, *seen)}.values())
+        return list({id(optimizer): optimizer for optimizer in (*own, *self._known, *self.steps.seen)}.values())
 
     def knows(self, optimizers: list[Optimizer]) -> None:
         """Tells of optimizers that step besides the task's."""
@@ -266,41 +286,63 @@ class Learner:
     def close(self) -> None:
         """Lets go of the net and of what watches the optimizers."""
         self._replica.close()
-        for watcher in (self._witness, self._clipping):
+        for watcher in (self.steps, self._clipping, self._held):
             if watcher is not None:
                 watcher.close()
 
     def _learn_first(self, share: Share) -> dict[str, Value]:
         task = self._task
-        check_takes(task.train_step, share.batch, "train")
-        if task.valid_step is not None and batches_alike(task.dl_train, task.dl_valid):
-            check_takes(task.valid_step, share.batch, "valid")  # now, not after a whole epoch
-        self._witness = OptimizerWitness()
-        if self._clip:
-            self._clipping = Clipping(self._clip, parameters_of(task))
-        if self._accumulates:
-            self._held = HeldBack(task.optimizer, task.module)
+        if not self._idle:
+            self._begin(share)
         with watch_backward(task.module) as (backward, touched):
             values = self._imperative(share)
-        stepped = bool(self._witness.optimizers) or (self._held is not None and self._held.asked)
-        self.kind = kind_of(stepped, bool(backward), values.get("loss"))
+        stepped = bool(self.steps.seen) or (self._held is not None and self._held.asked)
+        self.kind = kind_of(stepped, bool(backward), values)
+        if self.kind is None:
+            self._was_idle(values, share)
+            return values
         logger.info("the train step is %s", self.kind)
         for tell in self.told_kind:
             tell(self.kind)
         if self.kind == "declarative":
+            self.steps.waiting.leave()
+            if self._held is not None:
+                self._held.close()
+                self._held = None
             self._descend(values.get("loss"), share)
-        check_optimizers(self._witness.optimizers, task.module, self._world.size)
+        check_optimizers(self.steps.seen, task.module, self._world.size)
         if self.kind == "imperative":
             self.finite.refuse_imperative()
-            self._refuse_scaling()
-            self._refuse_what_it_cannot_weight(share, values.get("loss"), touched())
+            refuse_scaling(self.scaler)
+            refuse_weights(values.get("loss"), several=self._accumulates or self._world.size > 1)
+            if self._accumulates and not share.last and touched():
+                raise refusal(TOUCHED, CLIP)
         self._refuse_past_the_net(bool(backward), touched())
-        if self._accumulates and not share.last and self._witness.optimizers:
-            raise StepError(
-                "train.accumulation cannot hold back the optimizer that the train step steps, since it is not "
-                "model.optimizer. Use model.optimizer in the step, or return the loss."
-            )
         return values
+
+    def _begin(self, share: Share) -> None:
+        """Before the first train step."""
+        task = self._task
+        check_takes(task.train_step, share.batch, "train")
+        if task.valid_step is not None and batches_alike(task.dl_train, task.dl_valid):
+            check_takes(task.valid_step, share.batch, "valid")  # now, not after a whole epoch
+        if self._clip:
+            self._clipping = Clipping(self._clip, parameters_of(task))
+        if self._accumulates:
+            leaves = list(self._replica.leaves()) if self._replica.sharded else None
+            self._held = HeldBack(task, leaves, averaged=self._world.size > 1)
+            self.steps.waiting.leave()  # what a step leaves behind is refused
+        else:
+            self.steps.waiting.always |= bool(self.planned)
+            self.steps.waiting.watch()
+
+    def _was_idle(self, values: dict[str, Value], share: Share) -> None:
+        """The step has learnt nothing from a batch, and its kind is not known yet: it may leave a few out."""
+        self._idle += 1
+        if self._idle >= _IDLE_STEPS:
+            raise never_learns(values, self._idle)
+        if self._held is not None and not (share.first and share.last):
+            self._held.end(share)
 
     def _refuse_past_the_net(self, backward: bool, touched: bool) -> None:
         """Gradients that do not come from a call of the net are averaged by nobody, unless the step does it itself."""
@@ -317,32 +359,11 @@ class Learner:
                 "where the ranks could meet. Leave one of the two out."
             )
 
-    def _refuse_scaling(self) -> None:
-        if self.scaler is not None:
-            raise UsageError(
-                "precision fp16: the train step calls backward() itself, so that dtrain cannot scale its loss, without "
-                "which small gradients vanish. Return the loss and leave the rest to dtrain, or use bf16."
-            )
-
-    def _refuse_what_it_cannot_weight(self, share: Share, loss: Value | None, touched: bool) -> None:
-        several = self._accumulates or self._world.size > 1
-        if several and isinstance(loss, Mean):
-            raise StepError(
-                "the train step calls backward() itself and returns its loss as dtrain.Mean: on several ranks or with "
-                "accumulation its gradient cannot be given that weight. Return the Mean with its graph and leave "
-                "backward, step and zero_grad to dtrain."
-            )
-        if self._accumulates and not share.last and touched:
-            raise StepError(
-                "the train step changes the gradients after backward() (clips them?), which with train.accumulation "
-                "are only a part of the batch's. Return the loss and leave the rest to dtrain, or set accumulation=1."
-            )
-
     def _imperative(self, share: Share) -> dict[str, Value]:
         if self._synced is not None:
             self._synced.scale = share.scale
-        held = self._held(share) if self._held is not None else _NOTHING
-        with held, scaled_gradients(self._leaves(), share.scale):
+        # What is held back weights the gradients itself.
+        with self._held(share) if self._held is not None else scaled_gradients(self._leaves(), share.scale):
             values = self._call(share)
         if isinstance(self._replica, ShardedReplica):
             self._replica.apart()  # what a call after its backward gathered

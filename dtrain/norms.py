@@ -62,6 +62,7 @@ class Norms:
             self._file.close()
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._engine.learner.steps.before(optimizer)  # a step within the same train step counts from now on
         if (self._engine.place.updates + 1) % self._every:
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -73,8 +74,9 @@ class Norms:
                 self._grads[name] = self._norm(parameter.grad)
 
     def _after_step(self, place: Place) -> None:
-        if place.split != "train" or place.updates % self._every:
+        if place.split != "train" or not place.passed(self._every):
             return
+        step = place.updates - place.updates % self._every
         for name, parameter in self._engine.task.module.named_parameters():
             if parameter.requires_grad and name not in self._weights:
                 self._weights[name] = self._norm(parameter)  # no optimizer stepped it, and so it is as it was
@@ -85,7 +87,7 @@ class Norms:
         numbers = torch.stack([*weights.values(), *grads.values()]).tolist()  # the one wait
         weight_of = dict(zip(weights, numbers, strict=False))
         grad_of = dict(zip(grads, numbers[len(weights) :], strict=True))
-        self._file.add([(place.epoch, place.updates, name, weight_of[name], grad_of.get(name, "")) for name in weights])
+        self._file.add([(place.epoch, step, name, weight_of[name], grad_of.get(name, "")) for name in weights])
         if self._tell is not None:
             self._tell(
                 {f"norm/weight/{name}": norm for name, norm in weight_of.items()}

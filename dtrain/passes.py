@@ -18,7 +18,7 @@ from dtrain.checks import check_first_batch, check_order, check_takes
 from dtrain.compiling import CompileClock
 from dtrain.dealing import BatchMode, Dealing, Share
 from dtrain.draws import StepDraws
-from dtrain.errors import StopRequested
+from dtrain.errors import StopRequested, UsageError
 from dtrain.launch.heartbeat import Heartbeat
 from dtrain.learning import Task
 from dtrain.metrics import MeanTable, PassResult, Value
@@ -38,6 +38,7 @@ class Place:
     split: str = ""
     step: int = 0
     updates: int = 0  # optimizer steps since the run began; the same number on all ranks
+    taken: int = 0  # of these, in the last train step
     compared: bool = False  # whether the ranks' first batches were found equal
     heartbeat: Heartbeat | None = None  # where a supervisor reads the same
 
@@ -45,6 +46,10 @@ class Place:
         """Words such as "rank 1, epoch 2, train step 7"."""
         where = f"{self.split} step {self.step}" if self.step else self.split
         return f"rank {self.rank}, epoch {self.epoch}, {where}"
+
+    def passed(self, every: int) -> bool:
+        """Whether the last train step came to a multiple of so many optimizer steps, or went past one."""
+        return self.updates % every < max(self.taken, 1)
 
     def enter(self, split: str, epoch: int) -> None:
         """A pass begins."""
@@ -87,7 +92,7 @@ def shares_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all o
     place: Place,
     skip: int = 0,
     ready: Callable[[], None] | None = None,
-    most: int | None = None,
+    done: Callable[[], bool] = lambda: False,
     draws: StepDraws | None = None,
 ) -> Iterator[Share]:
     """Yields the rank's shares of the epoch that the place names, on its device; keeps the place up to date.
@@ -98,7 +103,7 @@ def shares_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all o
         place: where the run is.
         skip: so many of the first shares are left out.
         ready: called once the iteration has begun, before the first share is fetched.
-        most: the number of shares after which the pass ends, those left out included; None for all.
+        done: whether the pass ends before its loader does; asked before each share is fetched.
         draws: leads the random numbers between a share and the next one; None leaves them alone.
     """
     shares = loader.shares(place.epoch) if ready is None else loader.shares(place.epoch, skip, ready)
@@ -107,7 +112,7 @@ def shares_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all o
         draws.begin(place.split, place.epoch, skip)
     # Once, before the first step, where a difference between the ranks could still hang them.
     compare = place.split == "train" and not place.compared
-    while most is None or place.step < most:
+    while not done():
         place.advance()  # also while its batch is fetched
         share = next(shares, None)
         if compare:
@@ -306,6 +311,35 @@ def valid_pass(  # noqa: PLR0913 - keyword-only
     read: dict[str, Any] = {"functions": task.batches, "fixed": takes_fixed_parts(task.valid_step)}
     loader = ShardedLoader(task.dl_valid, how, seed, "valid", fetch_batches=fetch_batches, **read)
     return ValidPass(task.module, task.valid_step, loader, world, task.metrics, in_step=in_step)
+
+
+def check_starts_anew(epochs: int, *loaders: Any) -> None:
+    """Whether loaders can be read in each epoch.
+
+    Raises:
+        UsageError: one is used up after the first.
+    """
+    if epochs > 1 and any(isinstance(loader, Iterator) for loader in loaders):
+        raise UsageError(
+            f"a loader is used up after one epoch, and there are {epochs}: it is an iterator or a generator. "
+            "Give a DataLoader, or an object whose __iter__ starts anew."
+        )
+
+
+def train_facts(  # noqa: PLR0913, PLR0917 - called at one place with all of them
+    epoch: int, steps: int | None, start: Start, table: MeanTable, watch: PassWatch, run: RunFacts
+) -> PassFacts:
+    """Returns what is told of a train pass that begins."""
+    return PassFacts(
+        "train",
+        epoch,
+        steps,
+        start.skip,
+        start.seconds,
+        samples=lambda: table.samples - watch.untimed,
+        run=run,
+        aside=lambda: watch.aside,
+    )
 
 
 def train_loader(  # noqa: PLR0913 - keyword-only

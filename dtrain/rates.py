@@ -18,12 +18,21 @@ class Rates:
         task: its optimizer may come to be known only while it trains.
 
     Attributes:
-        rate: of the last optimizer step, where the schedule goes on after each; None else.
+        rate: of the last optimizer step that was taken, where the schedule goes on after each; None else.
     """
 
     def __init__(self, task: Task) -> None:
         self.rate: float | None = None
         self._task = task
+
+    def begin(self) -> None:
+        """Training begins. The order of steps is the engine's own, of which torch would else warn.
+
+        It does so where the first step is left out (float16's scale is still too large), or was taken before the run
+        was cut off.
+        """
+        if self._task.scheduler is not None and self._task.optimizer is not None:
+            self._task.optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def now(self) -> float | None:
         """Returns the learning rate of now, the first parameter group's; None where no optimizer is known."""

@@ -75,6 +75,8 @@ def follow_schedule(engine: Engine, train: TrainConfig) -> None:
         of_step = _told_when_over(of_step, total, what)
     task.scheduler = LambdaLR(task.optimizer, of_step)
     task.interval = "step"
+    if train.schedule != "constant" or (train.warmup_steps is None and _warmup(train, total, engine.epochs)):
+        engine.learner.planned = what
 
 
 def _told_when_over(of_step: Callable[[int], float], total: int, what: str) -> Callable[[int], float]:

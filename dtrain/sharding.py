@@ -170,7 +170,7 @@ class ShardedLoader:
 class _IndexedBatches:
     """A map-style DataLoader: the indices are dealt out, so that each rank fetches its own samples alone."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - what a ShardedLoader has
+    def __init__(  # noqa: PLR0913 - what a ShardedLoader has
         self,
         loader: DataLoader[Any],
         how: Dealing,

@@ -13,14 +13,13 @@ Two kinds of train step are told apart by what they do on the first batch:
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 
 from dtrain.columns import NO_METRICS, VALID
@@ -158,26 +157,6 @@ def _shown(value: Any) -> str:
     return f"{type(value).__name__}{f' of shape {tuple(shape)}' if shape else ''}"
 
 
-class OptimizerWitness:
-    """Notes which optimizers step, whoever made them, until it is closed.
-
-    Attributes:
-        optimizers: those whose step() ran, each once, in the order of their first run.
-    """
-
-    def __init__(self) -> None:
-        self.optimizers: list[Optimizer] = []
-        self._handle = register_optimizer_step_post_hook(self._stepped)
-
-    def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
-        if not any(optimizer is known for known in self.optimizers):
-            self.optimizers.append(optimizer)
-
-    def close(self) -> None:
-        """Looks away; closing twice does no harm."""
-        self._handle.remove()
-
-
 @contextlib.contextmanager
 def watch_backward(module: nn.Module) -> Iterator[tuple[list[Tensor], Callable[[], bool]]]:
     """Watches whether a gradient reaches a parameter.
@@ -225,24 +204,49 @@ class _InPlace(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def kind_of(stepped: bool, backward: bool, loss: Value | None) -> Kind:
-    """Tells the kind of a train step from its first call.
+def kind_of(stepped: bool, backward: bool, values: Mapping[str, Value]) -> Kind | None:
+    """Tells the kind of a train step from what it has done for a batch.
 
     Args:
         stepped: whether an optimizer stepped in it.
         backward: whether a gradient reached a parameter in it.
-        loss: what it returned as its loss, if it did.
+        values: what it returned, by name.
+
+    Returns:
+        the kind; None where it has learnt nothing from the batch, which it may have left out.
 
     Raises:
-        StepError: nothing would ever be learnt.
+        StepError: it returned something to learn from, and not as its loss.
     """
     if stepped or backward:
         return "imperative"
-    if has_graph(loss):
+    if has_graph(values.get("loss")):
         return "declarative"
-    raise StepError(
-        "the train step never learns: it called neither loss.backward() nor optimizer.step(), "
-        f"and the loss that it returned has no graph. {HOW_TO_LEARN}"
+    if "loss" not in values and any(has_graph(value) for value in values.values()):
+        raise missing_loss(values)
+    return None
+
+
+def missing_loss(values: Mapping[str, Value]) -> StepError:
+    """Returns the error for a train step that leaves the learning to dtrain, and names no value "loss"."""
+    close = difflib.get_close_matches("loss", values, n=1)
+    return StepError(
+        f"the train step returned {', '.join(map(repr, values))}, and no value named 'loss', on which dtrain could "
+        f"call backward(). {f'Is {close[0]!r} a slip of the pen? ' if close else ''}Return it as {{'loss': loss, ...}}."
+    )
+
+
+def never_learns(values: Mapping[str, Value], batches: int) -> StepError:
+    """Returns the error for a train step that has learnt nothing from its first batches.
+
+    Args:
+        values: what it returned for the last one.
+        batches: how many there were.
+    """
+    no_loss = "" if "loss" in values else f" (it returned {', '.join(map(repr, values))}, and no value named 'loss')"
+    return StepError(
+        f"the train step never learns: for the first {batches} batches it called neither loss.backward() nor "
+        f"optimizer.step(), and the loss that it returned has no graph{no_loss}. {HOW_TO_LEARN}"
     )
 
 
@@ -282,7 +286,7 @@ class LostGradients:
         return self._count
 
 
-def has_graph(loss: Value | None) -> bool:
+def has_graph(loss: Value | Observed | None) -> bool:
     """Whether backward() can be called on a loss."""
     total = loss.total if isinstance(loss, Mean) else loss
     return isinstance(total, Tensor) and total.requires_grad

@@ -69,7 +69,11 @@ class WithinEpoch:
     def is_due(self) -> bool:
         """Whether it is time, and it was not done yet."""
         step = self._place.updates
-        return step > 0 and step % self._every == 0 and [row["step"] for row in self._history().rows[-1:]] != [step]
+        return (
+            step > 0
+            and self._place.passed(self._every)
+            and [row["step"] for row in self._history().rows[-1:]] != [step]
+        )
 
     def heed(self, stopping: Stopping) -> None:
         """Lets a request to stop end a validation."""

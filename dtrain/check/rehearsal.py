@@ -120,7 +120,7 @@ def rehearse(settings: Settings, world: World, record: Path, *, steps: int, kill
     keeper.attach()
 
     def kill(place: Place) -> None:
-        if place.updates == kill_at and place.split == "train":
+        if 0 < kill_at <= place.updates and place.split == "train":
             os.kill(os.getpid(), signal.SIGKILL)
 
     engine.after_step.append(kill)

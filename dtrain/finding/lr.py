@@ -166,7 +166,7 @@ class RangeTest:
 
     def _set_rate(self, *_: Any) -> None:
         self._stepped = True
-        rate = self.curve.rates[self._engine.place.updates]
+        rate = self.curve.rates[min(self._engine.place.updates, len(self.curve.rates) - 1)]
         for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate * ratio)

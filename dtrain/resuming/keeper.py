@@ -85,6 +85,8 @@ class Keeper:
         check_keepable(self._engine)
         self._unkept = Unkept(self._engine)
         self._engine.after_step.append(self.look)
+        if self._policy.every_steps is not None:
+            self._engine.counts.every.append(self._policy.every_steps)
         self._engine.save = self.save_now
         self._engine.after_train = self.note_trained
         start = self._engine.start
@@ -157,7 +159,7 @@ class Keeper:
         if place.split != "train":
             ends = place.epoch == engine.epochs or engine.stopping
             return minutes or ends or (policy.every_epochs > 0 and place.epoch % policy.every_epochs == 0)
-        return minutes or (policy.every_steps is not None and place.updates % policy.every_steps == 0)
+        return minutes or (policy.every_steps is not None and place.passed(policy.every_steps))
 
     def _save(self, place: Place, *, beside: bool | None = None) -> None:
         engine, world = self._engine, self._engine.world

@@ -23,6 +23,15 @@ from dtrain.metrics import PassResult, add_up
 from dtrain.optimizers import all_optimizers
 from dtrain.resuming.changed import beginning_of, changed_learning, held_at_first, holds, regroup, set_learning
 from dtrain.resuming.kept import kept_state, load_datasets, load_kept
+from dtrain.resuming.roles import (
+    REMEDY,
+    is_first,
+    put_gradients_back,
+    role_of,
+    told_apart,
+    use_own,
+    waiting_gradients,
+)
 from dtrain.seeding import derive, load_random_state, random_state, seed_everything
 
 State = dict[str, Any]
@@ -47,8 +56,9 @@ def run_state(engine: Engine) -> State:
         "valid_names": None if engine.valid is None else engine.valid.names,
         "rate": engine.rates.rate,
         "layout": engine.learner.replica.layout,
-        "optimizers": [_optimizer_state(optimizer, engine) for optimizer in engine.learner.optimizers()],
+        "optimizers": [_optimizer_state(one, engine) | role_of(one, engine) for one in engine.learner.optimizers()],
         "learns": changed_learning(engine),
+        "gradients": waiting_gradients(engine),
         "scheduler": None if task.scheduler is None else _kept(task.scheduler),
         "others": {name: _kept(other) for name, other in task.others.items()},
         "buffers": _other_buffers(task.module),
@@ -125,6 +135,8 @@ def restore(engine: Engine, weights: Mapping[str, Any], run: State, ranks: list[
         regroup(optimizer, saved["holds"], task.module)
         load_optimizer(optimizer, saved["state"])
     engine.learner.knows(optimizers)
+    use_own(task, optimizers, run["optimizers"])
+    put_gradients_back(engine, run.get("gradients", {}))
     if task.optimizer is None and optimizers:  # as at the end of the first epoch
         task.optimizer = optimizers[0]
     if task.scheduler is not None:
@@ -212,7 +224,7 @@ def find_optimizers(saved: list[State], task: Task) -> list[Optimizer]:
     Raises:
         CheckpointError: one is not to be found, or there are two of a kind that hold the same parameters.
     """
-    return [task.optimizer if one["own"] and task.optimizer is not None else _found(one, task) for one in saved]
+    return [task.optimizer if is_first(one, task) else _found(one, task) for one in saved]  # type: ignore[misc]
 
 
 def _found(saved: State, task: Task) -> Optimizer:
@@ -221,12 +233,12 @@ def _found(saved: State, task: Task) -> Optimizer:
         for thing in all_optimizers()
         if type(thing).__qualname__ == saved["kind"] and holds(thing, task.module) == at_first(saved)
     ]
+    alike = told_apart(alike, saved, task)
     if len(alike) != 1:
         names = [name for group in at_first(saved) for name in group]
         raise CheckpointError(
             f"the checkpoint has the state of an optimizer {saved['kind']} of {', '.join(names[:3])}"
-            f"{', ...' * (len(names) > 3)}, and the recipe has {len(alike) or 'none'} of this kind. "
-            "Make one, before training begins: as model.optimizer, or when the recipe is imported."
+            f"{', ...' * (len(names) > 3)}, and the recipe has {len(alike) or 'none'} of this kind. {REMEDY}"
         )
     found: Optimizer = alike[0]
     return found

@@ -163,14 +163,23 @@ class TestSteps:
 
     def test_the_kind_is_told_by_what_the_step_did(self) -> None:
         graph = torch.ones(1, requires_grad=True).sum()
-        assert kind_of(True, False, 1.0) == "imperative"
-        assert kind_of(False, True, 1.0) == "imperative"
-        assert kind_of(True, True, graph) == "imperative"
-        assert kind_of(False, False, graph) == "declarative"
-        assert kind_of(False, False, Mean(graph, 3)) == "declarative"
-        for dead in (1.0, torch.tensor(1.0), None):
-            with pytest.raises(StepError, match="never learns"):
-                kind_of(False, False, dead)
+        assert kind_of(True, False, {"loss": 1.0}) == "imperative"
+        assert kind_of(False, True, {"loss": 1.0}) == "imperative"
+        assert kind_of(True, True, {"loss": graph}) == "imperative"
+        assert kind_of(False, False, {"loss": graph}) == "declarative"
+        assert kind_of(False, False, {"loss": Mean(graph, 3)}) == "declarative"
+        for dead in (1.0, torch.tensor(1.0)):
+            assert kind_of(False, False, {"loss": dead}) is None, "it may have left the batch out"
+        assert kind_of(False, False, {"accuracy": 1.0}) is None
+
+    def test_a_loss_under_another_name_is_told(self) -> None:
+        graph = torch.ones(1, requires_grad=True).sum()
+        with pytest.raises(StepError, match=r"returned 'los', 'accuracy', and no value named 'loss'.*Is 'los' a slip"):
+            kind_of(False, False, {"los": graph, "accuracy": 1.0})
+        with pytest.raises(
+            StepError, match=r"returned 'objective', and no value named 'loss', on which.*backward\(\)\. R"
+        ):
+            kind_of(False, False, {"objective": graph})
 
 
 class TestRankFacts:

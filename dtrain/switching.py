@@ -1,0 +1,63 @@
+"""The optimizer that a run steps is `model.optimizer`, also where a step or a callback puts another one there."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+from torch.optim import Optimizer
+
+from dtrain.checks import check_optimizers
+from dtrain.errors import StepError
+from dtrain.optimizers import place_states
+
+if TYPE_CHECKING:
+    from dtrain.learning import Task
+
+
+def follow(task: Task, size: int) -> None:
+    """Makes what has become `model.optimizer` the task's optimizer.
+
+    Args:
+        task: its optimizer is set.
+        size: the number of ranks.
+
+    Raises:
+        StepError: it is no optimizer, holds the wrong parameters, or the scheduler changes the rates of the one before.
+    """
+    found = task.module.__dict__.get("optimizer", task.optimizer)
+    if found is task.optimizer or found is None:
+        return
+    if not hasattr(found, "param_groups"):
+        raise StepError(
+            f"model.optimizer was set to {type(found).__name__}, which is no optimizer. Give that another name."
+        )
+    before, scheduler = task.optimizer, task.scheduler
+    if before is not None and getattr(scheduler, "optimizer", None) is before:
+        raise StepError(
+            f"model.optimizer is another one now ({type(found).__name__}), and the scheduler "
+            f"({type(scheduler).__name__}) still changes the rates of the one before ({type(before).__name__}). Leave "
+            "the schedule out (build_scheduler, train.schedule) and set the rates of both where you change the "
+            "optimizer; or keep one optimizer, and change the options of its groups."
+        )
+    check_optimizers([found], task.module, size)
+    place_states(task.module, [found])
+    task.optimizer = found
+
+
+def check_without_closure(optimizer: Optimizer | None) -> None:
+    """Finds, before its first step, an optimizer that dtrain cannot step.
+
+    Raises:
+        StepError: it must be given a closure.
+    """
+    if optimizer is None:
+        return
+    given = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if given is None or given.default is not inspect.Parameter.empty:
+        return
+    raise StepError(
+        f"{type(optimizer).__name__} computes the loss again within its step, by a closure, and a train step that "
+        "returns the loss has none to give. Call it in the train step: def closure(): model.optimizer.zero_grad(); "
+        "loss = ...; loss.backward(); return loss. Then loss = model.optimizer.step(closure), and return loss.detach()."
+    )

@@ -1,0 +1,265 @@
+"""Imperative steps under accumulation: equal to the step on the joined batch, or refused before a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.step_programs import (
+    BATCH,
+    CALLS,
+    DOES,
+    ORDINARY,
+    TO_WEIGHTS,
+    UNUSUAL,
+    by_dtrain,
+    by_hand,
+    data,
+    flat,
+    fresh_net,
+    take,
+)
+from helpers.sweep import FULL
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dtrain.errors import StepError
+from dtrain.training import train_model
+from dtrain.world import World, bring_up
+
+PLAIN = ["zero", "backward", "step"]
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return bring_up(cpu=True)
+
+
+def right_or_refused(world: World, programs: Sequence[Sequence[str]], accumulation: int) -> str:
+    """Returns what was told; the weights are then those before the wrong step, else those of plain torch."""
+    expected = by_hand(net_for(programs), programs, BATCH * accumulation)
+    found, told = by_dtrain(world, net_for(programs), programs, accumulation)
+    if told and "never learns" not in told:
+        near = [bool(np.allclose(found, weights, rtol=1e-9, atol=1e-12)) for weights in expected]
+        assert any(near) or _by_hand_alone(programs), (programs, told)
+    elif not told:
+        np.testing.assert_allclose(found, expected[-1], rtol=1e-9, atol=1e-12, err_msg=str(programs))
+    return told
+
+
+def _by_hand_alone(programs: Sequence[Sequence[str]]) -> bool:
+    """Whether a program changes weights by itself, which nobody can hold back."""
+    return any(TO_WEIGHTS & set(program) for program in programs)
+
+
+def net_for(programs: Sequence[Sequence[str]]) -> Any:
+    return fresh_net(scheduled=any("schedule" in program for program in programs))
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        PLAIN,
+        ["net zero", "backward", "step"],
+        ["zero to zeros", "backward", "step"],
+        ["backward", "step", "zero"],
+        ["backward", "step", "zero to zeros"],
+        ["backward", "step"],  # gradients that are never cleared
+        ["zero", "backward", "backward of another", "step"],
+        ["zero", "net zero", "backward", "step", "zero"],
+    ],
+)
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_what_adds_up_is_the_step_on_the_joined_batch(world: World, program: list[str], accumulation: int) -> None:
+    assert right_or_refused(world, [program], accumulation) == ""
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        (["zero", "backward", "climb", "zero", "backward", "step"], "clears the gradients between"),  # SAM
+        (["zero", "backward", "climb by data", "zero", "backward", "step"], "clears the gradients between"),
+        (["zero", "backward", "step", "zero", "backward of another", "step"], "twice"),
+        (["zero", "backward", "climb", "backward", "step"], "changes the weights by itself ("),
+        (["zero", "backward", "climb by data", "step"], "changes the weights by itself ("),
+        (["zero", "backward", "step", "clamp"], "changes the weights by itself"),
+        (["closure"], "closure"),
+        (["clear", "backward", "step"], "clears the gradient of"),
+        (["zero", "backward", "clear", "backward", "step"], "clears the gradient of"),
+        (["zero", "backward", "clip", "step"], "changes the gradients after backward()"),
+        (["zero", "backward", "clip by data", "step"], "changes the gradients after backward()"),
+        (["zero", "backward", "normalise", "step"], "changes the gradients after backward()"),
+        (["zero", "backward", "assign", "step"], "changes the gradients after backward()"),
+        (["zero", "by grad", "step"], "torch.autograd.grad"),
+        (["zero", "backward", "step", "schedule"], "a scheduler of its own (StepLR)"),
+        (["zero", "backward", "schedule", "step"], "a scheduler of its own (StepLR)"),
+        (["backward"], "as if it accumulated by itself"),
+        (["step", "zero", "backward"], "without a backward() before it"),
+        (["nothing"], "left a batch out"),
+    ],
+)
+def test_what_does_not_add_up_is_refused_before_a_weight_changed(world: World, program: list[str], told: str) -> None:
+    found, words = by_dtrain(world, net_for([program]), [program], 2)
+    assert told in words
+    assert "Set train.accumulation=1" in words or "set train.accumulation=1" in words
+    if not _by_hand_alone([program]):
+        assert found == by_hand(fresh_net(), [PLAIN], 6)[0]
+    for later in (1, 2):  # the same from a later group on
+        found, words = by_dtrain(world, net_for([program]), [*[PLAIN] * later, program], 2)
+        assert told in words or "gradient" in words
+        if not _by_hand_alone([program]):
+            np.testing.assert_allclose(found, by_hand(fresh_net(), [PLAIN], 6)[later], rtol=1e-9)
+
+
+def refused(world: World, net: Any, step: Any, epochs: int = 1) -> str:
+    """Returns what a step was told; its net is as it was, or has taken the first epoch alone where there are two."""
+    loader = DataLoader(TensorDataset(*data()), BATCH)
+    first = flat(net)
+    try:
+        train_model(net, epochs, loader, train_step=step, accumulation=2, verbose=False, world=world)
+    except StepError as error:
+        if epochs == 1:
+            assert flat(net) == first
+        return str(error)
+    return ""
+
+
+def usual(model: Any, x: Any, y: Any) -> Any:
+    return take(model, x, y, PLAIN)
+
+
+def test_another_optimizer_is_refused_before_it_steps(world: World) -> None:
+    net = fresh_net()
+    net.second = torch.optim.Adam(net[2].parameters(), lr=0.1)
+    epochs: list[int] = []
+
+    def both(model: Any, x: Any, y: Any) -> Any:
+        loss = take(model, x, y, PLAIN)
+        model.second.step()
+        return loss
+
+    def from_the_second_epoch(model: Any, x: Any, y: Any) -> Any:
+        epochs.append(1)
+        if len(epochs) <= CALLS:
+            return take(model, x, y, PLAIN)
+        model.second.zero_grad()
+        loss = take(model, x, y, ["backward"])
+        model.second.step()
+        return loss
+
+    assert "steps an optimizer (Adam)" in refused(world, net, both)
+    net = fresh_net()
+    net.second = torch.optim.Adam(net[2].parameters(), lr=0.1)
+    assert "steps an optimizer (Adam)" in refused(world, net, from_the_second_epoch, epochs=2)
+    np.testing.assert_allclose(flat(net), by_hand(fresh_net(), [PLAIN], 6)[-1], rtol=1e-9)
+
+
+def test_what_counts_its_calls_is_refused(world: World) -> None:
+    net = fresh_net()
+    net.seen = 0
+    rates = iter(range(100))
+
+    def counts(model: Any, x: Any, y: Any) -> Any:
+        model.seen += 1
+        return take(model, x, y, PLAIN)
+
+    def sets_rates(model: Any, x: Any, y: Any) -> Any:
+        model.optimizer.param_groups[0]["lr"] = 0.1 / (1 + next(rates))
+        return take(model, x, y, PLAIN)
+
+    assert "adds to model.seen (0, then 1)" in refused(world, net, counts)
+    assert "changes the optimizer's options by itself (lr)" in refused(world, fresh_net(), sets_rates)
+
+
+def test_hooks_that_change_a_part_are_refused_and_others_are_not(world: World) -> None:
+    seen: list[float] = []
+    net = fresh_net()
+    net[0].weight.register_hook(lambda grad: seen.append(float(grad.norm())))
+    assert refused(world, net, usual) == ""
+    assert len(seen) == CALLS
+    assert flat(net) == pytest.approx(by_hand(fresh_net(), [PLAIN], 6)[-1], rel=1e-9)
+    net = fresh_net()
+    net[0].weight.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+    assert "a hook that changes the gradient" in refused(world, net, usual)
+    assert len(net[0].weight._backward_hooks) == 1, "the user's own hook, as it was"
+    net = fresh_net()
+    net[0].weight.register_post_accumulate_grad_hook(lambda p: nn.utils.clip_grad_value_(p, 0.01))
+    assert "a hook of its own" in refused(world, net, usual)
+
+
+def test_changes_that_raise_no_version_are_refused(world: World) -> None:
+    def by_numpy(model: Any, x: Any, y: Any) -> Any:
+        model.optimizer.zero_grad()
+        loss = take(model, x, y, ["backward"])
+        model[0].weight.grad.numpy()[:] *= 0.5
+        model.optimizer.step()
+        return loss
+
+    def by_setting(model: Any, x: Any, y: Any) -> Any:
+        loss = take(model, x, y, PLAIN)
+        model[0].weight.data = model[0].weight.data * 0.9
+        return loss
+
+    calls: list[int] = []
+
+    def later(model: Any, x: Any, y: Any) -> Any:
+        calls.append(1)
+        clipped = ["zero", "backward", "clip by data", "step"]
+        return take(model, x, y, clipped if len(calls) > 4 * CALLS else PLAIN)
+
+    assert "changes the gradients after backward()" in refused(world, fresh_net(), by_numpy)
+    assert "changes the weights by itself" in _changed(world, by_setting)
+    net = fresh_net()
+    assert "changes the gradients after backward()" in refused(world, net, later, epochs=5)
+    expected = fresh_net()
+    for _ in range(4):
+        by_hand(expected, [PLAIN], 6)
+    np.testing.assert_allclose(flat(net), flat(expected), rtol=1e-9)
+
+
+def _changed(world: World, step: Any) -> str:
+    with pytest.raises(StepError) as caught:
+        loader = DataLoader(TensorDataset(*data()), BATCH)
+        train_model(fresh_net(), 1, loader, train_step=step, accumulation=2, verbose=False, world=world)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"capturable": False}])
+def test_any_optimizer_that_steps_alone_is_right(world: World, options: dict[str, Any]) -> None:
+    nets = [fresh_net() for _ in range(2)]
+    for net in nets:
+        net.optimizer = torch.optim.Adam(net.parameters(), lr=0.05, weight_decay=0.1, **options)
+    assert refused(world, nets[0], usual) == ""
+    np.testing.assert_allclose(flat(nets[0]), by_hand(nets[1], [PLAIN], 6)[-1], rtol=1e-9)
+
+
+def test_data_is_torchs_own_afterwards(world: World) -> None:
+    assert by_dtrain(world, fresh_net(), [PLAIN], 2)[1] == ""
+    assert "data" not in torch.Tensor.__dict__
+    assert torch.ones(2, requires_grad=True).data.requires_grad is False
+
+
+def programs() -> Any:
+    ordinary = st.lists(st.sampled_from(ORDINARY), min_size=2, max_size=6)
+    unusual = st.lists(st.sampled_from([*ORDINARY, *UNUSUAL]), min_size=1, max_size=6)
+    return st.lists(st.one_of(st.just(PLAIN), ordinary, unusual), min_size=1, max_size=3)
+
+
+@settings(
+    max_examples=600 if FULL else 60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(programs=programs(), accumulation=st.sampled_from([2, 3]))
+def test_any_order_is_right_or_refused(world: World, programs: list[list[str]], accumulation: int) -> None:
+    right_or_refused(world, programs, accumulation)
+
+
+def test_the_programs_are_all_tried() -> None:
+    assert set(ORDINARY) | set(UNUSUAL) == set(DOES)
