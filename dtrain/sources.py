@@ -12,6 +12,7 @@ depth. Those that have `set_epoch` are told each epoch before it begins. Of thos
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -22,6 +23,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from dtrain.errors import UsageError
 from dtrain.seeding import CommonRandomness
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 State = dict[str, Any]
@@ -137,16 +140,7 @@ class Sources:
 
     def stateful(self) -> dict[str, Any]:
         """Returns, by name, the parts that have a state: themselves, and random generators among their attributes."""
-        found: dict[str, Any] = {}
-        for name, part in parts_of(self.loader).items():
-            if _has_state(part):
-                found[name] = part
-            if isinstance(part, DataLoader) or type(part).__module__.startswith("torch."):
-                continue  # torch's own have the generator that a user gave, which is kept besides
-            for key, value in getattr(part, "__dict__", {}).items():
-                if type(value) in _GENERATORS and key != "generator":
-                    found[f"{name}.{key}" if name else key] = value
-        return found
+        return _stateful(parts_of(self.loader))
 
     def states(self, *, datasets: bool = False) -> dict[str, State]:
         """Returns copies of the parts' states by name.
@@ -180,30 +174,46 @@ class Sources:
     @property
     def replays(self) -> bool:
         """Whether a resumed epoch reads what was read before: its workers have copies of a dataset with a state."""
-        workers = getattr(self.loader, "num_workers", 0)
-        return bool(workers) and any(_has_state(part) for part in self._map_style().values())
+        return bool(getattr(self.loader, "num_workers", 0)) and bool(_stateful(self._map_style()))
 
     def check(self, split: str) -> None:
-        """Looks for a state that cannot be had.
+        """Looks for a state that cannot be had: that of a dataset in workers that live on; of a generator, it is told.
 
         Raises:
-            UsageError: it is that of a dataset in persistent workers; it is named.
+            UsageError: an object has one; it is named.
         """
+        dataset = getattr(self.loader, "dataset", None)
         if not (getattr(self.loader, "num_workers", 0) and getattr(self.loader, "persistent_workers", False)):
             return
-        for name, part in parts_of(getattr(self.loader, "dataset", None), f"dl_{split}.dataset").items():
-            if _has_state(part):
-                raise UsageError(
-                    f"{name} ({type(part).__qualname__}) has a state (state_dict, load_state_dict), of which each of "
-                    "the loader's persistent workers has a copy that no checkpoint can hold. Make the DataLoader with "
-                    "persistent_workers=False, or give the dataset set_epoch(epoch) in place of a state."
-                )
+        if isinstance(dataset, IterableDataset) and knows_epochs(dataset):
+            return  # its workers begin each epoch anew
+        for name, part in _stateful(parts_of(dataset, f"dl_{split}.dataset")).items():
+            is_stream = type(part) in _GENERATORS
+            what = "is a random generator" if is_stream else "has a state (state_dict, load_state_dict)"
+            text = (
+                f"{name} ({type(part).__qualname__}) {what}, of which each of the loader's persistent workers has a "
+                "copy that no checkpoint can hold. Make the DataLoader with persistent_workers=False"
+            )
+            if not is_stream:
+                raise UsageError(f"{text}, or give the dataset set_epoch(epoch) in place of a state.")
+            logger.warning("%s, or draw from torch's, NumPy's or Python's global stream.", text)
 
     def _map_style(self) -> dict[str, Any]:
         dataset = getattr(self.loader, "dataset", None)
         if dataset is None or isinstance(dataset, IterableDataset):
             return {}
         return {n: part for n, part in parts_of(dataset, "dataset").items() if not isinstance(part, Sampler)}
+
+
+def _stateful(parts: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, part in parts.items():
+        if _has_state(part):
+            found[name] = part
+        for key, value in getattr(part, "__dict__", {}).items():
+            if type(value) in _GENERATORS:
+                found[f"{name}.{key}" if name else key] = value
+    return found
 
 
 def _is_of(name: str, parts: Mapping[str, Any]) -> bool:

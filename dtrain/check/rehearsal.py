@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dtrain.bounds import Limits
 from dtrain.building import configured_engine, load_task
+from dtrain.checkpoint.tree import flatten
 from dtrain.config import Settings
 from dtrain.config.schema import CheckpointConfig
 from dtrain.dealing import Share
@@ -76,12 +77,16 @@ class Recorder:
         return values
 
 
-def _sums(tensors: dict[str, Any]) -> dict[str, int]:
-    return {
-        name: zlib.crc32(tensor_bytes(local_part(value)))
-        for name, value in tensors.items()
-        if isinstance(value, Tensor)
-    }
+def _sums(values: dict[str, Any]) -> dict[str, int]:
+    return {name: _sum(name, value) for name, value in values.items()}
+
+
+def _sum(name: str, value: Any) -> int:
+    """A checksum of a tensor, or of any other state that a checkpoint can hold."""
+    if isinstance(value, Tensor):
+        return zlib.crc32(tensor_bytes(local_part(value)))
+    structure, tensors = flatten(value, name)
+    return zlib.crc32(json.dumps([structure, list(_sums(dict(tensors)).values())]).encode())
 
 
 def _tensors(tree: Any, where: str = "") -> dict[str, Tensor]:

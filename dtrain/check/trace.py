@@ -96,7 +96,7 @@ class Trace:
 
     def _keep_gradients(self) -> None:
         self._gradients = {
-            f"gradient/{name}": whole_tensor(p.grad).cpu().clone()
+            f"gradient/{name}": _real(whole_tensor(p.grad)).cpu().clone()
             for name, p in self._net.named_parameters()
             if p.grad is not None
         }
@@ -107,7 +107,7 @@ class Trace:
         self._optimizer_steps += 1
         file = f"step-{self._optimizer_steps}.safetensors"
         self._checksums.append(weights_checksum(self._net, self._dtype))
-        weights = {f"weight/{name}": whole_tensor(p).cpu().clone() for name, p in self._net.named_parameters()}
+        weights = {f"weight/{name}": _real(whole_tensor(p)).cpu().clone() for name, p in self._net.named_parameters()}
         if self._rank == 0:
             save_file(self._gradients | weights, self._folder / file)
         if self._like is not None and (self._like / file).exists():
@@ -117,8 +117,15 @@ class Trace:
     def _take(self, tensors: dict[str, Tensor]) -> None:
         for name, parameter in self._net.named_parameters():
             known = tensors.get(f"weight/{name}")
+            if known is not None and parameter.dtype is torch.complex128:
+                known = torch.view_as_complex(known)
             if known is not None and known.shape == parameter.shape:
                 parameter.copy_(cut_like(known, parameter))
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """A complex128 tensor, which safetensors lacks, as its real view."""
+    return torch.view_as_real(tensor.detach().resolve_conj()) if tensor.dtype is torch.complex128 else tensor
 
 
 def _number(value: float | Tensor) -> float:

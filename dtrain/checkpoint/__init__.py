@@ -3,7 +3,9 @@
 ::
 
     tree      any nested state <-> JSON and tensors
+    streams   random generators <-> plain values
     tensors   tensors as safetensors, in pieces
+    extra     modules' extra states in a file of weights
     folder    one checkpoint: written whole, sealed, verified; older ones pruned
     writer    beside the training, or in its way
     weights   a net's weights alone

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dtrain as library
+from dtrain.world import bring_up
 
 DECAY = 0.8
 X = torch.randn(22, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -185,7 +186,8 @@ def moving(world, dtype: str, decay: float, changes: dict[str, bool], sharded: b
 def test_the_average_is_kept_in_float32_at_least_and_joined(
     ranks: int, dtype: str, decay: float, changes: dict[str, bool], sharded: bool
 ) -> None:
-    for found in run_ranks(moving, ranks, dtype=dtype, decay=decay, changes=changes, sharded=sharded):
+    how: dict[str, Any] = {"dtype": dtype, "decay": decay, "changes": changes, "sharded": sharded}
+    for found in [moving(bring_up(cpu=True), **how)] if ranks == 1 else run_ranks(moving, ranks, **how):
         steps = [{name: np.array(value) for name, value in step.items()} for step in found["steps"]]
         right = plain_average(steps, decay)
         narrow = dtype != "float64"

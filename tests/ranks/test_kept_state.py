@@ -107,6 +107,8 @@ CASES = [
 ALONE = [
     *(["data.data=" + kind] for kind in ("streams", "positions", "valid")),
     ["data.data=numpy", "data.workers=2"],
+    ["data.data=drawing"],
+    ["data.data=drawing", "data.workers=2"],
     *(["net=" + kind] for kind in ("tensor", "spectral", "cache")),
     ["net=unfreeze-same"],
     ["net=unfreeze-group"],
@@ -153,6 +155,12 @@ def test_state_that_cannot_be_kept_is_refused_by_name_before_the_first_step(
 ) -> None:
     ended, seen = start(bring_up(cpu=True), tmp_path, "it", words)
     assert told in ended and seen == []
+
+
+def test_a_generator_in_workers_that_live_on_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = ["data.data=drawing", "data.workers=1", "data.persistent=true", "epochs=1"]
+    start(bring_up(cpu=True), tmp_path, "it", words)
+    assert "dl_train.dataset.datasets.0.rng (Generator) is a random generator, of which each of the" in caplog.text
 
 
 def test_numbers_that_are_no_buffers_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

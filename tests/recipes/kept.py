@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -139,6 +140,20 @@ class Reading(Dataset):
 
     def load_state_dict(self, saved):
         self.reads, self.weight = saved["reads"], saved["weight"]
+
+
+class Drawing(Dataset):
+    """Augments from a generator of its own."""
+
+    def __init__(self, data):
+        self.data, self.rng = data, np.random.default_rng(2)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        x, y, number = self.data[index]
+        return x + self.rng.random(), y, number
 
 
 class Flow(IterableDataset):
@@ -289,6 +304,7 @@ def build_dataloaders(data: str = "", workers: int = 0, persistent: bool = False
         "iterable": lambda: Iterable(plain),
         "loader": lambda: Loader(plain, B, sampler=Streams(), **more),
         "reading": lambda: DataLoader(Reading(plain), B, shuffle=True, **more),
+        "drawing": lambda: DataLoader(ConcatDataset([Drawing(plain)]), B, shuffle=True, **more),
         "flow": lambda: DataLoader(Flow(plain), B, **more),
     }
     return made.get(data, lambda: DataLoader(plain, B, sampler=SequentialSampler(plain)))(), valid
