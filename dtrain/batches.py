@@ -198,7 +198,8 @@ class BatchReader:
 
     def _checked(self, node: Node, count: int) -> int:
         sizes = node.sizes()
-        if self.functions.batch_size is None and sizes and count not in sizes:
+        # More rows are several of each sample, or another dimension; with fewer, samples may have been left out.
+        if self.functions.batch_size is None and sizes and count not in sizes and min(sizes) < count:
             raise UnclearError(
                 f"its collate_fn was given {count} samples, and made of them what seems to be "
                 f"{' or '.join(map(str, sorted(sizes)))}: {_listed(node)}"

@@ -344,6 +344,10 @@ def time_first(samples: list[Any]) -> Any:
     return torch.stack([torch.full((7,), float(number)) for _, number in samples], 1)
 
 
+def some_left_out(samples: list[Any]) -> Any:
+    return torch.tensor([number for _, number in samples if number != 4])
+
+
 def shares_of(loader: Any, rank: int = 0, size: int = 1, mode: Any = "global", **more: Any) -> list[Any]:
     return list(ShardedLoader(loader, Dealing(rank, size, mode, fill=True), 1, "train", **more).shares(1))
 
@@ -358,8 +362,11 @@ def test_a_stream_is_counted_where_its_batches_are_put_together(workers: int) ->
         [(2,), (5,), (8,), (9,)],
     ]
     assert [share.count for share in dealt[1]] == [1, 1, 1, 0]
-    with pytest.raises(DataError, match="collate_fn was given 3 samples, and made of them what seems to be 7"):
-        shares_of(DataLoader(Stream(10), 3, collate_fn=time_first))
+    with pytest.raises(DataError, match="collate_fn was given 3 samples, and made of them what seems to be 2"):
+        shares_of(DataLoader(Stream(10), 3, collate_fn=some_left_out))
+    assert [share.count for share in shares_of(DataLoader(Stream(10), 3, collate_fn=time_first))] == [3, 3, 3, 1]
+    with pytest.raises(DataError, match=r"the first dimension of batch \(7, 3\) is not the batch's 3 samples"):
+        shares_of(DataLoader(Stream(10), 3, collate_fn=time_first), 0, 2)
     own = BatchFunctions(lambda batch: batch.shape[1], lambda batch, sizes: batch.split(sizes, 1))
     for rank in range(2):
         shares = shares_of(DataLoader(Stream(10), 3, collate_fn=time_first), rank, 2, functions=own)
