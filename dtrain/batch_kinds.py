@@ -72,7 +72,8 @@ def _sequences(packed: PackedSequence) -> list[Tensor]:
 def _pack(like: PackedSequence, sequences: list[Tensor]) -> PackedSequence:
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     padded = pad_sequence(sequences, batch_first=True)
-    return pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=like.sorted_indices is None)
+    in_order = like.sorted_indices is None and bool((lengths[1:] <= lengths[:-1]).all())  # joined ones may not be
+    return pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=in_order)
 
 
 _PACKED = Kind(lambda packed: int(packed.batch_sizes[0]), _sequences, _pack)

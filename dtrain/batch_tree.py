@@ -311,7 +311,7 @@ def tree_of(
     kind = None if type(value) is Tensor and not value.is_nested else known_kind(value)
     if kind is not None:
         return Known(value, path, kind)
-    if hasattr(value, "shape") and not isinstance(value, (Mapping, list, tuple)):
+    if isinstance(getattr(value, "shape", None), tuple) and not isinstance(value, (Mapping, list, tuple)):
         return Rows(value, path) if len(value.shape) > 0 else Node(value, path)
     parts = _parts_of(value, path)
     if parts is None:

@@ -16,7 +16,7 @@ from helpers.sweep import FULL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -260,6 +260,15 @@ def test_numbers_that_were_as_many_as_the_samples_by_accident_are_not_kept_whole
     other = BatchReader(ranks=2)
     assert other.cut((torch.ones(3, 4), (224, 224)), 0, 1)[1] == (224, 224)
     assert other.cut((torch.ones(2, 4), (224, 224)), 0, 1)[1] == (224, 224)
+
+
+def test_packed_sequences_in_order_stay_so_where_they_can() -> None:
+    longest_first = pack_sequence([torch.arange(float(n)) for n in (4, 3, 1)])
+    reader = BatchReader(ranks=2)
+    part = reader.cut((longest_first, torch.ones(3)), 1, 3)[0]
+    assert equal(part, pack_sequence([torch.arange(3.0), torch.arange(1.0)]))
+    joined = reader.join([(longest_first, torch.ones(3))] * 2)[0]
+    assert [len(one) for one in unpack_sequence(joined)] == [4, 3, 1, 4, 3, 1]
 
 
 def test_the_number_of_views_may_vary_beside_labels() -> None:
