@@ -72,7 +72,8 @@ def _sequences(packed: PackedSequence) -> list[Tensor]:
 def _pack(like: PackedSequence, sequences: list[Tensor]) -> PackedSequence:
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     padded = pad_sequence(sequences, batch_first=True)
-    return pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=like.sorted_indices is None)
+    in_order = like.sorted_indices is None and bool((lengths[1:] <= lengths[:-1]).all())  # joined ones may not be
+    return pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=in_order)
 
 
 _PACKED = Kind(lambda packed: int(packed.batch_sizes[0]), _sequences, _pack)
@@ -172,3 +173,26 @@ def _copied(like: Any, parts: dict[Any, Any]) -> Any:
 def encodings_of(value: Any) -> Any:
     """What a BatchEncoding of a fast tokenizer keeps of each of its samples, a list, or None."""
     return getattr(value, "__dict__", {}).get("_encodings") or []
+
+
+# --- what is said of parts ---------------------------------------------------------------------------------
+
+
+def sort_of(value: Any) -> Any:
+    """What samples of one kind have in common."""
+    if isinstance(value, Mapping):
+        return frozenset(value)
+    if isinstance(value, (tuple, list)):
+        return type(value), len(value)
+    return type(value), getattr(value, "dtype", None), getattr(value, "ndim", None)
+
+
+def shape_of(value: Any) -> str:
+    """Returns a part's shape in words, or what else it is."""
+    if isinstance(value, (list, tuple)) and value and all(hasattr(one, "shape") for one in value):
+        shapes = [str(tuple(one.shape)) for one in value[:3]]
+        return f"[{', '.join(shapes)}{', ...' * (len(value) > 3)}]"
+    if isinstance(value, (list, tuple)):
+        return f"({type(value).__name__} of {len(value)})"
+    shape = None if isinstance(value, Tensor) and value.is_nested else getattr(value, "shape", None)
+    return f"({type(value).__name__})" if shape is None else str(tuple(shape))

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtrain.batch_kinds import Kind, UnclearError, encodings_of, known_kind, made_of
+from dtrain.batch_kinds import Kind, UnclearError, encodings_of, known_kind, made_of, shape_of, sort_of
 
 _PLAIN = (str, bytes, bool, int, float, complex, type(None), Path, torch.dtype, torch.device, torch.Size, slice, range)
 
@@ -73,7 +73,7 @@ class Node:
 
     def shown(self) -> str:
         """Returns the part in words, such as "batch[0] (4, 3)"."""
-        return f"{self.path} {_shape_of(self.value)}"
+        return f"{self.path} {shape_of(self.value)}"
 
 
 class Opaque(Node):
@@ -157,6 +157,7 @@ class Scalars(Node):
 
     size: int | None = None
     whole = False  # whether it was longer or shorter than an earlier batch
+    doubtful = False  # whether it was as long as an earlier batch, and is not as long as this one
 
     def resolve(self, size: int) -> None:
         self.size = size
@@ -167,6 +168,8 @@ class Scalars(Node):
         return len(self.value) == self.size and not self.whole
 
     def cut(self, start: int, stop: int) -> Any:
+        if self.doubtful:
+            raise UnclearError(f"{self.shown()} was as long as an earlier batch and is not as long as this one")
         return self.value[start:stop] if self.is_cut else self.value
 
     def join(self, nodes: list[Any]) -> Any:
@@ -181,6 +184,8 @@ class Struct(Node):
         path: where it is.
         children: its parts.
     """
+
+    doubtful = False  # whether it may be a list of samples after all
 
     def __init__(self, value: Any, path: str, children: dict[Any, Node]) -> None:
         super().__init__(value, path)
@@ -197,9 +202,15 @@ class Struct(Node):
             child.resolve(size)
 
     def cut(self, start: int, stop: int) -> Any:
+        self._check()
         return self._rebuilt({key: child.cut(start, stop) for key, child in self.children.items()}, start, stop)
 
+    def _check(self) -> None:
+        if self.doubtful:
+            raise UnclearError(f"{self.shown()} is a list of samples or of parts. Yield a tuple where it is parts")
+
     def join(self, nodes: list[Any]) -> Any:
+        self._check()
         if any(node.children.keys() != self.children.keys() for node in nodes):
             raise UnclearError(f"{self.path} has other parts in one batch than in another")
         parts = {key: child.join([node.children[key] for node in nodes]) for key, child in self.children.items()}
@@ -241,7 +252,7 @@ class Sequence(Struct):
 
     def of_one_sort(self) -> bool:
         """Whether its items have what samples have in common: type, keys or length, number of dimensions."""
-        return len({_sort_of(one) for one in self.value}) == 1
+        return len({sort_of(one) for one in self.value}) == 1
 
     def looks_like_samples(self) -> bool:
         """Whether its items are mappings or tuples of one form, or tensors of one sort and unequal shapes."""
@@ -267,7 +278,6 @@ class Sequence(Struct):
     def cut(self, start: int, stop: int) -> Any:
         if self.samples:
             return self.value[start:stop]
-        self._check()
         return super().cut(start, stop)
 
     def join(self, nodes: list[Any]) -> Any:
@@ -301,7 +311,7 @@ def tree_of(
     kind = None if type(value) is Tensor and not value.is_nested else known_kind(value)
     if kind is not None:
         return Known(value, path, kind)
-    if hasattr(value, "shape") and not isinstance(value, (Mapping, list, tuple)):
+    if isinstance(getattr(value, "shape", None), tuple) and not isinstance(value, (Mapping, list, tuple)):
         return Rows(value, path) if len(value.shape) > 0 else Node(value, path)
     parts = _parts_of(value, path)
     if parts is None:
@@ -364,15 +374,6 @@ def _may_be_sample(value: Any) -> bool:
     return isinstance(value, (Mapping, tuple, list)) and len(value) > 0 and known_kind(value) is None
 
 
-def _sort_of(value: Any) -> Any:
-    """What samples of one kind have in common."""
-    if isinstance(value, Mapping):
-        return frozenset(value)
-    if isinstance(value, (tuple, list)):
-        return type(value), len(value)
-    return type(value), getattr(value, "dtype", None), getattr(value, "ndim", None)
-
-
 def _chained(nodes: list[Any]) -> Any:
     items = [item for node in nodes for item in node.value]
     like = nodes[0].value
@@ -381,13 +382,3 @@ def _chained(nodes: list[Any]) -> Any:
 
 def _zip(nodes: list[Any]) -> Iterator[tuple[Any, Any]]:
     return ((node, node.value) for node in nodes)
-
-
-def _shape_of(value: Any) -> str:
-    if isinstance(value, (list, tuple)) and value and all(hasattr(one, "shape") for one in value):
-        shapes = [str(tuple(one.shape)) for one in value[:3]]
-        return f"[{', '.join(shapes)}{', ...' * (len(value) > 3)}]"
-    if isinstance(value, (list, tuple)):
-        return f"({type(value).__name__} of {len(value)})"
-    shape = None if isinstance(value, Tensor) and value.is_nested else getattr(value, "shape", None)
-    return f"({type(value).__name__})" if shape is None else str(tuple(shape))

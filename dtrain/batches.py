@@ -74,9 +74,11 @@ class BatchReader:
         self.ranks = ranks
         self.name = split
         self._fixed = fixed
+        self._tuples = False  # whether the batches are tuples, of which a DataLoader made lists
         self._lists: dict[str, bool] = {}  # path -> whether the list there is samples
         self._seen: dict[str, tuple[int, int | None]] = {}  # path -> a list's length, and the one that its items share
         self._whole: set[str] = set()  # paths of lists of scalars that are not the samples'
+        self._of_samples: set[str] = set()  # and of those that are
         self._unsure: set[str] = set()  # paths of lists of which nothing else in the batch said what they are
         self._flat = 0  # parts of a batch that is nothing but so many tensors; 0 for any other
 
@@ -111,7 +113,7 @@ class BatchReader:
         """Returns the user's own batch, and its number of samples where that is known."""
         if type(batch) is not Collated:
             return batch, None
-        self._fixed = self._fixed or batch.parts
+        self._tuples = self._tuples or batch.parts
         return batch.batch, batch.count
 
     def _flat_size(self, batch: Any) -> int:
@@ -149,7 +151,7 @@ class BatchReader:
         Raises:
             UnclearError: its number of samples cannot be told.
         """
-        node = self._tree(batch)
+        node = self._tree(batch, count)
         size = self._checked(node, count) if count is not None else self._told(node)
         unsure = count is None and len(node.sizes() or ()) > 1
         node.resolve(size)
@@ -158,17 +160,23 @@ class BatchReader:
         self._remember(node, unsure=unsure)
         return node, size
 
-    def _tree(self, batch: Any) -> Node:
+    def _tree(self, batch: Any, count: int | None) -> Node:
         node = tree_of(batch, collated=self.collated, known=self._lists)
-        if type(node) is Sequence:  # the step gets its items as its arguments
-            known = self._lists.get("batch")
-            if known is None:
-                known = not isinstance(batch, tuple) and not self._fixed and _is_list_of_samples(node)
-            node.samples = known
-            if not known:
-                node = struct_of(node)
-                self._check_length(node)
-        return node
+        if type(node) is not Sequence or node.samples or (count is not None and not self._are_parts(batch)):
+            return node
+        # The step gets its items as its arguments.
+        if node.samples is None and not self._are_parts(batch) and _is_list_of_samples(node):
+            node.samples = True
+            return node
+        parts = struct_of(node)
+        if not self._fixed:
+            self._check_length(parts)
+            parts.doubtful = not self._are_parts(batch) and _may_be_images(node)
+        return parts
+
+    def _are_parts(self, batch: Any) -> bool:
+        """Whether a batch's items are known to be no samples."""
+        return self._fixed or self._tuples or isinstance(batch, tuple)
 
     def _check_length(self, node: Struct) -> None:
         """Parts are as many in each batch; tensors of one sort that are not may be samples."""
@@ -190,7 +198,8 @@ class BatchReader:
 
     def _checked(self, node: Node, count: int) -> int:
         sizes = node.sizes()
-        if self.functions.batch_size is None and sizes and count not in sizes:
+        # More rows are several of each sample, or another dimension; with fewer, samples may have been left out.
+        if self.functions.batch_size is None and sizes and count not in sizes and min(sizes) < count:
             raise UnclearError(
                 f"its collate_fn was given {count} samples, and made of them what seems to be "
                 f"{' or '.join(map(str, sorted(sizes)))}: {_listed(node)}"
@@ -201,8 +210,8 @@ class BatchReader:
         for one in node.nodes():
             if isinstance(one, Scalars):
                 one.whole = one.path in self._whole
-                if not one.is_cut:
-                    self._whole.add(one.path)
+                one.doubtful = not one.is_cut and one.path in self._of_samples
+                (self._of_samples if one.is_cut or one.doubtful else self._whole).add(one.path)
             elif type(one) is Sequence and one.samples is not None:
                 self._unsure |= {one.path} if (unsure or one.likely) and one.path not in self._lists else set()
                 self._remember_list(one)
@@ -211,9 +220,9 @@ class BatchReader:
         samples, length, common = bool(node.samples), len(node.value), node.common_length()
         before = self._seen.setdefault(node.path, (length, common))
         known = self._lists.setdefault(node.path, samples)
-        parts_varied = not known and before[0] != length
-        rows_varied = known and before[0] == length and None not in (before[1], common) and before[1] != common
-        if known != samples or parts_varied or (rows_varied and node.path in self._unsure):
+        rows_varied = before[0] == length and None not in (before[1], common) and before[1] != common
+        varied = rows_varied if known else before[0] != length
+        if known != samples or (varied and node.path in self._unsure):
             raise UnclearError(f"{node.shown()} seems to be samples in one batch and parts in another")
 
     # --- cutting and joining ----------------------------------------------------------------------------
@@ -336,6 +345,11 @@ def _is_list_of_samples(node: Sequence) -> bool:
     if len(trailing) > 1 and first.ndim >= 3:
         raise UnclearError(f"{node.shown()} is a list of samples or of parts. Yield a tuple where it is parts")
     return False
+
+
+def _may_be_images(node: Sequence) -> bool:
+    """Whether a batch that was taken for parts may be a list of images or videos, whose channels must not be cut."""
+    return node.of_one_sort() and isinstance(node.value[0], (Tensor, np.ndarray)) and node.value[0].ndim >= 3
 
 
 def _length_of_scalars(node: Node) -> int:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.batch_kinds import Encoding, Graph, Graphs
+from helpers.pages import ROOT, blocks
 from helpers.sweep import FULL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -237,6 +238,47 @@ def test_what_two_batches_show_of_each_other() -> None:
             reader.size_of(second)
 
 
+def test_a_list_of_images_is_never_cut_between_channels() -> None:
+    """Of equal size, in a list that is the batch itself: on one rank of no matter, where all batches are as long."""
+    batch = [torch.ones(3, 5, 5)] * 4
+    reader = BatchReader(ranks=2)
+    assert reader.size_of(batch) == 3
+    with pytest.raises(DataError, match="Yield a tuple where it is parts"):
+        reader.cut(batch, 0, 2)
+    assert [tuple(one.shape) for one in BatchReader(ranks=2).cut(tuple(batch), 0, 2)] == [(2, 5, 5)] * 4
+    assert [tuple(one.shape) for one in BatchReader(ranks=2, fixed=True).cut(batch, 0, 2)] == [(2, 5, 5)] * 4
+    own = BatchReader(BatchFunctions(len), ranks=2)
+    assert (own.size_of(batch), len(own.cut(batch, 0, 2)), len(own.cut(IMAGES[:5], 3, 5))) == (4, 2, 2)
+
+
+def test_numbers_that_were_as_many_as_the_samples_by_accident_are_not_kept_whole() -> None:
+    """The size of the images, beside two of them, and then beside three."""
+    reader = BatchReader(ranks=2)
+    assert reader.cut((torch.ones(2, 4), (224, 224)), 0, 1)[1] == (224,)
+    with pytest.raises(DataError, match="was as long as an earlier batch and is not as long as this one"):
+        reader.cut((torch.ones(3, 4), (224, 224)), 0, 1)
+    other = BatchReader(ranks=2)
+    assert other.cut((torch.ones(3, 4), (224, 224)), 0, 1)[1] == (224, 224)
+    assert other.cut((torch.ones(2, 4), (224, 224)), 0, 1)[1] == (224, 224)
+
+
+def test_packed_sequences_in_order_stay_so_where_they_can() -> None:
+    longest_first = pack_sequence([torch.arange(float(n)) for n in (4, 3, 1)])
+    reader = BatchReader(ranks=2)
+    part = reader.cut((longest_first, torch.ones(3)), 1, 3)[0]
+    assert equal(part, pack_sequence([torch.arange(3.0), torch.arange(1.0)]))
+    joined = reader.join([(longest_first, torch.ones(3))] * 2)[0]
+    assert [len(one) for one in unpack_sequence(joined)] == [4, 3, 1, 4, 3, 1]
+
+
+def test_the_number_of_views_may_vary_beside_labels() -> None:
+    reader = BatchReader(ranks=2)
+    for views in (2, 3, 1):
+        batch = ([torch.ones(6, 4)] * views, torch.ones(6))
+        assert reader.size_of(batch) == 6
+        assert [tuple(one.shape) for one in reader.cut(batch, 0, 2)[0]] == [(2, 4)] * views
+
+
 def test_a_list_keeps_the_meaning_that_another_batch_gave_it() -> None:
     reader = BatchReader(ranks=2)
     assert reader.size_of(([torch.ones(6, 2), torch.ones(6, 3)], torch.ones(6))) == 6
@@ -311,6 +353,10 @@ def time_first(samples: list[Any]) -> Any:
     return torch.stack([torch.full((7,), float(number)) for _, number in samples], 1)
 
 
+def some_left_out(samples: list[Any]) -> Any:
+    return torch.tensor([number for _, number in samples if number != 4])
+
+
 def shares_of(loader: Any, rank: int = 0, size: int = 1, mode: Any = "global", **more: Any) -> list[Any]:
     return list(ShardedLoader(loader, Dealing(rank, size, mode, fill=True), 1, "train", **more).shares(1))
 
@@ -325,8 +371,11 @@ def test_a_stream_is_counted_where_its_batches_are_put_together(workers: int) ->
         [(2,), (5,), (8,), (9,)],
     ]
     assert [share.count for share in dealt[1]] == [1, 1, 1, 0]
-    with pytest.raises(DataError, match="collate_fn was given 3 samples, and made of them what seems to be 7"):
-        shares_of(DataLoader(Stream(10), 3, collate_fn=time_first))
+    with pytest.raises(DataError, match="collate_fn was given 3 samples, and made of them what seems to be 2"):
+        shares_of(DataLoader(Stream(10), 3, collate_fn=some_left_out))
+    assert [share.count for share in shares_of(DataLoader(Stream(10), 3, collate_fn=time_first))] == [3, 3, 3, 1]
+    with pytest.raises(DataError, match=r"the first dimension of batch \(7, 3\) is not the batch's 3 samples"):
+        shares_of(DataLoader(Stream(10), 3, collate_fn=time_first), 0, 2)
     own = BatchFunctions(lambda batch: batch.shape[1], lambda batch, sizes: batch.split(sizes, 1))
     for rank in range(2):
         shares = shares_of(DataLoader(Stream(10), 3, collate_fn=time_first), rank, 2, functions=own)
@@ -360,6 +409,27 @@ def test_a_ready_tuple_is_parts_and_a_ready_list_may_be_samples(workers: int) ->
     assert [share.count for share in shares_of(DataLoader(Ready(list), None), fixed=True)] == [3, 3]
     own = BatchFunctions(len)
     assert [share.count for share in shares_of(DataLoader(Ready(list), None), functions=own)] == [4, 4]
+
+
+def test_a_step_may_leave_parts_out() -> None:
+    """As in train_step(model, one, other=None)."""
+    reader = BatchReader(fixed=True)
+    assert [
+        reader.size_of(batch) for batch in ([torch.ones(4, 2)] * 2, [torch.ones(3, 2)], (torch.ones(2, 2),) * 2)
+    ] == [4, 3, 2]
+
+
+def test_the_example_of_the_page_is_right() -> None:
+    page = ROOT / "docs/steps-and-recipes.md"
+    (block,) = (one for one in blocks(page, "python") if "def split_batch" in one.text)
+    names: dict[str, Any] = {}
+    exec(block.text, names)  # noqa: S102 - the page's own
+    batch = torch.arange(14.0).reshape(7, 2, 1), torch.tensor([5, 6])
+    own = BatchFunctions(names["batch_size"], names["split_batch"])
+    dealt = [shares_of(iter([batch]), rank, 3, functions=own)[0] for rank in range(3)]
+    assert [share.count for share in dealt] == [1, 1, 0]
+    assert [share.batch[1].tolist() for share in dealt] == [[5], [6], [5]]
+    assert [tuple(share.batch[0].shape) for share in dealt] == [(7, 1, 1)] * 3
 
 
 def test_batches_that_are_all_there_are_looked_at_before_the_first() -> None:
