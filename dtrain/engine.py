@@ -178,8 +178,7 @@ class Engine:
             clip=self.clip,
             sharding=self.sharding,
         )
-        how = {"batch": self.batch, "wanted": self.same_draws, "compiled": self.learner.replica.clock is not None}
-        self.draws, draws = step_draws(self.world, self.seed, self.task.module, **how)  # type: ignore[arg-type]
+        self.draws, draws = step_draws(self.world, self.seed, self.learner.replica, self.batch, self.same_draws)
         if self.valid is not None:
             self.valid.around, self.valid.draws = self.learner.replica.validating, draws
         self.average = None if self.ema_decay is None else WeightAverage(self.task.module, self.ema_decay)

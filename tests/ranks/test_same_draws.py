@@ -53,6 +53,11 @@ def turned(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: function(x.transpose(0, 1)).transpose(0, 1)
 
 
+def autocast(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.dropout(x.float() @ torch.eye(WIDTH), 0.3).double()
+
+
 # name -> (batch, LENGTH, WIDTH) to something with a row for each sample
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout": lambda x: F.dropout(x, 0.3),
@@ -120,8 +125,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "attention of 2": lambda x: called("attention", x[:, :2]),
     "encoder of 3, time first": turned(lambda x: called("encoder, time first", x[:3])),
     "encoder of 2, time first": turned(lambda x: called("encoder, time first", x[:2])),
-    "autocast": lambda x: autocast(x),
-    "vmap": lambda x: torch.vmap(lambda row: F.dropout(row, 0.4), randomness="different")(x),
+    "autocast": autocast,
+    "vmap": torch.vmap(lambda row: F.dropout(row, 0.4), randomness="different"),
 }
 ALIKE: dict[str, Callable[[Tensor], Any]] = {  # not shaped after the batch: the same on every rank
     "a scalar": lambda x: torch.rand(()).tolist(),
@@ -135,11 +140,6 @@ ALIKE: dict[str, Callable[[Tensor], Any]] = {  # not shaped after the batch: the
     "python": lambda x: random.random(),
     "numpy": lambda x: float(np.random.beta(0.4, 0.4)),
 }
-
-
-def autocast(x: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        return F.dropout(x.float() @ torch.eye(WIDTH), 0.3).double()
 
 
 def draw(world: Any, batch: str = "global", same_draws: bool | None = None) -> list[Any]:
