@@ -1,13 +1,13 @@
 """Random numbers for a part of a batch that are those which one process draws for the whole of it.
 
 While a `Part` is set, a random function that gives a row to each sample of this rank's part draws the numbers of the
-whole global batch, in the memory layout that one process has, and keeps this rank's rows. So dropout masks and noise are
-those of one process, and the stream ends where that of one process does. What is not shaped after the batch is drawn as
-it is: on ranks whose streams are alike, alike.
+whole global batch, in the memory layout that one process has, and keeps this rank's rows. So dropout masks and noise
+are those of one process, and the stream ends where that of one process does. What is not shaped after the batch is
+drawn as it is: on ranks whose streams are alike, alike.
 
 It is done where torch dispatches its random functions, below autograd and above the devices: for the key BackendSelect,
-at which these functions have no kernel of their own. So whoever calls them (`dropout`, attention, `nn.LSTM`, `torch.rand`,
-the recomputation of a part of the net in the backward) is covered, and whatever draws nothing costs nothing.
+at which these functions have no kernel of their own. So whoever calls them (`dropout`, attention, `nn.LSTM`,
+`torch.rand`, the recomputation of a part of the net in the backward) is covered, and what draws nothing costs nothing.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ from dtrain.world import World
 _COMPARED_ROWS = 64
 
 
-def prepare(
+def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
     model: nn.Module,
     *others: Any,
     batch: BatchMode = "per_rank",
