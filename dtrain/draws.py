@@ -56,7 +56,7 @@ class StepDraws:
         """An epoch's pass begins, or is gone on with after so many steps."""
         if skip == 0:
             self.used = None
-        self._base = derive(self._seed, "numbers", split, epoch)
+        self._base = derive(self._seed, "random", split, epoch)
 
     def enter(self, share: Share) -> None:
         """A step begins."""
