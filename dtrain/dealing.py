@@ -173,11 +173,11 @@ def _share(mine: T | None, counts: list[int], filler: T | None, seen: int, how: 
     total, count = sum(counts), counts[how.rank]
     if total == 0:
         return
-    where = {"start": seen + sum(counts[: how.rank]), "whole_start": seen}
+    start = seen + sum(counts[: how.rank])
     if count > 0:
-        yield Share(mine, count, total, count * how.size / total, rows=count, **where)
+        yield Share(mine, count, total, count * how.size / total, start=start, whole_start=seen, rows=count)
     elif how.fill:
-        yield Share(filler, 0, total, 0.0, rows=counts[0], **where)
+        yield Share(filler, 0, total, 0.0, start=start, whole_start=seen, rows=counts[0])
 
 
 def part_of(total: int, rank: int, size: int) -> tuple[int, int]:

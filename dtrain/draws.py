@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class StepDraws:
         """An epoch's pass begins, or is gone on with after so many steps."""
         if skip == 0:
             self.used = None
-        self._base = derive(self._seed, "draws", split, epoch)
+        self._base = derive(self._seed, "random", split, epoch)
 
     def enter(self, share: Share) -> None:
         """A step begins."""
@@ -120,22 +120,30 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one[2:] == other[2:] and (one[1] == other[1]).all())
 
 
-def step_draws(  # noqa: PLR0913 - keyword-only
-    world: World, seed: int, net: nn.Module, *, batch: BatchMode, wanted: bool | None, compiled: bool
+class _Replica(Protocol):
+    net: nn.Module
+
+    @property
+    def clock(self) -> object:
+        """None where the net is not compiled, whose random numbers else are compiled with it."""
+
+
+def step_draws(
+    world: World, seed: int, replica: _Replica, batch: BatchMode, wanted: bool | None
 ) -> tuple[StepDraws | None, StepDraws | None]:
     """Returns what leads the random numbers of train and valid steps; None where each rank draws numbers of its own.
 
     Args:
         world: the ranks.
         seed: the run's.
-        net: what is trained.
+        replica: of what is trained.
         batch: whose batch size the loaders' is.
         wanted: None: where the loaders' batches are the whole world's.
-        compiled: whether the net is compiled, whose random numbers are compiled with it.
 
     Raises:
         UsageError: it is asked for, and cannot be had.
     """
+    compiled = replica.clock is not None
     if world.size > 1 and compiled and wanted:
         raise UsageError(
             "same_draws: a compiled net draws random numbers of its own on each rank. Leave same_draws or compile out."
@@ -144,5 +152,5 @@ def step_draws(  # noqa: PLR0913 - keyword-only
         wanted = world.size == 1 or (batch == "global" and not compiled)
     if not wanted:
         return None, None
-    shapes = shapes_of(net.parameters())
+    shapes = shapes_of(replica.net.parameters())
     return StepDraws(world, seed, shapes), StepDraws(world, seed, shapes)

@@ -177,8 +177,7 @@ class Engine:
             clip=self.clip,
             sharding=self.sharding,
         )
-        how = {"batch": self.batch, "wanted": self.same_draws, "compiled": self.learner.replica.clock is not None}
-        self.draws, draws = step_draws(self.world, self.seed, self.task.module, **how)  # type: ignore[arg-type]
+        self.draws, draws = step_draws(self.world, self.seed, self.learner.replica, self.batch, self.same_draws)
         self.counts = AgreedSteps(self.world, self.place, self.max_steps, self.val_every_steps)
         self.stopping_place: Callable[[Place], None] | None = None
         if self.valid is not None:

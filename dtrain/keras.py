@@ -162,8 +162,8 @@ class KerasModel(nn.Module):
             batch_size, split_batch: as in `dtrain.train_model`; `evaluate` and `predict` then use them, too.
             sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks.
             fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
-            same_draws, accumulation, precision, clip_norm, clip_value: as in `dtrain.train_model`; `evaluate` and `predict` then
-                compute in this precision, too.
+            same_draws, accumulation, precision, clip_norm, clip_value: as in `dtrain.train_model`; `evaluate` and
+                `predict` then compute in this precision, too.
             seed: the order of the samples and each rank's random stream are derived from it.
             verbose: whether rank 0 shows progress; or what it is to tell it to, as in `dtrain.train_model`.
             cpu: compute on the CPU also where there is an accelerator.

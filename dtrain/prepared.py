@@ -199,8 +199,7 @@ class PreparedLoader:
         self._world = process.joined(cpu=False)
         self._views: dict[bool, ShardedLoader] = {}
         self._epochs = {True: 0, False: 0}
-        how = {"batch": batch, "wanted": same_draws, "compiled": replica.clock is not None}
-        self._draws = step_draws(self._world, seed, replica.net, **how)  # type: ignore[arg-type]
+        self._draws = step_draws(self._world, seed, replica, batch, same_draws)
         self._place = Place(self._world.rank, heartbeat=own_heartbeat())  # for the watch of `dtrain launch`
 
     def __len__(self) -> int:

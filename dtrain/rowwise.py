@@ -1,13 +1,13 @@
 """Random numbers for a part of a batch that are those which one process draws for the whole of it.
 
 While a `Part` is set, a random function that gives a row to each sample of this rank's part draws the numbers of the
-whole global batch, in the memory layout that one process has, and keeps this rank's rows. So dropout masks and noise are
-those of one process, and the stream ends where that of one process does. What is not shaped after the batch is drawn as
-it is: on ranks whose streams are alike, alike.
+whole global batch, in the memory layout that one process has, and keeps this rank's rows. So dropout masks and noise
+are those of one process, and the stream ends where that of one process does. What is not shaped after the batch is
+drawn as it is: on ranks whose streams are alike, alike.
 
 It is done where torch dispatches its random functions, below autograd and above the devices: for the key BackendSelect,
-at which these functions have no kernel of their own. So whoever calls them (`dropout`, attention, `nn.LSTM`, `torch.rand`,
-the recomputation of a part of the net in the backward) is covered, and whatever draws nothing costs nothing.
+at which these functions have no kernel of their own. So whoever calls them (`dropout`, attention, `nn.LSTM`,
+`torch.rand`, the recomputation of a part of the net in the backward) is covered, and what draws nothing costs nothing.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def shapes_of(parameters: Iterable[Tensor]) -> frozenset[tuple[int, ...]]:
 @functools.cache
 def _install() -> None:
     """Registers the functions below, once in a process that needs them; elsewhere they only pass calls on."""
-    _CURRENT.library = library = torch.library.Library("aten", "IMPL")
+    make_library: Any = torch.library.Library
+    _CURRENT.library = library = make_library("aten", "IMPL")  # in use as long as somebody holds it
     makers: dict[str, Callable[[Any], Callable[..., Any]]] = {
         **dict.fromkeys(_FILLS, _filling),
         **dict.fromkeys(_REJECTING, _rejecting),
@@ -157,9 +158,7 @@ def _normal(operator: Any) -> Callable[..., Any]:
         if _CURRENT.part is None:
             return operator.redispatch(keys & _BELOW, mean, std, generator=generator)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            like = mean if isinstance(mean, Tensor) else std
-            shape = torch.broadcast_shapes(*(v.shape for v in (mean, std) if isinstance(v, Tensor)))
-            drawn = torch.empty(shape, dtype=like.dtype, device=like.device)
+            drawn = torch.empty_like(mean + std, memory_format=torch.contiguous_format)
             if not isinstance(std, Tensor):
                 return drawn.normal_(0, std, generator=generator).add_(mean)
             return drawn.normal_(generator=generator).mul_(std).add_(mean)
@@ -263,7 +262,7 @@ def row_dimension(tensor: Tensor, part: Part) -> int | None:
 
     It is the first one, also with several rows to a sample (tokens, heads), or, time first, the second one.
     """
-    if tensor.ndim == 0 or tensor.shape == (1,) or isinstance(tensor, nn.Parameter) or tensor.requires_grad:
+    if tensor.ndim == 0 or tensor.shape == (1,) or tensor.requires_grad or type(tensor) is nn.Parameter:
         return None  # `torch.rand(1)` is one number for all, also where the part has one sample
     shape, rows = tensor.shape, part.rows
     several = shape[0] % rows == 0 and tensor.ndim >= _FLATTENED

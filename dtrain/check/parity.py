@@ -124,8 +124,8 @@ def _cause(alone: Record, name: str, one: float, many: float, ranks: int) -> str
         )
     if record["dropout"]:
         return (
-            "dropout: each rank draws masks of its own, with train.same_draws=false or train.compile. Leave these out, or "
-            "set it to 0 for this check."
+            "dropout: each rank draws masks of its own, with train.same_draws=false or train.compile. Leave these out, "
+            "or set it to 0 for this check."
         )
     if name == "loss" and one and abs(many / one * ranks - 1) < 0.5:
         return (

@@ -22,7 +22,7 @@ _EPOCHS = 2
 
 app = typer.Typer(
     help="Prove, on your own recipe, what dtrain promises.\n\n"
-    "Examples: dtrain check parity digits model.dropout=0; dtrain check resume my_recipe.py -n 2",
+    "Examples: dtrain check parity digits; dtrain check resume my_recipe.py -n 2",
     no_args_is_help=True,
 )
 
@@ -40,7 +40,7 @@ def parity(
 
     Exit code 0 where they are equal, 1 where they part.
 
-    Example: dtrain check parity digits model.dropout=0 -n 3
+    Example: dtrain check parity digits -n 3
     """
     with reported():
         code = _parity(words or [], ranks, steps, tolerance)

@@ -22,10 +22,12 @@ class PlainLines:
     Args:
         log_step_freq: train steps between two lines.
         out: where to, by default the standard output.
+        mark: whether lines with the values of one rank of several say so; not where each line does that anyway.
     """
 
-    def __init__(self, log_step_freq: int, out: TextIO | None = None) -> None:
+    def __init__(self, log_step_freq: int, out: TextIO | None = None, *, mark: bool = True) -> None:
         self._freq = log_step_freq
+        self._mark = mark
         self._out = out
         self._training = False
         self._whose = ""
@@ -33,7 +35,7 @@ class PlainLines:
     def begin(self, facts: PassFacts) -> None:
         """Prints a head line before the train pass."""
         self._training = facts.split == "train"
-        self._whose = "rank 0: " if facts.run.ranks > 1 else ""
+        self._whose = "rank 0: " if self._mark and facts.run.ranks > 1 else ""
         if self._training:
             of_steps = "" if facts.steps is None else f", {facts.steps} steps"
             self._print(f"epoch {facts.epoch}/{facts.epochs}{of_steps}")

@@ -10,6 +10,7 @@ from dtrain.events import Events
 from dtrain.progress.base import Progress, Silent
 from dtrain.progress.choose import View, can_be_live, choose_progress
 from dtrain.progress.jsonl import JsonLines
+from dtrain.progress.plain import PlainLines
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class Voice:
             return Silent()
         if self.events is not None:
             return JsonLines(self.events, log_step_freq, rank)
-        view: View = "plain" if self.all_ranks else self.view
-        return choose_progress(is_main=True, log_step_freq=log_step_freq, view=view)
+        if self.all_ranks:
+            return PlainLines(log_step_freq, mark=False)  # each line begins with its rank
+        return choose_progress(is_main=True, log_step_freq=log_step_freq, view=self.view)
 
     def make_way(self) -> None:
         """Has a rank that draws no bars print its lines so that those of rank 0, on the same terminal, stay whole."""

@@ -157,7 +157,7 @@ def test_four_ranks_of_accelerate_launch_in_a_pipe(dtrain: Dtrain, recipes: Path
     assert done.code == 0, done.text
     assert "\x1b" not in done.text
     assert epochs_in(done.out) == ["EPOCH = 1", "EPOCH = 2"]
-    assert done.out.count("[step = 4] loss: ") == done.out.count("[step = 8] loss: ") == 2
+    assert done.out.count("[step = 4] rank 0: loss: ") == done.out.count("[step = 8] rank 0: loss: ") == 2
     for word in words_of(4)[1:]:
         if word.startswith("the first half"):  # which a buffer gave up in two halves, if another rank came in between
             continue

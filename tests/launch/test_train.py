@@ -40,6 +40,36 @@ def test_the_first_command_trains_real_data_and_leaves_a_true_history(dtrain: Dt
     assert done.err == ""
 
 
+def test_the_bundled_net_with_its_dropout_writes_one_history_on_any_number_of_ranks(dtrain: Dtrain) -> None:
+    frames = []
+    for ranks in (1, 2, 3):
+        words = ["batch=global", "epochs=2", "limit_batches=12", f"run.name=on-{ranks}"]
+        done = dtrain("train", "-n", ranks, "--cpu", *words)
+        assert done.code == 0, done.text
+        frames.append(
+            read_history(dtrain.folder / f"runs/on-{ranks}")[["loss", "accuracy", "val_loss", "val_accuracy"]]
+        )
+    for frame in frames[1:]:
+        assert (frame - frames[0]).abs().to_numpy().max() < 1e-6
+
+
+def test_a_recipe_that_trains_when_it_is_imported_is_refused_with_a_remedy(dtrain: Dtrain, recipes: Path) -> None:
+    file = dtrain.folder / "cells.py"
+    cells = (recipes / "tutorial_cells.py").read_text()
+    loop = "for x, y in dl_train:\n    train_step(model, x, y)\n"
+    warm_up = "other = nn.Linear(1, 1)\nother(torch.ones(1)).backward()\ntorch.optim.SGD(other.parameters()).step()\n"
+    file.write_text(f"{cells}\n{warm_up}{loop}")
+    line = file.read_text().splitlines().index("    train_step(model, x, y)") + 1
+    done = dtrain("train", "cells.py", "epochs=1")
+    assert done.code == 2
+    assert f"{file}:{line}: trains the net while the recipe is imported" in done.err
+    assert 'under `if __name__ == "__main__":`' in done.err
+    guarded = "if __name__ == '__main__':\n    for x, y in dl_train:\n        train_step(model, x, y)\n"
+    file.write_text(f"{cells}\n{warm_up}{guarded}")
+    done = dtrain("train", "cells.py", "epochs=1")
+    assert done.code == 0, done.text  # the step of another net, above it, is nobody's loss
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_tutorials_cells_run_unchanged(dtrain: Dtrain, recipes: Path, ranks: int) -> None:
     done = dtrain("train", recipes / "tutorial_cells.py", "epochs=2", "-n", ranks, "--cpu")

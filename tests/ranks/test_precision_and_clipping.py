@@ -108,6 +108,39 @@ class Net(nn.Module):
         return self.layers(x)
 
 
+def clipped_sparse(world, cases: list[list[Any]]) -> list[list[float]]:
+    """Weights of a net with a table that is looked up, after steps on global batches."""
+    from dtrain.training import train_model
+
+    found = []
+    for sparse, norm, value in cases:
+        torch.manual_seed(2)
+        net = nn.Sequential(nn.EmbeddingBag(6, 3, mode="sum", sparse=sparse), nn.Linear(3, 1)).double()
+        rows = torch.randint(0, 6, (12, 4), generator=torch.Generator().manual_seed(1))  # the same index several times
+        data = TensorDataset(rows, rows.sum(dim=1, keepdim=True).double())
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+
+        def train_step(model: Any, x: Any, y: Any) -> Any:
+            return (model(x) - y).square().mean()
+
+        train_model(
+            net, 2, DataLoader(data, 6), train_step=train_step, optimizer=optimizer, batch="global", verbose=False,
+            clip_norm=norm, clip_value=value, world=world,
+        )  # fmt: skip
+        found.append([number for p in net.parameters() for number in p.detach().flatten().tolist()])
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_sparse_gradients_are_clipped_as_dense_ones_of_torch(ranks: int) -> None:
+    limits = [[0.05, None], [None, 0.02], [0.05, 0.02], [1e9, None]]
+    cases = [[sparse, *limit] for limit in limits for sparse in (True, False)]
+    for found in run_ranks(clipped_sparse, ranks, cases=cases):
+        for sparse, dense in zip(found[::2], found[1::2], strict=True):
+            assert sparse == pytest.approx(dense, rel=1e-12, abs=1e-12)
+        assert found[0] != found[6]
+
+
 def trajectories(world, kinds: list[str]) -> dict[str, Any]:
     """One rank: for each kind of step, the losses of eight epochs by precision, and the type of the net's forward."""
     return {kind: losses_of(kind, world) for kind in kinds}

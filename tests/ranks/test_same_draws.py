@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ import pytest
 import torch
 from helpers.ranks import run_ranks
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,7 +27,7 @@ def images(x: Tensor) -> Tensor:
 
 def attended(x: Tensor, dtype: torch.dtype) -> Tensor:
     heads = x.to(dtype).reshape(len(x), LENGTH, 2, WIDTH // 2).transpose(1, 2)
-    return F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.3)
+    return nn.functional.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.3)
 
 
 @functools.cache
@@ -53,22 +53,27 @@ def turned(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: function(x.transpose(0, 1)).transpose(0, 1)
 
 
+def autocast(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return nn.functional.dropout(x.float() @ torch.eye(WIDTH), 0.3).double()
+
+
 # name -> (batch, LENGTH, WIDTH) to something with a row for each sample
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "dropout": lambda x: F.dropout(x, 0.3),
-    "dropout in place": lambda x: F.dropout(x.clone(), 0.3, inplace=True),
-    "dropout of bfloat16": lambda x: F.dropout(x.bfloat16(), 0.3).double(),
-    "dropout of a view": lambda x: F.dropout(x[:, ::2, 1:], 0.3),
-    "dropout of what is turned": lambda x: F.dropout(x.transpose(1, 2), 0.3),
-    "dropout, time first": turned(lambda x: F.dropout(x.contiguous(), 0.3)),
-    "dropout, time first, a view": turned(lambda x: F.dropout(x, 0.3)),
-    "dropout, channels last": lambda x: F.dropout(images(x), 0.3),
-    "dropout of tokens": lambda x: F.dropout(x.reshape(-1, WIDTH), 0.3).reshape(x.shape),
-    "dropout1d": lambda x: F.dropout1d(x, 0.3),
-    "dropout2d": lambda x: F.dropout2d(images(x), 0.3),
-    "dropout3d": lambda x: F.dropout3d(images(x)[..., None], 0.3),
-    "alpha dropout": lambda x: F.alpha_dropout(x, 0.3, training=True),
-    "feature alpha dropout": lambda x: F.feature_alpha_dropout(images(x), 0.3, training=True),
+    "dropout": lambda x: nn.functional.dropout(x, 0.3),
+    "dropout in place": lambda x: nn.functional.dropout(x.clone(), 0.3, inplace=True),
+    "dropout of bfloat16": lambda x: nn.functional.dropout(x.bfloat16(), 0.3).double(),
+    "dropout of a view": lambda x: nn.functional.dropout(x[:, ::2, 1:], 0.3),
+    "dropout of what is turned": lambda x: nn.functional.dropout(x.transpose(1, 2), 0.3),
+    "dropout, time first": turned(lambda x: nn.functional.dropout(x.contiguous(), 0.3)),
+    "dropout, time first, a view": turned(lambda x: nn.functional.dropout(x, 0.3)),
+    "dropout, channels last": lambda x: nn.functional.dropout(images(x), 0.3),
+    "dropout of tokens": lambda x: nn.functional.dropout(x.reshape(-1, WIDTH), 0.3).reshape(x.shape),
+    "dropout1d": lambda x: nn.functional.dropout1d(x, 0.3),
+    "dropout2d": lambda x: nn.functional.dropout2d(images(x), 0.3),
+    "dropout3d": lambda x: nn.functional.dropout3d(images(x)[..., None], 0.3),
+    "alpha dropout": lambda x: nn.functional.alpha_dropout(x, 0.3, training=True),
+    "feature alpha dropout": lambda x: nn.functional.feature_alpha_dropout(images(x), 0.3, training=True),
     "native dropout": lambda x: torch.native_dropout(x, 0.3, True)[0],
     "a path dropped": lambda x: x * x.new_empty(len(x), 1, 1).bernoulli_(0.5),
     "rand": lambda x: torch.rand(len(x), 3),
@@ -76,7 +81,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "randn of a scalar each": lambda x: torch.randn(len(x)),
     "randint": lambda x: torch.randint(3, 1000, (len(x),)),
     "randint for tokens": lambda x: torch.randint(1000, (len(x), LENGTH)),
-    "rand_like": lambda x: torch.rand_like(x),
+    "rand_like": torch.rand_like,
     "randn_like": lambda x: torch.randn_like(images(x)),
     "randn_like of a view": lambda x: torch.randn_like(x[:, 1:]),
     "in place in a view": lambda x: torch.zeros(len(x), 9)[:, 1:5].normal_(),
@@ -92,7 +97,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "multinomial with replacement": lambda x: torch.multinomial(x[:, 0].softmax(1), 3, replacement=True),
     "multinomial, one": lambda x: torch.multinomial(x[:, 0].softmax(1), 1, replacement=True),
     "multinomial of one distribution": lambda x: torch.multinomial(torch.arange(1.0, 9), 2 * len(x), True).view(-1, 2),
-    "gumbel": lambda x: F.gumbel_softmax(x),
+    "gumbel": nn.functional.gumbel_softmax,
     "categorical": lambda x: torch.distributions.Categorical(logits=x).sample(),
     "a distribution": lambda x: torch.distributions.Normal(x, 1.0).rsample(),
     "beta of equal parameters": lambda x: torch.distributions.Beta(0.4, 0.4).sample((len(x),)),
@@ -120,8 +125,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "attention of 2": lambda x: called("attention", x[:, :2]),
     "encoder of 3, time first": turned(lambda x: called("encoder, time first", x[:3])),
     "encoder of 2, time first": turned(lambda x: called("encoder, time first", x[:2])),
-    "autocast": lambda x: autocast(x),
-    "vmap": lambda x: torch.vmap(lambda row: F.dropout(row, 0.4), randomness="different")(x),
+    "autocast": autocast,
+    "vmap": torch.vmap(lambda row: nn.functional.dropout(row, 0.4), randomness="different"),
 }
 ALIKE: dict[str, Callable[[Tensor], Any]] = {  # not shaped after the batch: the same on every rank
     "a scalar": lambda x: torch.rand(()).tolist(),
@@ -135,11 +140,6 @@ ALIKE: dict[str, Callable[[Tensor], Any]] = {  # not shaped after the batch: the
     "python": lambda x: random.random(),
     "numpy": lambda x: float(np.random.beta(0.4, 0.4)),
 }
-
-
-def autocast(x: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        return F.dropout(x.float() @ torch.eye(WIDTH), 0.3).double()
 
 
 def draw(world: Any, batch: str = "global", same_draws: bool | None = None) -> list[Any]:
@@ -169,17 +169,13 @@ def draw(world: Any, batch: str = "global", same_draws: bool | None = None) -> l
     return found
 
 
-@functools.cache
-def alone() -> list[Any]:
-    return run_ranks(draw, 1)[0]
-
-
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_each_random_function_gives_what_it_gives_one_process(ranks: int) -> None:
-    together = run_ranks(draw, ranks)
-    assert len(alone()) == 3
+    together = [found["draws"] for found in everything_on(ranks)]
+    alone = everything_on(1)[0]["draws"]
+    assert len(alone) == 3
     wrong = set()
-    for step, one in enumerate(alone()):
+    for step, one in enumerate(alone):
         parts = [rank[step] for rank in together]
         assert all(part["order"] for part in parts)
         assert [part["first"] for part in parts] == [one["first"]] * ranks
@@ -194,7 +190,7 @@ def test_each_random_function_gives_what_it_gives_one_process(ranks: int) -> Non
             if not same or any(part["left"][name] != one["left"][name] for part in parts):
                 wrong.add((name, "rows" if not same else "stream", len(one["index"])))
     assert wrong == set()
-    assert len({one["first"] for one in alone()}) == 3, "each step draws anew"
+    assert len({one["first"] for one in alone}) == 3, "each step draws anew"
 
 
 # --- training -------------------------------------------------------------------------------------------------
@@ -236,7 +232,7 @@ def task_of(case: dict[str, Any], size: int) -> Any:
     def loss_of(model: Any, x: Tensor, y: Tensor) -> Tensor:
         keep = float(np.random.beta(0.4, 0.4)) if numpy else 1.0
         noisy = x + 0.1 * torch.randn_like(x) * (random.random() if numpy else 1.0)
-        return keep * F.mse_loss(model(noisy), y) + 0.1 * torch.rand(())
+        return keep * nn.functional.mse_loss(model(noisy), y) + 0.1 * torch.rand(())
 
     def train_step(model: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         loss = loss_of(model, x, y)
@@ -301,7 +297,7 @@ def loop_of_ones_own(world: Any) -> list[float]:
         meter = dtrain.Meter()
         for x, y in train:
             optimizer.zero_grad()
-            loss = F.mse_loss(net(x), y)
+            loss = nn.functional.mse_loss(net(x), y)
             loss.backward()
             optimizer.step()
             meter.add(loss=loss.detach())
@@ -309,29 +305,129 @@ def loop_of_ones_own(world: Any) -> list[float]:
         net.eval()
         meter = dtrain.Meter()
         for x, y in valid:
-            meter.add(loss=F.mse_loss(net(x + torch.randn_like(x)), y).detach())
+            meter.add(loss=nn.functional.mse_loss(net(x + torch.randn_like(x)), y).detach())
         found.append(meter.means()["loss"])
     torch.manual_seed(4)
     net = Net().double()
-    keras = dtrain.KerasModel(net, F.mse_loss, optimizer=torch.optim.SGD(net.parameters(), lr=0.01))
+    keras = dtrain.KerasModel(net, nn.functional.mse_loss, optimizer=torch.optim.SGD(net.parameters(), lr=0.01))
     history = keras.fit(2, task.dl_train, task.dl_valid, batch="global", verbose=False, world=world)
     return [*found, *history["loss"], *history["val_loss"]]
 
 
+def own_streams(world: Any) -> dict[str, Any]:
+    """What each rank draws where nothing is led, and in its loader's main process."""
+    from dtrain.engine import Engine
+    from dtrain.learning import Task
+
+    found: dict[str, Any] = {}
+
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, index: int) -> Any:
+            found["loaded"].append([torch.rand(()).item(), random.random(), float(np.random.rand())])
+            return torch.ones(1)
+
+    def train_step(model: Any, x: Tensor) -> Tensor:
+        found["drawn"].append([torch.rand(()).item(), random.random(), float(np.random.rand())])
+        return model(x).mean()
+
+    for name, how in {
+        "per rank": {},
+        "off": {"batch": "global", "same_draws": False},
+        "on": {"batch": "global"},
+    }.items():
+        found["loaded"], found["drawn"] = [], []
+        net = nn.Linear(1, 1)
+        task = Task(net, train_step, DataLoader(Noisy(), 4), optimizer=torch.optim.SGD(net.parameters(), lr=0.1))
+        Engine(task, world, epochs=1, **how).fit()
+        found[name] = {"loaded": found["loaded"], "drawn": found["drawn"]}
+    return found
+
+
 def everything(world: Any) -> dict[str, Any]:
-    return {"cases": train_cases(world), "own": loop_of_ones_own(world)}
+    return {
+        "draws": draw(world),
+        "cases": train_cases(world),
+        "own": loop_of_ones_own(world),
+        "streams": own_streams(world),
+    }
 
 
 @functools.cache
-def of_one_process() -> dict[str, Any]:
-    return run_ranks(everything, 1)[0]
+def everything_on(ranks: int) -> list[dict[str, Any]]:
+    """All of this file in one start of so many ranks."""
+    return run_ranks(everything, ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_nets_with_dropout_train_as_in_one_process(ranks: int) -> None:
-    for found in run_ranks(everything, ranks):
-        for name, one in of_one_process()["cases"].items():
+    one = everything_on(1)[0]
+    for found in everything_on(ranks):
+        for name in CASES:
             for what in ("rows", "weights"):
-                for here, there in zip(found["cases"][name][what], one[what], strict=True):
+                for here, there in zip(found["cases"][name][what], one["cases"][name][what], strict=True):
                     assert here == pytest.approx(there, rel=1e-9, abs=1e-9), (name, what)
-        assert found["own"] == pytest.approx(of_one_process()["own"], rel=1e-9)
+        assert found["own"] == pytest.approx(one["own"], rel=1e-9)
+
+
+def test_each_rank_keeps_streams_of_its_own() -> None:
+    one, two = (found["streams"] for found in everything_on(2))
+    for name in ("per rank", "off", "on"):
+        pairs = [
+            pair
+            for a, b in zip(one[name]["loaded"], two[name]["loaded"], strict=True)
+            for pair in zip(a, b, strict=True)
+        ]
+        assert len(pairs) >= 18
+        assert all(a != b for a, b in pairs), f"{name}: samples of two ranks are augmented alike"
+        assert (one[name]["drawn"] == two[name]["drawn"]) == (name == "on")
+    drawn = [number for step in one["on"]["drawn"] for number in step]
+    assert len(set(drawn)) == len(drawn)
+
+
+# --- resuming -------------------------------------------------------------------------------------------------
+
+
+def part_of_a_run(world: Any, folder: str, until: int) -> Any:
+    """Trains from the last checkpoint in the folder, where there is one, and stops after so many optimizer steps."""
+    from dtrain.config.schema import CheckpointConfig
+    from dtrain.engine import Engine
+    from dtrain.errors import StopRequested
+    from dtrain.resuming.finding import Parts, find_good, read
+    from dtrain.resuming.keeper import Keeper
+    from dtrain.resuming.state import restore
+
+    engine = Engine(task_of({"numpy": True}, world.size), world, epochs=3, batch="global")
+    found = find_good(Path(folder)) if world.is_main else None
+    if world.gather_json(found is not None)[0]:
+        loaded = (Parts() if found is None else read(found.saved.path)).shared(world).loaded()
+        engine.history.rows = list(loaded.run["rows"])
+        restore(engine, loaded.weights, loaded.run, loaded.ranks)
+    keeper = Keeper(engine, Path(folder), CheckpointConfig(), lambda: {"format": 1, "ranks": world.size})
+    keeper.attach()
+
+    def stop(place: Any) -> None:
+        if until and place.updates == until:
+            raise StopRequested("saved")
+
+    engine.after_step.append(stop)
+    try:
+        engine.fit()
+    except StopRequested:
+        pass
+    finally:
+        keeper.close()
+    return told_of(engine)
+
+
+def test_a_run_goes_on_with_the_same_numbers_on_another_number_of_ranks(tmp_path: Path) -> None:
+    whole = run_ranks(part_of_a_run, 1, folder=str(tmp_path / "whole"), until=0)[0]
+    folder = str(tmp_path / "parts")
+    run_ranks(part_of_a_run, 2, folder=folder, until=7)  # of 5 in an epoch
+    run_ranks(part_of_a_run, 1, folder=folder, until=12)
+    for found in run_ranks(part_of_a_run, 3, folder=folder, until=0):
+        for what in ("rows", "weights"):
+            for here, there in zip(found[what], whole[what], strict=True):
+                assert here == pytest.approx(there, rel=1e-9, abs=1e-9)

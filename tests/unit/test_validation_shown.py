@@ -55,11 +55,24 @@ def test_plain_lines_have_one_for_it_and_go_on() -> None:
     played(PlainLines(1, out))
     assert out.getvalue().splitlines() == [
         "epoch 1/3, 40 steps",
-        "[step = 1] loss: 0.500",
-        "[step = 2] loss: 0.500",
+        "[step = 1] rank 0: loss: 0.500",
+        "[step = 2] rank 0: loss: 0.500",
         "[validation after 20 optimizer steps] val_loss: 0.750, val_acc: 0.125, time: 2.0s",
-        "[step = 3] loss: 0.500",
+        "[step = 3] rank 0: loss: 0.500",
     ]
+
+
+def test_values_of_one_rank_are_marked_where_there_are_several_and_their_lines_are_not() -> None:
+    for facts, how, told in (
+        (TRAIN, {}, "[step = 1] rank 0: loss: 0.500"),
+        (TRAIN, {"mark": False}, "[step = 1] loss: 0.500"),
+        (PassFacts("train", 1), {}, "[step = 1] loss: 0.500"),
+    ):
+        out = io.StringIO()
+        view = PlainLines(1, out, **how)
+        view.begin(facts)
+        view.step(Table(1))
+        assert out.getvalue().splitlines()[1:] == [told]
 
 
 def test_events_have_one_for_it_and_go_on() -> None:
