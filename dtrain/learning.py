@@ -172,7 +172,7 @@ class Learner:
         self.planned = ""
         self.first = task.optimizer
         self._checked = 0  # of the optimizers seen, those that were found right
-        self._idle = 0
+        self._idle, self._idle_values = 0, dict[str, Value]()
         self._learnt = False
         self._known: list[Optimizer] = []
         self._lost = LostGradients(task.module)
@@ -243,7 +243,7 @@ class Learner:
         if self._learnt:
             return
         if self.kind is None and self._idle:
-            raise never_learns({}, self._idle)
+            raise never_learns(self._idle_values, self._idle)
         self._learnt = True
         stepped = self.steps.seen
         if self.kind != "imperative":  # its optimizer is dtrain's to step, which some reason may have forbidden
@@ -338,11 +338,9 @@ class Learner:
 
     def _was_idle(self, values: dict[str, Value], share: Share) -> None:
         """The step has learnt nothing from a batch, and its kind is not known yet: it may leave a few out."""
-        self._idle += 1
-        if self._idle >= _IDLE_STEPS:
-            raise never_learns(values, self._idle)
-        if self._held is not None and not (share.first and share.last):
-            self._held.end(share)
+        self._idle, self._idle_values = self._idle + 1, values
+        if self._idle >= _IDLE_STEPS or (self._accumulates and not (share.first and share.last)):
+            raise never_learns(values, self._idle, accumulates=self._accumulates)
 
     def _refuse_past_the_net(self, backward: bool, touched: bool) -> None:
         """Gradients that do not come from a call of the net are averaged by nobody, unless the step does it itself."""

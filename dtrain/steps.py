@@ -236,17 +236,20 @@ def missing_loss(values: Mapping[str, Value]) -> StepError:
     )
 
 
-def never_learns(values: Mapping[str, Value], batches: int) -> StepError:
+def never_learns(values: Mapping[str, Value], batches: int, *, accumulates: bool = False) -> StepError:
     """Returns the error for a train step that has learnt nothing from its first batches.
 
     Args:
         values: what it returned for the last one.
         batches: how many there were.
+        accumulates: whether several make one optimizer step, so that none may be left out.
     """
+    first = "its first batch" if batches == 1 else f"its first {batches} batches"
     no_loss = "" if "loss" in values else f" (it returned {', '.join(map(repr, values))}, and no value named 'loss')"
+    skips = " To leave a batch out, return its loss as dtrain.Mean(0 * total, 0)." if accumulates else ""
     return StepError(
-        f"the train step never learns: for the first {batches} batches it called neither loss.backward() nor "
-        f"optimizer.step(), and the loss that it returned has no graph{no_loss}. {HOW_TO_LEARN}"
+        f"the train step never learns: for {first} it called neither loss.backward() nor optimizer.step(), and the "
+        f"loss that it returned has no graph{no_loss}. {HOW_TO_LEARN}{skips}"
     )
 
 

@@ -16,8 +16,8 @@ from dtrain.learning import Task
 from dtrain.passes import Place, shares_on_device
 from dtrain.world import World, bring_up
 
-# Calls of Python and C functions a step, those within the user's step and the optimizer not counted. Measured: 69
-# (imperative), 114 (declarative, torch's own backward() included), 67 (validation), 102 (fetching, the DataLoader's own
+# Calls of Python and C functions a step, those within the user's step and the optimizer not counted. Measured: 68
+# (imperative), 116 (declarative, torch's own backward() included), 67 (validation), 102 (fetching, the DataLoader's own
 # included); ten of them take about a microsecond. Bounds a little above find what is added.
 BOUNDS = {"imperative": 80, "declarative": 130, "valid": 80, "loader": 125}
 

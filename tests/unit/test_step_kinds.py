@@ -12,8 +12,9 @@ from helpers.step_programs import BATCH, CALLS, SAMPLES, by_hand, data, flat, fr
 from torch.utils.data import DataLoader, TensorDataset
 
 from dtrain.engine import Engine
-from dtrain.errors import StepError
+from dtrain.errors import CheckpointError, StepError
 from dtrain.learning import Task
+from dtrain.resuming.roles import role_of, told_apart
 from dtrain.training import train_model
 from dtrain.world import World, bring_up
 
@@ -71,11 +72,11 @@ def test_a_step_that_never_learns_is_told_soon(world: World) -> None:
         return {"lose": loss_of(model, x, y).item()}
 
     told = train(world, fresh_net(), dead)
-    assert "never learns: for the first 5 batches" in told
+    assert "never learns: for its first 5 batches" in told
     assert "it returned 'lose', and no value named 'loss'" in told
     assert len(calls) == 5
     few = TensorDataset(*(part[:BATCH] for part in data()))
-    with pytest.raises(StepError, match="never learns: for the first 1 batches"):
+    with pytest.raises(StepError, match=r"never learns: for its first batch it called .*returned 'lose', and no"):
         train_model(fresh_net(), 1, DataLoader(few, BATCH), train_step=dead, verbose=False, world=world)
 
 
@@ -218,3 +219,17 @@ def test_plain_runs_save_no_gradients_and_watch_none(world: World) -> None:
     assert waiting.found(engine.learner.optimizers()) == {}
     assert all(not p._post_accumulate_grad_hooks for p in net.parameters())
     assert flat(net) == by_hand(fresh_net(), [["zero", "backward", "step"]], BATCH)[-1]
+
+
+def test_optimizers_that_a_resumed_run_could_not_tell_apart(world: World) -> None:
+    net = fresh_net()
+    engine = Engine(Task(net, loss_of, DataLoader(TensorDataset(*data()), BATCH)), world, 1)
+    two = [torch.optim.SGD(net.parameters(), lr=rate) for rate in (0.1, 0.2)]
+    assert role_of(net.optimizer, engine) == {"first": True, "at": []}
+    with pytest.raises(CheckpointError, match=r"several optimizers SGD of the same parameters.*model\.second = "):
+        role_of(two[0], engine)
+    net.second, net.more = two[0], {"third": two[1]}  # as the message says
+    saved = [role_of(one, engine) | {"own": False} for one in two]
+    assert [one["at"] for one in saved] == [["second"], ["more['third']"]]
+    for one, was in zip(two, saved, strict=True):
+        assert told_apart([net.optimizer, *two], was, engine.task) == [one]
