@@ -15,11 +15,12 @@ from dtrain.dealing import BatchMode, Dealing, Share
 from dtrain.errors import DataError, StepError, UsageError, add_place
 from dtrain.launch.heartbeat import own_heartbeat
 from dtrain.learning import Task
+from dtrain.loaders import in_data_order
 from dtrain.metrics import PassResult, nothing_yielded
 from dtrain.passes import Place, shares_on_device, valid_pass
 from dtrain.precision import Precision, chosen, computing
 from dtrain.progress import PassFacts, Progress, Silent
-from dtrain.sharding import ShardedLoader, in_data_order
+from dtrain.sharding import ShardedLoader
 from dtrain.synced import ready
 from dtrain.world import World
 

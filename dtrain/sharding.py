@@ -14,31 +14,19 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-    default_collate,
-    default_convert,
-)
+from torch.utils.data import DataLoader, Dataset, default_collate, default_convert
 
 from dtrain.batches import BatchFunctions
 from dtrain.dealing import Dealing, Form, Share, deal
 from dtrain.errors import UsageError
-from dtrain.fetching import RowsOf, fetched_by_batch, row_batches
+from dtrain.fetching import RowsOf, row_batches
 from dtrain.fingerprints import sample_fingerprints
-from dtrain.launch.shield import shielded
-from dtrain.samplers import index_batches, without_distributed
+from dtrain.loaders import OwnGenerator, has_indices, rebuilt, reseed
+from dtrain.samplers import without_distributed
 from dtrain.seeding import CommonRandomness, derive
 from dtrain.sources import Sources
 from dtrain.streams import Dropped, Length, Stream, length_of
-from dtrain.worker_start import Started, check_workers_find_recipe, has_workers, start_context
+from dtrain.worker_start import Started, check_workers_find_recipe, has_workers
 from dtrain.workers import Seeding, let_workers_go
 
 T = TypeVar("T")
@@ -46,10 +34,6 @@ T = TypeVar("T")
 
 def _nothing() -> None:
     """Does nothing."""
-
-
-_SEEDABLE = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-_PLAIN = (SequentialSampler,)
 
 
 class ShardedLoader:
@@ -105,7 +89,7 @@ class ShardedLoader:
         self._length = Length(split, how.rank)
         self._stream = Stream(loader, how, split, functions, fixed=fixed)
         self._indexed = None
-        if _has_indices(loader):
+        if has_indices(loader):
             self._indexed = _IndexedBatches(loader, how, self.sources, self._length, split, fetch_batches=fetch_batches)
         check_workers_find_recipe(loader, split)
 
@@ -188,7 +172,7 @@ class _IndexedBatches:
         self._dropped = Dropped(split, how.rank) if own else None
         self._begun = _Iteration(0)
         self.fingerprint = 0.0
-        self._loader = _rebuilt(loader, self, fetch_batches=fetch_batches)
+        self._loader = rebuilt(loader, self, fetch_batches=fetch_batches)
         # Whole batches that are not made elsewhere need nothing of what else a DataLoader does at each of them.
         here = loader.num_workers == 0 and not loader.pin_memory
         self._rows = self._loader.dataset if here and isinstance(self._loader.dataset, RowsOf) else None
@@ -204,7 +188,7 @@ class _IndexedBatches:
 
     def _index_shares(self, seed: int) -> Iterator[Share]:
         source, form = self._batches, _INDICES
-        if not _reseed(source, seed):
+        if not reseed(source, seed):
             source = _under(CommonRandomness(seed), self._sources.restarting(source))
         elif self._rows is not None:
             source, form = row_batches(source, self._rows), _ROWS
@@ -225,7 +209,7 @@ class _IndexedBatches:
     def shares(self, seed: int, epoch: int, skip: int, ready: Callable[[], None]) -> Iterator[Share]:
         workers_seed = derive(seed, "workers", self._how.rank) if self._loader.num_workers > 0 else None
         own = self._begun = _Iteration(seed, skip, workers_seed, epoch if self._loader.persistent_workers else None)
-        if isinstance(self._loader.generator, _Generator):
+        if isinstance(self._loader.generator, OwnGenerator):
             self._loader.generator.manual_seed(derive(seed, "base", self._how.rank))
         batches = iter(self._loader)  # draws from the random state, also where it is not used
         ready()
@@ -292,106 +276,6 @@ def _join_lists(lists: list[list[Any]]) -> list[Any]:
 
 _INDICES: Form[list[Any]] = Form(len, _cut, _join_lists)
 _ROWS: Form[Any] = Form(len, _cut, _join_rows)
-
-
-def _has_indices(loader: Any) -> bool:
-    """Whether a loader draws index batches from a batch sampler and iterates in DataLoader's own way."""
-    return (
-        isinstance(loader, DataLoader)
-        and type(loader).__iter__ is DataLoader.__iter__
-        and not isinstance(loader.dataset, IterableDataset)
-        and index_batches(loader) is not None
-    )
-
-
-def in_data_order(loader: Any) -> Any:
-    """Returns a shuffled DataLoader with each sample of its dataset once, in the dataset's order.
-
-    What has an order of its own (a sampler of the user's, an iterable) is returned as it is.
-    """
-    batches = index_batches(loader) if _has_indices(loader) else None
-    if type(batches) is not BatchSampler:
-        return loader
-    sampler = batches.sampler
-    whole = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(loader.dataset)
-    if not whole and type(sampler) not in (SequentialSampler, DistributedSampler):
-        return loader
-    plain: Any = SequentialSampler(loader.dataset)
-    return _rebuilt(loader, BatchSampler(plain, batches.batch_size, drop_last=False))
-
-
-def with_batch_size(loader: Any, size: int) -> Any:
-    """Returns a DataLoader over the same samples in batches of another size.
-
-    Raises:
-        UsageError: it makes its batches in a way of its own.
-    """
-    batches = index_batches(loader) if _has_indices(loader) else None
-    if type(batches) is BatchSampler:
-        return _rebuilt(loader, BatchSampler(batches.sampler, size, batches.drop_last))
-    raise UsageError(
-        f"the batch size of the training loader ({type(loader).__name__}) cannot be changed from outside: it is no "
-        "DataLoader over a map-style dataset with a batch_size. Give build_dataloaders a parameter batch_size."
-    )
-
-
-def _rebuilt(loader: DataLoader[Any], batch_sampler: Any, *, fetch_batches: bool = False) -> DataLoader[Any]:
-    """The same DataLoader with another batch sampler."""
-    fetch_batches = fetch_batches and loader.batch_sampler is not None
-    dataset, collate_fn = fetched_by_batch(loader) if fetch_batches else (loader.dataset, loader.collate_fn)
-    drawn: dict[str, Any] = {"batch_sampler": batch_sampler}
-    if loader.batch_sampler is None:  # the dataset gets the list itself
-        drawn = {"batch_size": None, "sampler": batch_sampler}
-    workers: dict[str, Any] = {}
-    generator = loader.generator
-    if loader.persistent_workers:
-        # It draws its workers' seed when it first begins an epoch, which is another one where a run goes on. That must
-        # not come from a random state that anything else depends on.
-        generator = _Generator()
-    if loader.num_workers > 0:
-        workers = {
-            "prefetch_factor": loader.prefetch_factor,
-            "persistent_workers": loader.persistent_workers,
-            "multiprocessing_context": start_context(loader),
-            "timeout": loader.timeout,
-        }
-    return DataLoader(
-        dataset,
-        **drawn,
-        num_workers=loader.num_workers,
-        collate_fn=collate_fn,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=shielded(loader.worker_init_fn),
-        generator=generator,
-        **workers,
-    )
-
-
-def _reseed(batches: Any, seed: int) -> bool:
-    """Seeds torch's own samplers for one epoch, where the user gave no generator.
-
-    Returns:
-        whether all randomness of the order is now known to be equal on all ranks.
-    """
-    sampler = getattr(batches, "sampler", None)
-    if type(batches) is not BatchSampler or type(sampler) not in (*_SEEDABLE, *_PLAIN):
-        return False
-    if type(sampler) in _SEEDABLE:
-        generator = sampler.generator  # type: ignore[union-attr]
-        if generator is None or getattr(generator, "of_dtrain", False):
-            generator = sampler.generator = _Generator()  # type: ignore[union-attr]
-            generator.manual_seed(seed)
-    return True
-
-
-class _Generator(torch.Generator):
-    """A generator that dtrain put into a user's sampler, and may replace each epoch."""
-
-    of_dtrain = True
-
-    def __reduce__(self) -> Any:
-        """A copy, or what is unpickled, is dtrain's too; torch's own way gives a plain generator."""
-        return _Generator, ()
 
 
 def _under(common: CommonRandomness, source: Iterable[T]) -> Iterator[T]:

@@ -24,11 +24,11 @@ from dtrain.finding.search import Tried
 from dtrain.fsdp.tensors import local_part
 from dtrain.launch.reports import write_whole
 from dtrain.learning import Task
+from dtrain.loaders import with_batch_size
 from dtrain.metrics import Value
 from dtrain.passes import Place
 from dtrain.recipe import load_recipe
 from dtrain.run import agree
-from dtrain.sharding import with_batch_size
 from dtrain.world import World
 
 FACTS, RESULT = "facts.json", "result.json"

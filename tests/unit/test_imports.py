@@ -66,6 +66,7 @@ LAYERS = [
         "dtrain.history",
         "dtrain.workers",
         "dtrain.worker_start",
+        "dtrain.loaders",
         "dtrain.sharding",
         "dtrain.ddp",
         "dtrain.fsdp",
