@@ -27,13 +27,14 @@ import torch
 
 from dtrain.averaging import WeightAverage
 from dtrain.bounds import Limits, Start, Trained
-from dtrain.checks import check_alike, check_order, check_same_task, check_validation, weights_checksum
+from dtrain.checks import check_order, check_same_task, check_validation
 from dtrain.clipping import UNLIMITED, Limit
 from dtrain.compiling import Compile
 from dtrain.dealing import BatchMode
 from dtrain.errors import StopRequested, UsageError, add_place
 from dtrain.finite import WhenNan
 from dtrain.fsdp.settings import Sharding
+from dtrain.gradient_averaging import Way
 from dtrain.history import History
 from dtrain.launch.heartbeat import DONE, own_heartbeat
 from dtrain.learning import Learner, Task
@@ -71,6 +72,7 @@ class Engine:
         compile: whether, or in which mode of torch.compile, the net is compiled; by default as Accelerate's say.
         clip: how long a gradient may be.
         sharding: how the net is sharded over several ranks; None for a whole net on each.
+        averaging: how gradients are averaged over several ranks; see `dtrain.gradient_averaging`.
         ema_decay: of an average of the weights, with which is validated; None for no average.
         val_every_steps: optimizer steps from one validation within an epoch to the next; None for none.
         max_steps: optimizer steps after which training ends, with the epoch's row; None where the epochs end it.
@@ -110,6 +112,7 @@ class Engine:
     compile: Compile | None = None
     clip: Limit = UNLIMITED
     sharding: Sharding | None = None
+    averaging: Way = "auto"
     ema_decay: float | None = None
     val_every_steps: int | None = None
     max_steps: int | None = None
@@ -174,6 +177,7 @@ class Engine:
             compile=self.compile,
             clip=self.clip,
             sharding=self.sharding,
+            averaging=self.averaging,
         )
         if self.valid is not None:
             self.valid.around = self.learner.replica.validating
@@ -369,17 +373,16 @@ class Engine:
     def _end_pass(self, epoch: int, table: MeanTable) -> PassResult:
         module, world = self.task.module, self.world
         seconds, watch = self.watch.seconds(), self.watch
-        weights = weights_checksum(module, world.sum_dtype) if world.size > 1 else 0.0
         order = self.train_loader.fingerprint
-        result, sums = table.reduce(world, seconds, (weights, weights**2, order, order**2, watch.aside, watch.untimed))
+        result, sums = table.reduce(world, seconds, (order, order**2, watch.aside, watch.untimed))
         self.names = tuple(result.means)
         self.learner.finite.check_mean(result.means.get("loss"), f"epoch {epoch}, over all ranks,")
-        check_order(sums[2], sums[3], world.size, "train")
-        check_alike(sums[0], sums[1], world.size, epoch)
+        check_order(sums[0], sums[1], world.size, "train")
+        self.learner.replica.compare()
         self.learner.check_learnt()
         # DDP keeps rank 0's buffers (BatchNorm's statistics) for all while it trains; so does what comes after.
         world.broadcast_(list(module.buffers()))
-        return replace(result, aside=sums[4] / world.size, untimed=round(sums[5]))
+        return replace(result, aside=sums[2] / world.size, untimed=round(sums[3]))
 
     def _most_shares(self, start: Start) -> int | None:
         """Returns after how many shares of the epoch the last optimizer step of the run is taken, if in this one."""

@@ -20,6 +20,7 @@ from dtrain.dealing import BatchMode
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
 from dtrain.fsdp.settings import refuse_sharding
+from dtrain.gradient_averaging import Way, check_way
 from dtrain.inference import evaluate_task, predict
 from dtrain.learning import Task
 from dtrain.precision import Precision, check_precision
@@ -139,6 +140,7 @@ class KerasModel(nn.Module):
         self,
         *args: Any,
         batch: BatchMode = "per_rank",
+        average: Way = "auto",
         sync_batchnorm: bool = False,
         fetch_batches: bool = True,
         accumulation: int = 1,
@@ -166,6 +168,7 @@ class KerasModel(nn.Module):
         Args:
             args: see above.
             batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
+            average: how several ranks average their gradients, as in `dtrain.train_model`.
             sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks.
             fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
             accumulation, precision, clip_norm, clip_value: as in `dtrain.train_model`; `evaluate` and `predict` then
@@ -189,6 +192,7 @@ class KerasModel(nn.Module):
         plan = _read_fit(args, kwargs)
         check_whole(accumulation=accumulation)
         check_precision(precision)
+        check_way(average)
         check_positive(clip_norm=clip_norm, clip_value=clip_value)
         limit = Limit(clip_norm, clip_value)
         self._cpu, self._fetch_batches, self._precision = cpu, fetch_batches, precision
@@ -196,7 +200,7 @@ class KerasModel(nn.Module):
             self._task(plan.train_data, plan.val_data)  # tells what is missing; makes the default optimizer
             how = {"model": self, **vars(plan), "batch": batch, "seed": seed, "cpu": cpu}
             how |= {"sync_batchnorm": sync_batchnorm, "fetch_batches": fetch_batches, "accumulation": accumulation}
-            how |= {"precision": precision, "clip_norm": clip_norm, "clip_value": clip_value}
+            how |= {"average": average, "precision": precision, "clip_norm": clip_norm, "clip_value": clip_value}
             with fed(verbose, log_step_freq=plan.log_step_freq) as (how["verbose"], meanwhile):
                 return call_on_ranks(_fit, how, num_processes, cpu=cpu, meanwhile=meanwhile)
         world = world if world is not None else bring_up(cpu=cpu)
@@ -208,6 +212,7 @@ class KerasModel(nn.Module):
             epochs=plan.epochs,
             seed=seed,
             batch=batch,
+            averaging=average,
             sync_batchnorm=sync_batchnorm,
             fetch_batches=fetch_batches,
             accumulation=accumulation,

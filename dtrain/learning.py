@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from dtrain.accumulation import HeldBack
 from dtrain.batchnorm import SyncedBatchNorm
-from dtrain.checks import batches_alike, check_optimizers, check_takes, not_called
+from dtrain.checks import batches_alike, check_optimizers, check_takes
 from dtrain.clipping import UNLIMITED, Clipping, Limit
 from dtrain.compiling import Compile, wanted
 from dtrain.ddp import Replica
@@ -35,6 +35,7 @@ from dtrain.errors import StepError, UsageError
 from dtrain.finite import FiniteLoss, WhenNan
 from dtrain.fsdp.replica import ShardedReplica, check_values, refuse_compiling, refuse_others
 from dtrain.fsdp.settings import Sharding
+from dtrain.gradient_averaging import Way
 from dtrain.metrics import Mean, Value
 from dtrain.optimizers import place_states
 from dtrain.precision import Precision, chosen, scaler_of
@@ -46,6 +47,7 @@ from dtrain.steps import (
     Step,
     StepValues,
     call_step,
+    has_graph,
     kind_of,
     never_steps,
     scaled_gradients,
@@ -131,6 +133,7 @@ class Learner:
         clip: how long a gradient may be.
         compile: as for `dtrain.ddp.Replica`.
         sharding: how the net is sharded, where there are several ranks; None for a whole net on each.
+        averaging: how the gradients of whole nets are averaged; see `dtrain.gradient_averaging`.
 
     Attributes:
         kind: the kind of the train step, known after the first one.
@@ -150,6 +153,7 @@ class Learner:
         clip: Limit = UNLIMITED,
         compile: Compile | None = None,
         sharding: Sharding | None = None,
+        averaging: Way = "auto",
     ) -> None:
         self.kind: Kind | None = None
         self.finite = FiniteLoss(nan, task.module, world)
@@ -164,7 +168,7 @@ class Learner:
             refuse_compiling(wanted(compile, world))
             self._replica = ShardedReplica(task.module, world, in_use, sharding)
         else:
-            self._replica = Replica(task.module, world, in_use, compile)
+            self._replica = Replica(task.module, world, in_use, compile, averaging)
         self.scaler = scaler_of(in_use, world)
         place_states(task.module, [] if task.optimizer is None else [task.optimizer])
         self._witness: OptimizerWitness | None = None
@@ -177,7 +181,15 @@ class Learner:
         self._synced = SyncedBatchNorm(world) if sync_batchnorm and world.size > 1 else None
         if self._synced is not None:
             self._refuse_beside_synced()
-        self._descend = Descent(task, world, self.finite, synced=self._synced, scaler=self.scaler, leaves=self._leaves)
+        self._descend = Descent(
+            task,
+            world,
+            self.finite,
+            synced=self._synced,
+            scaler=self.scaler,
+            leaves=self._leaves,
+            settle=self._replica.settle,
+        )
 
     def learn(self, share: Share) -> dict[str, Value]:
         """Takes one train step and returns its values by name; the first one shows which kind it is.
@@ -201,7 +213,7 @@ class Learner:
             if self.kind == "declarative":
                 self._descend(values.get("loss"), share)
             return values
-        with self._replica.averaging(share.last), self._synced or _NOTHING:
+        with self._replica.averaging(share), self._synced or _NOTHING:
             if self.kind is None:
                 return self._learn_first(share)
             if self.kind == "imperative":
@@ -273,6 +285,8 @@ class Learner:
             self._held = HeldBack(task.optimizer, task.module)
         with watch_backward(task.module) as (backward, touched):
             values = self._imperative(share)
+        if not has_graph(values.get("loss")):  # a rank that did nothing hears first of those that did
+            self._replica.settle(strict=True)
         stepped = bool(self._witness.optimizers) or (self._held is not None and self._held.asked)
         self.kind = kind_of(stepped, bool(backward), values.get("loss"))
         logger.info("the train step is %s", self.kind)
@@ -283,20 +297,12 @@ class Learner:
             self.finite.refuse_imperative()
             self._refuse_scaling()
             self._refuse_what_it_cannot_weight(share, values.get("loss"), touched())
-        self._refuse_past_the_net(bool(backward), touched())
         if self._accumulates and not share.last and self._witness.optimizers:
             raise StepError(
                 "train.accumulation cannot hold back the optimizer that the train step steps, since it is not "
                 "model.optimizer. Use model.optimizer in the step, or return the loss."
             )
         return values
-
-    def _refuse_past_the_net(self, backward: bool, touched: bool) -> None:
-        """Gradients that do not come from a call of the net are averaged by nobody, unless the step does it itself."""
-        if isinstance(self._replica, ShardedReplica) or not self._replica.passed_by or touched:
-            return
-        if backward or any(parameter.grad is not None for parameter in self._task.module.parameters()):
-            raise not_called()
 
     def _refuse_beside_synced(self) -> None:
         refuse_synced_batchnorm(self._task.module)

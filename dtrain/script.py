@@ -41,6 +41,7 @@ from dtrain.dealing import BatchMode
 from dtrain.errors import AgreedError, Failure, UsageError
 from dtrain.failures import describe
 from dtrain.fsdp.settings import refuse_sharding
+from dtrain.gradient_averaging import Way, check_way
 from dtrain.metrics import MeanTable, Value
 from dtrain.optimizers import place_states
 from dtrain.prepared import PROCESS, PreparedLoader
@@ -51,11 +52,12 @@ from dtrain.world import World
 _COMPARED_ROWS = 64
 
 
-def prepare(
+def prepare(  # noqa: PLR0913 - keyword-only after the net and the others
     model: nn.Module,
     *others: Any,
     batch: BatchMode = "per_rank",
     seed: int = 42,
+    average: Way = "auto",
     fetch_batches: bool = True,
     cpu: bool = False,
 ) -> tuple[Any, ...]:
@@ -72,6 +74,7 @@ def prepare(
             optimizers, which are checked and come back as they are. Make optimizers from `model.parameters()`.
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
         seed: the order of the samples and each rank's random stream are derived from it.
+        average: how several ranks average their gradients, as in `dtrain.train_model`; for all nets of the process.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
         cpu: compute on the CPU also where there is an accelerator.
 
@@ -87,6 +90,7 @@ def prepare(
         raise UsageError(f"the first argument of prepare is a {type(model).__name__}: give the net (an nn.Module).")
     if batch not in ("per_rank", "global"):
         raise UsageError(f"batch = {batch!r}: should be 'per_rank' or 'global'.")
+    check_way(average)
     for position, other in enumerate(others, start=2):
         _check_other(other, position)
     world = PROCESS.joined(cpu=cpu)
@@ -96,7 +100,7 @@ def prepare(
     _check_same_data(world, loaders)
     optimizers = [other for other in others if isinstance(other, Optimizer)]
     check_optimizers(optimizers, model, world.size)
-    replica = PROCESS.replica_of(model)
+    replica = PROCESS.replica_of(model, average)
     place_states(model, optimizers)
     seed_everything(derive(seed, "rank", world.rank))
     return (

@@ -15,6 +15,7 @@ from dtrain.dealing import BatchMode
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
 from dtrain.fsdp.settings import refuse_sharding
+from dtrain.gradient_averaging import Way, check_way
 from dtrain.learning import Interval, Task
 from dtrain.precision import Precision, check_precision
 from dtrain.progress import Progress, fed, progress_of
@@ -60,6 +61,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     metrics: Mapping[str, Any] | None = None,
     batch: BatchMode = "per_rank",
     accumulation: int = 1,
+    average: Way = "auto",
     sync_batchnorm: bool = False,
     fetch_batches: bool = True,
     precision: Precision | None = None,
@@ -91,6 +93,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
             of that name is what it is updated with: `{"loss": loss, "auroc": (predictions, labels)}`.
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
         accumulation: micro-batches that make one optimizer step.
+        average: how several ranks average their gradients: by DistributedDataParallel ("ddp"), after each backward
+            pass ("step"), which is right for any step, or as the first steps show ("auto").
         sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks instead of each one's.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
         precision: of the net's forward: "fp32", or mixed with "bf16" or "fp16" (for steps that return the loss with
@@ -123,6 +127,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     arguments = dict(locals())
     check_whole(epochs=epochs, log_step_freq=log_step_freq, accumulation=accumulation)
     check_precision(precision)
+    check_way(average)
     check_compile(compile)
     check_share(ema_decay=ema_decay)
     check_positive(clip_norm=clip_norm, clip_value=clip_value)
@@ -151,6 +156,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         seed=seed,
         batch=batch,
         accumulation=accumulation,
+        averaging=average,
         sync_batchnorm=sync_batchnorm,
         fetch_batches=fetch_batches,
         precision=precision,

@@ -42,7 +42,7 @@ def run_state(engine: Engine) -> State:
         "names": engine.names,
         "valid_names": None if engine.valid is None else engine.valid.names,
         "rate": engine.rates.rate,
-        "layout": engine.learner.replica.layout,
+        "averages": engine.learner.replica.averages,
         "optimizers": [_optimizer_state(optimizer, task) for optimizer in engine.learner.optimizers()],
         "scheduler": None if task.scheduler is None else _kept(task.scheduler),
         "others": {name: _kept(other) for name, other in task.others.items()},
@@ -130,7 +130,8 @@ def restore(engine: Engine, weights: Mapping[str, Tensor], run: State, ranks: li
     engine.names, engine.rates.rate = run["names"], run["rate"]
     if engine.valid is not None:
         engine.valid.names = run["valid_names"]
-    engine.learner.replica.lay_out(run["layout"])
+    if "averages" in run:
+        engine.learner.replica.resume(run["averages"])
     engine.place.updates = run["updates"]
     engine.start = _start(engine, run, ranks)
     engine.stopping = engine.spent and engine.start.skip == 0 and engine.start.trained is None
