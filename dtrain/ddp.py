@@ -173,6 +173,11 @@ class Replica:
 
     # --- DDP ------------------------------------------------------------------------------------------------
 
+    @property
+    def trains(self) -> bool:
+        """Whether a pass that trains it is open."""
+        return self._redirection is not None and any(self._redirection.modes)
+
     def with_ddp(self) -> None:
         """Has DDP average the gradients of calls of the net from now on; on all ranks."""
         if self._redirection is None:

@@ -10,8 +10,6 @@ none) leaves gradients that are not averaged, or ranks that wait for one another
 
 from __future__ import annotations
 
-from torch import nn
-
 
 class Fit:
     """What one rank's train step has done so far.
@@ -32,9 +30,13 @@ class Fit:
         self._trained: list[int] = []
         self.begin([])
 
-    def begin(self, parameters: list[nn.Parameter]) -> None:
-        """A micro-batch begins."""
-        self._trained = [number for number, parameter in enumerate(parameters) if parameter.requires_grad]
+    def begin(self, trained: list[int]) -> None:
+        """A micro-batch begins.
+
+        Args:
+            trained: the numbers of the parameters that are to get a gradient.
+        """
+        self._trained = trained
         self._clear()
         self.reason: str | None = None
         self.calls = 0

@@ -12,6 +12,7 @@ the steps between, and the comparisons are made where all ranks come by, never w
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -57,6 +58,7 @@ class Drift:
         self._sums: dict[int, Tensor] = {}  # of the bits of gradients, by parameter
         self._groups: dict[int, Tensor] = {}
         self._settings: list[list[dict[str, float]]] = []
+        self._taken = 0  # steps in all
         self.steps = 0
 
     def arm(self) -> None:
@@ -96,6 +98,7 @@ class Drift:
             StepError: they differ; every rank raises it.
         """
         device, count = self._world.device, len(parameters)
+        self._taken += self.steps
         none = torch.zeros((), dtype=torch.int64, device=device)
         gradients = [self._sums.get(number, none) for number in range(count)]
         weights = [none if is_sharded(p) else checksum(p) for p in parameters]
@@ -174,13 +177,15 @@ class Drift:
         dist.all_reduce(both, op=dist.ReduceOp.MAX)
         high, low = both[0], -both[1]
         size = torch.maximum(high.abs(), low.abs())
-        room = _ULPS * torch.finfo(mine.dtype).eps * (size + size.square().mean().sqrt())
+        # Each step rounds anew: what machines of different kinds round differently walks at random.
+        ulps = _ULPS + math.sqrt(self._taken)
+        room = ulps * torch.finfo(mine.dtype).eps * (size + size.square().mean().sqrt())
         if bool((high - low > room).any()):
             raise agreed(
                 f"{at} the parameter {name} differs between the ranks (by up to {float((high - low).max()):.3g}), though "
-                "its gradients do not. Was it changed by hand, with numbers that each rank has for itself (noise, "
-                "its own part of the batch)? Draw noise from a generator that is seeded alike on all ranks, and "
-                "average other numbers over the ranks."
+                "its gradients do not. Was it changed by hand, with numbers that each rank has for itself (noise, a mean "
+                "of its own)? Draw noise from a generator that is seeded alike on all ranks, and average other numbers "
+                "over the ranks."
             )
 
 

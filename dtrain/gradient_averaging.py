@@ -22,16 +22,15 @@ import logging
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import nn
 from torch.autograd import Variable
 
 from dtrain.ddp_fit import Fit
 from dtrain.drift import Drift, agreed, is_due
 from dtrain.errors import StepError, UsageError
 from dtrain.flat_average import average_dense, average_sparse
-from dtrain.hooks import can_learn, hook_accumulated
 from dtrain.meeting import DONE, PASS, Meeting, wait_for_all
 from dtrain.step_guard import StepGuard, refuse_trained_buffers
+from dtrain.watched import Watched
 
 if TYPE_CHECKING:
     from dtrain.ddp import Replica
@@ -70,8 +69,7 @@ class GradientAveraging:
     Attributes:
         mode: how it is done now.
         world: the ranks.
-        replicas: the nets.
-        known: id -> number of their parameters.
+        watched: the nets and their parameters.
         fit: what DDP would make of the step that runs.
         drift: compares the ranks.
         open: micro-batches that run: none, one, or several of loops side by side.
@@ -82,14 +80,9 @@ class GradientAveraging:
     def __init__(self, world: World, way: Way = "auto") -> None:
         self.mode: Mode = "step" if way == "step" else "watch"
         self.world, self._way = world, way
-        self.replicas: list[Replica] = []
-        self._names: list[str] = []
-        self._parameters: list[nn.Parameter] = []
-        self.known: dict[int, int] = {}
-        self._trained: list[bool] = []
+        self.watched = Watched(self._arrived)
         self._touched = bytearray()
         self._ever = bytearray()
-        self._hooks: list[Any] = []
         self.fit = Fit([])
         self.drift = Drift(world)
         self._meeting = Meeting(world, 0)
@@ -101,44 +94,22 @@ class GradientAveraging:
         self.scale = 1.0
         self._shares = self._changes = self._meetings = 0
         self._told: str | None = None
+        self._by_ddp: list[Replica] = []
         self._guard = StepGuard(self)
 
     # --- what is averaged ---------------------------------------------------------------------------------
 
     def add(self, replica: Replica) -> None:
         """Takes a net's parameters for averaging; all ranks add the same nets in the same order."""
-        self.replicas.append(replica)
+        self.watched.replicas.append(replica)
         self._take_up()
-        if self.mode == "ddp" and len(self._learning()) > 1:
-            self._without_ddp("step")
 
     def _take_up(self) -> None:
-        """Watches the parameters that the nets have now."""
-        for hook in self._hooks:
-            hook.remove()
-        several = len(self.replicas) > 1
-        named = {}
-        for number, replica in enumerate(self.replicas, start=1):
-            for name, parameter in replica.net.named_parameters():
-                if can_learn(parameter):
-                    named.setdefault(id(parameter), (f"{name} (of net {number})" if several else name, parameter))
-        self._names = [name for name, _ in named.values()]
-        self._parameters = [parameter for _, parameter in named.values()]
-        self.known = {known: number for number, known in enumerate(named)}
-        self._touched, self._ever = bytearray(len(named)), bytearray(len(named))
-        self.fit, self._meeting = Fit(self._names), Meeting(self.world, len(named))
+        self.watched.take_up()
+        count = len(self.watched.names)
+        self._touched, self._ever = bytearray(count), bytearray(count)
+        self.fit, self._meeting = Fit(self.watched.names), Meeting(self.world, count)
         self._guard.forget()
-        self._trained = self._trained_now()
-        self._hooks = [
-            hook_accumulated(parameter, lambda _, number=number: self._arrived(number))  # type: ignore[misc]
-            for number, parameter in enumerate(self._parameters)
-        ]
-
-    def _trained_now(self) -> list[bool]:
-        return [parameter.requires_grad for parameter in self._parameters]
-
-    def _learning(self) -> list[Replica]:
-        return [r for r in self.replicas if any(p.requires_grad for p in r.net.parameters())]
 
     def choose(self, way: Way) -> None:
         """Has gradients averaged in a way from now on; on all ranks."""
@@ -148,8 +119,7 @@ class GradientAveraging:
 
     def close(self) -> None:
         """Lets go of the nets; closing twice does no harm."""
-        for hook in self._hooks:
-            hook.remove()
+        self.watched.close()
         self._guard.close()
 
     # --- a micro-batch ------------------------------------------------------------------------------------
@@ -171,11 +141,11 @@ class GradientAveraging:
         self._check_trained()
         self._start_ddp()
         if self.mode != "ddp" and self._fresh:
-            for replica in self.replicas:  # as DDP does, with rank 0's
+            for replica in self.watched.active():  # as DDP does, with rank 0's
                 self.world.broadcast_(list(replica.net.buffers()))
         self._fresh = last
         self.sync, self.scale, self._settled = last, scale, False
-        self.fit.begin(self._parameters)
+        self.fit.begin(self.watched.expected())
         self.open += 1
         return self._evaluated
 
@@ -232,9 +202,9 @@ class GradientAveraging:
         Raises:
             StepError: they differ; every rank raises it.
         """
-        refuse_trained_buffers(self.replicas)
+        refuse_trained_buffers(self.watched.replicas)
         at = f"after train step {self._shares}"
-        self.drift.compare(self._names, self._parameters, lambda number: bool(self._ever[number]), at)
+        self.drift.compare(self.watched.names, self.watched.parameters, lambda number: bool(self._ever[number]), at)
 
     def called(self) -> bool:
         """The net is called with gradients; returns whether the call shall go through DDP."""
@@ -264,7 +234,7 @@ class GradientAveraging:
         task = torch._C._current_graph_task_id()
         if task not in self._queued:
             self._queued.add(task)
-            Variable._execution_engine.queue_callback(lambda: self._passed(task))  # type: ignore[attr-defined]
+            Variable._execution_engine.queue_callback(lambda: self._passed(task))
 
     def _passed(self, task: int) -> None:
         """A backward pass is over."""
@@ -282,14 +252,16 @@ class GradientAveraging:
                 f"in train step {self._shares + 1} the ranks run different numbers of backward passes: {ranks}. "
                 f"{_NO_BACKWARD}"
             )
-        average_dense((self._parameters[number] for number in told.dense), self.world)
-        average_sparse((self._parameters[number] for number in told.sparse), self.world)
+        average_dense((self.watched.parameters[number] for number in told.dense), self.world)
+        average_sparse((self.watched.parameters[number] for number in told.sparse), self.world)
         return told.more
 
     def _marks(self) -> tuple[list[int], list[int]]:
         """Numbers of the parameters whose gradients are to be averaged: dense ones and sparse ones."""
         touched = [number for number, mark in enumerate(self._touched) if mark]
-        sparse = [n for n in touched if (g := self._parameters[n].grad) is not None and g.layout is torch.sparse_coo]
+        sparse = [
+            n for n in touched if (g := self.watched.parameters[n].grad) is not None and g.layout is torch.sparse_coo
+        ]
         if sparse:
             self.fit.misfit("gradients are sparse")
         apart = set(sparse)
@@ -305,9 +277,9 @@ class GradientAveraging:
         told = self._meeting.last
         if told.all_idle:
             return
-        if told.misfit or self._changes > _MOST_CHANGES or len(self._learning()) != 1:
+        if told.misfit or self._changes > _MOST_CHANGES or len(self.watched.learning()) != 1:
             self.mode = "step"
-            several = "several nets are trained" if len(self._learning()) > 1 else None
+            several = "several nets are trained" if len(self.watched.learning()) > 1 else None
             reason = several or self.fit.reason or "another rank's step is not one that DDP is right for"
             if reason != self._told and self.world.is_main:
                 logger.info("gradients are averaged after each backward pass, since %s", reason)
@@ -317,23 +289,27 @@ class GradientAveraging:
 
     def _start_ddp(self) -> None:
         """Where it is asked for from the first step on, and where a compiled net must see it from then on."""
+        if self.mode == "ddp" and self.watched.learning() != self._by_ddp:  # another loop's net
+            self._without_ddp("watch")
+            self._changes += 1
         if self.mode != "watch":
             return
-        learning = self._learning()
-        compiled = any(replica.clock is not None for replica in self.replicas)
+        learning = self.watched.learning()
+        compiled = any(replica.clock is not None for replica in self.watched.replicas)
         if self._way == "ddp" and len(learning) > 1:
             raise agreed('average="ddp" is for one net, and several prepared ones are trained: leave it out.')
         if (self._way == "ddp" or compiled) and len(learning) == 1:
             self._with_ddp()
 
     def _with_ddp(self) -> None:
-        self.mode, self._trained = "ddp", self._trained_now()
-        for replica in self._learning():
+        self.mode, self.watched.trained = "ddp", self.watched.trained_now()
+        self._by_ddp = self.watched.learning()
+        for replica in self._by_ddp:
             replica.with_ddp()
 
     def _without_ddp(self, mode: Mode) -> None:
         self.mode = mode
-        for replica in self.replicas:
+        for replica in self.watched.replicas:
             replica.without_ddp()
 
     @property
@@ -345,32 +321,31 @@ class GradientAveraging:
         """Begins as the run that `state` was taken from went on."""
         if self._way != "auto" or self.mode != "watch":
             return
-        if mode == "ddp" and len(self._learning()) == 1:
+        if mode == "ddp" and len(self.watched.learning()) == 1:
             self._with_ddp()
         elif mode == "step":
             self.mode = "step"
 
     def _check_trained(self) -> None:
         """Whether other parameters are trained than before; with DDP, only where all ranks say so."""
-        now = self._trained_now()
-        if now == self._trained:
+        now = self.watched.trained_now()
+        if now == self.watched.trained:
             return
         if self.mode == "ddp":
-            changed = [name for name, a, b in zip(self._names, now, self._trained, strict=True) if a != b]
+            changed = [name for name, a, b in zip(self.watched.names, now, self.watched.trained, strict=True) if a != b]
             self._wait(f"requires_grad of {changed[0]} changed", "Freeze and unfreeze parameters on all ranks alike.")
             self._without_ddp("watch")
         elif self._way == "auto":
             self.mode = "watch"
-        self._trained, self._changes = now, self._changes + 1
+        self.watched.trained, self._changes = now, self._changes + 1
         if self.open:
-            self.fit.begin(self._parameters)
+            self.fit.begin(self.watched.expected())
             if self._way == "ddp":
                 self._start_ddp()
 
     def _find_new(self) -> None:
         """Parameters may have joined or left the nets; looked for where all ranks come by and it costs little."""
-        parameters = {id(p) for replica in self.replicas for p in replica.net.parameters() if can_learn(p)}
-        if parameters != set(self.known):
+        if not self.watched.are_all:
             if self.mode == "ddp":
                 self._without_ddp("watch")
             self._take_up()

@@ -63,7 +63,7 @@ class StepGuard:
             self._averaging.fit.end()
             if self._averaging.fit.reason is not None:
                 raise self._averaging.unfit()
-        self._averaging.drift.before_step(optimizer, self._averaging.known)
+        self._averaging.drift.before_step(optimizer, self._averaging.watched.known)
         return None
 
     def _with_closure(
@@ -76,7 +76,7 @@ class StepGuard:
 
         def averaged() -> Any:
             loss = closure()
-            self._averaging.drift.before_step(optimizer, self._averaging.known)
+            self._averaging.drift.before_step(optimizer, self._averaging.watched.known)
             return self._mean(loss)
 
         if len(args) > 1:
@@ -98,13 +98,13 @@ class StepGuard:
         if self._sizes.get(optimizer) == size:
             return True
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if not any(id(parameter) in self._averaging.known for parameter in held):
+        if not any(id(parameter) in self._averaging.watched.known for parameter in held):
             return False
-        nets = nn.ModuleList(replica.net for replica in self._averaging.replicas)
+        nets = nn.ModuleList(replica.net for replica in self._averaging.watched.replicas)
         check_optimizers([optimizer], nets, self._averaging.world.size)
         names = {id(parameter): name for name, parameter in nets.named_parameters()}
         for parameter in held:
-            if id(parameter) not in self._averaging.known and parameter.requires_grad:
+            if id(parameter) not in self._averaging.watched.known and parameter.requires_grad:
                 raise StepError(
                     f"the parameter {names.get(id(parameter))} joined the net within this pass, so that its gradients "
                     "are not averaged over the ranks. Build all parameters before training begins; freeze those that "

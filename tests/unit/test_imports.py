@@ -60,6 +60,7 @@ LAYERS = [
         "dtrain.gradient_averaging",
         "dtrain.meeting",
         "dtrain.step_guard",
+        "dtrain.watched",
         "dtrain.fsdp",
         "dtrain.checks",
         "dtrain.batchnorm",
