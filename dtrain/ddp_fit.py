@@ -19,6 +19,8 @@ class Fit:
 
     Attributes:
         reason: in words, why DDP would not be right for it; None as long as it is.
+        wary: why DDP, which is right for it, may still fail: each call of it overwrites the net's buffers, which torch
+            may need for the backward pass of the call before.
         calls: of the net, since the last pass of gradients was whole.
         arrived: gradients of the pass that runs.
         idle: whether no gradient has arrived since `begin`.
@@ -39,6 +41,7 @@ class Fit:
         self._trained = trained
         self._clear()
         self.reason: str | None = None
+        self.wary: str | None = None
         self.calls = 0
         self.idle = True
 
@@ -51,6 +54,8 @@ class Fit:
         if self.arrived:
             self._finish()
         self.calls += 1
+        if self.calls > 1:
+            self.wary = "the model is called twice before a backward pass"
 
     def arrives(self, number: int) -> None:
         """A parameter gets a gradient."""
@@ -62,8 +67,6 @@ class Fit:
                 "gradients come without a call of the model itself: of a part of it, such as model.encoder(x), or of a "
                 "function of its weights"
             )
-        elif self.calls > 1:
-            self._say("the model is called twice before a backward pass")
         self._seen[number] = 1
         self.arrived += 1
 

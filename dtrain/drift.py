@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ _GROUPS = 64  # sums that stand for a gradient
 _ULPS = 8
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FIRST_ALL = 4
+_MOST_STEPS = 8  # of an optimizer that are looked at within a train step
 
 _LEFT_OUT = "On several ranks all of them must step the same optimizers equally often."
 _SETTINGS = "Schedule the learning rate alike on all ranks: by what all ranks know, such as dtrain's means."
@@ -54,7 +56,7 @@ class Drift:
     def __init__(self, world: World) -> None:
         self._world = world
         self._armed = False
-        self._optimizers: dict[int, Optimizer] = {}  # that have stepped since it was armed
+        self._seen: Counter[int] = Counter()  # id -> steps of an optimizer that were looked at since it was armed
         self._sums: dict[int, Tensor] = {}  # of the bits of gradients, by parameter
         self._groups: dict[int, Tensor] = {}
         self._settings: list[list[dict[str, float]]] = []
@@ -72,16 +74,28 @@ class Drift:
             optimizer: it holds some of the parameters.
             known: id -> number of the parameters.
         """
-        if not self._armed or id(optimizer) in self._optimizers:
+        if not self._armed or self._seen[id(optimizer)] >= _MOST_STEPS:
             return
-        self._optimizers[id(optimizer)] = optimizer
+        self._seen[id(optimizer)] += 1
         self._settings.append([_settings(group) for group in optimizer.param_groups])
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 number = known.get(id(parameter))
                 if number is not None and parameter.grad is not None and not is_sharded(parameter):
-                    self._sums[number] = checksum(parameter.grad)
-                    self._groups[number] = _grouped(parameter.grad, self._world.sum_dtype)
+                    self._note(number, parameter.grad)
+
+    def _note(self, number: int, gradient: Tensor) -> None:
+        """Of several steps, what is kept is the sum of all, with different weights."""
+        bits, groups = checksum(gradient), _grouped(gradient, self._world.sum_dtype)
+        if number in self._sums:
+            bits = bits + 31 * self._sums[number]
+            before = self._groups[number]
+            groups = groups + 1.7 * before if before.shape == groups.shape else groups
+        self._sums[number], self._groups[number] = bits, groups
+
+    def end_step(self) -> None:
+        """A train step is over: once optimizers have stepped in one that was looked at, the next ones are not."""
+        self._armed = self._armed and not self._seen
 
     def compare(
         self, names: list[str], parameters: list[nn.Parameter], arrived: Callable[[int], bool], at: str
@@ -110,9 +124,8 @@ class Drift:
         dist.all_reduce(both, op=dist.ReduceOp.MAX)
         if bool((both[0] != ~both[1]).any()):
             self._explain((both[0] != ~both[1]).tolist(), names, parameters, arrived, at)
-        if self._optimizers:
-            self._armed = False
-        self._optimizers, self._sums, self._groups, self._settings = {}, {}, {}, []
+        self._seen.clear()
+        self._sums, self._groups, self._settings = {}, {}, []
         self.steps = 0
 
     # --- once something differs; all ranks do the same ------------------------------------------------------
@@ -183,9 +196,9 @@ class Drift:
         if bool((high - low > room).any()):
             raise agreed(
                 f"{at} the parameter {name} differs between the ranks (by up to {float((high - low).max()):.3g}), though "
-                "its gradients do not. Was it changed by hand, with numbers that each rank has for itself (noise, a mean "
-                "of its own)? Draw noise from a generator that is seeded alike on all ranks, and average other numbers "
-                "over the ranks."
+                "its gradients do not. Was it, or its optimizer's state, changed by hand with numbers that each "
+                "rank has for itself (noise, a mean)? Draw noise from a generator that is seeded alike on all ranks, and "
+                "average other numbers over the ranks."
             )
 
 

@@ -50,7 +50,8 @@ def average_sparse(parameters: Iterable[Tensor], world: World) -> None:
             values = world.gather_tensors(None if mine is None else mine.values())
             rows = [part for part in indices if part is not None]
             numbers = [part for part in values if part is not None]
-            summed = torch.sparse_coo_tensor(torch.cat(rows, dim=1), torch.cat(numbers), parameter.shape)
+            joined = torch.cat(rows, dim=1), torch.cat(numbers)
+            summed = torch.sparse_coo_tensor(*joined, parameter.shape, check_invariants=False)
             parameter.grad = summed.coalesce() * (1 / world.size)
 
 

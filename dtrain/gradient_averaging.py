@@ -184,6 +184,7 @@ class GradientAveraging:
             self._evaluated += 1
             self.settle(strict=True)
             self._shares += 1
+            self.drift.end_step()
             if is_due(self._shares):
                 self.compare()
             if self.mode == "watch":
@@ -270,7 +271,7 @@ class GradientAveraging:
     # --- which way ----------------------------------------------------------------------------------------
 
     def _misfit(self) -> bool:
-        return self.mode == "step" or self.fit.reason is not None
+        return self.mode == "step" or (self.fit.reason or self.fit.wary) is not None
 
     def _choose(self) -> None:
         """After a train step that was watched; all ranks come to the same."""
@@ -280,7 +281,9 @@ class GradientAveraging:
         if told.misfit or self._changes > _MOST_CHANGES or len(self.watched.learning()) != 1:
             self.mode = "step"
             several = "several nets are trained" if len(self.watched.learning()) > 1 else None
-            reason = several or self.fit.reason or "another rank's step is not one that DDP is right for"
+            reason = (
+                several or self.fit.reason or self.fit.wary or "another rank's step is not one that DDP is right for"
+            )
             if reason != self._told and self.world.is_main:
                 logger.info("gradients are averaged after each backward pass, since %s", reason)
             self._told = reason

@@ -102,7 +102,7 @@ class StepGuard:
             return False
         nets = nn.ModuleList(replica.net for replica in self._averaging.watched.replicas)
         check_optimizers([optimizer], nets, self._averaging.world.size)
-        names = {id(parameter): name for name, parameter in nets.named_parameters()}
+        names = {id(parameter): name for net in nets for name, parameter in net.named_parameters()}
         for parameter in held:
             if id(parameter) not in self._averaging.watched.known and parameter.requires_grad:
                 raise StepError(

@@ -33,7 +33,9 @@ class Net(nn.Module):
     def forward(self, x: Any, what: str = "both") -> Any:
         z = torch.tanh(self.trunk(x))
         if what in ("reentrant", "recomputed"):
-            z = checkpoint(torch.tanh, checkpoint(self.block, z, use_reentrant=what == "reentrant"), use_reentrant=False)
+            z = checkpoint(
+                torch.tanh, checkpoint(self.block, z, use_reentrant=what == "reentrant"), use_reentrant=False
+            )
         if what in ("one", "two"):
             return getattr(self, what)(z)
         return self.one(z), self.two(z)
@@ -189,6 +191,11 @@ def call_and_backward_twice(m, x, y):
 @right()
 def two_calls(m, x, y):
     return finish(m, both(m, x, y) + both(m, x, y, 0.9))
+
+
+@right(average="ddp")
+def two_calls_by_ddp(m, x, y):
+    return two_calls(m, x, y)
 
 
 @right()
@@ -460,6 +467,251 @@ def counts_in_a_buffer(m, x, y):
     return finish(m, both(m, x, y))
 
 
+# --- wrong --------------------------------------------------------------------------------------------------
+
+
+def wrong(told: str, **how: Any) -> Callable[..., Any]:
+    def added(function: Callable[..., Any]) -> Callable[..., Any]:
+        WRONG[function.__name__] = (function, how, told)
+        return function
+
+    return added
+
+
+def rank() -> int:
+    import dtrain
+
+    return dtrain.rank()
+
+
+def change_gradients(m: Any, change: Callable[[Any], None], names: str = "") -> Any:
+    for name, p in m.named_parameters():
+        if name.startswith(names) and p.grad is not None:
+            change(p)
+    m.optimizer.step()
+    m.optimizer.zero_grad()
+    return 0.0
+
+
+@wrong("the gradient of trunk.weight and 5 more differs between the ranks. It did not come from backward()")
+def assigned(m, x, y):
+    parameters = list(m.parameters())
+    for p, grad in zip(parameters, torch.autograd.grad(both(m, x, y), parameters), strict=True):
+        p.grad = grad
+    return change_gradients(m, lambda p: None, "nothing")
+
+
+@wrong("the gradient of two.weight differs between the ranks. It did not come from backward()")
+def one_assigned(m, x, y):
+    (grad,) = torch.autograd.grad(both(m, x, y), m.two.weight)
+    mse(m(x, "one"), y).backward()
+    m.two.weight.grad = grad
+    return change_gradients(m, lambda p: None, "nothing")
+
+
+@wrong("the gradient of trunk.weight and 5 more differs between the ranks. It was changed after backward()")
+def noise(m, x, y):
+    both(m, x, y).backward()
+    return change_gradients(m, lambda p: p.grad.add_(1e-3 * torch.randn_like(p)))
+
+
+@wrong("the gradient of one.bias differs between the ranks", average="ddp", dtype="float32")
+def noise_on_one_by_ddp(m, x, y):
+    both(m, x, y).backward()
+    return change_gradients(m, lambda p: p.grad.add_(1e-3 * torch.randn_like(p)), "one.bias")
+
+
+@wrong("the gradient of trunk.weight and 5 more differs between the ranks", dtype="float32")
+def scaled_by_its_own_loss(m, x, y):
+    loss = both(m, x, y)
+    loss.backward()
+    return change_gradients(m, lambda p: p.grad.div_(loss.detach()))
+
+
+@wrong("the gradient of trunk.weight and 5 more differs between the ranks", adam=True)
+def clipped_by_its_own_limit(m, x, y):
+    both(m, x, y).backward()
+    nn.utils.clip_grad_norm_(m.parameters(), 0.01 + 0.001 * rank())
+    return change_gradients(m, lambda p: None, "nothing")
+
+
+@wrong("the gradient of two.weight and 1 more differs between the ranks")
+def cleared_on_one_rank(m, x, y):
+    both(m, x, y).backward()
+    return change_gradients(m, lambda p: p.grad.zero_() if rank() else None, "two")
+
+
+@wrong("the gradient of two.bias differs between the ranks")
+def none_on_one_rank(m, x, y):
+    both(m, x, y).backward()
+    return change_gradients(m, lambda p: setattr(p, "grad", None) if rank() else None, "two.bias")
+
+
+@wrong("the gradient of words.weight differs between the ranks", net="words")
+def sparse_noise(m, x, y):
+    mse(m(x), y).backward()
+    return change_gradients(m, lambda p: setattr(p, "grad", p.grad * (1 + 0.01 * rank())), "words")
+
+
+@wrong("the gradient of turn differs between the ranks", net="words")
+def complex_noise(m, x, y):
+    mse(m(x), y).backward()
+    return change_gradients(m, lambda p: p.grad.add_(1e-3j * rank()), "turn")
+
+
+@wrong("the gradient of g.0.weight differs between the ranks. It was changed", net="gan")
+def second_of_two_optimizers(m, x, y):
+    m.g[0].weight.grad = None
+    gan(m, x, y)
+    mse(m(x), y).backward()
+    m.g[0].weight.grad.mul_(1 + 0.01 * rank())
+    m.opts[1].step()
+    return 0.0
+
+
+@wrong("the parameter trunk.weight differs between the ranks")
+def weights_with_noise(m, x, y):
+    loss = finish(m, both(m, x, y))
+    with torch.no_grad():
+        m.trunk.weight.add_(1e-6 * torch.randn_like(m.trunk.weight))
+    return loss
+
+
+@wrong("the parameter one.bias differs between the ranks", dtype="float32")
+def a_weight_by_hand(m, x, y):
+    loss = both(m, x, y)
+    m.one.bias.data.sub_(1e-4 * loss.item())
+    return loss
+
+
+@wrong("the parameter two.bias differs between the ranks")
+def loaded_on_one_rank(m, x, y):
+    if rank():
+        m.two.load_state_dict({"weight": m.two.weight.detach().clone(), "bias": torch.ones(1).double()})
+    return both(m, x, y)
+
+
+@wrong("the parameter trunk.weight differs between the ranks", momentum=0.9)
+def a_state_with_noise(m, x, y):
+    both(m, x, y).backward()
+    m.optimizer.step()
+    for state in m.optimizer.state.values():
+        state["momentum_buffer"].mul_(1 + 0.1 * rank())
+    m.optimizer.zero_grad()
+    return 0.0
+
+
+@wrong("optimizer steps 1 on rank 0, optimizer steps 0 on rank 1")
+def steps_on_one_rank(m, x, y):
+    both(m, x, y).backward()
+    if not rank():
+        m.optimizer.step()
+    m.optimizer.zero_grad()
+    return 0.0
+
+
+@wrong("the optimizers' settings differ: lr [1e-06] on rank 0, lr [2e-06] on rank 1")
+def rates_of_its_own(m, x, y):
+    m.optimizer.param_groups[0]["lr"] = 1e-6 * (1 + rank())
+    return finish(m, both(m, x, y))
+
+
+@wrong("the buffer held is trained (requires_grad)")
+def a_trained_buffer(m, x, y):
+    if not hasattr(m, "held"):
+        m.register_buffer("held", torch.ones(1, dtype=torch.float64, requires_grad=True))
+    loss = both(m, x, y) * m.held.sum()
+    loss.backward()
+    m.held.data.sub_(1e-6 * m.held.grad)
+    return change_gradients(m, lambda p: None, "nothing")
+
+
+@wrong("2 parameters that are not the net's")
+def parameters_outside(m, x, y):
+    if not hasattr(m.optimizer, "more"):
+        m.optimizer.more = nn.Linear(1, 1).double()
+        m.optimizer.add_param_group({"params": list(m.optimizer.more.parameters())})
+    a, b = m(x)
+    return finish(m, mse(m.optimizer.more(a + b), y))
+
+
+@wrong("the parameter late joined the net within this pass")
+def a_parameter_that_joins(m, x, y):
+    if not hasattr(m, "late"):
+        m.late = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        m.optimizer.add_param_group({"params": [m.late]})
+    return finish(m, both(m, x, y) * m.late.sum())
+
+
+@wrong("an optimizer steps within backward()")
+def steps_within_backward(m, x, y):
+    def step(p):
+        m.optimizer.step()
+
+    handle = m.trunk.weight.register_post_accumulate_grad_hook(step)
+    try:
+        both(m, x, y).backward()
+    finally:
+        handle.remove()
+    return 0.0
+
+
+@wrong("different numbers of backward passes: rank 0 ended it, rank 1 runs a backward pass")
+def one_backward_more(m, x, y):
+    if rank():
+        both(m, x, y).backward()
+    return finish(m, both(m, x, y))
+
+
+@wrong("different numbers of backward passes: rank 0 runs a backward pass, rank 1 ended it")
+def left_out_on_one_rank(m, x, y):
+    return 0.0 if rank() else finish(m, both(m, x, y))
+
+
+@wrong("two backward passes bring gradients in a step", average="ddp")
+def retained_by_ddp(m, x, y):
+    return retained(m, x, y)
+
+
+@wrong("gradients come without a call of the model itself", average="ddp", adam=True)
+def a_part_by_ddp(m, x, y):
+    return a_part_clipped(m, x, y)
+
+
+@wrong("two.weight and 1 more got no gradient", average="ddp")
+def unused_by_ddp(m, x, y):
+    return finish(m, mse(m(x, "one"), y))
+
+
+@wrong("Set train.average=step", average="ddp")
+def heads_by_ddp(m, x, y):
+    return heads(m, x, y)
+
+
+@wrong("Set train.average=step", average="ddp")
+def reentrant_by_ddp(m, x, y):
+    a, b = checkpoint(
+        lambda z: m(checkpoint(m.block, z, use_reentrant=True)[:, :3]), m(x)[0].expand(-1, 4), use_reentrant=True
+    )
+    return finish(m, mse(a, y) + mse(b, y))
+
+
+@wrong("the optimizer steps with a closure. Set train.average=step", average="ddp", lbfgs=None)
+def lbfgs_by_ddp(m, x, y):
+    return with_a_closure(m, x, y)
+
+
+@wrong("Set train.average=step", average="ddp", net="gan")
+def gan_by_ddp(m, x, y):
+    return gan(m, x, y)
+
+
+@wrong("two backward passes bring gradients in a step", at=3)
+def retained_later(m, x, y):
+    m.count += 1
+    return retained(m, x, y) if m.count == 3 else finish(m, both(m, x, y))
+
+
 # --- how they run -------------------------------------------------------------------------------------------
 
 
@@ -471,6 +723,9 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 def made(how: dict[str, Any], lr: float) -> Any:
     net: Any = {"gan": Gan, "words": Words}.get(how.get("net", ""), Net)()
     net.count = 0
+    if how.get("dtype") == "float32":
+        net.float()
+        net.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
     sgd = functools.partial(torch.optim.SGD, lr=lr)
     if "lbfgs" in how:
         net.opts = [torch.optim.LBFGS(net.parameters(), lr=0.5, max_iter=4, line_search_fn=how["lbfgs"])]
@@ -481,7 +736,11 @@ def made(how: dict[str, Any], lr: float) -> Any:
     elif how.get("group"):
         net.opts = [sgd([*net.one.parameters(), *net.two.parameters()])]
     else:
-        net.opts = [torch.optim.AdamW(net.parameters(), lr=lr) if how.get("adam") else sgd(net.parameters())]
+        net.opts = [
+            torch.optim.AdamW(net.parameters(), lr=lr)
+            if how.get("adam")
+            else sgd(net.parameters(), momentum=how.get("momentum", 0.0))
+        ]
     net.optimizer = net.opts[0]
     return net
 
@@ -545,3 +804,103 @@ def test_right_steps_are_as_in_one_process(ranks: int) -> None:
     for found in run_ranks(right_steps, ranks, names=list(RIGHT)):
         assert {name: how for name, how in found.items() if isinstance(how, str) or how > 1e-9} == {}
         assert list(found) == list(RIGHT)
+
+
+def wrong_steps(world: Any, names: list[str]) -> dict[str, Any]:
+    from dtrain import DtrainError
+
+    found = {}
+    for name in names:
+        step, how, _ = WRONG[name]
+        calls = []
+
+        def counted(m: Any, x: Any, y: Any, step: Any = step, calls: Any = calls) -> Any:
+            calls.append(1)
+            return step(m, x, y)
+
+        try:
+            on_ranks(world, counted, how, 1e-6)
+        except DtrainError as error:
+            found[name] = [len(calls), str(error)]
+        else:
+            found[name] = [len(calls), "was not told"]
+    return found
+
+
+def test_wrong_steps_are_told_at_the_first_ones_however_small_the_learning_rate() -> None:
+    assert len(WRONG) >= 20
+    for found in run_ranks(wrong_steps, 2, names=list(WRONG)):
+        for name, (_, how, told) in WRONG.items():
+            steps, text = found[name]
+            assert told in text, name
+            assert steps <= how.get("at", 2), name
+
+
+def random_freezing(world: Any, seeds: list[int]) -> list[float]:
+    """Each example: random freezing and unfreezing of parts, before, within and after calls, and random kinds of steps."""
+    found = []
+    for seed in seeds:
+        way = random.Random(seed)
+        plans = [
+            {
+                "frozen": [name for name in ("trunk", "one", "two") if way.random() < 0.4][:2],
+                "when": way.choice(["before", "always", "between"]),
+                "kind": way.choice(["both", "both", "one", "two", "part", "retained", "twice", "none"]),
+                "clip": way.random() < 0.3,
+            }
+            for _ in range(4)
+        ]
+        plans[0]["kind"] = way.choice(
+            ["both", "retained", "part"]
+        )  # a run does not begin with a step that does nothing
+        length = way.choice([1, 2, 5])  # how long a plan is kept to: DDP is chosen, and given up
+        declared = way.random() < 0.3
+
+        def step(m: Any, x: Any, y: Any, plans: Any = plans, length: int = length, declared: bool = declared) -> Any:
+            plan = plans[m.count // length % len(plans)]
+            m.count += 1
+            return planned(m, x, y, plan, declared=declared)
+
+        how: dict[str, Any] = {"adam": way.random() < 0.5}
+        net = on_ranks(world, step, how, 0.05)
+        found.append(distance(net, in_one_process(step, how, 0.05)))
+    return found
+
+
+def planned(  # noqa: C901
+    m: Any, x: Any, y: Any, plan: dict[str, Any], *, declared: bool
+) -> Any:
+    if plan["when"] != "between":
+        for name in ("trunk", "one", "two"):
+            getattr(m, name).requires_grad_(name not in plan["frozen"])
+    kind = plan["kind"] if not declared or plan["kind"] not in ("retained", "twice", "none") else "both"
+    if kind == "none":
+        return 0.0
+    if kind in ("one", "two"):
+        getattr(m, kind).requires_grad_(True)
+        loss = mse(m(x, kind), y)
+    elif kind == "part":
+        m.one.requires_grad_(True)
+        loss = mse(m.one(torch.tanh(m.trunk(x))), y)
+    else:
+        loss = both(m, x, y)
+    if declared:
+        return loss
+    m.optimizer.zero_grad()
+    loss.backward(retain_graph=kind == "retained")
+    if plan["when"] == "between":
+        m.trunk.requires_grad_("trunk" not in plan["frozen"])
+    if kind == "retained":
+        (0.3 * loss).backward()
+    if kind == "twice":
+        both(m, x, y, 0.9).backward()
+    if plan["clip"]:
+        nn.utils.clip_grad_norm_(m.parameters(), 0.1)
+    m.optimizer.step()
+    return loss.detach()
+
+
+def test_random_freezing_is_as_in_one_process() -> None:
+    seeds = list(range(200 if FULL else 25))
+    for found in run_ranks(random_freezing, 2, seeds=seeds):
+        assert max(found) < 1e-9, found
