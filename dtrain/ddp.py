@@ -192,13 +192,16 @@ class Replica:
         self._trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
         self._arrivals = _Arrivals(self._trained) if self._world.size > 2 else None
 
-    def without_ddp(self) -> None:
-        """Lets go of DDP."""
+    def without_ddp(self) -> Any:
+        """Has DDP average no more, and returns it; it must outlive the backward pass that runs."""
         if self._arrivals is not None:
             self._arrivals.close()
         self._arrivals = None
-        if self._redirection is not None:
-            self._redirection.ddp = None
+        if self._redirection is None or self._redirection.ddp is None:
+            return None
+        ddp, self._redirection.ddp = self._redirection.ddp, None
+        ddp._remove_autograd_hooks()
+        return ddp
 
     @property
     def averages(self) -> dict[str, Any]:

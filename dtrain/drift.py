@@ -33,6 +33,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FIRST_ALL = 4
 _MOST_STEPS = 8  # of an optimizer that are looked at within a train step
 
+_ALIKE = "Draw noise from a generator that is seeded alike on all ranks, and average other numbers over the ranks."
 _LEFT_OUT = "On several ranks all of them must step the same optimizers equally often."
 _SETTINGS = "Schedule the learning rate alike on all ranks: by what all ranks know, such as dtrain's means."
 
@@ -177,8 +178,7 @@ class Drift:
             "It did not come from backward(): was p.grad assigned by hand, as from torch.autograd.grad? dtrain "
             "averages what loss.backward() brings."
             if by_hand
-            else "It was changed after backward() with numbers that each rank has for itself (noise, a norm, a mean): "
-            "draw noise from a generator that is seeded alike on all ranks, and average other numbers over the ranks."
+            else f"It was changed after backward() with numbers that each rank has for itself (noise, a norm). {_ALIKE}"
         )
         raise agreed(f"{at} {_named('gradient', apart)} differs between the ranks. {cause}")
 
@@ -195,10 +195,9 @@ class Drift:
         room = ulps * torch.finfo(mine.dtype).eps * (size + size.square().mean().sqrt())
         if bool((high - low > room).any()):
             raise agreed(
-                f"{at} the parameter {name} differs between the ranks (by up to {float((high - low).max()):.3g}), though "
-                "its gradients do not. Was it, or its optimizer's state, changed by hand with numbers that each "
-                "rank has for itself (noise, a mean)? Draw noise from a generator that is seeded alike on all ranks, and "
-                "average other numbers over the ranks."
+                f"{at} the parameter {name} differs between the ranks (by up to {float((high - low).max()):.3g}), "
+                "though its gradients do not. Was it, or its optimizer's state, changed by hand with numbers that each "
+                f"rank has for itself (noise, a mean)? {_ALIKE}"
             )
 
 

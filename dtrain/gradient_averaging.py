@@ -95,6 +95,7 @@ class GradientAveraging:
         self._shares = self._changes = self._meetings = 0
         self._told: str | None = None
         self._by_ddp: list[Replica] = []
+        self._retired: list[Any] = []  # a backward pass that runs may still call them
         self._guard = StepGuard(self)
 
     # --- what is averaged ---------------------------------------------------------------------------------
@@ -143,6 +144,8 @@ class GradientAveraging:
         if self.mode != "ddp" and self._fresh:
             for replica in self.watched.active():  # as DDP does, with rank 0's
                 self.world.broadcast_(list(replica.net.buffers()))
+        self._queued.clear()
+        self._retired.clear()
         self._fresh = last
         self.sync, self.scale, self._settled = last, scale, False
         self.fit.begin(self.watched.expected())
@@ -163,9 +166,9 @@ class GradientAveraging:
             return
         self._settled = True
         if self.mode == "ddp":
-            self._hold_to_ddp()
+            if self.fit.idle:
+                self._wait("ran no backward pass that reaches the net", _NO_BACKWARD)
             return
-        self.fit.end()
         while self._average(DONE, strict=strict):
             pass
 
@@ -214,8 +217,6 @@ class GradientAveraging:
         if self.mode == "ddp":
             self._check_trained()
         self.fit.called()
-        if self.mode == "ddp" and self.sync and self.fit.reason is not None:
-            raise self.unfit()
         return self.mode == "ddp"
 
     # --- backward -----------------------------------------------------------------------------------------
@@ -228,10 +229,8 @@ class GradientAveraging:
         self.fit.arrives(number)
         if not self.sync:
             return
-        if self.mode == "ddp":
-            if self.fit.reason is not None:
-                raise self.unfit()
-            return
+        if self.mode == "ddp" and self.fit.reason is not None:
+            self.leave_ddp()
         task = torch._C._current_graph_task_id()
         if task not in self._queued:
             self._queued.add(task)
@@ -240,6 +239,11 @@ class GradientAveraging:
     def _passed(self, task: int) -> None:
         """A backward pass is over."""
         self._queued.discard(task)
+        self.fit.passed()
+        if self.mode == "ddp":
+            if self.fit.reason is None:
+                return
+            self.leave_ddp()
         self._average(PASS, strict=False)
 
     def _average(self, kind: int, *, strict: bool) -> bool:
@@ -284,11 +288,14 @@ class GradientAveraging:
             reason = (
                 several or self.fit.reason or self.fit.wary or "another rank's step is not one that DDP is right for"
             )
-            if reason != self._told and self.world.is_main:
-                logger.info("gradients are averaged after each backward pass, since %s", reason)
-            self._told = reason
+            self._say(reason)
             return
         self._with_ddp()
+
+    def _say(self, reason: str) -> None:
+        if reason != self._told and self.world.is_main:
+            logger.info("gradients are averaged after each backward pass, since %s", reason)
+        self._told = reason
 
     def _start_ddp(self) -> None:
         """Where it is asked for from the first step on, and where a compiled net must see it from then on."""
@@ -313,7 +320,8 @@ class GradientAveraging:
     def _without_ddp(self, mode: Mode) -> None:
         self.mode = mode
         for replica in self.watched.replicas:
-            replica.without_ddp()
+            if (ddp := replica.without_ddp()) is not None:
+                self._retired.append(ddp)
 
     @property
     def state(self) -> str:
@@ -355,24 +363,27 @@ class GradientAveraging:
 
     # --- what a step is held to ---------------------------------------------------------------------------
 
-    def _hold_to_ddp(self) -> None:
-        self.fit.end()
-        if self.fit.reason is not None:
-            raise self.unfit()
-        if self.fit.idle:
-            self._wait("ran no backward pass that reaches the net", _NO_BACKWARD)
+    def leave_ddp(self) -> None:
+        """DDP is not right for this step: from here on gradients are averaged after each backward pass.
 
-    def unfit(self) -> StepError:
-        """Returns the error for a step that DDP is not right for."""
-        return StepError(
-            f"DistributedDataParallel would not average this train step's gradients over the ranks: {self.fit.reason}. "
-            f"{REMEDY}"
-        )
+        What DDP has averaged already is averaged again, with what came since.
 
-    def _wait(self, what: str, remedy: str) -> None:
+        Raises:
+            StepError: DDP is what was asked for, or the other ranks do not do the same.
+        """
+        if self._way == "ddp":
+            raise StepError(
+                "DistributedDataParallel would not average this train step's gradients over the ranks: "
+                f"{self.fit.reason}. {REMEDY}"
+            )
+        self._wait(f"does what DistributedDataParallel would not average ({self.fit.reason})", REMEDY, self.fit.seen)
+        self._without_ddp("step")
+        self._say(str(self.fit.reason))
+
+    def _wait(self, what: str, remedy: str, mark: bytes = b"") -> None:
         """Waits for the other ranks to come to the same, past the collectives that they may be in."""
         self._meetings += 1
-        missing = wait_for_all(self.world, self._meetings, f"{self._shares}: {what}")
+        missing = wait_for_all(self.world, self._meetings, f"{self._shares}: {what} {mark.hex()}")
         if missing:
             others = ", ".join(map(str, missing))
             raise StepError(

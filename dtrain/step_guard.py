@@ -59,10 +59,6 @@ class StepGuard:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:
             return self._with_closure(optimizer, closure, args, kwargs)
-        if self._averaging.mode == "ddp":
-            self._averaging.fit.end()
-            if self._averaging.fit.reason is not None:
-                raise self._averaging.unfit()
         self._averaging.drift.before_step(optimizer, self._averaging.watched.known)
         return None
 
@@ -72,7 +68,7 @@ class StepGuard:
         """Has a closure return the loss of the whole global batch, by which line searches go alike on all ranks."""
         self._averaging.fit.misfit("the optimizer steps with a closure")
         if self._averaging.mode == "ddp":
-            raise self._averaging.unfit()
+            self._averaging.leave_ddp()
 
         def averaged() -> Any:
             loss = closure()

@@ -402,6 +402,21 @@ def leaves_batches_out(m, x, y):
     return finish(m, both(m, x, y))
 
 
+def later(kind: Callable[..., Any]) -> None:
+    """A step that DDP is right for at first, and not from the third one on."""
+
+    def step(m: Any, x: Any, y: Any) -> Any:
+        m.count += 1
+        m.optimizer.zero_grad()
+        return finish(m, both(m, x, y)) if m.count < 3 else kind(m, x, y)
+
+    RIGHT[f"{kind.__name__}_later"] = (step, {})
+
+
+for kind in (retained, heads, a_part, unused, call_and_backward_twice, two_calls, reentrant, with_a_closure):
+    later(kind)
+
+
 @right()
 def hook_of_its_own(m, x, y):
     if not m.count:
@@ -668,7 +683,7 @@ def left_out_on_one_rank(m, x, y):
     return 0.0 if rank() else finish(m, both(m, x, y))
 
 
-@wrong("two backward passes bring gradients in a step", average="ddp")
+@wrong("two.weight and 1 more got no gradient in a backward pass", average="ddp")
 def retained_by_ddp(m, x, y):
     return retained(m, x, y)
 
@@ -683,9 +698,11 @@ def unused_by_ddp(m, x, y):
     return finish(m, mse(m(x, "one"), y))
 
 
-@wrong("Set train.average=step", average="ddp")
-def heads_by_ddp(m, x, y):
-    return heads(m, x, y)
+@wrong("two backward passes bring gradients in a step", average="ddp")
+def backward_twice_by_ddp(m, x, y):
+    loss = both(m, x, y)
+    loss.backward(retain_graph=True)
+    return finish(m, loss)
 
 
 @wrong("Set train.average=step", average="ddp")
@@ -704,12 +721,6 @@ def lbfgs_by_ddp(m, x, y):
 @wrong("Set train.average=step", average="ddp", net="gan")
 def gan_by_ddp(m, x, y):
     return gan(m, x, y)
-
-
-@wrong("two backward passes bring gradients in a step", at=3)
-def retained_later(m, x, y):
-    m.count += 1
-    return retained(m, x, y) if m.count == 3 else finish(m, both(m, x, y))
 
 
 # --- how they run -------------------------------------------------------------------------------------------
