@@ -376,7 +376,9 @@ class GradientAveraging:
                 "DistributedDataParallel would not average this train step's gradients over the ranks: "
                 f"{self.fit.reason}. {REMEDY}"
             )
-        self._wait(f"does what DistributedDataParallel would not average ({self.fit.reason})", REMEDY, self.fit.seen)
+        self._wait(
+            f"does what DistributedDataParallel would not average ({self.fit.reason})", REMEDY, bytes(self.fit.seen)
+        )
         self._without_ddp("step")
         self._say(str(self.fit.reason))
 
