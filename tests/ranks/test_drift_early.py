@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.commands import Dtrain
 from helpers.ranks import run_ranks
 from helpers.sweep import FULL
 from torch import nn
@@ -915,3 +916,41 @@ def test_random_freezing_is_as_in_one_process() -> None:
     seeds = list(range(200 if FULL else 25))
     for found in run_ranks(random_freezing, 2, seeds=seeds):
         assert max(found) < 1e-9, found
+
+
+ZERO = """
+import dtrain, torch
+from dtrain import meeting
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+meeting._PATIENCE_SECONDS = 1.0
+
+
+def build_model():
+    return nn.Linear(3, 1)
+
+
+def build_dataloaders():
+    return DataLoader(TensorDataset(torch.randn(24, 3)), batch_size=2), None
+
+
+def build_optimizer(model):
+    return torch.optim.SGD(model.parameters(), lr=1e-6)
+
+
+def train_step(model, x):
+    model.steps = getattr(model, "steps", 0) + 1
+    if model.steps == 3 and dtrain.rank():
+        return torch.zeros((), requires_grad=True)
+    return model(x).square().mean()
+"""
+
+
+def test_a_loss_without_the_net_on_one_rank_is_told_with_ddp_and_right_without(dtrain: Dtrain) -> None:
+    (dtrain.folder / "zero.py").write_text(ZERO)
+    done = dtrain("train", "zero.py", "epochs=1", "-n", 2, "--cpu")
+    assert done.code == 1, done.text
+    assert "in train step 3 rank 1 ran no backward pass that reaches the net" in done.err
+    assert "loss = model(x).sum() * 0" in done.err
+    assert dtrain("train", "zero.py", "epochs=1", "average=step", "-n", 2, "--cpu").code == 0
