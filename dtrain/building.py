@@ -109,6 +109,7 @@ def configured_engine(task: Task, world: World, settings: Settings, **more: Any)
         compile=train.compile,
         clip=Limit(train.clip_norm, train.clip_value),
         sharding=sharding,
+        averaging=train.average,
         ema_decay=train.ema_decay,
         val_every_steps=train.val_every_steps,
         max_steps=train.max_steps,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,10 +18,7 @@ from dtrain.fsdp.tensors import is_sharded
 from dtrain.metrics import nothing_yielded
 from dtrain.world import World
 
-_NOT_AVERAGED = (
-    "their gradients were not averaged. Does the train step use a part of the model, such as model.encoder(x), instead "
-    "of model(x)? Gradients are averaged for calls of the model itself: give it a forward that does all of it."
-)
+_OF_DDP = ("finished reduction in the prior iteration", "marked as ready twice", "mark a variable ready only once")
 
 
 def check_same_task(world: World, net: nn.Module, loaders: dict[str, Any]) -> None:
@@ -91,21 +87,6 @@ def weights_checksum(net: nn.Module, dtype: torch.dtype) -> float:
     whole = [p.detach() for p in net.parameters() if p.is_floating_point() and not is_sharded(p)]
     norms = [torch.linalg.vector_norm(weight, dtype=dtype) for weight in whole]
     return float(torch.stack(norms).sum()) if norms else 0.0
-
-
-def check_alike(total: float, squares: float, size: int, epoch: int) -> None:
-    """Compares the ranks' checksums of the weights by their sum and their sum of squares.
-
-    Raises:
-        StepError: they differ; every rank raises it.
-    """
-    if _spread(total, squares, size) > 1e-6:
-        raise _agreed(f"the ranks' weights differ after epoch {epoch}: {_NOT_AVERAGED}")
-
-
-def not_called() -> StepError:
-    """Returns the error for a train step that learns without a call of the model, on one of several ranks."""
-    return StepError(f"the ranks' weights differ from this train step on: {_NOT_AVERAGED}")
 
 
 def check_order(total: float, squares: float, size: int, split: str) -> None:
@@ -208,27 +189,22 @@ def _source(loader: Any) -> Any:
     return dataset
 
 
-def word_in_terms_of_ranks(error: Exception, net: nn.Module) -> None:
-    """Words torch's complaints that come from training on several ranks in terms of the net.
+def word_in_terms_of_ranks(error: BaseException) -> None:
+    """Words torch's complaints that come from training on several ranks in terms of the step.
 
     Raises:
-        StepError: if the error is such: parameters without a gradient, or BatchNorm on a rank with one sample.
+        StepError: if the error is such: a step that DistributedDataParallel does not fit, or BatchNorm on a rank with
+            one sample.
     """
+    if not isinstance(error, (RuntimeError, ValueError)):
+        return
     if "Expected more than 1 value per channel" in str(error):
         raise StepError(
             "BatchNorm cannot train on this rank's part of the batch, which is one sample. Take its statistics over "
             "all ranks with sync_batchnorm (train.sync_batchnorm=true), or set drop_last=True or another batch size."
         ) from None
-    if "finished reduction in the prior iteration" in str(error):
-        raise StepError(_unused(str(error), net)) from None
-
-
-def _unused(complaint: str, net: nn.Module) -> str:
-    trained = [name for name, p in net.named_parameters() if p.requires_grad]
-    listed = re.search(r"did not receive grad for rank \d+: ([\d ]+)", complaint)
-    unused = [trained[int(index)] for index in listed.group(1).split()] if listed else []
-    return (
-        "on several ranks every trainable parameter must get a gradient in every step, but "
-        f"{', '.join(unused[:5]) or 'some'}{', ...' * (len(unused) > 5)} got none. Use them in forward, take them out, "
-        "or freeze them with parameter.requires_grad_(False)."
-    )
+    if any(words in str(error) for words in _OF_DDP):
+        raise StepError(
+            "DistributedDataParallel cannot average this train step's gradients over the ranks: some parameter got "
+            'none, or more than one. Set train.average=step (average="step" in Python), which is right for it.'
+        ) from None

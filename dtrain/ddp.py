@@ -23,9 +23,12 @@ from torch import nn
 
 from dtrain.checks import word_in_terms_of_ranks
 from dtrain.compiling import Compile, CompileClock, by_us_alone, compilation, compiled
+from dtrain.gradient_averaging import GradientAveraging, Way
+from dtrain.hooks import hook_accumulated
 from dtrain.precision import Precision, chosen, computing
 
 if TYPE_CHECKING:
+    from dtrain.dealing import Share
     from dtrain.world import World
 
 
@@ -43,7 +46,7 @@ class _Arrivals:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.order: list[int] = []
         self._handles = [
-            _hooks(parameter).register_post_accumulate_grad_hook(lambda _, number=number: self._arrived(number))
+            hook_accumulated(parameter, lambda _, number=number: self._arrived(number))  # type: ignore[misc]
             for number, parameter in enumerate(parameters)
         ]
 
@@ -59,18 +62,13 @@ class _Arrivals:
             handle.remove()
 
 
-def _hooks(parameter: Any) -> Any:
-    """A parameter whose methods torch has not typed."""
-    return parameter
-
-
 class _Inner(nn.Module):
     """What DDP wraps: the net's parameters and its own forward, without the net's hooks, which run outside."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, own_forward: Any) -> None:
         super().__init__()
         self.net = net
-        self.own_forward = net.forward
+        self.own_forward = own_forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the net's own forward."""
@@ -89,29 +87,29 @@ class _Redirection:
     """Stands in for `net.forward` while a pass over the data runs.
 
     Attributes:
-        modes: of the passes that are open, whether each leads calls through DDP; the last one counts.
-        used: whether a call has gone through DDP.
+        ddp: what leads calls through DDP; None where the gradients are averaged otherwise.
+        own: the net's own forward.
+        modes: of the passes that are open, whether each is one of training; the last one counts.
     """
 
-    def __init__(self, net: nn.Module, ddp: nn.Module, inner: nn.Module) -> None:
+    def __init__(self, net: nn.Module, averaging: GradientAveraging) -> None:
         self._net = net
-        self.ddp: Any = ddp
-        self.inner: Any = inner
-        self._own = net.forward
+        self._averaging = averaging
+        self.own = net.forward
         self._inside = False
+        self.ddp: Any = None
         self.modes: list[bool] = []
-        self.used = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._inside:  # a net that calls itself
-            return self._own(*args, **kwargs)
-        averaged = self.modes[-1:] == [True] and torch.is_grad_enabled()
+            return self.own(*args, **kwargs)
+        learns = self.modes[-1:] == [True] and torch.is_grad_enabled()
+        through_ddp = learns and self._averaging.called() and self.ddp is not None
         self._inside = True
-        self.used |= averaged
         try:
-            return self.ddp(*args, **kwargs) if averaged else self.inner(*args, **kwargs)
+            return self.ddp(*args, **kwargs) if through_ddp else self.own(*args, **kwargs)
         except (RuntimeError, ValueError) as error:
-            word_in_terms_of_ranks(error, self._net)
+            word_in_terms_of_ranks(error)
             raise
         finally:
             self._inside = False
@@ -130,82 +128,132 @@ class Replica:
     """One rank's copy of the net, with gradients that are averaged over the ranks.
 
     Args:
-        net: the user's net; it is moved to the rank's device in place.
+        net: the user's net; it is moved to the rank's device in place, and gets rank 0's weights.
         world: the ranks.
         precision: in which its forward computes, in training and validation alike; by default that of Accelerate's
             settings.
         compile: whether, or in which mode of torch.compile, it is compiled; by default as Accelerate's settings say.
+        averaging: how the gradients are averaged: a way, or what averages those of other nets too.
 
     Attributes:
         sharded: False; see `dtrain.fsdp.replica`.
         clock: tells how long compiling takes; None where nothing is compiled.
+        gradients: what averages them; None on one rank.
     """
 
     sharded = False
 
     def __init__(
-        self, net: nn.Module, world: World, precision: Precision | None = None, compile: Compile | None = None
+        self,
+        net: nn.Module,
+        world: World,
+        precision: Precision | None = None,
+        compile: Compile | None = None,
+        averaging: Way | GradientAveraging = "auto",
     ) -> None:
         self.net = net
         how = compilation(compile, world)
         self.clock = None if how is None else CompileClock()
+        self._world = world
+        self._before: Any = None
+        self._redirection: _Redirection | None = None
+        self._trained: list[nn.Parameter] = []
+        self._arrivals: _Arrivals | None = None
+        self._itself = contextlib.nullcontext(net)
+        self.gradients: GradientAveraging | None = None
+        self._own_gradients = isinstance(averaging, str)
         self._lowered = contextlib.ExitStack()
         self._lowered.enter_context(compiled(net, how))
         self._lowered.enter_context(computing(net, precision or chosen(None, world), world))
-        self._before: Any = None
-        self._redirection: _Redirection | None = None
-        self._itself = contextlib.nullcontext(net)
-        if world.size > 1 and any(parameter.requires_grad for parameter in net.parameters()):
-            inner = _Inner(net)
-            with by_us_alone(world):
-                ddp = world.accelerator.prepare_model(inner, device_placement=_placement())
-            if ddp.device_ids:  # the local rank, also where each rank sees one GPU, as with srun's --gpus-per-task
-                ddp.device_ids, ddp.output_device = [world.device.index], world.device.index
-            self._redirection = _Redirection(net, ddp, inner)
-        world.accelerator._models.clear()  # nobody else's to keep alive
-        self._trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        self._arrivals = _Arrivals(self._trained) if world.size > 2 and self._redirection is not None else None
+        if world.size > 1:
+            self.gradients = GradientAveraging(world, averaging) if isinstance(averaging, str) else averaging
+            world.broadcast_([_real(tensor) for tensor in (*net.parameters(), *net.buffers())])
+            self._redirection = _Redirection(net, self.gradients)
+            self.gradients.add(self)
+
+    # --- DDP ------------------------------------------------------------------------------------------------
 
     @property
-    def layout(self) -> list[int]:
-        """The order in which DDP lays the gradients out after the first step; empty where it does not matter."""
-        return [] if self._arrivals is None else list(self._arrivals.order)
+    def trains(self) -> bool:
+        """Whether a pass that trains it is open."""
+        return self._redirection is not None and any(self._redirection.modes)
 
-    def lay_out(self, order: list[int]) -> None:
-        """Has DDP lay the gradients out as in the run that `layout` was taken from: by a backward pass of zeros."""
+    def with_ddp(self) -> None:
+        """Has DDP average the gradients of calls of the net from now on; on all ranks."""
+        if self._redirection is None:
+            return
+        with by_us_alone(self._world):
+            inner = _Inner(self.net, self._redirection.own)
+            ddp = self._world.accelerator.prepare_model(inner, device_placement=_placement())
+        if ddp.device_ids:  # the local rank, also where each rank sees one GPU, as with srun's --gpus-per-task
+            ddp.device_ids, ddp.output_device = [self._world.device.index], self._world.device.index
+        self._world.accelerator._models.clear()  # nobody else's to keep alive
+        self._redirection.ddp = ddp
+        self._trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        self._arrivals = _Arrivals(self._trained) if self._world.size > 2 else None
+
+    def without_ddp(self) -> Any:
+        """Has DDP average no more, and returns it; it must outlive the backward pass that runs."""
+        if self._arrivals is not None:
+            self._arrivals.close()
+        self._arrivals = None
+        if self._redirection is None or self._redirection.ddp is None:
+            return None
+        ddp, self._redirection.ddp = self._redirection.ddp, None
+        ddp._remove_autograd_hooks()
+        return ddp
+
+    @property
+    def averages(self) -> dict[str, Any]:
+        """How the gradients are averaged, for a resumed run to be the same to the last bit.
+
+        The order is that in which DDP lays them out after its first step; empty where it does not matter.
+        """
+        return {
+            "way": None if self.gradients is None else self.gradients.mode,
+            "order": [] if self._arrivals is None else list(self._arrivals.order),
+        }
+
+    def resume(self, averages: dict[str, Any]) -> None:
+        """Has the gradients averaged as in the run that `averages` was taken from; on all ranks."""
+        if self.gradients is not None:
+            self.gradients.resume(averages["way"])
+            self._lay_out(averages["order"])
+
+    def _lay_out(self, order: list[int]) -> None:
+        """Has DDP lay the gradients out in an order: by a backward pass of zeros."""
         if self._arrivals is None or self._redirection is None or sorted(order) != list(range(len(self._trained))):
             return
         before = [parameter.grad for parameter in self._trained]
-        own = self._redirection.inner.own_forward
+        inner = self._redirection.ddp.module
+        own = inner.own_forward
 
         def chain(zero: torch.Tensor) -> torch.Tensor:
             for number in reversed(order):  # backward goes through it from its end
-                zero = zero + (self._trained[number] * 0).sum()
+                zero = zero + (_real(self._trained[number]) * 0).sum()
             return zero
 
-        self._redirection.inner.own_forward = chain
+        inner.own_forward = chain
         try:
             device = self._trained[0].device
             self._redirection.ddp(torch.zeros((), device=device)).backward()
         finally:
-            self._redirection.inner.own_forward = own
+            inner.own_forward = own
         for parameter, grad in zip(self._trained, before, strict=True):
             parameter.grad = grad
         self._arrivals.order = order
 
     def close(self) -> None:
         """Lets go of DDP and gives the net back its own forward."""
-        if self._arrivals is not None:
-            self._arrivals.close()
+        self.without_ddp()
+        if self.gradients is not None and self._own_gradients:
+            self.gradients.close()
         if self.clock is not None:
             self.clock.close()
         self._redirection = None
         self._lowered.close()
 
-    @property
-    def passed_by(self) -> bool:
-        """Whether there are other ranks, and no call of the net so far whose gradients are averaged over them."""
-        return self._redirection is not None and not self._redirection.used
+    # --- passes over the data -------------------------------------------------------------------------------
 
     def leaves(self) -> Iterable[torch.Tensor]:
         """Returns the parameters, at which gradients arrive before they are averaged."""
@@ -215,33 +263,59 @@ class Replica:
         """While inside, validation runs: on the whole net, which each rank has anyway."""
         return self._itself
 
-    def averaging(self, wanted: bool) -> AbstractContextManager[Any]:
-        """While inside, backward averages the gradients over the ranks, or, if not wanted, adds them up here."""
-        if wanted or self._redirection is None:
-            return self._itself
-        return self._redirection.ddp.no_sync()  # type: ignore[no-any-return]
+    def averaging(self, share: Share) -> AbstractContextManager[Any]:
+        """While inside, a micro-batch is trained on; what the gradients of its group come to is averaged."""
+        return self._itself if self.gradients is None else self._averaged(self.gradients, share)
+
+    @contextlib.contextmanager
+    def _averaged(self, gradients: GradientAveraging, share: Share) -> Iterator[None]:
+        token = gradients.begin(share.scale, last=share.last)
+        ddp = None if self._redirection is None else self._redirection.ddp
+        try:
+            with contextlib.nullcontext() if share.last or ddp is None else ddp.no_sync():
+                yield
+        except BaseException as error:
+            gradients.abandon()
+            word_in_terms_of_ranks(error)
+            raise
+        gradients.end(token)
+
+    def settle(self, *, strict: bool = False) -> None:
+        """Once a train step's backward passes are done: returns when those of all ranks are, and averaged."""
+        if self.gradients is not None:
+            self.gradients.settle(strict=strict)
+
+    def compare(self) -> None:
+        """Compares the ranks' weights, on all of them."""
+        if self.gradients is not None:
+            self.gradients.compare()
 
     def training(self) -> AbstractContextManager[nn.Module]:
-        """While inside, calls of the net go through DDP; outside, the net is as the user made it."""
-        return self._itself if self._redirection is None else self._led(self._redirection, through_ddp=True)
+        """While inside, calls of the net are noted or go through DDP; outside, the net is as the user made it."""
+        return self._itself if self._redirection is None else self._led(self._redirection, learns=True)
 
     def evaluating(self) -> AbstractContextManager[nn.Module]:
         """While inside, also inside `training`, calls of the net go past DDP, in the run's precision."""
-        return self._itself if self._redirection is None else self._led(self._redirection, through_ddp=False)
+        return self._itself if self._redirection is None else self._led(self._redirection, learns=False)
 
     @contextlib.contextmanager
-    def _led(self, redirection: _Redirection, *, through_ddp: bool) -> Iterator[nn.Module]:
+    def _led(self, redirection: _Redirection, *, learns: bool) -> Iterator[nn.Module]:
         if not redirection.modes:
             self._before = self.net.__dict__.get("forward")
             self.net.__dict__["forward"] = redirection
-        redirection.modes.append(through_ddp)
+        redirection.modes.append(learns)
         try:
             yield self.net
         finally:
             # Of two loops side by side the first may end first; which of two equal modes goes does not matter.
-            position = len(redirection.modes) - 1 - redirection.modes[::-1].index(through_ddp)
+            position = len(redirection.modes) - 1 - redirection.modes[::-1].index(learns)
             del redirection.modes[position]
             if not redirection.modes:
                 del self.net.__dict__["forward"]
                 if self._before is not None:
                     self.net.__dict__["forward"] = self._before
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of complex numbers as pairs of real ones."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -37,6 +37,7 @@ class Descent:
         synced: has BatchNorm's statistics taken over all ranks; None where each rank has its own.
         scaler: float16's; None else.
         leaves: returns the tensors at which gradients arrive, where these are not the parameters.
+        settle: called after the last backward pass of an optimizer step; returns once the gradients are averaged.
     """
 
     def __init__(  # noqa: PLR0913 - keyword-only after the task, the ranks and the losses
@@ -48,6 +49,7 @@ class Descent:
         synced: SyncedBatchNorm | None = None,
         scaler: GradScaler | None = None,
         leaves: Callable[[], Iterable[Tensor]] | None = None,
+        settle: Callable[[], None] | None = None,
     ) -> None:
         self._task = task
         self._world = world
@@ -55,6 +57,7 @@ class Descent:
         self._synced = synced
         self._scaler = scaler
         self._leaves = leaves or (lambda: parameters_of(task))
+        self._settle = settle
         self._counted: Tensor | None = None
         self._stepped = False
 
@@ -103,6 +106,8 @@ class Descent:
 
     def _step(self, optimizer: Optimizer) -> None:
         """The optimizer's step, once the gradients of the group are whole."""
+        if self._settle is not None:
+            self._settle()
         self._stepped = True
         if self._finite.refuses_step():
             self._counted = None

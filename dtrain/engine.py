@@ -28,7 +28,7 @@ import torch
 from dtrain.agreed_steps import AgreedSteps, check_counts
 from dtrain.averaging import WeightAverage
 from dtrain.bounds import Limits, Start, Trained
-from dtrain.checks import check_alike, check_order, check_same_task, check_validation, weights_checksum
+from dtrain.checks import check_order, check_same_task, check_validation
 from dtrain.clipping import UNLIMITED, Limit
 from dtrain.compiling import Compile
 from dtrain.dealing import BatchMode
@@ -36,6 +36,7 @@ from dtrain.draws import step_draws
 from dtrain.errors import StopRequested, add_place
 from dtrain.finite import WhenNan
 from dtrain.fsdp.settings import Sharding
+from dtrain.gradient_averaging import Way
 from dtrain.history import History
 from dtrain.launch.heartbeat import DONE, own_heartbeat
 from dtrain.learning import Learner, Task
@@ -74,6 +75,7 @@ class Engine:
         compile: whether, or in which mode of torch.compile, the net is compiled; by default as Accelerate's say.
         clip: how long a gradient may be.
         sharding: how the net is sharded over several ranks; None for a whole net on each.
+        averaging: how gradients are averaged over several ranks; see `dtrain.gradient_averaging`.
         ema_decay: of an average of the weights, with which is validated; None for no average.
         val_every_steps: optimizer steps from one validation within an epoch to the next; None for none.
         max_steps: optimizer steps after which training ends, with the epoch's row; None where the epochs end it.
@@ -115,6 +117,7 @@ class Engine:
     compile: Compile | None = None
     clip: Limit = UNLIMITED
     sharding: Sharding | None = None
+    averaging: Way = "auto"
     ema_decay: float | None = None
     val_every_steps: int | None = None
     max_steps: int | None = None
@@ -176,6 +179,7 @@ class Engine:
             compile=self.compile,
             clip=self.clip,
             sharding=self.sharding,
+            averaging=self.averaging,
         )
         self.draws, draws = step_draws(self.world, self.seed, self.learner.replica, self.batch, self.same_draws)
         self.counts = AgreedSteps(self.world, self.place, self.max_steps, self.val_every_steps)
@@ -380,21 +384,20 @@ class Engine:
     def _end_pass(self, epoch: int, table: MeanTable) -> PassResult:
         module, world = self.task.module, self.world
         seconds, watch = self.watch.seconds(), self.watch
-        weights = weights_checksum(module, world.sum_dtype) if world.size > 1 else 0.0
         order = self.train_loader.fingerprint
         updates = self.place.updates
-        sums_of = (weights, weights**2, order, order**2, watch.aside, watch.untimed, updates, updates**2)
+        sums_of = (order, order**2, watch.aside, watch.untimed, updates, updates**2)
         result, sums = table.reduce(world, seconds, sums_of)
         self.names = tuple(result.means)
         self.learner.finite.check_mean(result.means.get("loss"), f"epoch {epoch}, over all ranks,")
-        check_order(sums[2], sums[3], world.size, "train")
-        if world.size * sums[7] != sums[6] ** 2:
+        check_order(sums[0], sums[1], world.size, "train")
+        if world.size * sums[5] != sums[4] ** 2:
             check_counts(world.gather_json(updates))
-        check_alike(sums[0], sums[1], world.size, epoch)
+        self.learner.replica.compare()
         self.learner.check_learnt()
         # DDP keeps rank 0's buffers (BatchNorm's statistics) for all while it trains; so does what comes after.
         world.broadcast_(list(module.buffers()))
-        return replace(result, aside=sums[4] / world.size, untimed=round(sums[5]))
+        return replace(result, aside=sums[2] / world.size, untimed=round(sums[3]))
 
     def _expected(self, start: Start) -> int | None:
         """Returns this rank's shares of the epoch, as far as they are known, with one optimizer step for each group."""

@@ -20,6 +20,7 @@ from dtrain.engine import Engine
 from dtrain.errors import UsageError
 from dtrain.fit_forms import FitPlan, read_fit
 from dtrain.fsdp.settings import refuse_sharding
+from dtrain.gradient_averaging import Way, check_way
 from dtrain.inference import evaluate_task, predict
 from dtrain.learning import Task
 from dtrain.plateau import check_plateau
@@ -132,6 +133,7 @@ class KerasModel(nn.Module):
         batch_size: Callable[[Any], int] | None = None,
         split_batch: Callable[[Any, list[int]], Any] | None = None,
         same_draws: bool | None = None,
+        average: Way = "auto",
         sync_batchnorm: bool = False,
         fetch_batches: bool = True,
         accumulation: int = 1,
@@ -160,6 +162,7 @@ class KerasModel(nn.Module):
             args: see above.
             batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
             batch_size, split_batch: as in `dtrain.train_model`; `evaluate` and `predict` then use them, too.
+            average: how several ranks average their gradients, as in `dtrain.train_model`.
             sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks.
             fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
             same_draws, accumulation, precision, clip_norm, clip_value: as in `dtrain.train_model`; `evaluate` and
@@ -183,6 +186,7 @@ class KerasModel(nn.Module):
         plan = read_fit(args, kwargs)
         check_whole(accumulation=accumulation)
         check_precision(precision)
+        check_way(average)
         check_positive(clip_norm=clip_norm, clip_value=clip_value)
         limit = Limit(clip_norm, clip_value)
         self._cpu, self._fetch_batches, self._precision = cpu, fetch_batches, precision
@@ -191,7 +195,7 @@ class KerasModel(nn.Module):
             self._task(plan.train_data, plan.val_data)  # tells what is missing; makes the default optimizer
             how = {"model": self, **vars(plan), "batch": batch, "seed": seed, "cpu": cpu, "same_draws": same_draws}
             how |= {"sync_batchnorm": sync_batchnorm, "fetch_batches": fetch_batches, "accumulation": accumulation}
-            how |= vars(self._batches)
+            how |= {"average": average, **vars(self._batches)}
             how |= {"precision": precision, "clip_norm": clip_norm, "clip_value": clip_value}
             with fed(verbose, log_step_freq=plan.log_step_freq) as (how["verbose"], meanwhile):
                 return call_on_ranks(_fit, how, num_processes, cpu=cpu, meanwhile=meanwhile)
@@ -206,6 +210,7 @@ class KerasModel(nn.Module):
             seed=seed,
             batch=batch,
             same_draws=same_draws,
+            averaging=average,
             sync_batchnorm=sync_batchnorm,
             fetch_batches=fetch_batches,
             accumulation=accumulation,

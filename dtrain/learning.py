@@ -27,7 +27,7 @@ from dtrain.accumulation import CLIP, TOUCHED, HeldBack, refusal
 from dtrain.attributes import check_materialized
 from dtrain.batches import BatchFunctions
 from dtrain.batchnorm import SyncedBatchNorm
-from dtrain.checks import batches_alike, check_optimizers, check_takes, not_called
+from dtrain.checks import batches_alike, check_optimizers, check_takes
 from dtrain.clipping import UNLIMITED, Clipping, Limit
 from dtrain.compiling import Compile, wanted
 from dtrain.counting import StepCounter
@@ -38,6 +38,7 @@ from dtrain.errors import UsageError
 from dtrain.finite import FiniteLoss, WhenNan
 from dtrain.fsdp.replica import ShardedReplica, check_values, refuse_compiling, refuse_others
 from dtrain.fsdp.settings import Sharding
+from dtrain.gradient_averaging import Way
 from dtrain.kinds import check_planned, refuse_loss_as_layer, refuse_scaling, refuse_weights
 from dtrain.metrics import Value
 from dtrain.optimizers import place_states
@@ -49,6 +50,7 @@ from dtrain.steps import (
     Step,
     StepValues,
     call_step,
+    has_graph,
     kind_of,
     missing_loss,
     never_learns,
@@ -127,6 +129,7 @@ class Learner:
         clip: how long a gradient may be.
         compile: as for `dtrain.ddp.Replica`.
         sharding: how the net is sharded, where there are several ranks; None for a whole net on each.
+        averaging: how the gradients of whole nets are averaged; see `dtrain.gradient_averaging`.
 
     Attributes:
         kind: the kind of the train step, known after the first one that learns.
@@ -150,6 +153,7 @@ class Learner:
         clip: Limit = UNLIMITED,
         compile: Compile | None = None,
         sharding: Sharding | None = None,
+        averaging: Way = "auto",
     ) -> None:
         self.kind: Kind | None = None
         self.told_kind: list[Callable[[Kind], None]] = []
@@ -165,7 +169,7 @@ class Learner:
             refuse_compiling(wanted(compile, world))
             self._replica = ShardedReplica(task.module, world, in_use, sharding)
         else:
-            self._replica = Replica(task.module, world, in_use, compile)
+            self._replica = Replica(task.module, world, in_use, compile, averaging)
         self.scaler = scaler_of(in_use, world)
         place_states(task.module, [] if task.optimizer is None else [task.optimizer])
         self.steps = StepCounter(task)
@@ -183,7 +187,15 @@ class Learner:
         self._synced = SyncedBatchNorm(world) if sync_batchnorm and world.size > 1 else None
         if self._synced is not None:
             self._refuse_beside_synced()
-        self._descend = Descent(task, world, self.finite, synced=self._synced, scaler=self.scaler, leaves=self._leaves)
+        self._descend = Descent(
+            task,
+            world,
+            self.finite,
+            synced=self._synced,
+            scaler=self.scaler,
+            leaves=self._leaves,
+            settle=self._replica.settle,
+        )
 
     def learn(self, share: Share) -> dict[str, Value]:
         """Takes one train step and returns its values by name; the first one shows which kind it is.
@@ -211,7 +223,7 @@ class Learner:
             if self.kind == "declarative":
                 self._descend(self._loss_of(values), share)
             return values
-        with self._replica.averaging(share.last), self._synced or _NOTHING:
+        with self._replica.averaging(share), self._synced or _NOTHING:
             if self.kind is None:
                 return self._learn_first(share)
             if self.kind == "imperative":
@@ -296,6 +308,8 @@ class Learner:
             self._begin(share)
         with watch_backward(task.module) as (backward, touched):
             values = self._imperative(share)
+        if not has_graph(values.get("loss")):  # a rank that did nothing hears first of those that did
+            self._replica.settle(strict=True)
         stepped = bool(self.steps.seen) or (self._held is not None and self._held.asked)
         self.kind = kind_of(stepped, bool(backward), values)
         if self.kind is None:
@@ -317,7 +331,6 @@ class Learner:
             refuse_weights(values.get("loss"), several=self._accumulates or self._world.size > 1)
             if self._accumulates and not share.last and touched():
                 raise refusal(TOUCHED, CLIP)
-        self._refuse_past_the_net(bool(backward), touched())
         return values
 
     def _begin(self, share: Share) -> None:
@@ -341,13 +354,6 @@ class Learner:
         self._idle, self._idle_values = self._idle + 1, values
         if self._idle >= _IDLE_STEPS or (self._accumulates and not (share.first and share.last)):
             raise never_learns(values, self._idle, accumulates=self._accumulates)
-
-    def _refuse_past_the_net(self, backward: bool, touched: bool) -> None:
-        """Gradients that do not come from a call of the net are averaged by nobody, unless the step does it itself."""
-        if isinstance(self._replica, ShardedReplica) or not self._replica.passed_by or touched:
-            return
-        if backward or any(parameter.grad is not None for parameter in self._task.module.parameters()):
-            raise not_called()
 
     def _refuse_beside_synced(self) -> None:
         refuse_synced_batchnorm(self._task.module)

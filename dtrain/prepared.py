@@ -14,6 +14,7 @@ pass that began in eval mode, on several ranks, an optimizer that steps the net 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,11 +28,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dtrain.batches import BatchFunctions
-from dtrain.checks import check_alike, check_optimizers, check_order, not_called, weights_checksum
+from dtrain.checks import check_optimizers, check_order
 from dtrain.ddp import Replica
 from dtrain.dealing import BatchMode, Dealing, Share
 from dtrain.draws import step_draws
 from dtrain.errors import StepError, UsageError
+from dtrain.gradient_averaging import GradientAveraging, Way
 from dtrain.launch.heartbeat import SCRIPT, own_heartbeat
 from dtrain.passes import Place, to_device
 from dtrain.sharding import ShardedLoader
@@ -64,6 +66,8 @@ class Process:
     Attributes:
         world: the ranks, None before the first use.
         replicas: the prepared nets; on several ranks alone.
+        gradients: averages those of all of them; on several ranks alone.
+        fed: ids of the replicas that were prepared with a loader of their own.
         passes: the passes that are open; the innermost is last.
         late: per optimizer, its steps since the last training pass ended.
         trained: whether a training pass has ended.
@@ -72,6 +76,8 @@ class Process:
 
     world: World | None = None
     replicas: list[Replica] = field(default_factory=list)
+    gradients: GradientAveraging | None = None
+    fed: set[int] = field(default_factory=set)
     passes: list[Pass] = field(default_factory=list)
     late: WeakKeyDictionary[Optimizer, int] = field(default_factory=WeakKeyDictionary)
     trained: bool = False
@@ -96,11 +102,15 @@ class Process:
             )
         return self.world
 
-    def replica_of(self, net: nn.Module) -> Replica:
+    def replica_of(self, net: nn.Module, average: Way = "auto") -> Replica:
         """Returns a net's replica; one that was prepared before keeps its own."""
         world = self.joined(cpu=False)
         known = next((replica for replica in self.replicas if replica.net is net), None)
-        replica = Replica(net, world) if known is None else known
+        if self.gradients is None and world.size > 1:
+            self.gradients = GradientAveraging(world)
+        if self.gradients is not None and average != "auto":
+            self.gradients.choose(average)
+        replica = Replica(net, world, averaging=self.gradients or "auto") if known is None else known
         if known is None and world.size > 1:
             self.replicas.append(replica)
         return replica
@@ -119,7 +129,6 @@ class Process:
         own = {id(p) for p in nets.parameters()}
         if learning:
             check_optimizers([optimizer], nets, size=2)
-            self._check_called(optimizer)
             self.late[optimizer] = 0
             return
         if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
@@ -133,16 +142,9 @@ class Process:
                 "own. Loop over the loader that dtrain.prepare returned."
             )
 
-    def _check_called(self, optimizer: Optimizer) -> None:
-        """Before an optimizer's first step: the gradients that it steps on come from calls of a prepared net.
-
-        Where the loop has changed them since backward, it may have averaged them itself.
-        """
-        stepped = {id(p): p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-        holding = [replica for replica in self.replicas if any(id(p) in stepped for p in replica.net.parameters())]
-        changed = any(grad._version for grad in stepped.values())
-        if holding and not changed and all(replica.passed_by for replica in holding):
-            raise not_called()
+    def trained_with(self, replica: Replica) -> list[Replica]:
+        """Returns the nets that a pass over a net's loader trains: that one, and those without a loader."""
+        return [replica, *(other for other in self.replicas if id(other) not in self.fed and other is not replica)]
 
     def _leave_group(self) -> None:
         """Ends gloo's threads before the interpreter goes; they may abort the process otherwise.
@@ -154,6 +156,8 @@ class Process:
             return
         for replica in self.replicas:
             replica.close()
+        if self.gradients is not None:
+            self.gradients.close()
         self.world.accelerator.free_memory()
         dist.destroy_process_group()
 
@@ -192,6 +196,7 @@ class PreparedLoader:
     ) -> None:
         self.loader = loader
         self._replica = replica
+        process.fed.add(id(replica))
         self._process = process
         self._batch: BatchMode = batch
         self._seed = seed
@@ -229,7 +234,9 @@ class PreparedLoader:
             self._world.broadcast_(list(net.buffers()))
         self._process.passes.append(current)
         try:
-            with self._replica.training() if current.train else self._replica.evaluating():
+            with contextlib.ExitStack() as stack:
+                for replica in self._process.trained_with(self._replica):
+                    stack.enter_context(replica.training() if current.train else replica.evaluating())
                 self._place.enter("train" if current.train else "valid", self._epochs[current.train])
                 yield from self._batches(current, view.shares(self._epochs[current.train]))
         finally:
@@ -244,7 +251,10 @@ class PreparedLoader:
         draws = self._draws[0 if current.train else 1]
         for share in shares if draws is None else draws.around(shares, self._place.split, self._epochs[current.train]):
             current.share = share
-            with scaled_gradients(self._replica.net.parameters(), share.scale if current.train else 1.0):
+            trained = self._process.trained_with(self._replica) if current.train else []
+            learns = trained[0].averaging(share) if trained else contextlib.nullcontext()
+            leaves = (parameter for replica in trained for parameter in replica.net.parameters())
+            with learns, scaled_gradients(leaves, share.scale if trained else 1.0):
                 yield to_device(share.batch, self._world)
             current.share = None
             self._place.advance()
@@ -260,7 +270,7 @@ class PreparedLoader:
         """After a training pass: the ranks drew one order and have the same weights."""
         if self._world.size == 1:
             return
-        weights, order = weights_checksum(self._replica.net, self._world.sum_dtype), view.fingerprint
-        sums = self._world.all_reduce([weights, weights**2, order, order**2])
-        check_order(sums[2], sums[3], self._world.size, "train")
-        check_alike(sums[0], sums[1], self._world.size, self._epochs[True])
+        order = view.fingerprint
+        sums = self._world.all_reduce([order, order**2])
+        check_order(sums[0], sums[1], self._world.size, "train")
+        self._replica.compare()

@@ -44,6 +44,7 @@ from dtrain.dealing import BatchMode
 from dtrain.errors import AgreedError, Failure, UsageError
 from dtrain.failures import describe
 from dtrain.fsdp.settings import refuse_sharding
+from dtrain.gradient_averaging import Way, check_way
 from dtrain.metrics import MeanTable, Value
 from dtrain.optimizers import place_states
 from dtrain.prepared import PROCESS, PreparedLoader
@@ -62,6 +63,7 @@ def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
     split_batch: Callable[[Any, list[int]], Any] | None = None,
     same_draws: bool | None = None,
     seed: int = 42,
+    average: Way = "auto",
     fetch_batches: bool = True,
     cpu: bool = False,
 ) -> tuple[Any, ...]:
@@ -81,6 +83,7 @@ def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
         same_draws: whether dropout and other random numbers in loops over the loaders are those that one rank draws for
             the same global batch; by default, with batch "global". Not in a loop within another one's body.
         seed: the order of the samples and each rank's random stream are derived from it.
+        average: how several ranks average their gradients, as in `dtrain.train_model`; for all nets of the process.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
         cpu: compute on the CPU also where there is an accelerator.
 
@@ -98,6 +101,7 @@ def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
         raise UsageError(f"same_draws = {same_draws!r}: should be True, False or None.")
     if batch not in ("per_rank", "global"):
         raise UsageError(f"batch = {batch!r}: should be 'per_rank' or 'global'.")
+    check_way(average)
     for position, other in enumerate(others, start=2):
         _check_other(other, position)
     check_materialized(model)
@@ -109,7 +113,7 @@ def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
     optimizers = [other for other in others if isinstance(other, Optimizer)]
     how: dict[str, Any] = {"batch": batch, "functions": BatchFunctions(batch_size, split_batch), "seed": seed}
     check_optimizers(optimizers, model, world.size)
-    replica = PROCESS.replica_of(model)
+    replica = PROCESS.replica_of(model, average)
     place_states(model, optimizers)
     seed_everything(derive(seed, "rank", world.rank))
     return (

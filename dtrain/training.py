@@ -16,6 +16,7 @@ from dtrain.dealing import BatchMode
 from dtrain.engine import Engine
 from dtrain.errors import UsageError
 from dtrain.fsdp.settings import refuse_sharding
+from dtrain.gradient_averaging import Way, check_way
 from dtrain.learning import Interval, Task
 from dtrain.plateau import check_plateau
 from dtrain.precision import Precision, check_precision
@@ -67,6 +68,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     split_batch: Callable[[Any, list[int]], Any] | None = None,
     same_draws: bool | None = None,
     accumulation: int = 1,
+    average: Way = "auto",
     sync_batchnorm: bool = False,
     fetch_batches: bool = True,
     precision: Precision | None = None,
@@ -104,6 +106,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         same_draws: whether dropout and other random numbers of steps are those that one rank draws for the same global
             batch; by default, with batch "global".
         accumulation: micro-batches that make one optimizer step.
+        average: how several ranks average their gradients: by DistributedDataParallel ("ddp"), after each backward
+            pass ("step"), which is right for any step, or as the first steps show ("auto").
         sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks instead of each one's.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.fetching`.
         precision: of the net's forward: "fp32", or mixed with "bf16" or "fp16" (for steps that return the loss with
@@ -136,6 +140,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     arguments = dict(locals())
     check_whole(epochs=epochs, log_step_freq=log_step_freq, accumulation=accumulation)
     check_precision(precision)
+    check_way(average)
     check_compile(compile)
     check_share(ema_decay=ema_decay)
     check_positive(clip_norm=clip_norm, clip_value=clip_value)
@@ -167,6 +172,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         batch=batch,
         same_draws=same_draws,
         accumulation=accumulation,
+        averaging=average,
         sync_batchnorm=sync_batchnorm,
         fetch_batches=fetch_batches,
         precision=precision,

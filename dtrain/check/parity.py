@@ -151,8 +151,8 @@ def _compare_tensors(alone: Record, together: Record, step: int, tolerance: floa
             f"optimizer step {step + 1}: the weights of the ranks",
             "one net",
             f"different nets on {len(together.ranks)} ranks",
-            "gradients that were not averaged: a train step that uses a part of the model, such as model.encoder(x), "
-            "instead of model(x), or an optimizer step that draws from the rank's own random stream.",
+            "an optimizer step that draws from the rank's own random stream, or weights that are changed by hand with "
+            "numbers of each rank's own.",
         )
     one, many = alone.tensors[step], together.tensors[step]
     whole = {kind: _norm(*(t for k, t in one.items() if k.startswith(kind))) for kind in ("gradient/", "weight/")}

@@ -79,6 +79,10 @@ class TrainConfig(_Section):
         None, description="with sharding: gather the whole net for validation; by default, yes"
     )
     fetch_batches: bool = Field(True, description="fetch whole batches at once where that gives the same")
+    average: Literal["auto", "ddp", "step"] = Field(
+        "auto",
+        description="gradients of several ranks: by DDP, after each backward pass, or found from the first steps",
+    )
     sync_batchnorm: bool = Field(False, description="BatchNorm's statistics over all ranks, not each rank's")
     nan: Literal["stop", "skip", "ignore"] = Field(
         "stop", description="a train loss that is NaN or infinite stops the run, has its batch left out, or goes on"

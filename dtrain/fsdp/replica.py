@@ -33,6 +33,7 @@ from dtrain.precision import Precision, computing
 
 if TYPE_CHECKING:
     from dtrain.compiling import Compilation
+    from dtrain.dealing import Share
     from dtrain.world import World
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class ShardedReplica:
 
     Attributes:
         sharded: True.
-        layout: empty; the order of the gradients is that of the parameters.
+        averages: empty; the order of the gradients is that of the parameters.
         clock: None: nothing is compiled.
 
     Raises:
@@ -63,7 +64,7 @@ class ShardedReplica:
 
     def __init__(self, net: nn.Module, world: World, precision: Precision, sharding: Sharding) -> None:
         self.net = net
-        self.layout: list[int] = []
+        self.averages: dict[str, Any] = {"way": None, "order": []}
         self._world = world
         try:
             self._reshards = _sharded(net, world, sharding)
@@ -88,16 +89,22 @@ class ShardedReplica:
             yield from (parameter for parameter in part.parameters() if not is_sharded(parameter))
             part.reshard()
 
-    def lay_out(self, order: list[int]) -> None:
-        """Does nothing: there is nothing to lay out."""
+    def resume(self, averages: dict[str, Any]) -> None:
+        """Does nothing: there is one way."""
+
+    def settle(self, *, strict: bool = False) -> None:
+        """Does nothing: the ranks keep step anyway."""
+
+    def compare(self) -> None:
+        """Does nothing: of each weight there is one on all ranks."""
 
     def close(self) -> None:
         """Gives the net back its own forward; it stays sharded."""
         self._handle.remove()
         self._lowered.close()
 
-    def averaging(self, wanted: bool) -> AbstractContextManager[Any]:
-        """Gradients are averaged after each backward, wanted or not: else each rank would have to keep whole ones."""
+    def averaging(self, share: Share) -> AbstractContextManager[Any]:
+        """Gradients are averaged after each backward, also within a group: else each rank would keep whole ones."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -107,7 +114,7 @@ class ShardedReplica:
         try:
             yield self.net
         except (RuntimeError, ValueError) as error:
-            word_in_terms_of_ranks(error, self.net)
+            word_in_terms_of_ranks(error)
             _word_in_terms_of_parts(error)
             raise
 

@@ -55,7 +55,7 @@ def run_state(engine: Engine) -> State:
         "names": engine.names,
         "valid_names": None if engine.valid is None else engine.valid.names,
         "rate": engine.rates.rate,
-        "layout": engine.learner.replica.layout,
+        "averaging": engine.learner.replica.averages,
         "optimizers": [_optimizer_state(one, engine) | role_of(one, engine) for one in engine.learner.optimizers()],
         "learns": changed_learning(engine),
         "gradients": waiting_gradients(engine),
@@ -146,7 +146,8 @@ def restore(engine: Engine, weights: Mapping[str, Any], run: State, ranks: list[
     engine.names, engine.rates.rate = run["names"], run["rate"]
     if engine.valid is not None:
         engine.valid.names = run["valid_names"]
-    engine.learner.replica.lay_out(run["layout"])
+    if "averaging" in run:
+        engine.learner.replica.resume(run["averaging"])
     engine.place.updates = run["updates"]
     engine.start = _start(engine, run, ranks)
     engine.stopping = engine.spent and engine.start.skip == 0 and engine.start.trained is None

@@ -208,10 +208,11 @@ def train_step(model, x):
 """
 
 
-def test_a_part_of_the_net_that_is_called_on_two_ranks_is_told_of_at_once(dtrain: Dtrain) -> None:
+def test_a_part_of_the_net_that_is_called_on_two_ranks_is_told_of_at_once_with_ddp(dtrain: Dtrain) -> None:
     (dtrain.folder / "past.py").write_text(PAST)
-    done = dtrain("train", "past.py", "-n", 2, "--cpu")
+    done = dtrain("train", "past.py", "-n", 2, "--cpu", "average=ddp")
     assert done.code == 1, done.text
-    assert "weights differ from this train step on: their gradients were not averaged" in done.err
+    assert "gradients come without a call of the model itself: of a part of it" in done.err
+    assert "Set train.average=step" in done.err
     assert "epoch 1, train step 1\n" in done.err
     assert "StepError" not in done.text

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.ddp import Replica
+from dtrain.dealing import Share
 
 
 class AsOnGpus(DistributedDataParallel):
@@ -28,9 +29,12 @@ def train_a_step(world) -> list[Any]:
         patched.setattr(type(world.accelerator), "multi_device", True)
         patched.setattr(torch.nn.parallel, "DistributedDataParallel", AsOnGpus)
         net = nn.Linear(2, 1, bias=False)
-        replica = Replica(net, replace(world, device=torch.device("cpu", 0)))
+        replica = Replica(net, replace(world, device=torch.device("cpu", 0)), averaging="ddp")
+        replica.gradients.begin(1.0, last=True)
+        replica.gradients.abandon()
         ddp = replica._redirection.ddp
-    with replica.training():
+    share = Share(None, 1, 2, 1.0)
+    with replica.averaging(share), replica.training():
         net(torch.full((1, 2), float(world.rank))).sum().backward()
     assert net.weight.grad is not None
     return [type(ddp).__name__, ddp.device_ids, ddp.output_device, net.weight.grad.tolist()]

@@ -142,7 +142,7 @@ def break_the_task(world, how: str) -> str:  # noqa: C901
         ("valid-order", "draw the valid samples differently"),
         ("own-sharding", "draw the train samples differently"),
         ("imperative-mean", "returns its loss as dtrain.Mean"),
-        ("unused", "but idle got none"),
+        ("unused", "trained"),
     ],
 )
 def test_ranks_that_train_different_things_are_found(how: str, told: str) -> None:

@@ -227,7 +227,7 @@ def test_validation_neither_hangs_nor_changes_buffers_with_unequal_batches() -> 
         assert result["rows"] == results[0]["rows"]
 
 
-def go_past_ddp(world, own_backward: bool, averages: bool = False) -> list[Any]:
+def go_past_ddp(world, own_backward: bool, averages: bool = False, average: str = "auto") -> list[Any]:
     """What a step is told that calls a part of the net, and how often it was called."""
     import torch.distributed as dist
 
@@ -252,17 +252,17 @@ def go_past_ddp(world, own_backward: bool, averages: bool = False) -> list[Any]:
         return {"loss": loss.detach() if own_backward else loss}
 
     try:
-        train_model(net, 1, loader, train_step=train_step, verbose=False, world=world)
+        train_model(net, 1, loader, train_step=train_step, average=average, verbose=False, world=world)
     except StepError as error:
         return [str(error), len(steps)]
     return ["trained", len(steps)]
 
 
 @pytest.mark.parametrize("own_backward", [False, True])
-def test_a_step_that_goes_past_ddp_is_found_at_once(own_backward: bool) -> None:
-    for told, steps in run_ranks(go_past_ddp, 2, own_backward=own_backward):
-        assert "weights differ from this train step on" in told
-        assert "give it a forward" in told
+def test_a_step_that_goes_past_ddp_is_found_at_once_where_ddp_is_asked_for(own_backward: bool) -> None:
+    for told, steps in run_ranks(go_past_ddp, 2, own_backward=own_backward, average="ddp"):
+        assert "gradients come without a call of the model itself" in told
+        assert "Set train.average=step" in told
         assert steps == 1
     if own_backward:  # a step may average by itself
         assert run_ranks(go_past_ddp, 2, own_backward=True, averages=True) == [["trained", 2]] * 2
