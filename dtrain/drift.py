@@ -143,17 +143,17 @@ class Drift:
         settings, steps, optimizers = differs[:3]
         there, gradients, weights = (differs[3 + part * count : 3 + (part + 1) * count] for part in range(3))
         if steps or optimizers:
-            raise agreed(f"{at} {self._by_rank('optimizer steps', self.steps)}: the ranks' weights differ. {_LEFT_OUT}")
+            raise agreed(f"{at} the ranks' optimizers have stepped differently: {self._by_rank(self._taken)}. {_LEFT_OUT}")
         self._compare_gradients([n for n in range(count) if there[n] or gradients[n]], names, parameters, arrived, at)
         if settings:
             rates = [group.get("lr") for optimizer in self._settings for group in optimizer]
-            raise agreed(f"{at} the optimizers' settings differ: {self._by_rank('lr', rates)}. {_SETTINGS}")
+            raise agreed(f"{at} the optimizers' settings differ: lr {self._by_rank(rates)}. {_SETTINGS}")
         for number in (n for n in range(count) if weights[n]):
             self._compare_weight(names[number], parameters[number], at)
 
-    def _by_rank(self, what: str, mine: Any) -> str:
+    def _by_rank(self, mine: Any) -> str:
         told = self._world.gather_json(mine)
-        return ", ".join(f"{what} {value} on rank {rank}" for rank, value in enumerate(told))
+        return ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(told))
 
     def _compare_gradients(
         self,

@@ -617,7 +617,7 @@ def a_state_with_noise(m, x, y):
     return 0.0
 
 
-@wrong("optimizer steps 1 on rank 0, optimizer steps 0 on rank 1")
+@wrong("stepped differently: 1 on rank 0, 0 on rank 1")
 def steps_on_one_rank(m, x, y):
     both(m, x, y).backward()
     if not rank():
@@ -626,7 +626,7 @@ def steps_on_one_rank(m, x, y):
     return 0.0
 
 
-@wrong("the optimizers' settings differ: lr [1e-06] on rank 0, lr [2e-06] on rank 1")
+@wrong("the optimizers' settings differ: lr [1e-06] on rank 0, [2e-06] on rank 1")
 def rates_of_its_own(m, x, y):
     m.optimizer.param_groups[0]["lr"] = 1e-6 * (1 + rank())
     return finish(m, both(m, x, y))
@@ -766,6 +766,7 @@ def on_ranks(world: Any, step: Callable[..., Any], how: dict[str, Any], lr: floa
     net = made(how, lr)
     loader = DataLoader(TensorDataset(*data()), BATCH)
     arguments = {name: how[name] for name in ARGUMENTS if name in how}
+    arguments["same_draws"] = False  # so that noise is each rank's own
     train_model(net, epochs, loader, train_step=step, batch="global", verbose=False, world=world, **arguments)
     return net
 
