@@ -330,11 +330,11 @@ class GradientAveraging:
 
     def resume(self, mode: Any) -> None:
         """Begins as the run that `state` was taken from went on."""
-        if self._way != "auto" or self.mode != "watch":
+        if self._way == "step" or self.mode != "watch":
             return
         if mode == "ddp" and len(self.watched.learning()) == 1:
             self._with_ddp()
-        elif mode == "step":
+        elif mode == "step" and self._way == "auto":
             self.mode = "step"
 
     def _check_trained(self) -> None:

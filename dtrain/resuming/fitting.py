@@ -34,6 +34,7 @@ FREE = (
     "train.profile",
     "train.profile_ranks",
     "train.log_norms",
+    "train.average",  # the last digits apart
     "train.compile",  # the last digits apart, of which a warning tells
     "train.activation_checkpointing",
     "train.val_every_steps",
