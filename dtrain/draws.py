@@ -44,7 +44,8 @@ class StepDraws:
         self.used: bool | None = None
         self._seed = seed
         self._device = world.device
-        self._module: Any = None if world.device.type == "cpu" else torch.get_device_module(world.device)
+        none = world.device.type in ("cpu", "meta")  # of which there are no generators of their own
+        self._module: Any = None if none else torch.get_device_module(world.device)
         self._several = world.size > 1
         self._shapes = shapes
         self._base = 0

@@ -143,7 +143,9 @@ class Drift:
         settings, steps, optimizers = differs[:3]
         there, gradients, weights = (differs[3 + part * count : 3 + (part + 1) * count] for part in range(3))
         if steps or optimizers:
-            raise agreed(f"{at} the ranks' optimizers have stepped differently: {self._by_rank(self._taken)}. {_LEFT_OUT}")
+            raise agreed(
+                f"{at} the ranks' optimizers have stepped differently: {self._by_rank(self._taken)}. {_LEFT_OUT}"
+            )
         self._compare_gradients([n for n in range(count) if there[n] or gradients[n]], names, parameters, arrived, at)
         if settings:
             rates = [group.get("lr") for optimizer in self._settings for group in optimizer]

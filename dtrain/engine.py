@@ -145,24 +145,11 @@ class Engine:
         self.names: tuple[str, ...] | None = None
         self.rates = Rates(self.task)
         self.facts = RunFacts(self.epochs, self.world.size, self.rates.now, lambda: self.place.updates)
-        self.train_loader = train_loader(
-            self.task,
-            self.world,
-            batch=self.batch,
-            seed=self.seed,
-            accumulation=self.accumulation,
-            limits=self.limits,
-            fetch_batches=self.fetch_batches,
-        )
-        self.valid = valid_pass(
-            self.task,
-            self.world,
-            batch=self.batch,
-            seed=self.seed,
-            limits=self.limits,
-            fetch_batches=self.fetch_batches,
-            in_step=self.sharding is not None and not self.sharding.validate_whole,
-        )
+        dealt: dict[str, Any] = {"batch": self.batch, "seed": self.seed, "limits": self.limits}
+        dealt["fetch_batches"] = self.fetch_batches
+        self.train_loader = train_loader(self.task, self.world, accumulation=self.accumulation, **dealt)
+        in_step = self.sharding is not None and not self.sharding.validate_whole
+        self.valid = valid_pass(self.task, self.world, in_step=in_step, **dealt)
         valid = self.task.dl_valid
         check_starts_anew(self.epochs, self.task.dl_train, valid)
         loaders = {"train": self.task.dl_train} | ({} if valid is None else {"valid": valid})
@@ -230,6 +217,8 @@ class Engine:
             add_place(error, str(self.place))
             raise
         finally:
+            if self.draws is not None:
+                self.draws.leave()
             self.progress.close()
             self.learner.close()
             self.history.sync()
@@ -384,10 +373,9 @@ class Engine:
     def _end_pass(self, epoch: int, table: MeanTable) -> PassResult:
         module, world = self.task.module, self.world
         seconds, watch = self.watch.seconds(), self.watch
-        order = self.train_loader.fingerprint
-        updates = self.place.updates
-        sums_of = (order, order**2, watch.aside, watch.untimed, updates, updates**2)
-        result, sums = table.reduce(world, seconds, sums_of)
+        order, updates = self.train_loader.fingerprint, self.place.updates
+        extras = (order, order**2, watch.aside, watch.untimed, updates, updates**2)
+        result, sums = table.reduce(world, seconds, extras)
         self.names = tuple(result.means)
         self.learner.finite.check_mean(result.means.get("loss"), f"epoch {epoch}, over all ranks,")
         check_order(sums[0], sums[1], world.size, "train")
@@ -410,5 +398,4 @@ class Engine:
     def generators(self) -> list[torch.Generator]:
         """Returns the generators that the user gave the loaders or their samplers."""
         loaders = [self.train_loader] + ([] if self.valid is None else [self.valid.loader])
-        found = [generator for loader in loaders for generator in loader.generators()]
-        return list({id(generator): generator for generator in found}.values())
+        return list({id(generator): generator for loader in loaders for generator in loader.generators()}.values())
