@@ -145,8 +145,7 @@ class Engine:
         self.names: tuple[str, ...] | None = None
         self.rates = Rates(self.task)
         self.facts = RunFacts(self.epochs, self.world.size, self.rates.now, lambda: self.place.updates)
-        dealt: dict[str, Any] = {"batch": self.batch, "seed": self.seed, "limits": self.limits}
-        dealt["fetch_batches"] = self.fetch_batches
+        dealt: dict[str, Any] = {key: getattr(self, key) for key in ("batch", "seed", "limits", "fetch_batches")}
         self.train_loader = train_loader(self.task, self.world, accumulation=self.accumulation, **dealt)
         in_step = self.sharding is not None and not self.sharding.validate_whole
         self.valid = valid_pass(self.task, self.world, in_step=in_step, **dealt)
