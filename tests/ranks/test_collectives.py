@@ -1,4 +1,4 @@
-"""What is sent between the ranks for the sake of numbers: one sum a split and epoch, whatever the sizes."""
+"""What is sent between the ranks: one sum a split and epoch, and comparisons of the ranks at growing distances."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from helpers.commands import clean_environment
 from helpers.ranks import run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from dtrain.drift import is_due
 
 _COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "barrier", "gather", "reduce", "all_gather_into_tensor")
 
@@ -52,8 +54,10 @@ def count_collectives(world, epochs: int, n: int, values: int) -> list[str]:
 def test_one_sum_a_split_and_epoch(n: int, values: int) -> None:
     few, many = (run_ranks(count_collectives, 2, epochs=epochs, n=n, values=values) for epochs in (1, 4))
     for one, four in zip(few, many, strict=True):
-        further = four[len(one) :]
-        assert further == ["all_reduce"] * 2 * 3, "a train and a validation sum in each of three more epochs"
+        further, steps = four[len(one) :], -(-n // (2 * 3))
+        compared = sum(is_due(step) for step in range(steps + 1, 4 * steps + 1))
+        assert compared == 4, "after train steps at growing distances, whatever their number"
+        assert further == ["all_reduce"] * (3 * 3 + compared), "a train and a validation sum and a comparison an epoch"
 
 
 def views(world) -> list[Any]:
