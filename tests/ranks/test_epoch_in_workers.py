@@ -132,7 +132,7 @@ def told(world, cases: list[dict[str, Any]]) -> list[Any]:
 def let_go(engine: Engine) -> None:
     """Ends the workers that live on."""
     for view in (engine.train_loader, engine.valid.loader):
-        for loader in (view.loader, getattr(view._indexed, "_loader", None)):
+        for loader in (view.loader, view._stream.loader, getattr(view._indexed, "_loader", None)):
             if getattr(loader, "_iterator", None) is not None:
                 loader._iterator._shutdown_workers()
                 loader._iterator = None
