@@ -21,7 +21,7 @@ from torch import nn
 
 from dtrain.dealing import BatchMode, Share
 from dtrain.errors import UsageError
-from dtrain.rowwise import Part, draw_for, shapes_of
+from dtrain.rowwise import Part, check_supported, draw_for, shapes_of
 from dtrain.seeding import derive, load_random_state, random_state, seed_everything_on_cpu
 from dtrain.world import World
 
@@ -132,19 +132,29 @@ class _Replica(Protocol):
 def step_draws(
     world: World, seed: int, replica: _Replica, batch: BatchMode, wanted: bool | None
 ) -> tuple[StepDraws | None, StepDraws | None]:
-    """Returns what leads the random numbers of train and valid steps; None where each rank draws numbers of its own.
+    """Returns what leads the random numbers of train and of valid steps; see `draws_of`."""
+    train, valid = (
+        draws_of(replica.net, world, seed, batch, wanted, compiled=replica.clock is not None) for _ in range(2)
+    )
+    return train, valid
+
+
+def draws_of(  # noqa: PLR0913 - what a run says of it
+    net: nn.Module, world: World, seed: int, batch: BatchMode, wanted: bool | None, *, compiled: bool
+) -> StepDraws | None:
+    """Returns what leads the random numbers of a split's steps; None where each rank draws numbers of its own.
 
     Args:
+        net: which the steps call.
         world: the ranks.
         seed: the run's.
-        replica: of what is trained.
         batch: whose batch size the loaders' is.
         wanted: None: where the loaders' batches are the whole world's.
+        compiled: whether the net is compiled.
 
     Raises:
         UsageError: it is asked for, and cannot be had.
     """
-    compiled = replica.clock is not None
     if world.size > 1 and compiled and wanted:
         raise UsageError(
             "same_draws: a compiled net draws random numbers of its own on each rank. Leave same_draws or compile out."
@@ -152,6 +162,7 @@ def step_draws(
     if wanted is None:
         wanted = world.size == 1 or (batch == "global" and not compiled)
     if not wanted:
-        return None, None
-    shapes = shapes_of(replica.net.parameters())
-    return StepDraws(world, seed, shapes), StepDraws(world, seed, shapes)
+        return None
+    if world.size > 1:
+        check_supported()
+    return StepDraws(world, seed, shapes_of(net.parameters()))

@@ -12,13 +12,16 @@ depth. Those that have `set_epoch` are told each epoch before it begins. Of thos
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from dtrain.errors import UsageError
@@ -33,7 +36,8 @@ _PARTS = (Dataset, Sampler, DataLoader)
 _INNER = ("dataset", "datasets")  # of whatever type
 _GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
 # Their states are places in a pass, which each epoch begins anew, and asking for one may begin it.
-_PLACES = ("torchdata.", "datasets.")
+_PLACES = ("torchdata.", "datasets.arrow_dataset", "datasets.iterable_dataset")
+_SMALL = 2**24  # bytes
 
 
 def parts_of(thing: Any, name: str = "") -> dict[str, Any]:
@@ -126,6 +130,7 @@ class Sources:
             return [ask()] * epochs
         parts = [part for part in parts_of(self.loader).values() if hasattr(part, "__dict__")]
         before = [dict(vars(part)) for part in parts]
+        undo = [_undo(value) for own in before for value in own.values()]
         answers = []
         try:
             with CommonRandomness(0)():  # what is drawn here is drawn from nobody's stream
@@ -136,6 +141,8 @@ class Sources:
             for part, own in zip(parts, before, strict=True):
                 vars(part).clear()
                 vars(part).update(own)
+            for put_back in filter(None, undo):
+                put_back()
         return answers
 
     def stateful(self) -> dict[str, Any]:
@@ -203,6 +210,27 @@ class Sources:
         if dataset is None or isinstance(dataset, IterableDataset):
             return {}
         return {n: part for n, part in parts_of(dataset, "dataset").items() if not isinstance(part, Sampler)}
+
+
+def _undo(value: Any) -> Callable[[], object] | None:
+    """Returns what puts a part's attribute back to what it is, where it may be changed in place; not a large tensor."""
+    kind = type(value)
+    if kind is list:
+        return functools.partial(value.__setitem__, slice(None), value.copy())
+    if kind in (dict, set, deque):
+        return functools.partial(_refill, value, value.copy())
+    if kind in _GENERATORS:
+        return functools.partial(load_state, value, copy.deepcopy(value))
+    if kind is Tensor and value.layout is torch.strided and not value.is_nested and value.nbytes <= _SMALL:
+        return functools.partial(value.detach().copy_, value.detach().clone())
+    if kind is np.ndarray and value.flags.writeable and value.nbytes <= _SMALL:
+        return functools.partial(np.copyto, value, value.copy())
+    return None
+
+
+def _refill(value: Any, items: Any) -> None:
+    value.clear()
+    (value.extend if isinstance(value, deque) else value.update)(items)
 
 
 def _stateful(parts: Mapping[str, Any]) -> dict[str, Any]:

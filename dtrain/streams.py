@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_MOST_HELD = 5  # batches that are looked at before the first step
+
 
 class Stream:
     """The batches of a loader without indices.
@@ -55,29 +57,37 @@ class Stream:
         if isinstance(self.loader, (list, tuple)) and not self._looked:
             for batch in self.loader:  # before the first step, since they are all there
                 self.reader.size_of(batch)
-        if self._how.size == 1:
+        if self._held == 1:
             self._looked = True
             yield from batches
             return
         iterator = iter(batches)
         first = list(islice(iterator, 1))
-        self.fingerprint = float(sum(1 + zlib.crc32(first_bytes(batch)) for batch in first))
-        if self._how.mode == "global" and not self._looked:
-            first += self._look(first, iterator)
+        sums = [1 + zlib.crc32(first_bytes(batch)) for batch in first]
+        self.fingerprint = float(sum(sums)) if self._how.size > 1 else 0.0
+        if not self._looked:
+            self._look(first, sums, iterator)
         yield from chain(first, iterator)
 
-    def _look(self, first: list[Any], rest: Iterator[Any]) -> list[Any]:
-        """Compares the first batch of all, before it is cut, with the next one, which it returns."""
+    @property
+    def _held(self) -> int:
+        """How many batches may be in use at once."""
+        how = self._how
+        return how.merge * how.group * (how.size if how.mode == "per_rank" else 1) + (how.size > 1)
+
+    def _look(self, first: list[Any], sums: list[int], rest: Iterator[Any]) -> None:
+        """Adds the next batches to the first one, before it is dealt, and compares them."""
         self._looked = True
-        following = list(islice(rest, 1))
-        if first and following:
-            if self.fingerprint != 1.0 + zlib.crc32(first_bytes(first[0])):
-                raise DataError(
-                    f"the {self._split} loader changes a batch that it has yielded, to yield it again. Let it yield "
-                    "new tensors: dtrain holds a batch while it reads the next one."
-                )
-            refuse_constants(self.reader, first[0], following[0])
-        return following
+        for batch in islice(rest, min(self._held, _MOST_HELD) - 1):
+            first.append(batch)
+            sums.append(1 + zlib.crc32(first_bytes(batch)))
+        if sums != [1 + zlib.crc32(first_bytes(batch)) for batch in first]:
+            raise DataError(
+                f"the {self._split} loader changes a batch that it has yielded, to yield it again. Let it yield "
+                "new tensors: dtrain holds a batch while it reads the next one."
+            )
+        if self._how.mode == "global" and self._how.size > 1 and len(first) > 1:
+            refuse_constants(self.reader, first[0], first[1])
 
     def plain(self, shares: Iterator[Share]) -> Iterator[Share]:
         """Returns the shares with the user's own batches."""

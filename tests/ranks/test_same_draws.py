@@ -431,3 +431,32 @@ def test_a_run_goes_on_with_the_same_numbers_on_another_number_of_ranks(tmp_path
         for what in ("rows", "weights"):
             for here, there in zip(found[what], whole[what], strict=True):
                 assert here == pytest.approx(there, rel=1e-9, abs=1e-9)
+
+
+def test_evaluation_draws_what_training_drew_after_the_epoch() -> None:
+    from dtrain.engine import Engine
+    from dtrain.inference import evaluate_task
+    from dtrain.learning import Task
+    from dtrain.world import bring_up
+
+    def step(model: Any, x: Tensor) -> Tensor:
+        return model(x + torch.randn_like(x)).square().mean()
+
+    torch.manual_seed(0)
+    net, loader = nn.Linear(WIDTH, 1), DataLoader(TensorDataset(torch.randn(SAMPLES, WIDTH)), BATCH)
+    task = Task(net, step, loader, step, loader, torch.optim.SGD(net.parameters(), 0.1))
+    row = Engine(task, bring_up(cpu=True), epochs=2).fit().rows[-1]
+    means = evaluate_task(task, bring_up(cpu=True), epoch=2, same_draws=None).means
+    assert means["loss"] == row["val_loss"]
+
+
+def test_a_torch_that_lacks_what_it_is_built_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dtrain import rowwise
+    from dtrain.errors import UsageError
+
+    def lacking() -> None:
+        raise AttributeError("module 'torch._C' has no attribute 'it'")
+
+    monkeypatch.setattr(rowwise, "_install", lacking)
+    with pytest.raises(UsageError, match=r"^same_draws: torch .* has no attribute 'it'\). Set train.same_draws=false"):
+        rowwise.check_supported()
