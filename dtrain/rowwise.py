@@ -74,6 +74,7 @@ class _Current:
     """What this process draws for, on whichever thread."""
 
     part: Part | None = None
+    drawn: bool = False  # whether something was drawn for a part since `draw_for` set it
     library: Any = field(default=None, repr=False)
 
 
@@ -84,7 +85,13 @@ def draw_for(part: Part | None) -> None:
     """Has random functions draw for a part of a batch from now on; None: as they are."""
     if part is not None:
         _install()
+        _CURRENT.drawn = False
     _CURRENT.part = part
+
+
+def has_drawn() -> bool:
+    """Whether more than one number was drawn for the last part."""
+    return _CURRENT.drawn
 
 
 def shapes_of(parameters: Iterable[Tensor]) -> frozenset[tuple[int, ...]]:
@@ -289,6 +296,7 @@ def row_dimension(tensor: Tensor, part: Part) -> int | None:
     """
     if tensor.ndim == 0 or tensor.shape == (1,) or tensor.requires_grad or type(tensor) is nn.Parameter:
         return None  # `torch.rand(1)` is one number for all, also where the part has one sample
+    _CURRENT.drawn = True
     shape, rows = tensor.shape, part.rows
     several = shape[0] % rows == 0 and tensor.ndim >= _FLATTENED
     if tensor.ndim > 1 and shape[1] == rows and several:  # either may be meant

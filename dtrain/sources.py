@@ -92,14 +92,17 @@ class Sources:
 
     Args:
         loader: the user's.
+        same: whether every epoch is to be as the first one.
 
     Attributes:
         kept: whether somebody keeps the states.
         began: what `states` returned as the epoch began; empty where nobody keeps it.
     """
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, *, same: bool = False) -> None:
         self.loader = loader
+        self._same = same
+        self._first: dict[str, State] | None = None
         self.kept = False
         self.began: dict[str, State] = {}
         self._entered: int | None = None
@@ -107,9 +110,13 @@ class Sources:
 
     def enter(self, epoch: int) -> None:
         """An epoch begins: the states are noted, and the parts told of the epoch."""
+        if self._same:
+            if self._first is not None:
+                self.load(self._first)
+            self._first = self.states()
         if self.kept:
             self.began = self.states()
-        enter_epoch(self.loader, epoch)
+        enter_epoch(self.loader, 1 if self._same else epoch)
         self._entered = epoch
 
     def begin(self, epoch: int) -> None:
@@ -160,6 +167,10 @@ class Sources:
             for name, part in self.stateful().items()
             if not datasets or _is_of(name, self._map_style())
         }
+
+    def after_epoch(self) -> dict[str, State]:
+        """Returns the states with which the next epoch begins."""
+        return self.states() if self._first is None else self._first
 
     def load(self, states: Mapping[str, State]) -> None:
         """Puts back what `states` returned."""

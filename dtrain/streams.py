@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -146,14 +146,18 @@ class Dropped:
     Args:
         split: the loader's name.
         rank: rank 0 says it.
+        size: the user's `batch_size`, of which it says, too, where it differs for the first batch.
     """
 
-    def __init__(self, split: str, rank: int) -> None:
+    def __init__(self, split: str, rank: int, size: Callable[[Any], int] | None = None) -> None:
         self._split = split
         self._silent = rank != 0
+        self._size = None if self._silent else size
 
     def look(self, share: Share) -> None:
         """Compares the number of indices with the rows, where all parts are tensors of as many."""
+        if self._size is not None:
+            self._compare(self._size(share.batch), len(share.indices))
         parts = share.batch.values() if isinstance(share.batch, dict) else share.batch
         if self._silent or not isinstance(share.batch, (dict, tuple, list)) or len(share.batch) == len(share.indices):
             return  # which may also be a list of samples
@@ -164,6 +168,17 @@ class Dropped:
                 "a batch of the %s loader is of %d indices and has %d rows; it counts as %d samples. Where collate_fn "
                 "leaves some out, return dtrain.Mean(total, count) from the steps, or leave them out of the dataset.",
                 *(self._split, drawn, left, drawn),
+            )
+
+    def _compare(self, size: int, drawn: int) -> None:
+        self._size = None
+        if size != drawn:
+            self._silent = True
+            logger.warning(
+                "batch_size(batch) is not asked for batches of the %s loader, which are of indices: one is of %d "
+                "indices and counts as %d samples, and batch_size says %d. For another mean return "
+                "dtrain.Mean(total, count) from the steps.",
+                *(self._split, drawn, drawn, size),
             )
 
 

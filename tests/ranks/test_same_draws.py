@@ -460,3 +460,22 @@ def test_a_torch_that_lacks_what_it_is_built_on_is_told(monkeypatch: pytest.Monk
     monkeypatch.setattr(rowwise, "_install", lacking)
     with pytest.raises(UsageError, match=r"^same_draws: torch .* has no attribute 'it'\). Set train.same_draws=false"):
         rowwise.check_supported()
+
+
+def test_what_is_drawn_for_batches_that_are_not_stacked_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    from types import SimpleNamespace
+
+    from dtrain.dealing import Share
+    from dtrain.draws import StepDraws
+
+    world: Any = SimpleNamespace(device=torch.device("cpu"), size=2, is_main=True)
+    stacked, loose = (torch.ones(2, 5), {"y": torch.ones(2), "t": ["a", "b"]}), [torch.ones(3, 5), torch.ones(3, 6)]
+    told, draws = [], StepDraws(world, 1)
+    for batch, drawn in ((stacked, 2), (loose, 0), ((torch.ones(5, 2),), 2), (loose, 2), (loose, 2)):
+        draws.begin("train", 1)
+        draws.enter(Share(batch, 2, 4, 1.0, rows=2))
+        torch.rand(drawn, 3) if drawn else torch.rand(1)
+        draws.leave()
+        told.append(len(caplog.records))
+    assert told == [0, 0, 0, 1, 1]
+    assert caplog.records[0].getMessage().startswith("same_draws: the train step draws random numbers")

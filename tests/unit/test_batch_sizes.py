@@ -583,3 +583,13 @@ def test_batches_that_a_sampler_gives_as_lists_of_indices_are_counted_by_them() 
         shares = shares_of(loader, rank, 3)
         assert [share.count for share in shares] == [[2, 2, 1], [1, 1, 1], [1, 1, 0]][rank]
         assert all(torch.equal(share.batch[0], IMAGES[share.indices[0]]) for share in shares)
+
+
+def test_a_batch_size_that_is_not_asked_is_told_where_it_differs(caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING):
+        for size in (len, lambda batch: len(batch) // 2):
+            functions = BatchFunctions(size)
+            loader = DataLoader([torch.ones(2, 1)] * 8, 4, collate_fn=torch.cat)
+            assert [share.count for share in shares_of(loader, functions=functions)] == [4, 4]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("batch_size(batch) is not asked for batches of the train loader") and "says 8" in told
