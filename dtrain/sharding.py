@@ -175,6 +175,7 @@ class _IndexedBatches:
         own = size is not None or loader.collate_fn not in (default_collate, default_convert)
         self._dropped = Dropped(split, how.rank, size) if own else None
         self._begun = _Iteration(0)
+        self._started: int | None = None  # in which epoch workers that live on were
         self.fingerprint = 0.0
         self._loader = rebuilt(loader, self, fetch_batches=fetch_batches)
         # Whole batches that are not made elsewhere need nothing of what else a DataLoader does at each of them.
@@ -188,7 +189,8 @@ class _IndexedBatches:
     def _indices(self, of: _Iteration) -> Iterator[Any]:
         for number, share in enumerate(islice(self._index_shares(of.seed), of.skip, None), of.skip):
             of.dealt.append(share)
-            yield share.batch if of.workers_seed is None else Seeding(share.batch, of.workers_seed, number, of.epoch)
+            told = of.epoch, self._started
+            yield share.batch if of.workers_seed is None else Seeding(share.batch, of.workers_seed, number, *told)
 
     def _index_shares(self, seed: int) -> Iterator[Share]:
         source, form = self._batches, _INDICES
@@ -212,6 +214,8 @@ class _IndexedBatches:
 
     def shares(self, seed: int, epoch: int, skip: int, ready: Callable[[], None]) -> Iterator[Share]:
         workers_seed = derive(seed, "workers", self._how.rank) if self._loader.num_workers > 0 else None
+        if self._loader.persistent_workers and self._loader._iterator is None:
+            self._started = epoch
         own = self._begun = _Iteration(seed, skip, workers_seed, epoch if self._loader.persistent_workers else None)
         if isinstance(self._loader.generator, OwnGenerator):
             self._loader.generator.manual_seed(derive(seed, "base", self._how.rank))

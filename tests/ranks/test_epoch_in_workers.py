@@ -260,3 +260,18 @@ def test_datasets_that_change_in_place_are_as_they_were_once_they_are_asked_ahea
     for one in (dataset, other):
         one.set_epoch(0)
     assert dataset.items == other.items
+
+
+class Counting(Told):
+    """Counts how often it was told."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch += 1
+
+
+def test_workers_that_live_on_are_told_each_epoch_once() -> None:
+    loader = DataLoader(Counting(), 3, num_workers=1, persistent_workers=True)
+    sharded = ShardedLoader(loader, Dealing(0, 1, "global", True), 1, "train")
+    for epoch in (1, 2, 3):
+        values = [int(number) for share in sharded.shares(epoch) for number in share.batch.flatten()]
+        assert values == [value(epoch - 1, index) for index in range(N)]
