@@ -146,7 +146,7 @@ def _take_turns(batches: Iterable[T], how: Dealing, form: Form[T]) -> Iterator[S
     for batch in batches:
         turn = len(counts)
         counts.append(form.size_of(batch))
-        first = batch if turn == 0 else first
+        first = batch if sum(counts[:-1]) == 0 else first  # the first one with samples
         mine = batch if turn == how.rank else mine
         if len(counts) == how.size:
             yield from _share(mine, counts, first, seen, how)
@@ -169,7 +169,10 @@ def _cut_each(batches: Iterable[T], how: Dealing, form: Form[T]) -> Iterator[Sha
 
 
 def _share(mine: T | None, counts: list[int], filler: T | None, seen: int, how: Dealing) -> Iterator[Share]:
-    """Yields a rank's share of a global batch, of which each rank has so many samples; the filler is the first's."""
+    """Yields a rank's share of a global batch, of which each rank has so many samples.
+
+    The filler is the batch of the first rank that has some.
+    """
     total, count = sum(counts), counts[how.rank]
     if total == 0:
         return
@@ -177,7 +180,8 @@ def _share(mine: T | None, counts: list[int], filler: T | None, seen: int, how: 
     if count > 0:
         yield Share(mine, count, total, count * how.size / total, start=start, whole_start=seen, rows=count)
     elif how.fill:
-        yield Share(filler, 0, total, 0.0, start=start, whole_start=seen, rows=counts[0])
+        rows = next(filter(None, counts))
+        yield Share(filler, 0, total, 0.0, start=start, whole_start=seen, rows=rows)
 
 
 def part_of(total: int, rank: int, size: int) -> tuple[int, int]:

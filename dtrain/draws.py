@@ -11,19 +11,22 @@ what it would have drawn. Python's and NumPy's generators are seeded alike where
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dtrain.dealing import BatchMode, Share
 from dtrain.errors import UsageError
-from dtrain.rowwise import Part, draw_for, shapes_of
+from dtrain.rowwise import Part, check_supported, draw_for, has_drawn, shapes_of
 from dtrain.seeding import derive, load_random_state, random_state, seed_everything_on_cpu
 from dtrain.world import World
+
+logger = logging.getLogger(__name__)
 
 _BITS = (1 << 63) - 1
 
@@ -52,11 +55,15 @@ class StepDraws:
         self._own: Any = None  # the rank's own streams, while a step has the common ones
         self._inside = False
         self._seeded: Any = None
+        self._silent = not world.is_main
+        self._split = ""
+        self._loose = False  # whether the step's batch is no stacked tensors
 
     def begin(self, split: str, epoch: int, skip: int = 0) -> None:
         """An epoch's pass begins, or is gone on with after so many steps."""
         if skip == 0:
             self.used = None
+        self._split = split
         self._base = derive(self._seed, "random", split, epoch)
 
     def enter(self, share: Share) -> None:
@@ -71,6 +78,7 @@ class StepDraws:
         if self._module is not None:
             self._module.manual_seed(seed)
         if self._several and share.rows < share.total:
+            self._loose = not self._silent and not _is_stacked(share.batch, share.rows)
             draw_for(Part(share.start - share.whole_start if share.count else 0, share.rows, share.total, self._shapes))
 
     def leave(self) -> None:
@@ -80,6 +88,8 @@ class StepDraws:
         self._inside = False
         if self._several:
             draw_for(None)
+            if self._loose and has_drawn():
+                self._tell()
         if self.used is not False:
             self._leave_all()
         elif self._several:
@@ -96,6 +106,14 @@ class StepDraws:
                 yield share
             finally:
                 self.leave()
+
+    def _tell(self) -> None:
+        self._silent, self._loose = True, False
+        logger.warning(
+            "same_draws: the %s step draws random numbers, and its batches are no stacked tensors, so that dtrain "
+            "cannot tell which numbers are this rank's: they may differ from those of one process.",
+            self._split,
+        )
 
     def _enter_all(self, seed: int) -> None:
         if self._several or self.used is None:
@@ -117,6 +135,15 @@ class StepDraws:
         load_random_state(own, self._device)
 
 
+def _is_stacked(batch: Any, rows: int) -> bool:
+    """Whether all that is in a batch has its samples as rows or, time first, as columns."""
+    if isinstance(batch, Tensor):
+        return not batch.is_nested and (batch.ndim == 0 or rows in batch.shape[:2])
+    if isinstance(batch, (Mapping, list, tuple)):
+        return all(_is_stacked(part, rows) for part in (batch.values() if isinstance(batch, Mapping) else batch))
+    return isinstance(batch, (str, int, float, np.ndarray, type(None)))
+
+
 def _equal(one: Any, other: Any) -> bool:
     return bool(one[2:] == other[2:] and (one[1] == other[1]).all())
 
@@ -132,19 +159,29 @@ class _Replica(Protocol):
 def step_draws(
     world: World, seed: int, replica: _Replica, batch: BatchMode, wanted: bool | None
 ) -> tuple[StepDraws | None, StepDraws | None]:
-    """Returns what leads the random numbers of train and valid steps; None where each rank draws numbers of its own.
+    """Returns what leads the random numbers of train and of valid steps; see `draws_of`."""
+    train, valid = (
+        draws_of(replica.net, world, seed, batch, wanted, compiled=replica.clock is not None) for _ in range(2)
+    )
+    return train, valid
+
+
+def draws_of(  # noqa: PLR0913 - what a run says of it
+    net: nn.Module, world: World, seed: int, batch: BatchMode, wanted: bool | None, *, compiled: bool
+) -> StepDraws | None:
+    """Returns what leads the random numbers of a split's steps; None where each rank draws numbers of its own.
 
     Args:
+        net: which the steps call.
         world: the ranks.
         seed: the run's.
-        replica: of what is trained.
         batch: whose batch size the loaders' is.
         wanted: None: where the loaders' batches are the whole world's.
+        compiled: whether the net is compiled.
 
     Raises:
         UsageError: it is asked for, and cannot be had.
     """
-    compiled = replica.clock is not None
     if world.size > 1 and compiled and wanted:
         raise UsageError(
             "same_draws: a compiled net draws random numbers of its own on each rank. Leave same_draws or compile out."
@@ -152,6 +189,7 @@ def step_draws(
     if wanted is None:
         wanted = world.size == 1 or (batch == "global" and not compiled)
     if not wanted:
-        return None, None
-    shapes = shapes_of(replica.net.parameters())
-    return StepDraws(world, seed, shapes), StepDraws(world, seed, shapes)
+        return None
+    if world.size > 1:
+        check_supported()
+    return StepDraws(world, seed, shapes_of(net.parameters()))

@@ -101,6 +101,7 @@ def evaluate_run(restored: Restored, world: World) -> PassResult:
         world,
         batch=train.batch,
         seed=train.seed,
+        same_draws=train.same_draws,
         fetch_batches=train.fetch_batches,
         precision=train.precision,
         compile=train.compile,

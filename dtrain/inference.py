@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.batches import BatchFunctions
-from dtrain.compiling import Compile, compilation, compiled
+from dtrain.compiling import Compilation, Compile, compilation, compiled
 from dtrain.dealing import BatchMode, Dealing, Share
+from dtrain.draws import draws_of
 from dtrain.errors import DataError, StepError, UsageError, add_place
 from dtrain.launch.heartbeat import own_heartbeat
 from dtrain.learning import Task
@@ -35,6 +36,7 @@ def evaluate_task(  # noqa: PLR0913 - a task and how its loader is dealt
     *,
     batch: BatchMode = "per_rank",
     seed: int = 42,
+    same_draws: bool | None = False,
     fetch_batches: bool = True,
     epoch: int = 1,
     precision: Precision | None = None,
@@ -47,7 +49,9 @@ def evaluate_task(  # noqa: PLR0913 - a task and how its loader is dealt
         task: its net, valid_step and dl_valid; the rest is not used.
         world: the ranks.
         batch: whose batch size the loader's is.
-        seed: the order of a shuffled loader is derived from it and the epoch.
+        seed: the order of a shuffled loader, and what the steps draw, are derived from it and the epoch.
+        same_draws: whether random numbers within steps are those of training after this epoch, as its switch of this
+            name says; False: they come from each rank's own streams.
         fetch_batches: see `dtrain.fetching`.
         epoch: 1 or more.
         precision: in which the net computes; by default that of Accelerate's settings.
@@ -68,7 +72,8 @@ def evaluate_task(  # noqa: PLR0913 - a task and how its loader is dealt
     ready(task.metrics, world)
     place, progress = Place(world.rank, heartbeat=own_heartbeat()), progress or Silent()
     try:
-        with _set_up(task.module, world, precision, compile):
+        with _set_up(task.module, world, precision, compile) as how:
+            validation.draws = draws_of(task.module, world, seed, batch, same_draws, compiled=how is not None)
             return validation.run(epoch, place, progress)
     except (Exception, SystemExit) as error:
         add_place(error, str(place))
@@ -139,10 +144,13 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
 
 
 @contextlib.contextmanager
-def _set_up(net: nn.Module, world: World, precision: Precision | None, compile: Compile | None) -> Iterator[None]:
-    """While inside, the net computes as it did in training."""
-    with compiled(net, compilation(compile, world)), computing(net, chosen(precision, world), world):
-        yield
+def _set_up(
+    net: nn.Module, world: World, precision: Precision | None, compile: Compile | None
+) -> Iterator[Compilation | None]:
+    """While inside, the net computes as it did in training; yields how it is compiled."""
+    how = compilation(compile, world)
+    with compiled(net, how), computing(net, chosen(precision, world), world):
+        yield how
 
 
 def features_of(batch: Any) -> Any:

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtrain.errors import UsageError
+
 _KEY = "BackendSelect"
-_BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 
 # In place, one number (or as many as one element takes) for each element.
 _FILLS = (
@@ -73,6 +74,7 @@ class _Current:
     """What this process draws for, on whichever thread."""
 
     part: Part | None = None
+    drawn: bool = False  # whether something was drawn for a part since `draw_for` set it
     library: Any = field(default=None, repr=False)
 
 
@@ -83,7 +85,13 @@ def draw_for(part: Part | None) -> None:
     """Has random functions draw for a part of a batch from now on; None: as they are."""
     if part is not None:
         _install()
+        _CURRENT.drawn = False
     _CURRENT.part = part
+
+
+def has_drawn() -> bool:
+    """Whether more than one number was drawn for the last part."""
+    return _CURRENT.drawn
 
 
 def shapes_of(parameters: Iterable[Tensor]) -> frozenset[tuple[int, ...]]:
@@ -91,11 +99,34 @@ def shapes_of(parameters: Iterable[Tensor]) -> frozenset[tuple[int, ...]]:
     return frozenset(tuple(parameter.shape) for parameter in parameters)
 
 
+def check_supported() -> None:
+    """Sees to it that this torch has what `draw_for` builds on, of which parts are not documented.
+
+    Raises:
+        UsageError: it has not.
+    """
+    try:
+        _install()
+    except (AttributeError, TypeError, RuntimeError) as error:
+        told = UsageError(
+            f"same_draws: torch {torch.__version__} does not let dtrain lead its random functions ({error}). Set "
+            "train.same_draws=false (same_draws=False in Python): each rank then draws random numbers of its own."
+        )
+        told.agreed = True  # the same on every rank
+        raise told from error
+
+
+@functools.cache
+def _below() -> Any:
+    return torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
+
+
 @functools.cache
 def _install() -> None:
     """Registers the functions below, once in a process that needs them; elsewhere they only pass calls on."""
     make_library: Any = torch.library.Library
-    _CURRENT.library = library = make_library("aten", "IMPL")  # in use as long as somebody holds it
+    library = make_library("aten", "IMPL")
+    _ = _below(), torch._C._AutoDispatchBelowADInplaceOrView  # to be missed here, and not in a step
     makers: dict[str, Callable[[Any], Callable[..., Any]]] = {
         **dict.fromkeys(_FILLS, _filling),
         **dict.fromkeys(_REJECTING, _rejecting),
@@ -112,6 +143,7 @@ def _install() -> None:
         packet, _, overload = name.partition(".")
         operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
         library.impl(name, make(operator), _KEY, with_keyset=True)
+    _CURRENT.library = library  # in use as long as somebody holds it
 
 
 # --- the random functions ------------------------------------------------------------------------------------
@@ -119,7 +151,7 @@ def _install() -> None:
 
 def _filling(operator: Any) -> Callable[..., Any]:
     def fill(keys: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        part, keys = _CURRENT.part, keys & _BELOW
+        part, keys = _CURRENT.part, keys & _below()
         dimension = None if part is None else row_dimension(tensor, part)
         if part is None or dimension is None:
             return operator.redispatch(keys, tensor, *args, **kwargs)  # type: ignore[no-any-return]
@@ -136,7 +168,7 @@ def _filling_by_odds(operator: Any) -> Callable[..., Any]:
     """`Tensor.bernoulli_(p)` with a probability for each element: a number each, whatever the probability is."""
 
     def fill(keys: Any, tensor: Tensor, odds: Tensor, **kwargs: Any) -> Tensor:
-        part, keys = _CURRENT.part, keys & _BELOW
+        part, keys = _CURRENT.part, keys & _below()
         dimension = None if part is None else row_dimension(tensor, part)
         if part is None or dimension is None:
             return operator.redispatch(keys, tensor, odds, **kwargs)  # type: ignore[no-any-return]
@@ -156,7 +188,7 @@ def _normal(operator: Any) -> Callable[..., Any]:
 
     def draw(keys: Any, mean: Any, std: Any = 1.0, generator: Any = None) -> Tensor:
         if _CURRENT.part is None:
-            return operator.redispatch(keys & _BELOW, mean, std, generator=generator)  # type: ignore[no-any-return]
+            return operator.redispatch(keys & _below(), mean, std, generator=generator)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowADInplaceOrView():
             drawn = torch.empty_like(mean + std, memory_format=torch.contiguous_format)
             if not isinstance(std, Tensor):
@@ -170,7 +202,7 @@ def _choosing(operator: Any) -> Callable[..., Any]:
     """`torch.multinomial`: choices with replacement take a number each, others are drawn as other functions are."""
 
     def choose(keys: Any, odds: Tensor, samples: int, replacement: bool = False, *, generator: Any = None) -> Tensor:
-        part, keys = _CURRENT.part, keys & _BELOW
+        part, keys = _CURRENT.part, keys & _below()
         how = {"generator": generator}
         if part is None or not replacement or (samples == 1 and odds.ndim > 1):
             return operator.redispatch(keys, odds, samples, replacement, **how)  # type: ignore[no-any-return]
@@ -191,7 +223,7 @@ def _dropping(operator: Any) -> Callable[..., Any]:
     """Dropout in one kernel, as on GPUs; on the CPU it is made of the functions above."""
 
     def drop(keys: Any, tensor: Tensor, odds: float, train: bool | None = True) -> tuple[Tensor, Tensor]:
-        part, keys = _CURRENT.part, keys & _BELOW
+        part, keys = _CURRENT.part, keys & _below()
         dimension = None if part is None or tensor.is_cpu or train is False else row_dimension(tensor, part)
         if part is None or dimension is None:
             return operator.redispatch(keys, tensor, odds, train)  # type: ignore[no-any-return]
@@ -207,7 +239,7 @@ def _permuting(operator: Any) -> Callable[..., Any]:
     """`torch.randperm(samples of the batch)`: an order of this rank's own rows, since it cannot have others'."""
 
     def permute(keys: Any, n: int, *, generator: Any = None, out: Tensor) -> Tensor:
-        part, keys = _CURRENT.part, keys & _BELOW
+        part, keys = _CURRENT.part, keys & _below()
         if part is None or n != part.rows:
             return operator.redispatch(keys, n, generator=generator, out=out)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -223,7 +255,7 @@ def _rejecting(operator: Any) -> Callable[..., Any]:
     """Known where all rows have the same arguments; else each rank draws numbers of its own."""
 
     def draw(keys: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        part, keys = _CURRENT.part, keys & _BELOW
+        part, keys = _CURRENT.part, keys & _below()
         batched = part is not None and (tensor.ndim > 1 or operator is not torch.ops.aten._sample_dirichlet.default)
         dimension = row_dimension(tensor, part) if part is not None and batched else None
         if part is None or dimension is None:
@@ -245,7 +277,7 @@ def _within(position: int, name: str, operator: Any) -> Callable[..., Any]:
     """What the whole batch's numbers cannot be had of: each rank draws numbers of its own."""
 
     def draw(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        part, keys = _CURRENT.part, keys & _BELOW
+        part, keys = _CURRENT.part, keys & _below()
         draws = args[position] if len(args) > position else kwargs.get(name)
         if part is None or not draws:
             return operator.redispatch(keys, *args, **kwargs)
@@ -264,6 +296,7 @@ def row_dimension(tensor: Tensor, part: Part) -> int | None:
     """
     if tensor.ndim == 0 or tensor.shape == (1,) or tensor.requires_grad or type(tensor) is nn.Parameter:
         return None  # `torch.rand(1)` is one number for all, also where the part has one sample
+    _CURRENT.drawn = True
     shape, rows = tensor.shape, part.rows
     several = shape[0] % rows == 0 and tensor.ndim >= _FLATTENED
     if tensor.ndim > 1 and shape[1] == rows and several:  # either may be meant

@@ -85,12 +85,13 @@ class ShardedLoader:
                 f"the {split} loader is a {type(loader).__name__}, which cannot be iterated over. Give a DataLoader, "
                 "or any iterable of batches."
             )
-        self.sources = Sources(loader)
+        self.sources = Sources(loader, same=same_order)
         self._length = Length(split, how.rank)
         self._stream = Stream(loader, how, split, functions, fixed=fixed)
         self._indexed = None
         if has_indices(loader):
-            self._indexed = _IndexedBatches(loader, how, self.sources, self._length, split, fetch_batches=fetch_batches)
+            more: dict[str, Any] = {"functions": functions, "fetch_batches": fetch_batches}
+            self._indexed = _IndexedBatches(loader, how, self.sources, self._length, split, **more)
         check_workers_find_recipe(loader, split)
 
     def steps(self) -> int | None:
@@ -126,8 +127,9 @@ class ShardedLoader:
                 of them; any other is read up to there.
             ready: called when the iteration has begun, and drawn what it draws, before the first share is fetched.
         """
-        seed = derive(self._seed, "order", self._split, 1 if self._same_order else epoch)
         self.sources.begin(epoch)
+        epoch = 1 if self._same_order else epoch
+        seed = derive(self._seed, "order", self._split, epoch)
         if self._indexed is not None:
             if skip and self.sources.replays:
                 self.sources.rewind()
@@ -162,15 +164,18 @@ class _IndexedBatches:
         length: Length,
         split: str,
         *,
+        functions: BatchFunctions | None,
         fetch_batches: bool,
     ) -> None:
         self._how = how
         self._sources = sources
         self._batches = without_distributed(loader, split, how.rank)
         self._length = length
-        own = loader.collate_fn not in (default_collate, default_convert)
-        self._dropped = Dropped(split, how.rank) if own else None
+        size = None if functions is None else functions.batch_size
+        own = size is not None or loader.collate_fn not in (default_collate, default_convert)
+        self._dropped = Dropped(split, how.rank, size) if own else None
         self._begun = _Iteration(0)
+        self._started: int | None = None  # in which epoch workers that live on were
         self.fingerprint = 0.0
         self._loader = rebuilt(loader, self, fetch_batches=fetch_batches)
         # Whole batches that are not made elsewhere need nothing of what else a DataLoader does at each of them.
@@ -184,7 +189,8 @@ class _IndexedBatches:
     def _indices(self, of: _Iteration) -> Iterator[Any]:
         for number, share in enumerate(islice(self._index_shares(of.seed), of.skip, None), of.skip):
             of.dealt.append(share)
-            yield share.batch if of.workers_seed is None else Seeding(share.batch, of.workers_seed, number, of.epoch)
+            told = of.epoch, self._started
+            yield share.batch if of.workers_seed is None else Seeding(share.batch, of.workers_seed, number, *told)
 
     def _index_shares(self, seed: int) -> Iterator[Share]:
         source, form = self._batches, _INDICES
@@ -208,6 +214,8 @@ class _IndexedBatches:
 
     def shares(self, seed: int, epoch: int, skip: int, ready: Callable[[], None]) -> Iterator[Share]:
         workers_seed = derive(seed, "workers", self._how.rank) if self._loader.num_workers > 0 else None
+        if self._loader.persistent_workers and self._loader._iterator is None:
+            self._started = epoch
         own = self._begun = _Iteration(seed, skip, workers_seed, epoch if self._loader.persistent_workers else None)
         if isinstance(self._loader.generator, OwnGenerator):
             self._loader.generator.manual_seed(derive(seed, "base", self._how.rank))

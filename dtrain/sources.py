@@ -12,13 +12,16 @@ depth. Those that have `set_epoch` are told each epoch before it begins. Of thos
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from dtrain.errors import UsageError
@@ -33,7 +36,8 @@ _PARTS = (Dataset, Sampler, DataLoader)
 _INNER = ("dataset", "datasets")  # of whatever type
 _GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
 # Their states are places in a pass, which each epoch begins anew, and asking for one may begin it.
-_PLACES = ("torchdata.", "datasets.")
+_PLACES = ("torchdata.", "datasets.arrow_dataset", "datasets.iterable_dataset")
+_SMALL = 2**24  # bytes
 
 
 def parts_of(thing: Any, name: str = "") -> dict[str, Any]:
@@ -88,14 +92,17 @@ class Sources:
 
     Args:
         loader: the user's.
+        same: whether every epoch is to be as the first one.
 
     Attributes:
         kept: whether somebody keeps the states.
         began: what `states` returned as the epoch began; empty where nobody keeps it.
     """
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, *, same: bool = False) -> None:
         self.loader = loader
+        self._same = same
+        self._first: dict[str, State] | None = None
         self.kept = False
         self.began: dict[str, State] = {}
         self._entered: int | None = None
@@ -103,9 +110,13 @@ class Sources:
 
     def enter(self, epoch: int) -> None:
         """An epoch begins: the states are noted, and the parts told of the epoch."""
+        if self._same:
+            if self._first is not None:
+                self.load(self._first)
+            self._first = self.states()
         if self.kept:
             self.began = self.states()
-        enter_epoch(self.loader, epoch)
+        enter_epoch(self.loader, 1 if self._same else epoch)
         self._entered = epoch
 
     def begin(self, epoch: int) -> None:
@@ -126,6 +137,7 @@ class Sources:
             return [ask()] * epochs
         parts = [part for part in parts_of(self.loader).values() if hasattr(part, "__dict__")]
         before = [dict(vars(part)) for part in parts]
+        undo = [_undo(value) for own in before for value in own.values()]
         answers = []
         try:
             with CommonRandomness(0)():  # what is drawn here is drawn from nobody's stream
@@ -136,6 +148,8 @@ class Sources:
             for part, own in zip(parts, before, strict=True):
                 vars(part).clear()
                 vars(part).update(own)
+            for put_back in filter(None, undo):
+                put_back()
         return answers
 
     def stateful(self) -> dict[str, Any]:
@@ -153,6 +167,10 @@ class Sources:
             for name, part in self.stateful().items()
             if not datasets or _is_of(name, self._map_style())
         }
+
+    def after_epoch(self) -> dict[str, State]:
+        """Returns the states with which the next epoch begins."""
+        return self.states() if self._first is None else self._first
 
     def load(self, states: Mapping[str, State]) -> None:
         """Puts back what `states` returned."""
@@ -203,6 +221,27 @@ class Sources:
         if dataset is None or isinstance(dataset, IterableDataset):
             return {}
         return {n: part for n, part in parts_of(dataset, "dataset").items() if not isinstance(part, Sampler)}
+
+
+def _undo(value: Any) -> Callable[[], object] | None:
+    """Returns what puts a part's attribute back to what it is, where it may be changed in place; not a large tensor."""
+    kind = type(value)
+    if kind is list:
+        return functools.partial(value.__setitem__, slice(None), value.copy())
+    if kind in (dict, set, deque):
+        return functools.partial(_refill, value, value.copy())
+    if kind in _GENERATORS:
+        return functools.partial(load_state, value, copy.deepcopy(value))
+    if kind is Tensor and value.layout is torch.strided and not value.is_nested and value.nbytes <= _SMALL:
+        return functools.partial(value.detach().copy_, value.detach().clone())
+    if kind is np.ndarray and value.flags.writeable and value.nbytes <= _SMALL:
+        return functools.partial(np.copyto, value, value.copy())
+    return None
+
+
+def _refill(value: Any, items: Any) -> None:
+    value.clear()
+    (value.extend if isinstance(value, deque) else value.update)(items)
 
 
 def _stateful(parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ from dtrain.fingerprints import first_bytes
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_MOST_HELD = 5  # batches that are looked at before the first step
 
 
 class Stream:
@@ -55,29 +57,37 @@ class Stream:
         if isinstance(self.loader, (list, tuple)) and not self._looked:
             for batch in self.loader:  # before the first step, since they are all there
                 self.reader.size_of(batch)
-        if self._how.size == 1:
+        if self._held == 1:
             self._looked = True
             yield from batches
             return
         iterator = iter(batches)
         first = list(islice(iterator, 1))
-        self.fingerprint = float(sum(1 + zlib.crc32(first_bytes(batch)) for batch in first))
-        if self._how.mode == "global" and not self._looked:
-            first += self._look(first, iterator)
+        sums = [1 + zlib.crc32(first_bytes(batch)) for batch in first]
+        self.fingerprint = float(sum(sums)) if self._how.size > 1 else 0.0
+        if not self._looked:
+            self._look(first, sums, iterator)
         yield from chain(first, iterator)
 
-    def _look(self, first: list[Any], rest: Iterator[Any]) -> list[Any]:
-        """Compares the first batch of all, before it is cut, with the next one, which it returns."""
+    @property
+    def _held(self) -> int:
+        """How many batches may be in use at once."""
+        how = self._how
+        return how.merge * how.group * (how.size if how.mode == "per_rank" else 1) + (how.size > 1)
+
+    def _look(self, first: list[Any], sums: list[int], rest: Iterator[Any]) -> None:
+        """Adds the next batches to the first one, before it is dealt, and compares them."""
         self._looked = True
-        following = list(islice(rest, 1))
-        if first and following:
-            if self.fingerprint != 1.0 + zlib.crc32(first_bytes(first[0])):
-                raise DataError(
-                    f"the {self._split} loader changes a batch that it has yielded, to yield it again. Let it yield "
-                    "new tensors: dtrain holds a batch while it reads the next one."
-                )
-            refuse_constants(self.reader, first[0], following[0])
-        return following
+        for batch in islice(rest, min(self._held, _MOST_HELD) - 1):
+            first.append(batch)
+            sums.append(1 + zlib.crc32(first_bytes(batch)))
+        if sums != [1 + zlib.crc32(first_bytes(batch)) for batch in first]:
+            raise DataError(
+                f"the {self._split} loader changes a batch that it has yielded, to yield it again. Let it yield "
+                "new tensors: dtrain holds a batch while it reads the next one."
+            )
+        if self._how.mode == "global" and self._how.size > 1 and len(first) > 1:
+            refuse_constants(self.reader, first[0], first[1])
 
     def plain(self, shares: Iterator[Share]) -> Iterator[Share]:
         """Returns the shares with the user's own batches."""
@@ -136,14 +146,18 @@ class Dropped:
     Args:
         split: the loader's name.
         rank: rank 0 says it.
+        size: the user's `batch_size`, of which it says, too, where it differs for the first batch.
     """
 
-    def __init__(self, split: str, rank: int) -> None:
+    def __init__(self, split: str, rank: int, size: Callable[[Any], int] | None = None) -> None:
         self._split = split
         self._silent = rank != 0
+        self._size = None if self._silent else size
 
     def look(self, share: Share) -> None:
         """Compares the number of indices with the rows, where all parts are tensors of as many."""
+        if self._size is not None:
+            self._compare(self._size(share.batch), len(share.indices))
         parts = share.batch.values() if isinstance(share.batch, dict) else share.batch
         if self._silent or not isinstance(share.batch, (dict, tuple, list)) or len(share.batch) == len(share.indices):
             return  # which may also be a list of samples
@@ -154,6 +168,17 @@ class Dropped:
                 "a batch of the %s loader is of %d indices and has %d rows; it counts as %d samples. Where collate_fn "
                 "leaves some out, return dtrain.Mean(total, count) from the steps, or leave them out of the dataset.",
                 *(self._split, drawn, left, drawn),
+            )
+
+    def _compare(self, size: int, drawn: int) -> None:
+        self._size = None
+        if size != drawn:
+            self._silent = True
+            logger.warning(
+                "batch_size(batch) is not asked for batches of the %s loader, which are of indices: one is of %d "
+                "indices and counts as %d samples, and batch_size says %d. For another mean return "
+                "dtrain.Mean(total, count) from the steps.",
+                *(self._split, drawn, drawn, size),
             )
 
 

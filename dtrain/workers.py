@@ -26,10 +26,13 @@ class Seeding:
         seed: of the pass and the rank.
         number: of the batch in the pass.
         epoch: from 1; None where the worker was started in it, with a dataset that was told.
+        started: in which epoch a worker that lives on was, with such a dataset.
     """
 
-    def __init__(self, indices: Any, seed: int, number: int, epoch: int | None = None) -> None:
-        self._parts = indices, seed, number, epoch
+    def __init__(
+        self, indices: Any, seed: int, number: int, epoch: int | None = None, started: int | None = None
+    ) -> None:
+        self._parts = indices, seed, number, epoch, started
 
     def __reduce__(self) -> Any:
         """Is unpickled as `_arrived` does it."""
@@ -42,9 +45,10 @@ class _Worker:
     epoch: int | None = None
 
 
-def _arrived(indices: Any, seed: int, number: int, epoch: int | None) -> Any:
+def _arrived(indices: Any, seed: int, number: int, epoch: int | None, started: int | None) -> Any:
     worker = get_worker_info()
     if worker is not None:
+        _Worker.epoch = started if _Worker.epoch is None else _Worker.epoch
         if epoch is not None and epoch != _Worker.epoch:
             enter_epoch(worker.dataset, epoch)
             _Worker.epoch = epoch

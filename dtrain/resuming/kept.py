@@ -39,7 +39,7 @@ def kept_state(engine: Engine, *, within: bool) -> State:
         within: whether it is within a train pass, of which the loaders' states are those that it began with.
     """
     sources = sources_of(engine)
-    states = {split: source.states() for split, source in sources.items()}
+    states = {split: source.after_epoch() for split, source in sources.items()}
     if within:
         states["train"] = sources["train"].began
     return {

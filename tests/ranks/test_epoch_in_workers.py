@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.ranks import run_ranks
@@ -12,8 +13,10 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler, Subset, get_worker_info
 
 from dtrain.bounds import Start
+from dtrain.dealing import Dealing
 from dtrain.engine import Engine
 from dtrain.learning import Task
+from dtrain.sharding import ShardedLoader
 from dtrain.world import bring_up
 
 N, B, EPOCHS = 9, 2, 3
@@ -229,3 +232,46 @@ def iter_of(batches: list[Any]) -> Any:
             return list.__iter__(batches)
 
     return Loader()
+
+
+class InPlace(Told):
+    """Changes in place with each epoch, by a stream of its own."""
+
+    def __init__(self) -> None:
+        self.items = [0, 1]
+        self.order = torch.arange(4)
+        self.rng = np.random.default_rng(0)
+        self.told: list[int] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.told.append(epoch)
+        self.items.append(int(self.rng.integers(100)))
+        self.order += 1
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def test_datasets_that_change_in_place_are_as_they_were_once_they_are_asked_ahead() -> None:
+    dataset, other = InPlace(), InPlace()
+    sharded = ShardedLoader(DataLoader(dataset, 2), Dealing(0, 1, "global", True), 1, "train")
+    assert sharded.steps_of_epochs(3) == [2, 2, 3]
+    assert (dataset.items, dataset.order.tolist(), dataset.told) == ([0, 1], [0, 1, 2, 3], [])
+    for one in (dataset, other):
+        one.set_epoch(0)
+    assert dataset.items == other.items
+
+
+class Counting(Told):
+    """Counts how often it was told."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch += 1
+
+
+def test_workers_that_live_on_are_told_each_epoch_once() -> None:
+    loader = DataLoader(Counting(), 3, num_workers=1, persistent_workers=True)
+    sharded = ShardedLoader(loader, Dealing(0, 1, "global", True), 1, "train")
+    for epoch in (1, 2, 3):
+        values = [int(number) for share in sharded.shares(epoch) for number in share.batch.flatten()]
+        assert values == [value(epoch - 1, index) for index in range(N)]

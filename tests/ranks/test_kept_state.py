@@ -15,7 +15,7 @@ from helpers.ranks import run_ranks
 from helpers.sweep import some
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 import dtrain as library
 from dtrain.checkpoint.tensors import read_file
@@ -25,6 +25,7 @@ from dtrain.errors import DtrainError
 from dtrain.evaluation import evaluate_run, restore_run
 from dtrain.history import read_history
 from dtrain.run import train_run
+from dtrain.sources import Sources
 from dtrain.world import bring_up
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "kept.py"
@@ -209,3 +210,12 @@ def test_complex128_is_saved_as_a_real_view_and_restored_to_the_bit(tmp_path: Pa
     assert load_file(folder / "model.safetensors")["weight"].shape == (3, 2, 2)
     found, _ = read_file(folder / "model.safetensors")
     assert torch.equal(found["weight"], net.weight) and torch.equal(found["mirrored"], net.mirrored)
+
+
+def test_a_package_of_the_users_that_is_called_datasets_has_its_states_kept() -> None:
+    methods = {name: lambda _, *__: {} for name in ("state_dict", "load_state_dict")}
+    kind: Any = type("Ours", (Sampler,), methods | {"__iter__": lambda _: iter([0])})
+    for module, kept in (("datasets.ours", True), ("datasets.iterable_dataset", False), ("torchdata.nodes", False)):
+        kind.__module__ = module
+        found = Sources(DataLoader([1, 2], 1, sampler=kind())).stateful()
+        assert bool(found) == kept

@@ -431,3 +431,51 @@ def test_a_run_goes_on_with_the_same_numbers_on_another_number_of_ranks(tmp_path
         for what in ("rows", "weights"):
             for here, there in zip(found[what], whole[what], strict=True):
                 assert here == pytest.approx(there, rel=1e-9, abs=1e-9)
+
+
+def test_evaluation_draws_what_training_drew_after_the_epoch() -> None:
+    from dtrain.engine import Engine
+    from dtrain.inference import evaluate_task
+    from dtrain.learning import Task
+    from dtrain.world import bring_up
+
+    def step(model: Any, x: Tensor) -> Tensor:
+        return model(x + torch.randn_like(x)).square().mean()
+
+    torch.manual_seed(0)
+    net, loader = nn.Linear(WIDTH, 1), DataLoader(TensorDataset(torch.randn(SAMPLES, WIDTH)), BATCH)
+    task = Task(net, step, loader, step, loader, torch.optim.SGD(net.parameters(), 0.1))
+    row = Engine(task, bring_up(cpu=True), epochs=2).fit().rows[-1]
+    means = evaluate_task(task, bring_up(cpu=True), epoch=2, same_draws=None).means
+    assert means["loss"] == row["val_loss"]
+
+
+def test_a_torch_that_lacks_what_it_is_built_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dtrain import rowwise
+    from dtrain.errors import UsageError
+
+    def lacking() -> None:
+        raise AttributeError("module 'torch._C' has no attribute 'it'")
+
+    monkeypatch.setattr(rowwise, "_install", lacking)
+    with pytest.raises(UsageError, match=r"^same_draws: torch .* has no attribute 'it'\). Set train.same_draws=false"):
+        rowwise.check_supported()
+
+
+def test_what_is_drawn_for_batches_that_are_not_stacked_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    from types import SimpleNamespace
+
+    from dtrain.dealing import Share
+    from dtrain.draws import StepDraws
+
+    world: Any = SimpleNamespace(device=torch.device("cpu"), size=2, is_main=True)
+    stacked, loose = (torch.ones(2, 5), {"y": torch.ones(2), "t": ["a", "b"]}), [torch.ones(3, 5), torch.ones(3, 6)]
+    told, draws = [], StepDraws(world, 1)
+    for batch, drawn in ((stacked, 2), (loose, 0), ((torch.ones(5, 2),), 2), (loose, 2), (loose, 2)):
+        draws.begin("train", 1)
+        draws.enter(Share(batch, 2, 4, 1.0, rows=2))
+        torch.rand(drawn, 3) if drawn else torch.rand(1)
+        draws.leave()
+        told.append(len(caplog.records))
+    assert told == [0, 0, 0, 1, 1]
+    assert caplog.records[0].getMessage().startswith("same_draws: the train step draws random numbers")

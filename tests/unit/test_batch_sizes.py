@@ -480,6 +480,23 @@ def test_a_stream_that_yields_one_batch_again_and_again_is_refused() -> None:
 
     with pytest.raises(DataError, match="changes a batch that it has yielded"):
         shares_of(Reusing(), 0, 2)
+    for how in (
+        Dealing(0, 2, "per_rank", fill=True),
+        *(Dealing(0, 1, "per_rank", True, group=2 - n, merge=1 + n) for n in (0, 1)),
+    ):
+        with pytest.raises(DataError, match="changes a batch that it has yielded"):
+            list(ShardedLoader(Reusing(), how, 1, "train").shares(1))
+    assert [
+        float(share.batch.sum())
+        for share in ShardedLoader(Reusing(), Dealing(0, 1, "global", True), 1, "train").shares(1)
+    ]
+
+
+def test_a_rank_with_an_empty_batch_gets_a_batch_with_samples_to_take_part() -> None:
+    batches = [torch.zeros(0, 2), torch.ones(3, 2), torch.full((2, 2), 2.0), torch.zeros(0, 2)]
+    for rank, expected in enumerate(([(0, 3, 3), (2, 2, 2)], [(3, 3, 3), (0, 2, 2)])):
+        shares = shares_of(batches, rank, 2, "per_rank")
+        assert [(share.count, share.rows, len(share.batch)) for share in shares] == expected
 
 
 @pytest.mark.parametrize(("said", "words"), [(2, "length 2 and yielded more"), (6, "length 6 and yielded 4"), (4, "")])
@@ -566,3 +583,13 @@ def test_batches_that_a_sampler_gives_as_lists_of_indices_are_counted_by_them() 
         shares = shares_of(loader, rank, 3)
         assert [share.count for share in shares] == [[2, 2, 1], [1, 1, 1], [1, 1, 0]][rank]
         assert all(torch.equal(share.batch[0], IMAGES[share.indices[0]]) for share in shares)
+
+
+def test_a_batch_size_that_is_not_asked_is_told_where_it_differs(caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING):
+        for size in (len, lambda batch: len(batch) // 2):
+            functions = BatchFunctions(size)
+            loader = DataLoader([torch.ones(2, 1)] * 8, 4, collate_fn=torch.cat)
+            assert [share.count for share in shares_of(loader, functions=functions)] == [4, 4]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("batch_size(batch) is not asked for batches of the train loader") and "says 8" in told

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -225,3 +228,39 @@ def test_parts_are_contiguous_and_as_equal_as_can_be(total: int, size: int) -> N
     assert all(before[1] == after[0] for before, after in itertools.pairwise(parts))
     lengths = [stop - start for start, stop in parts]
     assert max(lengths) - min(lengths) <= 1
+
+
+class Permuting(Sampler):
+    """An order by the epoch that it is told, and by a stream and a state of its own."""
+
+    def __init__(self) -> None:
+        self.epoch, self.passes, self.rng = 0, 0, np.random.default_rng(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"passes": self.passes}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.passes = state["passes"]
+
+    def __iter__(self) -> Iterator[int]:
+        self.passes += 1
+        return iter([self.epoch, self.passes, *self.rng.permutation(10).tolist()])
+
+    def __len__(self) -> int:
+        return 12
+
+
+def test_the_same_batches_in_each_epoch_whatever_draws_their_order() -> None:
+    data = TensorDataset(torch.arange(20))
+    seeded: dict[str, Any] = {"shuffle": True, "generator": torch.Generator().manual_seed(1)}
+    for how in (seeded, {"sampler": Permuting()}):
+        loader = DataLoader(data, 4, **how)
+        sharded = ShardedLoader(loader, Dealing(0, 1, "global", fill=True, limit=2), 1, "train", same_order=True)
+        epochs = [[share.batch[0].tolist() for share in sharded.shares(epoch)] for epoch in (1, 2, 3)]
+        again = ShardedLoader(loader, Dealing(0, 1, "global", fill=True, limit=2), 1, "train", same_order=True)
+        again.sources.load(sharded.sources.after_epoch())  # as a run that is resumed after the third
+        epochs.append([share.batch[0].tolist() for share in again.shares(4)])
+        assert epochs == epochs[:1] * 4
