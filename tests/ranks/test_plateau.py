@@ -146,7 +146,7 @@ def test_a_resumed_run_watches_what_it_watched(tmp_path: Path) -> None:
 def test_a_cycle_is_no_longer_after_its_end(tmp_path: Path) -> None:
     assert run(tmp_path, "scheduler.kind=cycle", epochs=2)[0] == ""
     longer, _ = run(tmp_path, "scheduler.kind=cycle", epochs=4)
-    assert "cannot be made longer: train 2 epochs (train.epochs=2), or begin a new run" in longer
+    assert "cannot be extended: train 2 epochs (train.epochs=2), or start a new run" in longer
     assert run(tmp_path, "scheduler.kind=cycle", epochs=2)[0] == ""
 
 
@@ -216,7 +216,7 @@ def cycle(optimizer: Any, kind: str) -> Any:
             "plain",
             "step",
             3,
-            "made for 6 optimizer steps (total_steps), and there are 9. Have it made with total_steps=9",
+            "made for 6 optimizer steps (total_steps); the run has 9. Make it with total_steps=9",
         ),
         ("plain", "epoch", 7, "made for 6 epochs (total_steps), and there are 7"),
         ("sequential", "step", 2, ""),

@@ -533,7 +533,7 @@ def test_samples_that_a_collate_function_leaves_out_are_told(caplog: Any) -> Non
         shares_of(DataLoader([one for one in data if one], 3, collate_fn=there))
         shares_of(DataLoader(IMAGES, 4, collate_fn=list))
     (told,) = [record.getMessage() for record in caplog.records]
-    assert "a batch of the train loader is of 3 indices and has 2 rows; it counts as 3 samples" in told
+    assert "a batch of the train loader has 3 indices and 2 rows; it counts as 3 samples" in told
 
 
 def test_samplers_of_the_users_own_that_deal_are_refused() -> None:
