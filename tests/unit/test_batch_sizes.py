@@ -482,7 +482,9 @@ def test_a_stream_that_yields_one_batch_again_and_again_is_refused() -> None:
         shares_of(Reusing(), 0, 2)
 
 
-@pytest.mark.parametrize(("said", "words"), [(2, "length 2 and yielded more"), (6, "length 6 and yielded 4"), (4, "")])
+@pytest.mark.parametrize(
+    ("said", "words"), [(2, "length is 2, and it yielded more"), (6, "length is 6, and it yielded 4"), (4, "")]
+)
 def test_a_length_that_proves_wrong_is_said_once(said: int, words: str, caplog: Any) -> None:
     class Loader:
         def __iter__(self) -> Any:
