@@ -68,7 +68,8 @@ class AgreedSteps:
         if ended or self._place.epoch < epochs or not self._world.is_main:
             return
         logger.warning(
-            "training has ended with epoch %s, after %s of max_steps = %s optimizer steps. Give more epochs.",
+            "training ended after epoch %s with %s of train.max_steps=%s optimizer steps, since some batches had none. "
+            "Raise train.epochs.",
             epochs,
             self._place.updates,
             self._last,
@@ -90,9 +91,9 @@ def check_counts(counts: Sequence[int]) -> None:
         return
     error = StepError(
         "the ranks have taken different numbers of optimizer steps: "
-        f"{', '.join(f'{count} on rank {rank}' for rank, count in enumerate(counts))}. Every rank must step alike, or "
-        "their weights part: whether to step must not hang on a rank's own batch. Return the loss, as dtrain.Mean(0 * "
-        "total, 0) for a batch that is to be left out, and leave backward, step and zero_grad to dtrain."
+        f"{', '.join(f'{count} on rank {rank}' for rank, count in enumerate(counts))}. Every rank must step "
+        "equally often, or their weights diverge: whether to step must not depend on a rank's own batch. Return the "
+        "loss (dtrain.Mean(0 * total, 0) leaves a batch out), and leave backward, step and zero_grad to dtrain."
     )
     error.agreed = True
     raise error

@@ -219,8 +219,8 @@ def _check_loadable(module: nn.Module, part: Path, path: Path) -> None:
         torch.load(part, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise UsageError(
-            f"{path}: the extra state of a module, {', '.join(extra[:3])}, holds what torch.load reads by running code "
-            f"alone. Let ckpt_path end in .safetensors, which keeps it as JSON and tensors. torch says: "
+            f"{path}: the extra state of a module, {', '.join(extra[:3])}, can only be read by unpickling, which is "
+            f"unsafe. Let ckpt_path end in .safetensors, which keeps it as JSON and tensors. torch says: "
             f"{str(error).splitlines()[0]}"
         ) from None
 

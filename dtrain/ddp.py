@@ -69,6 +69,8 @@ class _Inner(nn.Module):
         super().__init__()
         self.net = net
         self.own_forward = own_forward
+        sparse = [name for name, one in self.named_buffers() if one.layout is not torch.strided]
+        self._ddp_params_and_buffers_to_ignore = sparse  # which DDP cannot send
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the net's own forward."""

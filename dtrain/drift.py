@@ -33,9 +33,9 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FIRST_ALL = 4
 _MOST_STEPS = 8  # of an optimizer that are looked at within a train step
 
-_ALIKE = "Draw noise from a generator that is seeded alike on all ranks, and average other numbers over the ranks."
-_LEFT_OUT = "On several ranks all of them must step the same optimizers equally often."
-_SETTINGS = "Schedule the learning rate alike on all ranks: by what all ranks know, such as dtrain's means."
+_ALIKE = "Draw noise from a generator with the same seed on all ranks, and average other values over the ranks."
+_LEFT_OUT = "Every rank must step the same optimizers equally often."
+_SETTINGS = "Set the learning rate by what is the same on all ranks: the step, the epoch, the history."
 
 
 def is_due(step: int) -> bool:
@@ -178,9 +178,9 @@ class Drift:
         by_hand = any(self._world.gather_json(by_hand))
         cause = (
             "It did not come from backward(): was p.grad assigned by hand, as from torch.autograd.grad? dtrain "
-            "averages what loss.backward() brings."
+            "averages only the gradients of loss.backward()."
             if by_hand
-            else f"It was changed after backward() with numbers that each rank has for itself (noise, a norm). {_ALIKE}"
+            else f"It was changed after backward() by values that differ per rank (noise, a norm). {_ALIKE}"
         )
         raise agreed(f"{at} {_named('gradient', apart)} differs between the ranks. {cause}")
 
@@ -198,8 +198,8 @@ class Drift:
         if bool((high - low > room).any()):
             raise agreed(
                 f"{at} the parameter {name} differs between the ranks (by up to {float((high - low).max()):.3g}), "
-                "though its gradients do not. Was it, or its optimizer's state, changed by hand with numbers that each "
-                f"rank has for itself (noise, a mean)? {_ALIKE}"
+                "though its gradients do not. Was it, or its optimizer's state, changed by values that "
+                f"differ per rank (noise, a mean)? {_ALIKE}"
             )
 
 

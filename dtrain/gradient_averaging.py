@@ -44,7 +44,7 @@ Mode = Literal["watch", "ddp", "step"]
 REMEDY = 'Set train.average=step (average="step" in Python), which is right for it.'
 _MOST_CHANGES = 8  # of what is trained, after which DDP is not built again
 _NO_BACKWARD = (
-    "Let every rank run one in every train step: of loss = model(x).sum() * 0 where a rank has nothing to learn from, "
+    "Run one on every rank in every train step: of loss = model(x).sum() * 0 where a rank has nothing to learn from, "
     "or return dtrain.Mean(0 * model(x).sum(), 0)."
 )
 
@@ -251,7 +251,7 @@ class GradientAveraging:
         told = self._meeting.hold(kind, self._marks(), strict=strict, misfit=self._misfit(), idle=self.fit.idle)
         self._touched[:] = bytes(len(self._touched))
         if told.unequal:
-            by_rank = self.world.gather_json("ended it" if kind == DONE else "runs a backward pass")
+            by_rank = self.world.gather_json("ended the step" if kind == DONE else "runs a backward pass")
             ranks = ", ".join(f"rank {rank} {what}" for rank, what in enumerate(by_rank))
             raise agreed(
                 f"in train step {self._shares + 1} the ranks run different numbers of backward passes: {ranks}. "
@@ -285,9 +285,7 @@ class GradientAveraging:
         if told.misfit or self._changes > _MOST_CHANGES or len(self.watched.learning()) != 1:
             self.mode = "step"
             several = "several nets are trained" if len(self.watched.learning()) > 1 else None
-            reason = (
-                several or self.fit.reason or self.fit.wary or "another rank's step is not one that DDP is right for"
-            )
+            reason = several or self.fit.reason or self.fit.wary or "DDP does not fit another rank's train step"
             self._say(reason)
             return
         self._with_ddp()
@@ -307,7 +305,7 @@ class GradientAveraging:
         learning = self.watched.learning()
         compiled = any(replica.clock is not None for replica in self.watched.replicas)
         if self._way == "ddp" and len(learning) > 1:
-            raise agreed('average="ddp" is for one net, and several prepared ones are trained: leave it out.')
+            raise agreed('average="ddp" is for one net, and several prepared nets are trained. Leave it out.')
         if (self._way == "ddp" or compiled) and len(learning) == 1:
             self._with_ddp()
 
@@ -344,7 +342,7 @@ class GradientAveraging:
             return
         if self.mode == "ddp":
             changed = [name for name, a, b in zip(self.watched.names, now, self.watched.trained, strict=True) if a != b]
-            self._wait(f"requires_grad of {changed[0]} changed", "Freeze and unfreeze parameters on all ranks alike.")
+            self._wait(f"changed requires_grad of {changed[0]}", "Freeze and unfreeze parameters on all ranks alike.")
             self._without_ddp("watch")
         elif self._way == "auto":
             self.mode = "watch"
@@ -389,6 +387,6 @@ class GradientAveraging:
         if missing:
             others = ", ".join(map(str, missing))
             raise StepError(
-                f"in train step {self._shares + 1} rank {self.world.rank} {what}, and the others ({others}) did not "
-                f"come to the same: their gradients cannot be averaged. {remedy}"
+                f"in train step {self._shares + 1} rank {self.world.rank} {what}, and on other ranks ({others}) it did "
+                f"not, so that gradients cannot be averaged. {remedy}"
             )

@@ -37,8 +37,8 @@ class ImportStep:
         own = {id(parameter) for parameter in model.parameters()}
         if any(id(parameter) in own for group in self.optimizer.param_groups for parameter in group["params"]):
             raise RecipeError(
-                f"{self.place}: trains the net while the recipe is imported, and dtrain would train it once more. Put "
-                'what trains under `if __name__ == "__main__":`, which dtrain leaves out.'
+                f"{self.place}: trains the net while the recipe is imported, and dtrain would train it again. Put the "
+                'training under `if __name__ == "__main__":`, which dtrain does not run.'
             )
 
 

@@ -68,8 +68,8 @@ def check_planned(planned: str, taken: int, *, came: bool) -> None:
     if taken == 1 or (taken == 0 and not came):
         return
     raise StepError(
-        f"{planned} needs to know the number of the run's optimizer steps, for which there must be one for each batch, "
+        f"{planned} needs to know the number of the run's optimizer steps, one for each batch, "
         f"and the train step took {taken or 'none'} for this one. Let dtrain accumulate (train.accumulation=2, and one "
-        "optimizer.step() in each train step), or return a schedule of the length that you know from "
+        "optimizer.step() in each train step), or return a scheduler of your own from "
         'build_scheduler(optimizer), as (scheduler, "step").'
     )

@@ -42,7 +42,7 @@ class Rates:
         """Returns what the step has changed since, in words; nothing where all is as it was."""
         for scheduler, counted in zip(self._schedulers, self._counted, strict=True):
             if scheduler.last_epoch != counted:
-                return f"steps a scheduler of its own ({type(scheduler).__name__}), which so counts micro-batches"
+                return f"steps a scheduler of its own ({type(scheduler).__name__}), which then counts micro-batches"
         now = self._options()
         if now != self._before:
             names = [
@@ -104,7 +104,7 @@ class OwnCounts:
             if now.get(name, before) > before:
                 raise StepError(
                     f"train.accumulation: the train step adds to {name} ({before}, then {now[name]}). It is called "
-                    "once for each micro-batch, so that this counts micro-batches and not optimizer steps. Leave the "
+                    "once for each micro-batch, so that this counts micro-batches, not optimizer steps. Move the "
                     "counter out of the step, or set train.accumulation=1."
                 )
 

@@ -35,17 +35,17 @@ def check_plateau(engine: Engine, key: str, place: str, declared: Mode | None = 
         return
     if engine.task.interval == "step":
         raise _agreed(
-            "ReduceLROnPlateau watches a column of the history, of which there is a new value after each epoch, and is "
-            "to count optimizer steps. Return it from build_scheduler without 'step' (scheduler_interval='epoch')."
+            "ReduceLROnPlateau watches a column of the history, with a new value after each epoch, and is set to count "
+            "optimizer steps. Return it from build_scheduler without 'step' (scheduler_interval='epoch')."
         )
     check_early(engine, engine.task.monitor, key, place)
     best = declared or sure_mode_of(column)
     if best is not None and scheduler.mode != best:
-        less = "less" if best == "min" else "more"
+        better = "lower" if best == "min" else "higher"
         raise _agreed(
-            f"ReduceLROnPlateau has mode={scheduler.mode!r} and watches {column} ({key}, {place}), of which {less} is "
-            f"better: it would lower the rate while {column} gets better. Make it with mode={best!r}, or name another "
-            f"column: {_REMEDIES.get(key, key)}=COLUMN."
+            f"ReduceLROnPlateau has mode={scheduler.mode!r} and watches {column} ({key}, {place}), where {better} is "
+            f"better: it would cut the learning rate while {column} improves. Make it with mode={best!r}, or name "
+            f"another column: {_REMEDIES.get(key, key)}=COLUMN."
         )
 
 

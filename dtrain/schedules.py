@@ -88,9 +88,9 @@ def _told_when_over(of_step: Callable[[int], float], total: int, what: str) -> C
         if step > total and not told:
             told = True
             logger.warning(
-                "%s came to its end after %d optimizer steps, which the training loader's length came to before the "
-                "first one; there are more, at its last rate. A dataset that tells its length of each epoch after "
-                "set_epoch(epoch) is counted rightly; so is train.max_steps.",
+                "%s ended after %d optimizer steps, as many as the training loader's length gave at the start; the run "
+                "has more, at the last learning rate. Set train.max_steps, or let len(dataset) be right for each epoch "
+                "after set_epoch(epoch).",
                 what,
                 total,
             )
@@ -156,7 +156,7 @@ def _tell(engine: Engine, kind: Kind, text: str) -> None:
     if kind == "declarative":
         raise _agreed(text)
     if engine.world.is_main:
-        logger.warning("%s It counts the steps that the train step takes: it may be right if these are fewer.", text)
+        logger.warning("%s If the train step takes fewer steps than it gets batches, this may be right.", text)
 
 
 def _too_short(engine: Engine, scheduler: Any, needed: int) -> str:
@@ -164,15 +164,13 @@ def _too_short(engine: Engine, scheduler: Any, needed: int) -> str:
     what = "epochs" if by_epochs else "optimizer steps"
     fits = total if by_epochs else _epochs_within(engine, total)
     fewer = f"train {fits} epoch{'s' * (fits != 1)} (train.epochs={fits})" if fits else "train fewer steps"
-    text = (
-        f"the scheduler ({type(scheduler).__name__}) is made for {total} {what} (total_steps), and there are {needed}."
-    )
+    text = f"the scheduler ({type(scheduler).__name__}) is made for {total} {what} (total_steps); the run has {needed}."
     if engine.place.updates:
         return (
-            f"{text} The schedule of a run that has begun cannot be made longer: {fewer}, or begin a new run (another "
+            f"{text} The schedule of a run that has begun cannot be extended: {fewer}, or start a new run (another "
             f"run.name) with total_steps={needed}."
         )
-    return f"{text} Have it made with total_steps={needed}, or {fewer}."
+    return f"{text} Make it with total_steps={needed}, or {fewer}."
 
 
 def _epochs_within(engine: Engine, total: int) -> int:

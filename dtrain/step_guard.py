@@ -102,9 +102,9 @@ class StepGuard:
         for parameter in held:
             if id(parameter) not in self._averaging.watched.known and parameter.requires_grad:
                 raise StepError(
-                    f"the parameter {names.get(id(parameter))} joined the net within this pass, so that its gradients "
-                    "are not averaged over the ranks. Build all parameters before training begins; freeze those that "
-                    "learn later with requires_grad_(False)."
+                    f"the parameter {names.get(id(parameter))} was added to the net during this pass, so that its "
+                    "gradients are not averaged over the ranks. Build all parameters before training begins; freeze "
+                    "those that learn later with requires_grad_(False)."
                 )
         self._sizes[optimizer] = size
         return True
@@ -120,6 +120,6 @@ def refuse_trained_buffers(replicas: Iterable[Replica]) -> None:
         for name, buffer in replica.net.named_buffers():
             if buffer.requires_grad and buffer.is_leaf:
                 raise agreed(
-                    f"the buffer {name} is trained (requires_grad), and on several ranks all get rank 0's buffers, "
-                    "whose gradients are of its part of the batch alone. Make it a parameter: nn.Parameter(...)."
+                    f"the buffer {name} is trained (requires_grad), but on several ranks buffers are copied from "
+                    "rank 0, and their gradients are not averaged. Make it a parameter: nn.Parameter(...)."
                 )

@@ -233,7 +233,7 @@ def missing_loss(values: Mapping[str, Value]) -> StepError:
     close = difflib.get_close_matches("loss", values, n=1)
     return StepError(
         f"the train step returned {', '.join(map(repr, values))}, and no value named 'loss', on which dtrain could "
-        f"call backward(). {f'Is {close[0]!r} a slip of the pen? ' if close else ''}Return it as {{'loss': loss, ...}}."
+        f"call backward(). {f'Is {close[0]!r} a typo? ' if close else ''}Return it as {{'loss': loss, ...}}."
     )
 
 

@@ -83,7 +83,7 @@ class Stream:
             sums.append(1 + zlib.crc32(first_bytes(batch)))
         if sums != [1 + zlib.crc32(first_bytes(batch)) for batch in first]:
             raise DataError(
-                f"the {self._split} loader changes a batch that it has yielded, to yield it again. Let it yield "
+                f"the {self._split} loader changes a batch that it has yielded. Let it yield "
                 "new tensors: dtrain holds a batch while it reads the next one."
             )
         if self._how.mode == "global" and self._how.size > 1 and len(first) > 1:
@@ -131,8 +131,8 @@ class Length:
     def _tell(self, said: int, yielded: str) -> None:
         if not self._silent:
             logger.warning(
-                "the %s loader has the length %d and yielded %s batches: what is counted by its length is wrong "
-                "(progress, time left, a schedule's end). Correct its __len__, or leave it out.",
+                "the %s loader's length is %d, and it yielded %s batches: progress, time left and a schedule's end "
+                "are wrong. Correct its __len__, or remove it.",
                 self._split,
                 said,
                 yielded,
@@ -165,8 +165,8 @@ class Dropped:
         if len(rows) == 1 and 0 <= (left := rows.pop()) < (drawn := len(share.indices)):
             self._silent = True
             logger.warning(
-                "a batch of the %s loader is of %d indices and has %d rows; it counts as %d samples. Where collate_fn "
-                "leaves some out, return dtrain.Mean(total, count) from the steps, or leave them out of the dataset.",
+                "a batch of the %s loader has %d indices and %d rows; it counts as %d samples. Where collate_fn drops "
+                "some, return dtrain.Mean(total, count) from the steps, or drop them from the dataset.",
                 *(self._split, drawn, left, drawn),
             )
 

@@ -30,15 +30,15 @@ def follow(task: Task, size: int) -> None:
         return
     if not hasattr(found, "param_groups"):
         raise StepError(
-            f"model.optimizer was set to {type(found).__name__}, which is no optimizer. Give that another name."
+            f"model.optimizer was set to {type(found).__name__}, which is not an optimizer. Use another attribute name."
         )
     before, scheduler = task.optimizer, task.scheduler
     if before is not None and getattr(scheduler, "optimizer", None) is before:
         raise StepError(
-            f"model.optimizer is another one now ({type(found).__name__}), and the scheduler "
-            f"({type(scheduler).__name__}) still changes the rates of the one before ({type(before).__name__}). Leave "
-            "the schedule out (build_scheduler, train.schedule) and set the rates of both where you change the "
-            "optimizer; or keep one optimizer, and change the options of its groups."
+            f"model.optimizer was replaced (by {type(found).__name__}), and the scheduler "
+            f"({type(scheduler).__name__}) still sets the learning rates of the previous one "
+            f"({type(before).__name__}). Leave the schedule out (build_scheduler, train.schedule) and set the learning "
+            "rates where you replace the optimizer; or keep one optimizer, and change the options of its groups."
         )
     check_optimizers([found], task.module, size)
     place_states(task.module, [found])
@@ -57,7 +57,7 @@ def check_without_closure(optimizer: Optimizer | None) -> None:
     if given is None or given.default is not inspect.Parameter.empty:
         return
     raise StepError(
-        f"{type(optimizer).__name__} computes the loss again within its step, by a closure, and a train step that "
-        "returns the loss has none to give. Call it in the train step: def closure(): model.optimizer.zero_grad(); "
+        f"{type(optimizer).__name__} needs a closure that computes the loss again, and a train step that returns "
+        "the loss gives none. Call it in the train step: def closure(): model.optimizer.zero_grad(); "
         "loss = ...; loss.backward(); return loss. Then loss = model.optimizer.step(closure), and return loss.detach()."
     )

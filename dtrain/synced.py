@@ -103,7 +103,7 @@ def _check_equal(name: str, values: list[float]) -> None:
     if all(_close(value, values[0]) for value in values):
         return
     error = StepError(
-        f"metric {name!r} came to different values on the ranks, although each has the samples of all: "
+        f"metric {name!r} has different values on the ranks, although each is of all samples: "
         f"{', '.join(f'{value:.6g} on rank {rank}' for rank, value in enumerate(values))}. Does it keep something "
         "besides its states (add_state), which other ranks do not see, or depend on the order of the samples?"
     )

@@ -145,9 +145,10 @@ class World:
         """Overwrites tensors, in place, with rank 0's, in one collective a type where they are small.
 
         Args:
-            tensors: of the same shapes and types on all ranks, on any device; they may be views.
+            tensors: of the same shapes and types on all ranks, on any device; they may be views, or sparse with as
+                many values on each rank.
         """
-        for packed in _packs(tensors) if self.size > 1 else ():
+        for packed in _packs([part for one in tensors for part in _strided(one)]) if self.size > 1 else ():
             # A copy: gloo writes to as many numbers as a view has, one after the other, and NCCL takes no view.
             moved = torch.cat([tensor.detach().reshape(-1).to(self.device) for tensor in packed])
             dist.broadcast(moved, src=0)
@@ -178,6 +179,19 @@ class World:
         if self.size > 1:
             dist.barrier()  # a rank that left earlier would cut the others' last collective off
             dist.destroy_process_group()
+
+
+def _strided(tensor: Tensor) -> list[Tensor]:
+    """Returns what a tensor's numbers lie in: itself, or the parts of a sparse one."""
+    if tensor.layout is torch.strided:
+        return [tensor]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    by_rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    pointers = (
+        (tensor.crow_indices(), tensor.col_indices()) if by_rows else (tensor.ccol_indices(), tensor.row_indices())
+    )
+    return [*pointers, tensor.values()]
 
 
 def _packs(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

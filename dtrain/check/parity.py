@@ -124,8 +124,8 @@ def _cause(alone: Record, name: str, one: float, many: float, ranks: int) -> str
         )
     if record["dropout"]:
         return (
-            "dropout: each rank draws masks of its own, with train.same_draws=false or train.compile. Leave these out, "
-            "or set it to 0 for this check."
+            "dropout: with train.same_draws=false or train.compile, each rank draws its own masks. Leave these out, or "
+            "set dropout to 0 for this check."
         )
     if name == "loss" and one and abs(many / one * ranks - 1) < 0.5:
         return (
@@ -151,8 +151,8 @@ def _compare_tensors(alone: Record, together: Record, step: int, tolerance: floa
             f"optimizer step {step + 1}: the weights of the ranks",
             "one net",
             f"different nets on {len(together.ranks)} ranks",
-            "an optimizer step that draws from the rank's own random stream, or weights that are changed by hand with "
-            "numbers of each rank's own.",
+            "an optimizer step that draws from the rank's own random stream, or weights changed by values that "
+            "differ per rank.",
         )
     one, many = alone.tensors[step], together.tensors[step]
     whole = {kind: _norm(*(t for k, t in one.items() if k.startswith(kind))) for kind in ("gradient/", "weight/")}

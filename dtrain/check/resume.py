@@ -82,18 +82,17 @@ def _compare_samples(one: Line, two: Line) -> Difference | None:
                 "the samples' indices",
                 str(before["indices"]),
                 str(now["indices"]),
-                "a sampler or batch sampler with a random stream or a state of its own. Let it draw from torch's, "
-                "NumPy's or Python's global stream when it is iterated over, or give the sampler a torch.Generator.",
+                "a sampler or batch sampler with a state, or a random stream that is none of its attributes. Give it "
+                "state_dict() and load_state_dict(), or keep the generator as an attribute.",
             )
         if before["rows"] != now["rows"]:
             return Difference(
                 "the samples' values",
                 f"fingerprints {before['rows'][:3]}",
                 f"{now['rows'][:3]}",
-                "a random stream outside torch's, NumPy's and Python's global ones (a random.Random or "
-                "numpy.random.Generator of the dataset's own), a dataset that keeps a state, or the time or process "
-                "id in the data. Draw from a global stream or from a seed of sample and epoch, or give the dataset "
-                "state_dict() and load_state_dict().",
+                "a random stream that is neither global (torch's, NumPy's, Python's) nor an attribute of the dataset, "
+                "a dataset that keeps a state, or the time or process id in the data. Draw from a global stream or a "
+                "seed of sample and epoch, or give the dataset state_dict() and load_state_dict().",
             )
     return None
 

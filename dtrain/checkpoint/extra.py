@@ -41,8 +41,8 @@ def check_extra(module: nn.Module) -> None:
         kind = type(part)
         if kind.get_extra_state is not nn.Module.get_extra_state and kind.set_extra_state is nn.Module.set_extra_state:
             raise CheckpointError(
-                f"model{path and f'.{path}'} ({kind.__name__}) has get_extra_state() and no set_extra_state(state), so "
-                "that its state could not be put back. Define both, or neither."
+                f"model{path and f'.{path}'} ({kind.__name__}) has get_extra_state() but no set_extra_state(state), "
+                "so that its state could not be restored. Define both, or neither."
             )
     extra_metadata(module.state_dict())
 
@@ -75,9 +75,9 @@ def extra_of(metadata: Mapping[str, str]) -> dict[str, Any]:
         tensors = read_tensors(base64.b64decode(told["tensors"]))[0] if told["tensors"] else {}
         values = unflatten(told["structure"], tensors)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"a checkpoint holds an extra state that is none: {error!r}") from None
+        raise CheckpointError(f"a checkpoint's extra state cannot be read: {error!r}") from None
     if not isinstance(values, dict):
-        raise CheckpointError("a checkpoint holds an extra state that is none")
+        raise CheckpointError("a checkpoint's extra state is not a dict")
     return values
 
 

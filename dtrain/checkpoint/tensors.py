@@ -41,6 +41,11 @@ _VIEWED = (torch.complex128, torch.complex32)
 _PIECE = 1 << 24
 
 
+def storable(tensor: Tensor) -> bool:
+    """Whether a checkpoint can hold a tensor of this type and layout."""
+    return tensor.layout is torch.strided and tensor.dtype in (*DTYPES, *_VIEWED)
+
+
 def check_storable(tensors: Mapping[str, Tensor], what: str = "") -> None:
     """Looks whether tensors can be written.
 
@@ -52,11 +57,11 @@ def check_storable(tensors: Mapping[str, Tensor], what: str = "") -> None:
         CheckpointError: one is of a type or layout that the format lacks; it is named.
     """
     for name, tensor in tensors.items():
-        if tensor.layout is not torch.strided or tensor.dtype not in (*DTYPES, *_VIEWED):
+        if not storable(tensor):
             raise CheckpointError(
                 f"{what}{name} is a tensor of type {tensor.dtype}, layout {tensor.layout}, which a checkpoint cannot "
-                "hold. Keep it as a strided tensor of one of torch's plain types, or as a buffer with persistent=False "
-                "that is made anew."
+                "hold. Make it a strided tensor of a standard dtype, or a buffer with persistent=False that __init__ "
+                "fills."
             )
 
 

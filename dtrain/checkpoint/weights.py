@@ -97,14 +97,14 @@ def check_fit(module: nn.Module, saved: Mapping[str, Any], file: str) -> None:
     for name in [*own, *(name for name in there if name not in own)]:
         if own.get(name) != there.get(name):
             raise UsageError(
-                f"{file} does not fit the net: {name} has {there.get(name, _NOTHING)} in the file, and "
+                f"{file} does not fit the net: {name} {there.get(name, _NOTHING)} in the file, and "
                 f"{own.get(name, _NOTHING)} in the recipe's net. "
                 "Was the recipe changed, or a model.* value given that the run was not trained with?"
             )
 
 
-_NOTHING = "no such parameter"
+_NOTHING = "is missing"
 
 
 def _form(value: Any, is_extra: bool) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) and not is_extra else "an extra state"
+    return f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) and not is_extra else "is an extra state"

@@ -109,8 +109,8 @@ def regroup(optimizer: Optimizer, saved: Holds, module: nn.Module) -> None:
     foreign = [name for group in saved for name in group if name not in parameters]
     if foreign:
         raise CheckpointError(
-            f"the optimizer ({type(optimizer).__qualname__}) got other parameters while the run trained, and one of "
-            f"them, {foreign[0]}, is not the net's, so that it cannot be found again. Make it part of the net."
+            f"the optimizer ({type(optimizer).__qualname__}) got new parameters during training, and one of them, "
+            f"{foreign[0]}, is not the net's, so that it cannot be restored. Make it part of the net."
         )
     groups = [{**group, "params": []} for group in optimizer.param_groups[: len(saved)]]
     groups += [{**optimizer.defaults, "params": []} for _ in saved[len(groups) :]]

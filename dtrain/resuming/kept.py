@@ -77,8 +77,8 @@ def check_kept(engine: Engine, saved: Mapping[str, Any], where: str) -> None:
         for name in there if "sources" in saved else ():
             if there[name] != here.get(name):
                 raise UsageError(
-                    f"{where} does not fit the recipe: it has the state of dl_{split}{name and f'.{name}'}, a "
-                    f"{there[name]}, and that is {here.get(name, 'nothing with a state')} now."
+                    f"{where} does not fit the recipe: it has the state of dl_{split}{name and f'.{name}'} "
+                    f"({there[name]}), which is now {here.get(name, 'an object without a state')}."
                 )
 
 
@@ -102,7 +102,6 @@ def check_keepable(engine: Engine) -> None:
         check_extra(module)
         state = module.state_dict()
         check_storable({n: value for n, value in state.items() if isinstance(value, Tensor)}, "the net's ")
-        check_storable({n: b for n, b in module.named_buffers() if n not in state and not b.is_complex()}, "the net's ")
         for name, other in engine.task.others.items():
             flatten(other.state_dict(), name)
     except DtrainError as error:
@@ -131,8 +130,8 @@ class Unkept:
         if changed:
             self._told = True
             logger.warning(
-                "%s%s changed in training and %s in no checkpoint, so that a resumed run begins with the first value. "
-                "If the numbers depend on it, make it a buffer (register_buffer) or give it in get_extra_state.",
+                "%s%s changed in training and %s in no checkpoint, so that a resumed run starts with its first value. "
+                "If results depend on it, make it a buffer (register_buffer), or return it from get_extra_state().",
                 ", ".join(changed[:5]),
                 ", ..." * (len(changed) > 5),
                 "is" if len(changed) == 1 else "are",

@@ -20,7 +20,7 @@ from dtrain.learning import Task
 from dtrain.optimizers import all_optimizers
 
 State = dict[str, Any]
-REMEDY = "Make it before training begins, as an attribute of the net of its own (model.second = ...)."
+REMEDY = "Make each before training begins, as an attribute of the net (model.second = ...)."
 
 
 def role_of(optimizer: Optimizer, engine: Engine) -> State:
@@ -35,7 +35,7 @@ def role_of(optimizer: Optimizer, engine: Engine) -> State:
         others = [one for one in all_optimizers() if type(one) is type(optimizer) and one is not engine.learner.first]
         if sum(_held(one) == held for one in others) > 1:
             raise CheckpointError(
-                f"there are several optimizers {type(optimizer).__qualname__} of the same parameters, which a resumed "
+                f"there are several {type(optimizer).__qualname__} optimizers of the same parameters, which a resumed "
                 f"run could not tell apart. {REMEDY}"
             )
     return {"first": first, "at": at}

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from dtrain.bounds import Start, Trained
 from dtrain.checkpoint.extra import extra_keys, load_extra
+from dtrain.checkpoint.tensors import storable
 from dtrain.engine import Engine
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.fsdp.tensors import cut_like, cut_state
@@ -101,9 +102,12 @@ def _optimizer_state(optimizer: Optimizer, engine: Engine) -> State:
 
 
 def _other_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the buffers that are not in the net's `state_dict()`, which training may have changed all the same."""
+    """Returns the buffers that are not in the net's `state_dict()`, which training may have changed all the same.
+
+    Sparse ones are left out: the recipe makes them.
+    """
     kept = module.state_dict().keys()
-    return {name: buffer.detach() for name, buffer in module.named_buffers() if name not in kept}
+    return {name: buffer.detach() for name, buffer in module.named_buffers() if name not in kept and storable(buffer)}
 
 
 # --- put back -------------------------------------------------------------------------------------------
@@ -238,7 +242,7 @@ def _found(saved: State, task: Task) -> Optimizer:
     if len(alike) != 1:
         names = [name for group in at_first(saved) for name in group]
         raise CheckpointError(
-            f"the checkpoint has the state of an optimizer {saved['kind']} of {', '.join(names[:3])}"
+            f"the checkpoint has the state of an optimizer ({saved['kind']}) of {', '.join(names[:3])}"
             f"{', ...' * (len(names) > 3)}, and the recipe has {len(alike) or 'none'} of this kind. {REMEDY}"
         )
     found: Optimizer = alike[0]

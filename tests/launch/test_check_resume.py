@@ -27,7 +27,7 @@ def test_a_recipe_with_all_kinds_of_randomness_is_equal(dtrain: Dtrain, recipes:
             (["fault=stream"], ": loss", "something that the step uses is not in the checkpoint"),
             (["own=order"], "the samples' indices", "a sampler or batch sampler with a random stream"),
         ],
-        [(["own=stream"], "the samples' values", "a random.Random or numpy.random.Generator of the dataset's own")],
+        [(["own=stream"], "the samples' values", "a random stream that is neither global")],
     ),
 )
 def test_what_no_checkpoint_can_know_is_found_and_named(

@@ -150,5 +150,5 @@ def _mean_ranks(values: np.ndarray) -> np.ndarray:
 
 def test_values_that_differ_between_ranks_are_told_on_each() -> None:
     for answers in run_ranks(rows_of, 2, counts=[7], broken=True):
-        assert all("metric 'outside' came to different values on the ranks" in answer for answer in answers)
+        assert all("metric 'outside' has different values on the ranks" in answer for answer in answers)
         assert all("on rank 0, " in answer and "on rank 1." in answer for answer in answers)

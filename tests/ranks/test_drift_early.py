@@ -651,7 +651,7 @@ def parameters_outside(m, x, y):
     return finish(m, mse(m.optimizer.more(a + b), y))
 
 
-@wrong("the parameter late joined the net within this pass")
+@wrong("the parameter late was added to the net during this pass")
 def a_parameter_that_joins(m, x, y):
     if not hasattr(m, "late"):
         m.late = nn.Parameter(torch.ones(1, dtype=torch.float64))
@@ -672,14 +672,14 @@ def steps_within_backward(m, x, y):
     return 0.0
 
 
-@wrong("different numbers of backward passes: rank 0 ended it, rank 1 runs a backward pass")
+@wrong("different numbers of backward passes: rank 0 ended the step, rank 1 runs a backward pass")
 def one_backward_more(m, x, y):
     if rank():
         both(m, x, y).backward()
     return finish(m, both(m, x, y))
 
 
-@wrong("different numbers of backward passes: rank 0 runs a backward pass, rank 1 ended it")
+@wrong("different numbers of backward passes: rank 0 runs a backward pass, rank 1 ended the step")
 def left_out_on_one_rank(m, x, y):
     return 0.0 if rank() else finish(m, both(m, x, y))
 

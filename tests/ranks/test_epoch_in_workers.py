@@ -219,7 +219,7 @@ def test_a_schedule_that_ends_too_early_is_told_once(caplog: pytest.LogCaptureFi
     )
     follow_schedule(engine, TrainConfig(schedule="cosine"))
     engine.fit()
-    told = [record.message for record in caplog.records if "came to its end after 4 optimizer steps" in record.message]
+    told = [record.message for record in caplog.records if "ended after 4 optimizer steps" in record.message]
     assert len(told) == 1
 
 

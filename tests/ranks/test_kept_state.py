@@ -144,7 +144,7 @@ def test_a_resumed_run_has_all_state_on_ranks(ranks: int) -> None:
             "dl_train.batch_sampler.inner: state/rng is a builtins.module, which a checkpoint cannot",
         ),
         (["net=broken"], "part._extra_state/broken is a builtins.object, which a checkpoint cannot hold"),
-        (["net=no-setter"], "model.part (NoSetter) has get_extra_state() and no set_extra_state"),
+        (["net=no-setter"], "model.part (NoSetter) has get_extra_state() but no set_extra_state"),
         (
             ["data.data=reading", "data.workers=1", "data.persistent=true"],
             "dl_train.dataset (Reading) has a state (state_dict, load_state_dict), of which each of the loader's persi",

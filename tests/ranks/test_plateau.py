@@ -111,18 +111,18 @@ def test_the_column_that_is_named_or_the_checkpoints(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["scheduler.mode=max"], ["mode='max' and watches val_loss (checkpoint.monitor, default), of which less is"]),
+        (["scheduler.mode=max"], ["mode='max' and watches val_loss (checkpoint.monitor, default), where lower is"]),
         (
             ["checkpoint.monitor=val_accuracy"],
             ["mode='min' and watches val_accuracy (checkpoint.monitor, command line)", "scheduler.monitor=COLUMN"],
         ),
         (
             ["scheduler.monitor=val_gap", "checkpoint.monitor=val_gap", "checkpoint.mode=max"],
-            ["of which more is better"],
+            ["where higher is better"],
         ),
         (["scheduler.monitor=accuracies"], ["scheduler.monitor = 'accuracies' (command line)", "'accuracy'?"]),
         (["scheduler.kind=cycle", "scheduler.monitor=loss"], ["and build_scheduler returned OneCycleLR. Leave it out"]),
-        (["scheduler.kind=cycle"], ["made for 8 optimizer steps (total_steps), and there are 24", "train.epochs=2"]),
+        (["scheduler.kind=cycle"], ["made for 8 optimizer steps (total_steps); the run has 24", "train.epochs=2"]),
     ],
 )
 def test_what_contradicts_itself_is_told(tmp_path: Path, words: list[str], told: list[str]) -> None:
@@ -146,7 +146,7 @@ def test_a_resumed_run_watches_what_it_watched(tmp_path: Path) -> None:
 def test_a_cycle_is_no_longer_after_its_end(tmp_path: Path) -> None:
     assert run(tmp_path, "scheduler.kind=cycle", epochs=2)[0] == ""
     longer, _ = run(tmp_path, "scheduler.kind=cycle", epochs=4)
-    assert "cannot be made longer: train 2 epochs (train.epochs=2), or begin a new run" in longer
+    assert "cannot be extended: train 2 epochs (train.epochs=2), or start a new run" in longer
     assert run(tmp_path, "scheduler.kind=cycle", epochs=2)[0] == ""
 
 
@@ -196,8 +196,8 @@ def test_and_in_python(ranks: int) -> None:
     for answers in run_ranks(plateaus, ranks, mode="max"):
         assert answers == [[1.0, 1.0, 0.5]] * 2
     for answers in run_ranks(plateaus, ranks, mode="min") if ranks == 1 else ():
-        assert "watches val_accuracy (scheduler_monitor, the argument of train_model), of which more" in answers[0]
-        assert "watches val_acc (monitor, the argument of fit), of which more is better" in answers[1]
+        assert "watches val_accuracy (scheduler_monitor, the argument of train_model), where higher" in answers[0]
+        assert "watches val_acc (monitor, the argument of fit), where higher is better" in answers[1]
 
 
 def cycle(optimizer: Any, kind: str) -> Any:
@@ -216,12 +216,12 @@ def cycle(optimizer: Any, kind: str) -> Any:
             "plain",
             "step",
             3,
-            "made for 6 optimizer steps (total_steps), and there are 9. Have it made with total_steps=9",
+            "made for 6 optimizer steps (total_steps); the run has 9. Make it with total_steps=9",
         ),
-        ("plain", "epoch", 7, "made for 6 epochs (total_steps), and there are 7"),
+        ("plain", "epoch", 7, "made for 6 epochs (total_steps); the run has 7"),
         ("sequential", "step", 2, ""),
-        ("sequential", "step", 3, "made for 4 optimizer steps (total_steps), and there are 6."),
-        ("chained", "step", 3, "made for 6 optimizer steps (total_steps), and there are 9"),
+        ("sequential", "step", 3, "made for 4 optimizer steps (total_steps); the run has 6."),
+        ("chained", "step", 3, "made for 6 optimizer steps (total_steps); the run has 9"),
     ],
 )
 def test_a_schedule_with_an_end_is_looked_at_before_the_first_step(
@@ -266,7 +266,7 @@ def test_a_step_that_steps_itself_may_take_fewer(caplog: pytest.LogCaptureFixtur
             scheduler_interval="step",
             verbose=False,
         )
-    assert "is made for 3 optimizer steps (total_steps), and there are 6" in caplog.text
+    assert "is made for 3 optimizer steps (total_steps); the run has 6" in caplog.text
 
 
 def test_lazy_nets_are_refused_with_words_that_help() -> None:

@@ -105,7 +105,7 @@ def test_another_shape_is_refused_by_the_parameters_name(run: Path, tmp_path: Pa
     changed = tmp_path / "resumable.py"
     changed.write_text((RECIPES / "resumable.py").read_text().replace("hidden: int = 6", "hidden: int = 8"))
     before = contents(run)
-    with pytest.raises(AgreedError, match=r"layers\.0\.weight has shape \(6, 4\) in the file, and shape \(8, 4\)"):
+    with pytest.raises(AgreedError, match=r"layers\.0\.weight has shape \(6, 4\) in the file, and has shape \(8, 4\)"):
         start(run.parent, recipe=changed, resume=str(run))
     changed.write_text((RECIPES / "resumable.py").read_text().replace("AdamW", "SGD"))
     with pytest.raises(AgreedError, match=r"the optimizer was AdamW and is SGD"):

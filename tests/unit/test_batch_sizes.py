@@ -499,7 +499,9 @@ def test_a_rank_with_an_empty_batch_gets_a_batch_with_samples_to_take_part() -> 
         assert [(share.count, share.rows, len(share.batch)) for share in shares] == expected
 
 
-@pytest.mark.parametrize(("said", "words"), [(2, "length 2 and yielded more"), (6, "length 6 and yielded 4"), (4, "")])
+@pytest.mark.parametrize(
+    ("said", "words"), [(2, "length is 2, and it yielded more"), (6, "length is 6, and it yielded 4"), (4, "")]
+)
 def test_a_length_that_proves_wrong_is_said_once(said: int, words: str, caplog: Any) -> None:
     class Loader:
         def __iter__(self) -> Any:
@@ -550,7 +552,7 @@ def test_samples_that_a_collate_function_leaves_out_are_told(caplog: Any) -> Non
         shares_of(DataLoader([one for one in data if one], 3, collate_fn=there))
         shares_of(DataLoader(IMAGES, 4, collate_fn=list))
     (told,) = [record.getMessage() for record in caplog.records]
-    assert "a batch of the train loader is of 3 indices and has 2 rows; it counts as 3 samples" in told
+    assert "a batch of the train loader has 3 indices and 2 rows; it counts as 3 samples" in told
 
 
 def test_samplers_of_the_users_own_that_deal_are_refused() -> None:

@@ -92,7 +92,7 @@ def test_a_slip_in_the_name_of_the_loss_is_told_at_once(world: World) -> None:
         calls.clear()
         told = train(world, fresh_net(), slip)
         assert "returned 'los', 'accuracy', and no value named 'loss'" in told
-        assert "Is 'los' a slip of the pen?" in told
+        assert "Is 'los' a typo?" in told
         assert len(calls) == 1 + late
 
 
@@ -156,7 +156,9 @@ def test_what_the_models_optimizer_cannot_become(world: World) -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(net.optimizer, 1)
     adam = becomes(lambda model: torch.optim.Adam(model.parameters()))
     told = train(world, net, adam, scheduler=scheduler, scheduler_interval="step")
-    assert "another one now (Adam), and the scheduler (StepLR) still changes the rates of the one before (SGD)" in told
+    assert (
+        "replaced (by Adam), and the scheduler (StepLR) still sets the learning rates of the previous one (SGD)" in told
+    )
     outside = torch.nn.Linear(1, 1)
     assert "none of the net's parameters" in train(
         world, fresh_net(), becomes(lambda _: torch.optim.Adam(outside.parameters()))
@@ -200,7 +202,7 @@ def test_a_limit_that_is_not_reached_is_told(world: World, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING, "dtrain"):
         engine.fit()
     assert engine.place.updates == CALLS // 2
-    assert f"after {CALLS // 2} of max_steps = {CALLS} optimizer steps" in caplog.text
+    assert f"with {CALLS // 2} of train.max_steps={CALLS} optimizer steps" in caplog.text
 
 
 def test_plain_runs_save_no_gradients_and_watch_none(world: World) -> None:
@@ -226,7 +228,7 @@ def test_optimizers_that_a_resumed_run_could_not_tell_apart(world: World) -> Non
     engine = Engine(Task(net, loss_of, DataLoader(TensorDataset(*data()), BATCH)), world, 1)
     two = [torch.optim.SGD(net.parameters(), lr=rate) for rate in (0.1, 0.2)]
     assert role_of(net.optimizer, engine) == {"first": True, "at": []}
-    with pytest.raises(CheckpointError, match=r"several optimizers SGD of the same parameters.*model\.second = "):
+    with pytest.raises(CheckpointError, match=r"several SGD optimizers of the same parameters.*model\.second = "):
         role_of(two[0], engine)
     net.second, net.more = two[0], {"third": two[1]}  # as the message says
     saved = [role_of(one, engine) | {"own": False} for one in two]
