@@ -27,6 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from dtrain.dealing import Share
 from dtrain.descent import parameters_of
 from dtrain.errors import StepError
+from dtrain.hooks import hook_gradient, scaled
 from dtrain.own_counts import OwnCounts, Rates
 from dtrain.untouched import Untouched
 
@@ -85,6 +86,7 @@ class HeldBack:
             parameter.requires_grad_(True)  # without which torch takes no hook
             self._check_hooks(parameter)
             self._handles.append(parameter.register_hook(self._before(number)))
+            self._handles.append(hook_gradient(parameter, self._weighted))
             self._hooked[number] = len(parameter._backward_hooks or ())
             if self._untouched is not None:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self._came(number)))
@@ -209,16 +211,21 @@ class HeldBack:
 
     # --- what backward calls ----------------------------------------------------------------------------
 
-    def _before(self, number: int) -> Callable[[Tensor], Tensor | None]:
-        def before(grad: Tensor) -> Tensor | None:
+    def _before(self, number: int) -> Callable[[Tensor], None]:
+        def before(_: Tensor) -> None:
             share = self._share
-            if share is None:
-                return None
-            if not (share.first and share.last):
+            if share is not None and not (share.first and share.last):
                 self._comes(number)
-            return None if share.scale == 1.0 else grad * share.scale
 
         return before
+
+    def _weighted(self, grad: Tensor) -> Tensor:
+        share = self._share
+        if share is None:
+            return grad
+        if grad.requires_grad and not self._fault:
+            self._fault = "calls backward(create_graph=True), to compute with the gradients of its own batch alone"
+        return grad if share.scale == 1.0 else scaled(grad, share.scale)
 
     def _comes(self, number: int) -> None:
         if self._stepped and not self._fault:
@@ -297,7 +304,7 @@ def refusal(what: str, remedy: str) -> StepError:
 
 def _by_hand(fault: str) -> bool:
     """Whether it is something that dtrain cannot do for the step."""
-    return any(word in fault for word in ("weights", "hook", "autograd.grad", "after optimizer"))
+    return any(word in fault for word in ("weights", "hook", "autograd.grad", "create_graph", "after optimizer"))
 
 
 def _named(task: Task) -> dict[str, Any]:

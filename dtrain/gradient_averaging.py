@@ -18,6 +18,7 @@ train step those that are done take part in the others' averages.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -42,6 +43,7 @@ Way = Literal["auto", "ddp", "step"]
 Mode = Literal["watch", "ddp", "step"]
 
 REMEDY = 'Set train.average=step (average="step" in Python), which is right for it.'
+_NUMBERS = itertools.count(1)  # of those that a process makes, the same on all ranks
 _MOST_CHANGES = 8  # of what is trained, after which DDP is not built again
 _NO_BACKWARD = (
     "Run one on every rank in every train step: of loss = model(x).sum() * 0 where a rank has nothing to learn from, "
@@ -97,6 +99,7 @@ class GradientAveraging:
         self._by_ddp: list[Replica] = []
         self._retired: list[Any] = []  # a backward pass that runs may still call them
         self._guard = StepGuard(self)
+        self._number = next(_NUMBERS)
 
     # --- what is averaged ---------------------------------------------------------------------------------
 
@@ -383,7 +386,7 @@ class GradientAveraging:
     def _wait(self, what: str, remedy: str, mark: bytes = b"") -> None:
         """Waits for the other ranks to come to the same, past the collectives that they may be in."""
         self._meetings += 1
-        missing = wait_for_all(self.world, self._meetings, f"{self._shares}: {what} {mark.hex()}")
+        missing = wait_for_all(self.world, (self._number, self._meetings), f"{self._shares}: {what} {mark.hex()}")
         if missing:
             others = ", ".join(map(str, missing))
             raise StepError(

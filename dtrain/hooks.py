@@ -6,15 +6,43 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+
+class _Arrival:
+    """Handle of a function that changes what arrives at a parameter, after the user's own hooks."""
+
+    def __init__(self, parameter: Tensor, function: Callable[[Tensor], Tensor]) -> None:
+        trained = parameter.requires_grad
+        parameter.requires_grad_(True)
+        self._node: Any = get_gradient_edge(parameter).node  # which lives as long as somebody keeps it
+        parameter.requires_grad_(trained)
+        self._handle = self._node.register_prehook(
+            lambda gradients: tuple(None if one is None else function(one) for one in gradients)
+        )
+
+    def remove(self) -> None:
+        """Gradients arrive as they are."""
+        self._handle.remove()
 
 
 def hook_gradient(parameter: Tensor, function: Callable[[Tensor], Tensor]) -> Any:
-    """Has a function change every gradient on its way into `parameter.grad`.
+    """Has a function change every gradient on its way into `parameter.grad`, not what `torch.autograd.grad` returns.
 
     Returns:
         a handle with `remove()`.
     """
-    return _registered(parameter, "register_hook", function)
+    return _Arrival(parameter, function)
+
+
+def scaled(gradient: Tensor, scale: float) -> Tensor:
+    """Returns a gradient times a number; its graph, where it has one (`create_graph=True`), is the gradient's alone.
+
+    What is computed from it comes to the parameter itself later, and is multiplied then.
+    """
+    if not gradient.requires_grad:
+        return gradient * scale
+    return gradient + gradient.detach() * (scale - 1.0)
 
 
 def hook_accumulated(parameter: Tensor, function: Callable[[Tensor], None]) -> Any:

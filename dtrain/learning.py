@@ -110,6 +110,8 @@ class Task:
         check_materialized(self.module)
         refuse_loss_as_layer(self.module)
         found = getattr(self.module, "optimizer", None)
+        # Such as a mapping of several optimizers, which the step finds there.
+        self.keeps_others = found is not None and not hasattr(found, "param_groups") and self.optimizer is None
         if self.optimizer is None and hasattr(found, "param_groups"):
             self.optimizer = found
         elif self.optimizer is not None and found is not self.optimizer:

@@ -89,19 +89,19 @@ class Meeting:
         )
 
 
-def wait_for_all(world: World, number: int, what: str) -> list[int]:
+def wait_for_all(world: World, number: tuple[int, int], what: str) -> list[int]:
     """Waits until all ranks have come to the same, past any collective that some of them may be in.
 
     Args:
         world: several ranks.
-        number: how many times this was called before, by which the ranks find each other.
+        number: of who waits in this process, and how many times that was before, by which the ranks find each other.
         what: where this rank is; only ranks that say the same meet.
 
     Returns:
         the ranks that did not come.
     """
     store = _get_default_store()
-    key = f"dtrain/waits/{number}/{zlib.crc32(what.encode())}/"
+    key = f"dtrain/waits/{number[0]}/{number[1]}/{zlib.crc32(what.encode())}/"
     store.set(f"{key}{world.rank}", "here")
     missing, end = [], time.monotonic() + _PATIENCE_SECONDS
     for rank in range(world.size):

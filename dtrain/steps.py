@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from dtrain.columns import NO_METRICS, VALID
 from dtrain.errors import StepError
 from dtrain.fsdp.tensors import is_sharded
-from dtrain.hooks import can_learn, hook_gradient
+from dtrain.hooks import can_learn, hook_gradient, scaled
 from dtrain.metrics import Mean, Observed, Value
 
 Step = Callable[..., Any]
@@ -311,7 +311,7 @@ _AS_THEY_ARE = contextlib.nullcontext()
 @contextlib.contextmanager
 def _scaled(parameters: Iterable[Tensor], scale: float) -> Iterator[None]:
     # Frozen ones too, which the step may unfreeze.
-    handles = [hook_gradient(p, lambda grad: grad * scale) for p in parameters if can_learn(p)]
+    handles = [hook_gradient(p, lambda grad: scaled(grad, scale)) for p in parameters if can_learn(p)]
     try:
         yield
     finally:

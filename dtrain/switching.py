@@ -29,6 +29,8 @@ def follow(task: Task, size: int) -> None:
     if found is task.optimizer or found is None:
         return
     if not hasattr(found, "param_groups"):
+        if task.keeps_others:
+            return
         raise StepError(
             f"model.optimizer was set to {type(found).__name__}, which is not an optimizer. Use another attribute name."
         )

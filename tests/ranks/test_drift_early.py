@@ -135,6 +135,39 @@ def declared_counts(m, x, y):
     return dtrain.Mean(loss * len(x), len(x))
 
 
+def after_an_inner_step(m, x, y):
+    """The loss of what the weights are after a step on samples that all ranks have (MAML)."""
+    inner = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+    names, weights = zip(*m.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(both(m, inner, inner[:, :1]), weights, create_graph=True)
+    fast = {name: p - 0.1 * grad for name, p, grad in zip(names, weights, gradients, strict=True)}
+    a, b = torch.func.functional_call(m, fast, (x,))
+    return mse(a, y) + 0.5 * mse(b, y)
+
+
+@right()
+def inner_step(m, x, y):
+    return finish(m, after_an_inner_step(m, x, y))
+
+
+@right()
+def inner_step_declared(m, x, y):
+    return after_an_inner_step(m, x, y)
+
+
+@right(accumulation=2)
+def inner_step_in_groups(m, x, y):
+    return after_an_inner_step(m, x, y)
+
+
+@right()
+def penalty_of_the_gradient(m, x, y):
+    loss = both(m, x, y)
+    loss.backward(create_graph=True)
+    finish(m, 0.1 * m.trunk.weight.grad.square().sum())
+    return loss.detach()
+
+
 @right(average="ddp")
 def by_ddp(m, x, y):
     return finish(m, both(m, x, y))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -182,6 +183,58 @@ def test_what_counts_its_calls_is_refused(world: World) -> None:
 
     assert "adds to model.seen (0, then 1)" in refused(world, net, counts)
     assert "changes the optimizer's options by itself (lr)" in refused(world, fresh_net(), sets_rates)
+
+
+COUNTED = {"steps": 0}
+
+
+def test_what_counts_in_other_places_is_refused(world: World) -> None:
+    net = fresh_net()
+    net.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+    average = copy.deepcopy(net)
+    shadow = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+
+    class Trainer:
+        number = samples = 0
+
+        def __init__(self) -> None:
+            self.number = 0
+
+        def step(self, model: Any, x: Any, y: Any) -> Any:
+            self.number += 1
+            return take(model, x, y, PLAIN)
+
+        def counts_samples(self, model: Any, x: Any, y: Any) -> Any:
+            self.samples += len(x)
+            return take(model, x, y, PLAIN)
+
+    def in_a_buffer(model: Any, x: Any, y: Any) -> Any:
+        model.calls += 1
+        return take(model, x, y, PLAIN)
+
+    def in_a_mapping(model: Any, x: Any, y: Any) -> Any:
+        COUNTED["steps"] += 1
+        return take(model, x, y, PLAIN)
+
+    def averages(model: Any, x: Any, y: Any) -> Any:
+        loss = take(model, x, y, PLAIN)
+        with torch.no_grad():
+            for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(parameter, 0.5)
+        return loss
+
+    def averages_anew(model: Any, x: Any, y: Any) -> Any:
+        loss = take(model, x, y, PLAIN)
+        for name, parameter in model.named_parameters():
+            shadow[name] = 0.5 * shadow[name] + 0.5 * parameter.detach()
+        return loss
+
+    assert "adds to self.number (0, then 1)" in refused(world, fresh_net(), Trainer().step)
+    assert refused(world, fresh_net(), Trainer().counts_samples) == ""
+    assert "adds to model.calls (0, then 1)" in refused(world, net, in_a_buffer)
+    assert "adds to COUNTED['steps'] (0, then 1)" in refused(world, fresh_net(), in_a_mapping)
+    assert "changes average, an average of the weights" in refused(world, fresh_net(), averages)
+    assert "changes shadow, an average of the weights" in refused(world, fresh_net(), averages_anew)
 
 
 def test_hooks_that_change_a_part_are_refused_and_others_are_not(world: World) -> None:

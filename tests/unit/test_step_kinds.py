@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.step_programs import BATCH, CALLS, SAMPLES, by_hand, data, flat, fresh_net
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dtrain.engine import Engine
@@ -235,3 +236,28 @@ def test_optimizers_that_a_resumed_run_could_not_tell_apart(world: World) -> Non
     assert [one["at"] for one in saved] == [["second"], ["more['third']"]]
     for one, was in zip(two, saved, strict=True):
         assert told_apart([net.optimizer, *two], was, engine.task) == [one]
+
+
+def test_several_optimizers_may_be_kept_in_a_mapping_on_the_net(world: World) -> None:
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def made() -> Any:
+        torch.manual_seed(3)
+        net: Any = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double()
+        net.optimizer = {n: torch.optim.SGD(net[i].parameters(), lr=0.1) for i, n in enumerate(("one", "two"))}
+        return net
+
+    def step(model: Any, x: Any) -> Any:
+        for optimizer in model.optimizer.values():
+            model.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+        return loss.detach()
+
+    net, other = made(), made()
+    train_model(net, 2, DataLoader(TensorDataset(x), 4), train_step=step, verbose=False, world=world)
+    for part in (*x.split(4), *x.split(4)):
+        step(other, part)
+    assert torch.equal(net[1].weight, other[1].weight)
+    assert isinstance(net.optimizer, dict)
