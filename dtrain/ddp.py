@@ -24,7 +24,7 @@ from torch import nn
 from dtrain.checks import word_in_terms_of_ranks
 from dtrain.compiling import Compile, CompileClock, by_us_alone, compilation, compiled
 from dtrain.gradient_averaging import GradientAveraging, Way
-from dtrain.hooks import hook_accumulated
+from dtrain.hooks import hook_accumulated, warn_of_gradient_hooks
 from dtrain.precision import Precision, chosen, computing
 
 if TYPE_CHECKING:
@@ -168,6 +168,8 @@ class Replica:
         self._lowered.enter_context(compiled(net, how))
         self._lowered.enter_context(computing(net, precision or chosen(None, world), world))
         if world.size > 1:
+            if world.is_main:
+                warn_of_gradient_hooks(net)
             self.gradients = GradientAveraging(world, averaging) if isinstance(averaging, str) else averaging
             world.broadcast_([_real(tensor) for tensor in (*net.parameters(), *net.buffers())])
             self._redirection = _Redirection(net, self.gradients)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+
+logger = logging.getLogger(__name__)
 
 
 class _Arrival:
@@ -69,3 +72,19 @@ def _registered(parameter: Any, method: str, function: Callable[..., Any]) -> An
 def can_learn(parameter: Tensor) -> bool:
     """Whether a parameter can have a gradient: of integers there is none."""
     return parameter.is_floating_point() or parameter.is_complex()
+
+
+def warn_of_gradient_hooks(net: nn.Module) -> None:
+    """Warns of the user's own hooks on gradients, which on several ranks see each rank's part of the batch alone.
+
+    Args:
+        net: before dtrain has hooked anything to it.
+    """
+    hooked = [name for name, parameter in net.named_parameters() if parameter._backward_hooks]
+    if hooked:
+        logger.warning(
+            "%s%s has a gradient hook (register_hook): on several ranks it gets each rank's own gradient, before the "
+            "average. Scaling it is right, clipping or normalising it is not: use train.clip_value or train.clip_norm.",
+            hooked[0],
+            f" (and {len(hooked) - 1} more)" if len(hooked) > 1 else "",
+        )

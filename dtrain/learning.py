@@ -36,7 +36,7 @@ from dtrain.dealing import Share
 from dtrain.descent import Descent, parameters_of
 from dtrain.errors import UsageError
 from dtrain.finite import FiniteLoss, WhenNan
-from dtrain.fsdp.replica import ShardedReplica, check_values, refuse_compiling, refuse_others
+from dtrain.fsdp.replica import ShardedReplica, check_values, refuse_averaging, refuse_compiling, refuse_others
 from dtrain.fsdp.settings import Sharding
 from dtrain.gradient_averaging import Way
 from dtrain.kinds import check_planned, refuse_loss_as_layer, refuse_scaling, refuse_weights
@@ -169,6 +169,7 @@ class Learner:
         if sharding is not None and world.size > 1:
             refuse_others(task.others.items())
             refuse_compiling(wanted(compile, world))
+            refuse_averaging(averaging)
             self._replica = ShardedReplica(task.module, world, in_use, sharding)
         else:
             self._replica = Replica(task.module, world, in_use, compile, averaging)

@@ -68,7 +68,12 @@ def follow_schedule(engine: Engine, train: TrainConfig) -> None:
         raise UsageError(f"{what} needs an optimizer that dtrain knows: build_optimizer(model), or model.optimizer.")
     total = engine.updates_in_all()
     if total is None:
-        raise UsageError(f"{what}: the training loader has no length, so that its end cannot be known.")
+        if train.schedule != "constant" or train.warmup_epochs is not None or train.warmup_fraction is not None:
+            raise UsageError(
+                f"{what}: the training loader has no length, so that its end cannot be known. Set train.max_steps, or "
+                "define the loader's __len__."
+            )
+        total = 0  # for nothing
     # A function, not an object: it counts by the config, and not by a checkpoint's, which may have had fewer epochs.
     of_step = factor(train.schedule, total, _warmup(train, total, engine.epochs), train.floor)
     if engine.world.is_main and train.schedule != "constant":

@@ -275,6 +275,18 @@ def refuse_compiling(how: Compilation | None) -> None:
         raise error
 
 
+def refuse_averaging(way: str) -> None:
+    """Looks whether DDP is to average the gradients, which of a sharded net FSDP does.
+
+    Raises:
+        UsageError: it is.
+    """
+    if way == "ddp":
+        error = UsageError("train.average = ddp: the net is sharded (train.shard). Leave one of the two out.")
+        error.agreed = True
+        raise error
+
+
 def refuse_others(others: Iterable[tuple[str, Any]]) -> None:
     """Looks at what else has a state.
 

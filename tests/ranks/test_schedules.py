@@ -131,3 +131,5 @@ def build_dataloaders():
     ):
         done = dtrain("train", *words, "epochs=1")
         assert done.code == 2 and told in done.err, done.text
+    done = dtrain("train", "endless.py", "schedule=constant", "warmup_steps=2", "epochs=1")
+    assert done.code == 0, "a warm-up by steps needs no end"

@@ -16,7 +16,9 @@ import dtrain
 from dtrain.checkpoint import save_epoch
 from dtrain.checkpoint.folder import all_saved
 from dtrain.errors import StepError, UsageError, WorldError
+from dtrain.fsdp.replica import refuse_averaging
 from dtrain.history import History, best_row, read_history
+from dtrain.hooks import warn_of_gradient_hooks
 from dtrain.launch import threads
 from dtrain.launch.facts import read_rank_facts
 from dtrain.launch.heartbeat import Beat, Heartbeat, read_beat
@@ -174,7 +176,7 @@ class TestSteps:
 
     def test_a_loss_under_another_name_is_told(self) -> None:
         graph = torch.ones(1, requires_grad=True).sum()
-        with pytest.raises(StepError, match=r"returned 'los', 'accuracy', and no value named 'loss'.*Is 'los' a slip"):
+        with pytest.raises(StepError, match=r"returned 'los', 'accuracy', and no value named 'loss'.*Is 'los' a typo"):
             kind_of(False, False, {"los": graph, "accuracy": 1.0})
         with pytest.raises(
             StepError, match=r"returned 'objective', and no value named 'loss', on which.*backward\(\)\. R"
@@ -284,3 +286,18 @@ def test_a_pass_ends_at_its_last_step(tmp_path: Path) -> None:
 def test_how_another_rank_ended_is_told_without_classes_of_dtrain_s(kind: str, trace: str, told: str) -> None:
     report = Report(1, 1, "", 0.0, Told("exception", kind, "words", trace))
     assert _how(report, 1, Beat(5, "train", 1, 3)) == f"{told} in epoch 1, train step 3"
+
+
+def test_gradient_hooks_of_the_users_own_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Linear(2, 1)
+    warn_of_gradient_hooks(net)
+    assert not caplog.records
+    net.weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
+    warn_of_gradient_hooks(net)
+    assert "weight has a gradient hook (register_hook)" in caplog.text
+
+
+def test_ddp_averages_no_sharded_net() -> None:
+    refuse_averaging("auto")
+    with pytest.raises(UsageError, match=r"train\.average = ddp: the net is sharded"):
+        refuse_averaging("ddp")
