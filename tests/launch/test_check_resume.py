@@ -25,7 +25,7 @@ def test_a_recipe_with_all_kinds_of_randomness_is_equal(dtrain: Dtrain, recipes:
     some(
         [
             (["fault=stream"], ": loss", "something that the step uses is not in the checkpoint"),
-            (["own=order"], "the samples' indices", "a sampler or batch sampler with a random stream"),
+            (["own=order"], "the samples' indices", "a sampler or batch sampler with a state, or a random stream"),
         ],
         [(["own=stream"], "the samples' values", "a random stream that is neither global")],
     ),
