@@ -23,7 +23,6 @@ class AgreedSteps:
     Args:
         world: the ranks.
         place: where the run is.
-
         last: after so many optimizer steps training ends; None where it does not.
         every: every so many of them, all ranks do something together; None for nothing.
 
