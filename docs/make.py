@@ -24,9 +24,10 @@ _BEGIN, _END = "<!-- keys: made by `python docs/make.py` -->", "<!-- end of the 
 GROUPS = {
     "Training": ["train_model", "KerasModel", "Mean"],
     "A loop of your own": ["prepare", "Meter", "History", "save_weights"],
-    "Ranks": ["rank", "world_size", "is_main", "print_main"],
-    "After the training": ["read_history", "dtrain.inference.evaluate_task", "dtrain.inference.predict"],
-    "Progress": ["dtrain.progress.Progress"],
+    "Ranks": ["rank", "world_size", "is_main", "print_main", "gather"],
+    "After the training": ["read_history", "dtrain.engine.predict.evaluate_task", "dtrain.engine.predict.predict"],
+    "Options": ["dtrain.engine.options.RunOptions"],
+    "Callbacks": ["Callback", "Run", "dtrain.engine.callback.EngineCallback"],
     "Errors": [
         *("DtrainError", "UsageError", "ConfigError", "RecipeError", "WorldError"),
         *("DataError", "StepError", "RankError"),
@@ -113,6 +114,8 @@ def _kind_of(option: Any) -> str:
         option = get_args(option)[0]
     if get_origin(option) is list:
         inner = get_args(option)[0]
+        if get_origin(inner) is Literal:
+            return f"list of {_kind_of(inner)}"
         return "list of texts" if inner is str else "list of mappings"
     return _KINDS.get(option, "mapping")
 

@@ -9,32 +9,42 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from dtrain.version import __version__
 
 _HOME_OF = {
+    "Callback": "dtrain.engine.hooks",
     "ConfigError": "dtrain.errors",
     "DataError": "dtrain.errors",
     "DtrainError": "dtrain.errors",
-    "KerasModel": "dtrain.keras",
-    "History": "dtrain.history",
-    "Mean": "dtrain.metrics",
-    "Meter": "dtrain.script",
+    "KerasModel": "dtrain.api.keras",
+    "History": "dtrain.rundir.history",
+    "Mean": "dtrain.engine.metrics",
+    "Meter": "dtrain.api.script",
     "RankError": "dtrain.errors",
     "RecipeError": "dtrain.errors",
+    "Run": "dtrain.engine.run",
     "StepError": "dtrain.errors",
     "UsageError": "dtrain.errors",
     "WorldError": "dtrain.errors",
-    "is_main": "dtrain.here",
-    "prepare": "dtrain.script",
-    "print_main": "dtrain.here",
-    "rank": "dtrain.here",
-    "read_history": "dtrain.history",
-    "save_weights": "dtrain.script",
-    "train_model": "dtrain.training",
-    "world_size": "dtrain.here",
+    "gather": "dtrain.model.gather",
+    "is_main": "dtrain.api.here",
+    "prepare": "dtrain.api.script",
+    "print_main": "dtrain.api.here",
+    "rank": "dtrain.api.here",
+    "read_history": "dtrain.rundir.history",
+    "save_weights": "dtrain.api.script",
+    "train_model": "dtrain.api.function",
+    "world_size": "dtrain.api.here",
 }
 
 if TYPE_CHECKING:
+    from dtrain.api.function import train_model
+    from dtrain.api.here import is_main, print_main, rank, world_size
+    from dtrain.api.keras import KerasModel
+    from dtrain.api.script import Meter, prepare, save_weights
+    from dtrain.engine.hooks import Callback
+    from dtrain.engine.metrics import Mean
+    from dtrain.engine.run import Run
     from dtrain.errors import (
         ConfigError,
         DataError,
@@ -45,14 +55,11 @@ if TYPE_CHECKING:
         UsageError,
         WorldError,
     )
-    from dtrain.here import is_main, print_main, rank, world_size
-    from dtrain.history import History, read_history
-    from dtrain.keras import KerasModel
-    from dtrain.metrics import Mean
-    from dtrain.script import Meter, prepare, save_weights
-    from dtrain.training import train_model
+    from dtrain.model.gather import gather
+    from dtrain.rundir.history import History, read_history
 
 __all__ = [
+    "Callback",
     "ConfigError",
     "DataError",
     "DtrainError",
@@ -62,10 +69,12 @@ __all__ = [
     "Meter",
     "RankError",
     "RecipeError",
+    "Run",
     "StepError",
     "UsageError",
     "WorldError",
     "__version__",
+    "gather",
     "is_main",
     "prepare",
     "print_main",

@@ -26,8 +26,10 @@ import difflib
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 _NOTE = "dtrain: "
+_LONGEST_MESSAGE, _LONGEST_NAME = 10_000, 200  # characters
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -42,11 +44,16 @@ class DtrainError(Exception):
 
     Attributes:
         exit_code: what a process that ends of it exits with.
-        agreed: whether every rank raises it together, so that rank 0 alone shall speak.
+        on_all_ranks: whether every rank raises it together, so that rank 0 alone shall speak.
     """
 
     exit_code = EXIT_FAILED
-    agreed = False
+    on_all_ranks = False
+
+    def __init__(self, *args: object, on_all_ranks: bool | None = None) -> None:
+        super().__init__(*args)
+        if on_all_ranks is not None:
+            self.on_all_ranks = on_all_ranks
 
 
 class UsageError(DtrainError):
@@ -99,7 +106,7 @@ class StopRequested(DtrainError):  # noqa: N818 - no error: somebody asked for i
     """Training was asked to stop, and did so after one and the same step on every rank."""
 
     exit_code = EXIT_STOPPED
-    agreed = True
+    on_all_ranks = True
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,8 @@ class AgreedError(DtrainError):
 
     def __init__(self, failures: list[Failure]) -> None:
         self.failures = failures
-        self.agreed = True
         self.exit_code = failures[0].exit_code
-        super().__init__(_merge(failures))
+        super().__init__(_merge(failures), on_all_ranks=True)
 
 
 def _merge(failures: list[Failure]) -> str:
@@ -162,9 +168,11 @@ def make_room(error: BaseException) -> None:
 
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that there is no memory left, on this machine or on a device."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    kind = type(error)  # isinstance() would ask the exception itself, which may be of the user's own kind
+    if issubclass(kind, MemoryError) or name_of_type(error) == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "bad_alloc" in str(error))
+    text = text_of(error) if issubclass(kind, RuntimeError) else ""
+    return "can't allocate memory" in text or "bad_alloc" in text
 
 
 def add_remark(error: BaseException, remark: str) -> None:
@@ -173,14 +181,43 @@ def add_remark(error: BaseException, remark: str) -> None:
 
 
 def _add_note(error: BaseException, text: str) -> None:
-    notes = [*getattr(error, "__notes__", []), f"{_NOTE}{text}"]
     # An exception class may refuse new attributes (a frozen dataclass does); add_note() needs Python 3.11.
-    object.__setattr__(error, "__notes__", notes)
+    object.__setattr__(error, "__notes__", [*raw_notes(error), f"{_NOTE}{text}"])
+
+
+def raw_notes(error: BaseException) -> list[Any]:
+    """Returns an exception's notes; none where `__notes__` is anything but a list, since any code may set it."""
+    try:
+        notes = getattr(error, "__notes__", None)
+    except Exception:  # noqa: BLE001 - the class may be the user's own
+        return []
+    return list(notes) if isinstance(notes, (list, tuple)) else []
+
+
+def text_of(error: BaseException, most: int = _LONGEST_MESSAGE) -> str:
+    """Returns an exception's message, cut to so many characters; its class may be the user's own, and raise."""
+    try:
+        return cut(str(error), most)
+    except BaseException as raised:  # noqa: BLE001 - what ended the run is told, not this
+        return f"<its __str__ raised {name_of_type(raised)}>"
+
+
+def name_of_type(error: BaseException) -> str:
+    """Returns the name of an exception's class."""
+    return cut(type.__getattribute__(type(error), "__name__"), _LONGEST_NAME)
+
+
+def cut(text: str, most: int) -> str:
+    """Returns a text, without its middle where it is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    head, tail = most * 2 // 3, most // 3
+    return f"{text[:head]}\n... {len(text) - head - tail} characters omitted ...\n{text[len(text) - tail :]}"
 
 
 def notes_of(error: BaseException) -> list[str]:
     """Returns what `add_place` and `add_remark` noted on an exception: "at rank 0, ...", then the remarks."""
-    notes = [str(note) for note in getattr(error, "__notes__", [])]
+    notes = [note for note in raw_notes(error) if isinstance(note, str)]
     return [note.removeprefix(_NOTE) for note in notes if note.startswith(_NOTE)]
 
 
@@ -194,3 +231,8 @@ def nearest(word: str, names: Iterable[str]) -> str:
     """Returns " Did you mean 'X'?" for the name nearest to a word, or nothing."""
     match = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def nothing_yielded(split: str) -> str:
+    """The message for a loader without a batch."""
+    return f"the {split} loader yielded no batch. Is its dataset empty, or smaller than one batch with drop_last=True?"

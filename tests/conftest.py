@@ -6,12 +6,14 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
-from helpers.commands import Dtrain, children_of_tests
+from helpers import parallel
+from helpers.commands import STARTS, Dtrain, children_of_tests
 from hypothesis import settings
 
 # Examples are not timed: a busy machine is no failure.
@@ -22,7 +24,42 @@ settings.load_profile("untimed")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-RECIPES = Path(__file__).parent / "recipes"
+_REAPER_SECONDS = 30.0
+TESTS = Path(__file__).parent
+RECIPES = TESTS / "recipes"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Has whole folders of tests run in several processes; see `helpers.parallel`."""
+    number = parallel.workers(config)
+    if number is not None:
+        config.option.numprocesses, config.option.dist = number, "loadscope"
+    if hasattr(config, "workerinput") and config.option.basetemp:
+        # popen-gw0 is longer than what lines of 80 columns and the paths of sockets leave room for
+        config.option.basetemp = str(Path(config.option.basetemp).with_name(config.workerinput["workerid"]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Which tests one process runs; `--dist load` and the like stay what they are."""
+    return parallel.scheduler(config, log) if config.option.dist == "loadscope" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks each test by the folder that it is in; all but those of tests/unit start processes, and are slow."""
+    for item in items:
+        kind = item.path.relative_to(TESTS).parts[0]
+        if kind != "unit":
+            item.add_marker(kind)
+            item.add_marker("slow")
+    parallel.in_order(items)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says how commands were started: many that could not be warm make the tests slow."""
+    if any(STARTS.values()):
+        terminalreporter.write_line(", ".join(f"{number} {kind} starts" for kind, number in STARTS.items()))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,7 +87,11 @@ def nothing_left_behind() -> Iterator[None]:
     before.pop("TORCHINDUCTOR_CACHE_DIR", None)
     before.pop("PYTEST_CURRENT_TEST", None)
     assert after == before, "a test changed the environment"
-    assert children_of_tests() == [], "a test left processes behind"
+    # The reaper of a launcher that was killed ends by itself, a moment after it.
+    deadline = time.monotonic() + _REAPER_SECONDS
+    while (left := children_of_tests()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == [], "a test left processes behind"
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def check_extra(module: nn.Module) -> None:
         if kind.get_extra_state is not nn.Module.get_extra_state and kind.set_extra_state is nn.Module.set_extra_state:
             raise CheckpointError(
                 f"model{path and f'.{path}'} ({kind.__name__}) has get_extra_state() but no set_extra_state(state), "
-                "so that its state could not be restored. Define both, or neither."
+                "so its state cannot be restored. Define both, or neither."
             )
     extra_metadata(module.state_dict())
 

@@ -9,20 +9,24 @@ they are, and a folder with a dot that the run's next start removes. A full disk
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from dtrain.errors import CheckpointError
+from dtrain.files import folder_opened, make_folder, open_below, read_text_below
+from dtrain.layout import checkpoint_name, checkpoints_in
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?")
 _NO_SEAL = "0" * 64
 _PIECE = 1 << 20
 
@@ -52,17 +56,12 @@ class Saved:
         return row
 
 
-def name_of(epoch: int, step: int | None) -> str:
-    """Returns a checkpoint's name: of an epoch's end, or within one."""
-    return f"epoch-{epoch}" if step is None else f"epoch-{epoch}-step-{step}"
-
-
 def write_checkpoint(folder: Path, name: str, files: Mapping[str, Pieces], facts: Mapping[str, Any]) -> Path:
     """Writes a checkpoint, reads it again and gives it its name.
 
     Args:
         folder: of all checkpoints; it is made where it is missing.
-        name: what `name_of` returns.
+        name: what `checkpoint_name` returns.
         files: name -> its bytes, in pieces.
         facts: what the manifest shall hold besides; JSON.
 
@@ -74,28 +73,32 @@ def write_checkpoint(folder: Path, name: str, files: Mapping[str, Pieces], facts
         OSError: the disk is full, say; what was written is removed.
     """
     final, part = folder / name, folder / f".{name}.part"
-    folder.mkdir(parents=True, exist_ok=True)
-    if final.exists():
-        raise CheckpointError(f"{final} is there already and is kept as it is.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent, folder.name)
+    if os.path.lexists(final):
+        raise CheckpointError(f"{final} already exists and is not overwritten.")
     remove(part)
-    part.mkdir()
-    try:
-        written = {file: _write(part / file, pieces) for file, pieces in files.items()}
-        _write(part / MANIFEST, [_sealed({**facts, "files": written})])
-        _sync(part)
-        verify(part)
-        part.rename(final)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    with folder_opened(folder.parent, folder.name) as parent:
+        os.mkdir(part.name, dir_fd=parent)
+        try:
+            written = {file: _write(part, file, pieces) for file, pieces in files.items()}
+            _write(part, MANIFEST, [_sealed({**facts, "files": written})])
+            _sync(part)
+            verify(part)
+            os.rename(part.name, name, src_dir_fd=parent, dst_dir_fd=parent)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
     _sync(folder)
     return final
 
 
-def _write(path: Path, pieces: Pieces) -> dict[str, Any]:
-    """Writes and syncs a file; returns its size and hash."""
+def _write(folder: Path, name: str, pieces: Pieces) -> dict[str, Any]:
+    """Writes and syncs a file of a checkpoint; returns its size and hash."""
     digest, size = hashlib.blake2b(digest_size=32), 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    # From the run's folder on, no link is followed.
+    below = f"{folder.parent.name}/{folder.name}/{name}"
+    descriptor = open_below(folder.parent.parent, below, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         for piece in pieces:
             digest.update(piece)
@@ -126,17 +129,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     try:
-        text = file.read_bytes().decode()
+        text = read_text_below(path.parent, f"{path.name}/{MANIFEST}")
         facts = json.loads(text)
         seal = facts["seal"]
         blank = text.replace(f'"seal": "{seal}"', f'"seal": "{_NO_SEAL}"')
         whole = seal == _seal(blank) and isinstance(facts["files"], dict)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
-        raise CheckpointError(f"{file} is damaged: it is not as it was written")
+        raise CheckpointError(f"{file} is damaged: its content has changed since it was written")
     return facts  # type: ignore[no-any-return]
 
 
@@ -148,8 +151,25 @@ def verify(path: Path) -> dict[str, Any]:
     """
     facts = read_manifest(path)
     for name, expected in facts["files"].items():
+        if PurePath(name).name != name:
+            raise CheckpointError(f"{path / MANIFEST} lists a file outside of the checkpoint: {name!r}")
         verify_file(path / name, expected)
     return facts
+
+
+def check_place(path: Path, facts: Mapping[str, Any]) -> None:
+    """Compares a checkpoint's name with what was saved there.
+
+    Raises:
+        CheckpointError: it was saved under another name, and copied or renamed since.
+    """
+    row = facts.get("row") or {}
+    epoch, step = facts.get("epoch", row.get("epoch")), facts.get("step")
+    if epoch is not None and path.name != checkpoint_name(epoch, step):
+        raise CheckpointError(
+            f"{path} contains the checkpoint {checkpoint_name(epoch, step)}: it was copied or renamed. Rename it back "
+            "to use it"
+        )
 
 
 def verify_file(file: Path, expected: Mapping[str, Any]) -> None:
@@ -160,7 +180,8 @@ def verify_file(file: Path, expected: Mapping[str, Any]) -> None:
     """
     digest, size = hashlib.blake2b(digest_size=32), 0
     try:
-        with file.open("rb", buffering=0) as opened:
+        descriptor = open_below(file.parent, file.name, os.O_RDONLY)
+        with os.fdopen(descriptor, "rb", buffering=0) as opened:
             while piece := opened.read(_PIECE):
                 digest.update(piece)
                 size += len(piece)
@@ -169,60 +190,55 @@ def verify_file(file: Path, expected: Mapping[str, Any]) -> None:
     if size != expected["bytes"]:
         raise CheckpointError(f"{file} is damaged: it has {size} bytes and was written with {expected['bytes']}")
     if digest.hexdigest() != expected["blake2b"]:
-        raise CheckpointError(f"{file} is damaged: it is not as it was written")
-
-
-def named(folder: Path) -> dict[Path, tuple[int, int | None]]:
-    """Returns all that have a checkpoint's name, whole or not, with epoch and step, in their order in the run."""
-    found: dict[Path, tuple[int, int | None]] = {}
-    for path in folder.glob("epoch-*"):
-        place = place_of(path.name)
-        if place is not None and path.is_dir():
-            found[path] = place
-    return dict(sorted(found.items(), key=lambda item: _order(item[1])))
-
-
-def place_of(name: str) -> tuple[int, int | None] | None:
-    """Returns epoch and step of a checkpoint's name, None where it is no such name; see `name_of`."""
-    match = _NAME.fullmatch(name)
-    return None if match is None else (int(match[1]), None if match[2] is None else int(match[2]))
-
-
-def _order(place: tuple[int, int | None]) -> tuple[int, float]:
-    return place[0], float("inf") if place[1] is None else place[1]
+        raise CheckpointError(f"{file} is damaged: its content has changed since it was written")
 
 
 def all_saved(folder: Path) -> list[Saved]:
     """Returns the checkpoints whose manifest is as it was written, in their order in the run."""
     found = []
-    for path, (epoch, step) in named(folder).items():
+    for path, (epoch, step) in checkpoints_in(folder).items():
         try:
-            found.append(Saved(path, epoch, step, read_manifest(path)))
+            facts = read_manifest(path)
+            check_place(path, facts)
+            found.append(Saved(path, epoch, step, facts))
         except CheckpointError:
             continue  # whoever wants to load it is told
     return found
+
+
+def make_way(path: Path) -> None:
+    """Puts aside what has the name that a checkpoint is to get, where it is a copy, a link or damaged."""
+    if not os.path.lexists(path):
+        return
+    try:
+        check_place(path, read_manifest(path))
+    except CheckpointError as error:
+        logger.warning("%s; it is now %s", error, set_aside(path).name)
 
 
 def set_aside(path: Path) -> Path:
     """Renames a damaged checkpoint, so that it is in nobody's way and can still be looked at."""
     for number in range(1, 1000):
         aside = path.with_name(f".{path.name}.damaged-{number}")
-        if not aside.exists():
+        if not os.path.lexists(aside):
             path.rename(aside)
             _sync(path.parent)
             return aside
-    raise CheckpointError(f"{path.parent} holds a thousand damaged checkpoints: remove them")
+    raise CheckpointError(f"{path.parent} contains a thousand damaged checkpoints: remove them")
 
 
 def remove(path: Path) -> None:
     """Removes a checkpoint; a kill in the midst of it leaves nothing that looks like one."""
+    if path.is_symlink():
+        path.unlink()  # what it leads to is somebody else's
     if not path.exists():
         return
     gone = path if path.name.startswith(".") else path.with_name(f".{path.name}.gone")
-    if gone != path:
-        shutil.rmtree(gone, ignore_errors=True)
-        path.rename(gone)
-    shutil.rmtree(gone)
+    with contextlib.suppress(FileNotFoundError):  # somebody else removes it, too
+        if gone != path:
+            shutil.rmtree(gone, ignore_errors=True)
+            path.rename(gone)
+        shutil.rmtree(gone)
 
 
 def remove_leftovers(folder: Path) -> list[str]:

@@ -60,8 +60,8 @@ def check_storable(tensors: Mapping[str, Tensor], what: str = "") -> None:
         if not storable(tensor):
             raise CheckpointError(
                 f"{what}{name} is a tensor of type {tensor.dtype}, layout {tensor.layout}, which a checkpoint cannot "
-                "hold. Make it a strided tensor of a standard dtype, or a buffer with persistent=False that __init__ "
-                "fills."
+                "contain. Make it a strided tensor of a standard dtype, or a buffer "
+                "with persistent=False that __init__ fills."
             )
 
 
@@ -111,7 +111,7 @@ def read_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return _viewed(tensors, header.get("__metadata__", {}))
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"a checkpoint holds tensors that are none: {error}") from None
+        raise CheckpointError(f"a checkpoint has invalid tensors: {error}") from None
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtrain.checkpoint.streams import made_generator, plain_generator
+from dtrain.checkpoint.generators import made_generator, plain_generator
 from dtrain.checkpoint.tensors import DTYPES
 from dtrain.errors import CheckpointError
 
@@ -74,9 +74,9 @@ def _numbers(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if generator is not None:
         return {"generator": _flatten(generator, where, tensors)}
     raise CheckpointError(
-        f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: it has numbers, text, "
-        "tensors, arrays and random generators, in lists, tuples, sets and dicts. Let state_dict() or "
-        "get_extra_state() return these alone."
+        f"{where} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot contain. state_dict() and "
+        "get_extra_state() may return numbers, text, tensors, arrays and random "
+        "generators, in lists, tuples, sets and dicts."
     )
 
 
@@ -85,7 +85,7 @@ def _tensor(tensor: Tensor, where: str, tensors: dict[str, Tensor]) -> dict[str,
         return {"complex tensor": _stored(torch.view_as_real(tensor.detach().resolve_conj()), where, tensors)}
     if tensor.layout is not torch.strided or tensor.dtype not in DTYPES:
         raise CheckpointError(
-            f"{where} is a tensor of type {tensor.dtype}, layout {tensor.layout}, which a checkpoint cannot hold."
+            f"{where} is a tensor of type {tensor.dtype}, layout {tensor.layout}, which a checkpoint cannot contain."
         )
     return {"tensor": _stored(tensor.detach(), where, tensors)}
 
@@ -113,12 +113,12 @@ def unflatten(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
     if type(structure) in _PLAIN:
         return structure
     if not isinstance(structure, dict) or len(structure) != 1:
-        raise CheckpointError(f"a state holds a {type(structure).__name__} that stands for nothing")
+        raise CheckpointError(f"a state contains an unexpected {type(structure).__name__}")
     ((tag, inner),) = structure.items()
     try:
         return _made(tag, inner, tensors)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"a state holds a damaged {tag}: {error!r}") from None
+        raise CheckpointError(f"a state contains a damaged {tag}: {error!r}") from None
 
 
 def _made(tag: str, inner: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -136,7 +136,7 @@ def _made(tag: str, inner: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name)
     if not isinstance(found, torch.dtype):
-        raise TypeError(f"{name} is no type of torch's")
+        raise TypeError(f"{name} is not a torch dtype")
     return found
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.checkpoint.extra import extra_keys, extra_metadata, extra_of, load_extra
-from dtrain.checkpoint.folder import Pieces, name_of, read_manifest, verify_file, write_checkpoint
-from dtrain.checkpoint.keeping import Keeping
+from dtrain.checkpoint.folder import Pieces, read_manifest, verify_file, write_checkpoint
+from dtrain.checkpoint.retention import RetentionPolicy
 from dtrain.checkpoint.tensors import pieces, read_file
 from dtrain.errors import CheckpointError, UsageError
+from dtrain.layout import checkpoint_name
 
 WEIGHTS = "model.safetensors"
 
@@ -32,8 +33,8 @@ def save_epoch(folder: Path, module: nn.Module, row: dict[str, Any], own: Collec
     Returns:
         the new folder, which holds `model.safetensors` and `manifest.json`.
     """
-    path = write_checkpoint(folder, name_of(row["epoch"], None), {WEIGHTS: weights_file(module)}, {"row": row})
-    Keeping().prune(folder, None if own is None else {*own, path})
+    path = write_checkpoint(folder, checkpoint_name(row["epoch"], None), {WEIGHTS: weights_file(module)}, {"row": row})
+    RetentionPolicy().prune(folder, None if own is None else {*own, path})
     return path
 
 
@@ -97,9 +98,9 @@ def check_fit(module: nn.Module, saved: Mapping[str, Any], file: str) -> None:
     for name in [*own, *(name for name in there if name not in own)]:
         if own.get(name) != there.get(name):
             raise UsageError(
-                f"{file} does not fit the net: {name} {there.get(name, _NOTHING)} in the file, and "
-                f"{own.get(name, _NOTHING)} in the recipe's net. "
-                "Was the recipe changed, or a model.* value given that the run was not trained with?"
+                f"{file} does not match the model: {name} {there.get(name, _NOTHING)} in the file, and "
+                f"{own.get(name, _NOTHING)} in the recipe's model. Was the recipe changed, or a "
+                "model.* value set that differs from the run's?"
             )
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from dtrain.checkpoint.tensors import total_bytes
-from dtrain.memory import read_memory
+from dtrain.launch.env.memory import read_memory
 
 logger = logging.getLogger(__name__)
 
@@ -116,17 +115,10 @@ class Writer:
             self._failure = error
 
 
-def fits_beside(tensors: Mapping[str, Tensor]) -> bool:
+def fits_on_disk(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a copy of tensors takes at most half of the memory that is still free."""
     needed = total_bytes(tensors)
     if needed <= _LEAST_COPIED:
         return True
     memory = read_memory()
     return memory is None or needed * 2 <= memory.left
-
-
-def timed(job: Callable[[], None]) -> float:
-    """Runs a job and returns its seconds."""
-    started = time.perf_counter()
-    job()
-    return time.perf_counter() - started

@@ -11,6 +11,7 @@ from dtrain.cli import check, find
 from dtrain.cli.bench import bench, bench_rank
 from dtrain.cli.doctor import doctor, doctor_node, doctor_rank
 from dtrain.cli.evaluate import evaluate, predict, summary
+from dtrain.cli.guard import this_is_the_command_line
 from dtrain.cli.history import history
 from dtrain.cli.init import init
 from dtrain.cli.joblogs import logs
@@ -23,11 +24,13 @@ from dtrain.cli.submit import submit
 from dtrain.cli.sync import sync
 from dtrain.cli.train import train
 from dtrain.cli.values import TakesValues
-from dtrain.launch.leaving import leave, must_leave_at_once
+from dtrain.launch.env.inherited import drop_inherited
+from dtrain.launch.signals.process_exit import enforce_exit, leave, must_leave_at_once
+from dtrain.launch.terminal.guarded import guard_output, say
 
 app = typer.Typer(
     name="dtrain",
-    help="Your PyTorch training steps, unchanged, on one CPU or many ranks.\n\n"
+    help="Run your PyTorch training steps, unchanged, on one CPU or on many ranks.\n\n"
     "Examples: dtrain train; dtrain train my_recipe.py epochs=5 -n 2 --cpu; dtrain history",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -69,9 +72,16 @@ def _root(
 
 def main() -> None:
     """Runs the command line; the console script `dtrain`."""
+    this_is_the_command_line()
+    guard_output()
+    whose = drop_inherited()
+    if whose:
+        say(f"dtrain: note: started by {whose} of another job; this process is no part of that, and works for itself.")
     try:
         app()
     except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        enforce_exit(code)
         if must_leave_at_once():
-            leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+            leave(code)
         raise

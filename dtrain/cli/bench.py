@@ -14,20 +14,20 @@ from dtrain.cli.ranks import on_ranks
 from dtrain.cli.train import METAVAR, read_target
 
 if TYPE_CHECKING:
-    from dtrain.bench.advice import Measured
-    from dtrain.world import World
+    from dtrain.distributed.world import World
+    from dtrain.tools.bench.advice import BenchResult
 
 
 def bench(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar=METAVAR, help="As for train.", show_default=False)
+        list[str] | None, typer.Argument(metavar=METAVAR, help="As for `dtrain train`.", show_default=False)
     ] = None,
-    ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, help="Compare one rank with this many.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Train steps to measure.")] = 50,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU, also where there is a GPU.")] = False,
-    out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file, too.")] = None,
+    ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, help="Compare one rank with this many ranks.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Train steps to time.")] = 50,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Use the CPU even if there is a GPU.")] = False,
+    out: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file (JSON).")] = None,
 ) -> None:
-    """Measure where a train step's time goes, and what would make it faster. Keeps nothing.
+    """Measure where the time of a train step goes, and suggest what would make it faster. Writes nothing.
 
     Example: dtrain bench my_recipe.py data.batch_size=64 -n 2
     """
@@ -37,10 +37,10 @@ def bench(
 
 
 def _bench(words: list[str], ranks: int, steps: int, cpu: bool, out: Path | None) -> int:
-    from dtrain.launch.local import dtrain_argv, start_local_ranks
+    from dtrain.launch.supervisor import dtrain_argv, start_local_ranks
 
     read_target(words)
-    found: dict[int, Measured] = {}
+    found: dict[int, BenchResult] = {}
     with tempfile.TemporaryDirectory(prefix="dtrain-bench-") as folder:
         for size in sorted({1, ranks}):
             file = Path(folder) / f"{size}.json"
@@ -55,14 +55,14 @@ def _bench(words: list[str], ranks: int, steps: int, cpu: bool, out: Path | None
     return 0
 
 
-def _read(file: Path) -> Measured:
-    from dtrain.bench.advice import Measured
+def _read(file: Path) -> BenchResult:
+    from dtrain.tools.bench.advice import BenchResult
 
-    return Measured(**json.loads(file.read_text(encoding="utf-8")))
+    return BenchResult(**json.loads(file.read_text(encoding="utf-8")))
 
 
-def _table(measured: Measured, ranks: int) -> str:
-    from dtrain.bench.advice import advice, shares_of
+def _table(measured: BenchResult, ranks: int) -> str:
+    from dtrain.tools.bench.advice import advice, shares_of
 
     lines = [_head(measured, ranks)]
     for name, share in shares_of(measured).items():
@@ -70,12 +70,14 @@ def _table(measured: Measured, ranks: int) -> str:
     return "\n".join([*lines, *(f"advice: {text}" for text in advice(measured))])
 
 
-def _scaling(one: Measured, many: Measured, ranks: int) -> str:
+def _scaling(one: BenchResult, many: BenchResult, ranks: int) -> str:
     times = many.samples_per_second / one.samples_per_second
-    return f"{_head(many, ranks)}: {times:.2f} times those of 1 rank, {100 * times / ranks:.0f} % of {ranks} times"
+    return (
+        f"{_head(many, ranks)}: {times:.2f} times the samples/s of 1 rank, {100 * times / ranks:.0f} % of {ranks} times"
+    )
 
 
-def _head(measured: Measured, ranks: int) -> str:
+def _head(measured: BenchResult, ranks: int) -> str:
     return (
         f"{ranks} rank{'s' * (ranks > 1)} on {measured.device}, {measured.steps} steps: "
         f"{1e3 * measured.step_seconds:.3f} ms a step, {measured.samples_per_second:,.0f} samples/s"
@@ -92,7 +94,7 @@ def bench_rank(
     """Measure on one rank, for `bench`."""
 
     def work(world: World) -> None:
-        from dtrain.bench.measure import measure
+        from dtrain.tools.bench.measure import measure
 
         measured = measure(read_target(words or []), world, steps)
         if world.is_main:

@@ -16,12 +16,12 @@ from dtrain.cli.train import METAVAR, read_target
 from dtrain.cli.values import TakesValues
 
 if TYPE_CHECKING:
-    from dtrain.world import World
+    from dtrain.distributed.world import World
 
 _EPOCHS = 2
 
 app = typer.Typer(
-    help="Prove, on your own recipe, what dtrain promises.\n\n"
+    help="Check on your own recipe what dtrain promises.\n\n"
     "Examples: dtrain check parity digits; dtrain check resume my_recipe.py -n 2",
     no_args_is_help=True,
 )
@@ -30,15 +30,15 @@ app = typer.Typer(
 @app.command(cls=TakesValues)
 def parity(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar=METAVAR, help="As for train.", show_default=False)
+        list[str] | None, typer.Argument(metavar=METAVAR, help="As for `dtrain train`.", show_default=False)
     ] = None,
-    ranks: Annotated[int, typer.Option("-n", "--ranks", min=2, help="Compare this many CPU ranks with one.")] = 2,
+    ranks: Annotated[int, typer.Option("-n", "--ranks", min=2, help="Compare this many CPU ranks with one rank.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to compare.")] = 5,
-    tolerance: Annotated[float, typer.Option(help="Relative difference that rounding may make.")] = 1e-4,
+    tolerance: Annotated[float, typer.Option(help="Relative tolerance for rounding differences.")] = 1e-4,
 ) -> None:
-    """Compare N CPU ranks with one process: samples, losses, gradients, weights, history.
+    """Compare N CPU ranks with one process: samples, losses, gradients, weights and history.
 
-    Exit code 0 where they are equal, 1 where they part.
+    Exit code 0 if they are equal, 1 if they differ.
 
     Example: dtrain check parity digits -n 3
     """
@@ -48,7 +48,7 @@ def parity(
 
 
 def _parity(words: list[str], ranks: int, steps: int, tolerance: float) -> int:
-    from dtrain.launch.local import dtrain_argv, start_local_ranks
+    from dtrain.launch.supervisor import dtrain_argv, start_local_ranks
 
     settings = read_target(words)
     per_rank = settings.config.train.batch == "per_rank"
@@ -62,15 +62,15 @@ def _parity(words: list[str], ranks: int, steps: int, tolerance: float) -> int:
             options += ["--like", str(folders[1])] if size > 1 else []
             code = start_local_ranks(dtrain_argv([*options, "-n", str(size), "--", *words]), size)
             if code != 0:
-                typer.echo(f"no comparison: the run on {size} rank{'s' * (size > 1)} failed, see above.")
+                typer.echo(f"not compared: the run on {size} rank{'s' * (size > 1)} failed, see above.")
                 return 1 if size > 1 else code
-        return _tell(folders[1], folders[ranks], ranks, settings.config.train.accumulation, tolerance)
+        return _print(folders[1], folders[ranks], ranks, settings.config.train.accumulation, tolerance)
 
 
-def _tell(alone: Path, together: Path, ranks: int, accumulation: int, tolerance: float) -> int:
-    from dtrain.check.parity import Record, compare
+def _print(alone: Path, together: Path, ranks: int, accumulation: int, tolerance: float) -> int:
+    from dtrain.tools.check.parity import TracedRun, compare
 
-    one, many = Record.read(alone), Record.read(together)
+    one, many = TracedRun.read(alone), TracedRun.read(together)
     parting = compare(one, many, accumulation, tolerance)
     if parting is None:
         steps = len(one.tensors)
@@ -79,7 +79,7 @@ def _tell(alone: Path, together: Path, ranks: int, accumulation: int, tolerance:
             f"gradients, weights and history (relative tolerance {tolerance:g})."
         )
         return 0
-    typer.echo(f"different: {ranks} ranks part from 1 at {parting.where}")
+    typer.echo(f"different: {ranks} ranks and 1 first differ at {parting.where}")
     typer.echo(f"  1 rank:   {parting.alone}\n  {ranks} ranks:  {parting.together}\n  likely cause: {parting.cause}")
     return 1
 
@@ -87,14 +87,14 @@ def _tell(alone: Path, together: Path, ranks: int, accumulation: int, tolerance:
 @app.command(cls=TakesValues)
 def resume(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar=METAVAR, help="As for train.", show_default=False)
+        list[str] | None, typer.Argument(metavar=METAVAR, help="As for `dtrain train`.", show_default=False)
     ] = None,
-    ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, help="On this many CPU ranks.")] = 1,
-    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of each of two epochs.")] = 8,
+    ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, help="Number of CPU ranks.")] = 1,
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps in each of the two epochs.")] = 8,
 ) -> None:
-    """Kill a run at a random step, resume it, and compare it with one that was not killed, to the last bit.
+    """Kill a run at a random step, resume it, and compare it bit by bit with an uninterrupted run.
 
-    Exit code 0 where they are equal, 1 where they part.
+    Exit code 0 if they are equal, 1 if they differ.
 
     Example: dtrain check resume digits -n 2
     """
@@ -104,7 +104,7 @@ def resume(
 
 
 def _resume(words: list[str], ranks: int, steps: int) -> int:
-    from dtrain.check.resume import compare, read_record
+    from dtrain.tools.check.resume import compare, read_record
 
     read_target(words)  # what is wrong with it is told once
     many = f"{ranks} rank{'s' * (ranks > 1)}"
@@ -127,14 +127,14 @@ def _resume(words: list[str], ranks: int, steps: int) -> int:
     if found is None:
         typer.echo(f"equal: samples, losses, weights, optimizer and history, to the last bit, on {many}.")
         return 0
-    typer.echo(f"different: the resumed run parts from the uninterrupted one at {found.where}")
+    typer.echo(f"different: the resumed run first differs from the uninterrupted one at {found.where}")
     typer.echo(f"  uninterrupted: {found.whole}\n  resumed:       {found.resumed}\n  likely cause: {found.cause}")
     return 1
 
 
 def _rehearsed(words: list[str], out: Path, name: str, ranks: int, steps: int, kill_at: int = 0) -> int:  # noqa: PLR0917
     """Runs `rehearse` in a process of its own; its output is shown where it fails without having been asked to."""
-    from dtrain.launch.local import dtrain_argv
+    from dtrain.launch.supervisor import dtrain_argv
 
     (out / name).mkdir()
     options = ["--out", str(out), "--name", name, "--steps", str(steps), "--kill-at", str(kill_at), "-n", str(ranks)]
@@ -142,7 +142,7 @@ def _rehearsed(words: list[str], out: Path, name: str, ranks: int, steps: int, k
     done = subprocess.run(argv, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode != 0 and kill_at == 0:
         typer.echo(done.stderr, err=True, nl=False)
-        typer.echo("no comparison: the run failed, see above.")
+        typer.echo("not compared: the run failed, see above.")
     return done.returncode
 
 
@@ -162,7 +162,7 @@ def rehearse(  # noqa: PLR0917 - options
     settings = read_target([*(words or []), f"run.dir={out / 'runs'}", f"run.name={run}", f"epochs={_EPOCHS}"])
 
     def work(world: World) -> None:
-        from dtrain.check.rehearsal import rehearse
+        from dtrain.tools.check.rehearsal import rehearse
 
         rehearse(settings, world, out / name, steps=steps, kill_at=kill_at)
 
@@ -186,16 +186,16 @@ def trace(  # noqa: PLR0917 - options
 
 
 def _trace(words: list[str], out: Path, steps: int, merge: int, like: Path | None, ranks: int) -> None:  # noqa: PLR0917
-    from dtrain.launch.facts import read_rank_facts
-    from dtrain.launch.lifeline import hold_on
-    from dtrain.launch.threads import set_threads
+    from dtrain.launch.env.rank_env import read_rank_facts
+    from dtrain.launch.env.threads import set_threads
+    from dtrain.launch.signals.lifeline import end_with_parent
 
     facts = read_rank_facts()
     settings = read_target(words)
     set_threads(facts.local_size)
-    hold_on()
-    from dtrain.check.trace import trace_run
-    from dtrain.world import bring_up
+    end_with_parent()
+    from dtrain.distributed.world import bring_up
+    from dtrain.tools.check.trace import trace_run
 
     world = bring_up(cpu=True, asked=ranks, facts=facts)
     trace_run(settings, world, out, steps=steps, merge=merge, like=like)

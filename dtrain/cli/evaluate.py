@@ -13,7 +13,7 @@ from dtrain.cli.guard import piped, reported
 from dtrain.cli.ranks import on_ranks
 
 if TYPE_CHECKING:
-    from dtrain.world import World
+    from dtrain.distributed.world import World
 
 
 class Checkpoint(str, Enum):
@@ -41,15 +41,15 @@ Run = Annotated[
     typer.Argument(
         metavar="RUN",
         callback=by_name,
-        help="A run's folder, as `dtrain train` printed it, or its name in the folder of runs.",
+        help="A run's folder, as `dtrain train` printed it, or its name under run.dir.",
     ),
 ]
 Words = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Replace values of the run's config.")
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Override values of the run's config.")
 ]
-Saved = Annotated[Checkpoint, typer.Option("--checkpoint", help="Weights of the best epoch, or of the last one.")]
-Ranks = Annotated[int | None, typer.Option("-n", "--ranks", min=1, help="Start this many ranks on this machine.")]
-Cpu = Annotated[bool, typer.Option("--cpu", help="Compute on the CPU, also where there is a GPU.")]
+Saved = Annotated[Checkpoint, typer.Option("--checkpoint", help="Weights of the best or of the last epoch.")]
+Ranks = Annotated[int | None, typer.Option("-n", "--ranks", min=1, help="Number of ranks to start on this machine.")]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Use the CPU even if there is a GPU.")]
 
 
 def evaluate(
@@ -65,7 +65,7 @@ def evaluate(
         settings = load_run_settings(run, words or [])
 
         def work(world: World) -> None:
-            from dtrain.evaluation import evaluate_run, restore_run
+            from dtrain.trainer.evaluate import evaluate_run, restore_run
 
             restored = restore_run(run, settings, checkpoint.value, world)
             result = evaluate_run(restored, world)
@@ -75,35 +75,35 @@ def evaluate(
                     for name, mean in result.means.items():
                         typer.echo(f"val_{name} = {mean!r}")
 
-        code = on_ranks(ranks, cpu, work, hang_seconds=settings.config.train.hang_seconds)
+        code = on_ranks(ranks, cpu, work, to_read=True, hang_seconds=settings.config.train.hang_seconds)
     raise typer.Exit(code)
 
 
 def predict(
     run: Run,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="FILE.csv, FILE.npy or FILE.parquet")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="FILE.csv, .npy, .parquet or .jsonl")],
     *,
     words: Words = None,
     checkpoint: Saved = Checkpoint.best,
-    data: Annotated[Data, typer.Option("--data", help="Which of the recipe's data sets.")] = Data.valid,
+    data: Annotated[Data, typer.Option("--data", help="Which of the recipe's datasets to predict.")] = Data.valid,
     ranks: Ranks = None,
     cpu: Cpu = False,
 ) -> None:
-    """Write a run's predictions to a file: in the data's order, each row once.
+    """Write a run's predictions to a file, in dataset order, one row per sample.
 
     Examples: dtrain predict runs/digits-1 -o digits.csv; dtrain predict runs/digits-1 -o digits.npy -n 2 --cpu
     """
     with reported():
         from dtrain.config.saved import load_run_settings
-        from dtrain.export import check_target
+        from dtrain.trainer.export import check_target
 
         check_target(out)
         settings = load_run_settings(run, words or [])
 
         def work(world: World) -> None:
-            from dtrain.evaluation import predict_run, restore_run
-            from dtrain.export import write_predictions
-            from dtrain.run import agree
+            from dtrain.trainer.evaluate import predict_run, restore_run
+            from dtrain.trainer.export import write_predictions
+            from dtrain.trainer.train import agree
 
             restored = restore_run(run, settings, checkpoint.value, world)
             predictions = predict_run(restored, world, data.value)
@@ -112,17 +112,19 @@ def predict(
                 with piped():
                     typer.echo(f"predictions of epoch {restored.row['epoch']} of {run}: {out}")
 
-        code = on_ranks(ranks, cpu, work, hang_seconds=settings.config.train.hang_seconds)
+        code = on_ranks(ranks, cpu, work, to_read=True, hang_seconds=settings.config.train.hang_seconds)
     raise typer.Exit(code)
 
 
 def summary(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CONFIG | RECIPE.py] [KEY=VALUE ...]", help="As for train.", show_default=False),
+        typer.Argument(
+            metavar="[CONFIG | RECIPE.py] [KEY=VALUE ...]", help="As for `dtrain train`.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Show a recipe's net: layers, shapes and parameters, for a batch of its data.
+    """Show a recipe's model: layers, shapes and parameters, for a batch of its data.
 
     Examples: dtrain summary; dtrain summary my_recipe.py hidden=32
     """
@@ -132,7 +134,7 @@ def summary(
 
         target, overrides = split_words(words or [])
         settings = load_settings(target, overrides)
-        from dtrain.building import load_task
-        from dtrain.summary import batch_summary
+        from dtrain.engine.summary import batch_summary
+        from dtrain.trainer.setup import load_task
 
         typer.echo(batch_summary(load_task(settings)))

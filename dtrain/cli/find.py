@@ -16,13 +16,13 @@ from dtrain.cli.values import TakesValues
 
 if TYPE_CHECKING:
     from dtrain.config import Settings
+    from dtrain.distributed.world import World
     from dtrain.errors import DtrainError
-    from dtrain.finding.curve import Curve, Suggestion
-    from dtrain.finding.lr import Found
-    from dtrain.world import World
+    from dtrain.tools.find.curve import Curve, Suggestion
+    from dtrain.tools.find.lr import RangeTestResult
 
 app = typer.Typer(
-    help="Find a learning rate, or the largest batch that fits. Keeps nothing.\n\n"
+    help="Find a learning rate, or the largest batch that fits. Writes nothing.\n\n"
     "Examples: dtrain find lr my_recipe.py; dtrain find batch my_recipe.py",
     no_args_is_help=True,
 )
@@ -35,30 +35,30 @@ _FEW = 30  # steps whose losses, of a batch each, scatter too much for the curve
 @app.command(cls=TakesValues)
 def lr(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar=METAVAR, help="As for train.", show_default=False)
+        list[str] | None, typer.Argument(metavar=METAVAR, help="As for `dtrain train`.", show_default=False)
     ] = None,
     *,
     ranks: Annotated[
-        int | None, typer.Option("-n", "--ranks", min=1, help="Start this many ranks on this machine.")
+        int | None, typer.Option("-n", "--ranks", min=1, help="Number of ranks to start on this machine.")
     ] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU, also where there is a GPU.")] = False,
-    start: Annotated[float, typer.Option("--from", help="The first learning rate.")] = 1e-7,
-    end: Annotated[float, typer.Option("--to", help="The last one.")] = 10.0,
-    steps: Annotated[int, typer.Option("--steps", min=10, help="Optimizer steps from the one to the other.")] = 100,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Use the CPU even if there is a GPU.")] = False,
+    start: Annotated[float, typer.Option("--from", help="Learning rate to start at.")] = 1e-7,
+    end: Annotated[float, typer.Option("--to", help="Learning rate to end at.")] = 10.0,
+    steps: Annotated[int, typer.Option("--steps", min=10, help="Optimizer steps between the two.")] = 100,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FILE.png|svg|pdf", help="Write a picture there.")
+        Path | None, typer.Option("-o", "--out", metavar="FILE.png|svg|pdf", help="Save the plot to this file.")
     ] = None,
 ) -> None:
-    """Find a learning rate: let it grow with each optimizer step, and see where the loss falls. Keeps nothing.
+    """Find a learning rate: raise it at each optimizer step and see where the loss falls. Writes nothing.
 
-    Where it scatters too much to see that, the test is made again with 4 and 16 times the steps.
+    If the loss is too noisy, the test is repeated with 4 and 16 times the steps.
 
-    Exit code 1 where the loss does not come down.
+    Exit code 1 if the loss does not fall.
 
     Examples: dtrain find lr; dtrain find lr my_recipe.py -n 2 --cpu --steps 200 -o lr.png
     """
     with reported():
-        from dtrain.finding.curve import growing
+        from dtrain.tools.find.curve import growing
 
         if out is not None:
             from dtrain.cli.plot import check_kind
@@ -68,9 +68,9 @@ def lr(
         settings = read_target(words or [])
 
         def work(world: World) -> None:
-            from dtrain.finding.lr import find_clear_lr
+            from dtrain.tools.find.lr import find_clear_lr
 
-            tells = (_tell, _tell_again) if world.is_main else (None, None)
+            tells = (_print, _print_rerun) if world.is_main else (None, None)
             found = find_clear_lr(settings, world, rates, *tells)
             if world.is_main:
                 with piped():
@@ -82,41 +82,41 @@ def lr(
             if world.is_main:
                 options = [*(["-n", str(ranks)] if ranks else []), *["--cpu"] * cpu]
                 with piped():
-                    _say_next(found, suggestion, settings, words or [], options)
+                    _print_next(found, suggestion, settings, words or [], options)
 
         code = on_ranks(ranks, cpu, work, claims=lambda: claims_of(settings))
     raise typer.Exit(code)
 
 
-def _tell(curve: Curve) -> None:
+def _print(curve: Curve) -> None:
     done, steps = len(curve.losses), len(curve.rates)
     if done % max(1, steps // _TOLD) == 0 and not curve.ended:
         with piped():
             typer.echo(f"[step = {done}/{steps}] lr: {curve.rates[done - 1]:.2g}, loss: {curve.smoothed[-1]:.4g}")
 
 
-def _tell_again(curve: Curve) -> None:
-    from dtrain.finding.lr import MORE
+def _print_rerun(curve: Curve) -> None:
+    from dtrain.tools.find.lr import MORE
 
     done, steps = len(curve.losses), len(curve.rates)
     typer.echo(
-        f"after {done} of {steps} steps: the loss scatters too much to see where it falls; once more, with "
+        f"after {done} of {steps} steps: the loss is too noisy to see where it falls; repeating with "
         f"{MORE * steps} steps"
     )
 
 
-def _show(found: Found, settings: Settings, out: Path | None) -> None:
+def _show(found: RangeTestResult, settings: Settings, out: Path | None) -> None:
     """The curve here, and as a picture where one is wanted."""
     import math
 
     from dtrain.cli.plot import print_panels
-    from dtrain.recipe_file import title_of
+    from dtrain.config.recipe_file import title_of
     from dtrain.report.curves import Line, Panel
     from dtrain.report.runs import Run
 
     curve = found.curve
     if curve.ended:
-        typer.echo(f"ended after {len(curve.losses)} of {len(curve.rates)} steps: {curve.ended}")
+        typer.echo(f"stopped after {len(curve.losses)} of {len(curve.rates)} steps: {curve.ended}")
     rates, _, smoothed = curve.points()
     if not rates:
         return
@@ -127,8 +127,8 @@ def _show(found: Found, settings: Settings, out: Path | None) -> None:
     print_panels([Panel("smoothed training loss", (line,))], x="log10 of the lr", log=False, most=None)
     if out is not None:
         from dtrain.cli.plot import kind_of
-        from dtrain.finding.picture import picture
         from dtrain.report.files import write_bytes
+        from dtrain.tools.find.picture import picture
 
         write_bytes(out.expanduser(), picture(curve, curve.suggestion(), kind=kind_of(out)))
         typer.echo(f"plot: {out}")
@@ -141,21 +141,22 @@ def _no_suggestion(curve: Curve, suggestion: Suggestion | None) -> DtrainError:
     if suggestion is not None:
         why = (
             f"the smoothed loss falls most steeply at {suggestion.steepest:.2g}, and is lowest at "
-            f"{suggestion.lowest:.2g}, which do not go together"
+            f"{suggestion.lowest:.2g}, which contradict each other"
         )
     else:
         bounds = f"between lr {curve.rates[0]:.2g} and {curve.rates[len(curve.losses) - 1]:.2g}"
-        scatters = f", or by less than it scatters in {steps} steps" if curve.unclear else ""
-        why = f"the loss does not come down {bounds}{scatters}"
-    error = DtrainError(
+        scatters = f", or by less than its noise in {steps} steps" if curve.unclear else ""
+        why = f"the loss does not fall {bounds}{scatters}"
+    return DtrainError(
         f"no lr is suggested: {why}. Try other bounds (--from, --to), more steps (--steps {4 * steps}) or larger "
-        "batches; dtrain train ... overfit_batches=1 shows whether the net can learn at all."
+        "batches; dtrain train ... overfit_batches=1 shows whether the model can learn at all.",
+        on_all_ranks=True,
     )
-    error.agreed = True
-    return error
 
 
-def _say_next(found: Found, suggestion: Suggestion, settings: Settings, words: list[str], options: list[str]) -> None:
+def _print_next(
+    found: RangeTestResult, suggestion: Suggestion, settings: Settings, words: list[str], options: list[str]
+) -> None:
     typer.echo(f"lr = {suggestion.steepest:.2g}: where the smoothed loss falls most steeply")
     typer.echo(
         f"lr = {suggestion.tenth:.2g}: a tenth of the lr at which it is lowest ({suggestion.lowest:.2g}, "
@@ -163,11 +164,11 @@ def _say_next(found: Found, suggestion: Suggestion, settings: Settings, words: l
     )
     if found.several:
         times = ", ".join(f"{ratio:g}" for ratio in found.several)
-        typer.echo(f"the optimizer's groups kept their ratios: theirs were {times} times the lr")
+        typer.echo(f"the parameter groups kept their ratios: their lr was {times} times this one")
     if (steps := len(found.curve.rates)) < _FEW:
-        typer.echo(f"note: after {steps} steps this may be chance; --steps 100, the default, tells more", err=True)
+        typer.echo(f"note: with {steps} steps this may be chance; use --steps 100 (the default) or more", err=True)
     if found.key is None:
-        typer.echo(f"next: set it where {settings.config.recipe} makes its optimizer: no builder takes it as lr")
+        typer.echo(f"next: set it where {settings.config.recipe} creates the optimizer: no builder has a parameter lr")
         return
     kept = [word for word in words if word.partition("=")[0] not in (found.key, f"optimizer.{found.key}")]
     typer.echo(f"next: {shlex.join(['dtrain', 'train', *kept, f'{found.key}={suggestion.careful:.2g}', *options])}")

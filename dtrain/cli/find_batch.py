@@ -20,8 +20,8 @@ from dtrain.cli.ranks import on_ranks
 from dtrain.cli.train import METAVAR, read_target
 
 if TYPE_CHECKING:
-    from dtrain.finding.search import Tried
-    from dtrain.world import World
+    from dtrain.distributed.world import World
+    from dtrain.tools.find.search import BatchTrial
 
 _LEFT_ALONE = 0.1  # of the machine's free memory
 _MOST = 1 << 20  # where the data set does not say how many samples it has
@@ -30,22 +30,25 @@ _GIB = 1 << 30
 
 def batch(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar=METAVAR, help="As for train.", show_default=False)
+        list[str] | None, typer.Argument(metavar=METAVAR, help="As for `dtrain train`.", show_default=False)
     ] = None,
     *,
-    ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, help="On this many ranks of this machine.")] = 1,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU, also where there is a GPU.")] = False,
+    ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, help="Number of ranks on this machine.")] = 1,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Use the CPU even if there is a GPU.")] = False,
     most: Annotated[
-        int | None, typer.Option("--max", min=1, help="No larger batch of a rank; else as many samples as there are.")
+        int | None, typer.Option("--max", min=1, help="Largest batch per rank to try; default: the dataset's size.")
     ] = None,
     memory: Annotated[
         float | None,
-        typer.Option(help="GiB that a rank may take; else all of a GPU, or its part of the machine's free memory."),
+        typer.Option(
+            help="Memory limit per rank in GiB; default: the whole GPU, or a rank's share of the free memory."
+        ),
     ] = None,
 ) -> None:
-    """Find the largest batch of a rank that fits into its memory: doubled, then bisected. Keeps nothing.
+    """Find the largest batch per rank that fits into memory, by doubling and bisection. Writes nothing.
 
-    Each try is a few train steps and a validation step in processes of their own.
+    Each size is tried with a few train steps and a validation step in separate
+    processes.
 
     Examples: dtrain find batch; dtrain find batch my_recipe.py -n 2 --cpu --memory 4
     """
@@ -63,13 +66,13 @@ def _leave(number: int, _: object) -> None:
 def _limit(memory: float | None, ranks: int) -> tuple[int | None, int | None]:
     """Returns the bytes that a rank may take: as asked for, and of the machine's memory in any case."""
     from dtrain.errors import UsageError
-    from dtrain.launch.facts import read_rank_facts
-    from dtrain.memory import read_memory
+    from dtrain.launch.env.memory import read_memory
+    from dtrain.launch.env.rank_env import read_rank_facts
 
     if read_rank_facts().launched:
-        raise UsageError("find batch starts its ranks itself, again and again: run it without a launcher, with -n N.")
+        raise UsageError("find batch starts its own ranks: run it without a launcher, with -n N.")
     if memory is not None and memory <= 0:
-        raise UsageError(f"--memory {memory:g}: should be above 0, in GiB for each rank.")
+        raise UsageError(f"--memory {memory:g}: should be above 0, in GiB per rank.")
     there = read_memory()
     share = None if there is None else int(there.left * (1 - _LEFT_ALONE) / ranks)
     return (None if memory is None else int(memory * _GIB)), share
@@ -93,17 +96,17 @@ class Trials:
     cpu: bool
     limits: tuple[int | None, int | None]
     facts: dict[str, Any] = field(default_factory=dict)
-    tries: list[Tried] = field(default_factory=list)
+    tries: list[BatchTrial] = field(default_factory=list)
 
-    def run(self, size: int) -> Tried | None:
+    def run(self, size: int) -> BatchTrial | None:
         """Tries a batch; 0 is the recipe's own. Returns None where it failed for another reason than memory.
 
         Raises:
             DtrainError: the memory ran out before there was a batch to try.
         """
         from dtrain.errors import DtrainError
-        from dtrain.finding.search import Tried
-        from dtrain.launch.local import dtrain_argv
+        from dtrain.launch.supervisor import dtrain_argv
+        from dtrain.tools.find.search import BatchTrial
 
         with tempfile.TemporaryDirectory(prefix="dtrain-find-") as folder:
             out = Path(folder)
@@ -115,14 +118,14 @@ class Trials:
             self.facts = self.facts or _read(out / "facts.json")
             result, lacking = _read(out / "result.json"), [_read(path) for path in sorted(out.glob("rank-*.json"))]
         if code == 0 and result:
-            tried = Tried(**result)
+            tried = BatchTrial(**result)
         elif lacking and (size or self.facts):
             peak = max(one["peak"] for one in lacking)
-            tried = Tried(size or self.facts["batch"], False, lacking[0]["why"], peak)
+            tried = BatchTrial(size or self.facts["batch"], False, lacking[0]["why"], peak)
         elif lacking:
             raise DtrainError(
-                f"the program with the recipe alone does not fit, before any batch: {lacking[0]['why']}. Let a rank "
-                "have more memory (--memory), or start fewer ranks (-n)."
+                f"the recipe does not fit even without a batch: {lacking[0]['why']}. Allow more "
+                "memory per rank (--memory), or start fewer ranks (-n)."
             )
         else:
             typer.echo(told, err=True, nl=False)
@@ -133,7 +136,7 @@ class Trials:
 
 def _run(argv: list[str]) -> tuple[int, str]:
     """Runs a try, which ends with this process, however that one ends; returns its exit code, and what it told."""
-    from dtrain.launch.lifeline import PARENT
+    from dtrain.launch.signals.lifeline import PARENT
 
     environ = {**os.environ, PARENT: str(os.getpid())}
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -159,21 +162,21 @@ class _Failed(Exception):  # noqa: N818 - no error of its own: its cause was tol
 
 def _batch(words: list[str], trials: Trials, most: int | None) -> int:
     from dtrain.errors import DtrainError
-    from dtrain.finding.search import largest
+    from dtrain.tools.find.search import largest
 
     read_target(words)  # what is wrong with it is told once
     typer.echo(f"{'batch':>8} {'peak memory':>13} {'samples/s':>12}")
     first = trials.run(0)
     if first is None:
         return 1
-    _tell(first)
+    _print(first)
 
     def fits(size: int) -> bool:
         tried = first if size == first.batch else trials.run(size)
         if tried is None:
             raise _Failed
         if tried is not first:
-            _tell(tried)
+            _print(tried)
         return tried.fits
 
     try:
@@ -183,12 +186,12 @@ def _batch(words: list[str], trials: Trials, most: int | None) -> int:
         return 1
     if found == 0:
         raise DtrainError(f"not even one sample fits: {trials.tries[-1].why}.")
-    _tell_found(found, trials, most)
+    _print_found(found, trials, most)
     return 0
 
 
-def _tell(tried: Tried) -> None:
-    from dtrain.doctor.words import size
+def _print(tried: BatchTrial) -> None:
+    from dtrain.tools.doctor.words import size
 
     peak = "-" if tried.peak is None else size(tried.peak)
     if not tried.fits:
@@ -198,14 +201,14 @@ def _tell(tried: Tried) -> None:
     typer.echo(f"{tried.batch:>8} {peak:>13} {rate:>12}")
 
 
-def _tell_found(found: int, trials: Trials, most: int | None) -> None:
-    from dtrain.doctor.words import many, size
-    from dtrain.finding.search import estimate
+def _print_found(found: int, trials: Trials, most: int | None) -> None:
+    from dtrain.tools.doctor.words import many, size
+    from dtrain.tools.find.search import estimate
 
     facts = trials.facts
     limit = "" if facts["limit"] is None else f", of {size(facts['limit'])}"
-    end = "which is --max" if found == most else "which is all samples that there are" if found == facts["most"] else ""
-    typer.echo(f"largest batch that fits: {found} samples a rank{limit}{', ' * bool(end)}{end}")
+    end = "which is --max" if found == most else "the whole dataset" if found == facts["most"] else ""
+    typer.echo(f"largest batch that fits: {found} samples per rank{limit}{', ' * bool(end)}{end}")
     taken = estimate(trials.tries)
     if taken is not None:
         parts = [
@@ -214,16 +217,19 @@ def _tell_found(found: int, trials: Trials, most: int | None) -> None:
             f"optimizer states {size(taken.optimizer)}",
         ]
         if taken.per_sample is not None:
-            parts += [f"each sample {size(taken.per_sample)}", f"the rest {size(taken.rest or 0)}"]
+            parts += [f"each sample {size(taken.per_sample)}", f"other {size(taken.rest or 0)}"]
         typer.echo(f"estimate of a rank's memory: {', '.join(parts)}")
     key, of_loader = facts["key"], found * facts["times"]
     if key is None:
         typer.echo(
-            f"next: give the recipe's training DataLoader batch_size={of_loader}: build_dataloaders takes no batch_size"
+            f"next: set batch_size={of_loader} in the recipe's training DataLoader: "
+            "build_dataloaders has no parameter batch_size"
         )
         return
     if facts["times"] > 1:
-        typer.echo(f"train.batch=global: the loader's batch is that of {many(facts['times'], 'rank')}, {of_loader}")
+        typer.echo(
+            f"train.batch=global: the loader's batch size is that of {many(facts['times'], 'rank')}, {of_loader}"
+        )
     kept = [word for word in trials.words if word.partition("=")[0] not in (key, "batch_size")]
     options = [*(["-n", str(trials.ranks)] if trials.ranks > 1 else []), *["--cpu"] * trials.cpu]
     typer.echo(f"next: {shlex.join(['dtrain', 'train', *kept, f'{key}={of_loader}', *options])}")
@@ -239,14 +245,14 @@ def try_batch(  # noqa: PLR0917 - options
     share: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Try one batch size, for `batch`."""
-    from dtrain.launch.lifeline import hold_on
+    from dtrain.launch.signals.lifeline import end_with_parent
 
-    hold_on()
+    end_with_parent()
     with reported():
         settings = read_target(words or [])
 
         def work(world: World) -> None:
-            from dtrain.finding.trial import try_batch
+            from dtrain.tools.find.trial import try_batch
 
             limits = (asked,) if world.device.type == "cuda" else (asked, share)
             try_batch(settings, world, size, out, min((one for one in limits if one), default=None))

@@ -24,12 +24,12 @@ RunNames = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RUN ...]",
-        help="A run's folder, its name in the folder of runs, its history.csv, or a folder of runs.",
+        help="A run's folder, its name under run.dir, its history.csv, or a folder of runs.",
         show_default=False,
     ),
 ]
 RunsDir = Annotated[
-    Path, typer.Option("--dir", metavar="RUNS", envvar="DTRAIN_RUN__DIR", help="The folder of runs (run.dir).")
+    Path, typer.Option("--dir", metavar="RUNS", envvar="DTRAIN_RUN__DIR", help="Folder of runs (run.dir).")
 ]
 
 
@@ -37,37 +37,47 @@ def history(
     names: RunNames = None,
     *,
     metric: Annotated[
-        str | None, typer.Option("--metric", metavar="NAME", help="The column that says what is best.")
+        str | None, typer.Option("--metric", metavar="NAME", help="Column that decides which epoch is best.")
     ] = None,
     mode: Annotated[
-        str | None, typer.Option("--mode", metavar="min|max", help="Which end of it is best; else its name tells.")
+        str | None,
+        typer.Option(
+            "--mode", metavar="min|max", help="Whether lower (min) or higher (max) is better; default: by its name."
+        ),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All columns and epochs, whatever fits.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs, with all rows.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="The histories as they are; of several, run by run.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show all columns and epochs, even if they do not fit.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON for programs, with all rows.")] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="The histories as CSV; several runs one after the other.")
+    ] = False,
     runs: RunsDir = Path("runs"),
 ) -> None:
-    """Show a run's history; several runs side by side; with no run named, which runs there are.
+    """Show the history of a run, or several runs side by side; without RUN, list all runs.
 
-    On a terminal a long or wide history is shortened: the first four, the best and the last twelve epochs; first the
-    columns that are no metrics are left out, then metrics from the right.
+    On a terminal a long history is cut to the first four, the best and the last
+    twelve epochs, and a wide one to the columns that fit, metrics first.
 
     Examples: dtrain history; dtrain history digits-lr; dtrain history a b --metric val_accuracy; dtrain history a --csv
     """
     with reported(), piped():
         from dtrain.errors import UsageError
         from dtrain.report.compare import as_plain, compare
-        from dtrain.report.finding import find_runs
+        from dtrain.report.finding import find_runs, words_on_links
         from dtrain.report.runs import read_run
+        from dtrain.report.tables import damage_lines
 
         if mode not in (None, "min", "max"):
             raise UsageError(f"--mode {mode}: should be min or max.")
         if as_json and as_csv:
-            raise UsageError("--json and --csv: choose one.")
+            raise UsageError("--json and --csv: use only one of them.")
         places = find_runs(names or [], runs)
         found = [read_run(place) for place in places]
         if not found:
-            raise UsageError(f"there is no run in {runs} (looked in {Path.cwd()}). --dir names another folder of runs.")
+            raise UsageError(
+                f"no runs in {runs} (current folder: {Path.cwd()}). Set another folder of runs with --dir."
+            )
         whole = compare(found, metric, mode)  # type: ignore[arg-type]
         if as_json:
             typer.echo(json.dumps(as_plain(whole, rows=bool(names)), indent=1, allow_nan=False))
@@ -75,6 +85,8 @@ def history(
             typer.echo(_csv(found), nl=False)
         else:
             _show(found, whole, listed=not names, chosen=metric, width=None if everything else _width())
+            for line in (*damage_lines(found), *([] if names else words_on_links(runs))):
+                typer.echo(line)
 
 
 def _width() -> int | None:

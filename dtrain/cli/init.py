@@ -12,7 +12,7 @@ from dtrain.cli.guard import reported
 
 
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Made where it is missing.")] = Path(),
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Created if missing.")] = Path(),
     template: Annotated[
         str,
         typer.Option(
@@ -20,15 +20,16 @@ def init(
         ),
     ] = "function",
 ) -> None:
-    """Write files to begin with, which run as they are. Nothing is overwritten.
+    """Write starter files that run as they are. Nothing is overwritten.
 
-    function, text, tabular and image-folder are a recipe and train.yaml, which `dtrain train` takes in that folder
-    where nothing else is named. script and keras are a script with its own loop, and in Keras' manner.
+    function, text, tabular and image-folder are a recipe and a train.yaml, which
+    `dtrain train` in that folder uses by default. script is a script with its own
+    loop, keras one with KerasModel.
 
     Examples: dtrain init mine; dtrain init --template script; dtrain init pets -t image-folder
     """
     with reported():
-        from dtrain.scaffold import named, write
+        from dtrain.cli.scaffold import named, write
 
         chosen = named(template)
         for file in write(chosen, folder):

@@ -20,14 +20,14 @@ def logs(
     name: Annotated[str, typer.Argument(metavar="JOB|RUN", help="123, 123_4, a run's name, or its folder.")],
     *,
     rank: Annotated[
-        int | None, typer.Option("--rank", min=0, help="What this rank wrote, instead of all.", show_default=False)
+        int | None, typer.Option("--rank", min=0, help="Show only this rank's output.", show_default=False)
     ] = None,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job has ended.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Follow the output until the job ends.")] = False,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Show what a job wrote, over all its starts, and why it failed.
+    """Show a job's output, over all its requeues, and why it failed.
 
-    Of an array name a task: 123_4.
+    For an array, name one task: 123_4.
 
     Examples: dtrain logs 123; dtrain logs digits-lr -f; dtrain logs 123_4 --rank 1
     """
@@ -50,7 +50,7 @@ def _only(name: str, jobs: list[RunJob]) -> RunJob:
     if len(jobs) == 1:
         return jobs[0]
     tasks = ", ".join(f"{one.id} ({one.name})" for one in jobs[:10])
-    raise UsageError(f"{name}: is an array of {len(jobs)} tasks. Name one of them: {tasks}.")
+    raise UsageError(f"{name}: is an array of {len(jobs)} tasks. Name one task: {tasks}.")
 
 
 def _file(one: RunJob, name: str, rank: int | None) -> Path:
@@ -65,9 +65,9 @@ def _show(one: RunJob, path: Path, follow: bool) -> None:
 
     tail = following.Tail(path)
     if follow and not one.is_over:
-        one = following.follow(tail, one, _write, _tell)
+        one = following.follow(tail, one, _write, _print)
     elif not tail.rest(_write):
-        _tell(following.waiting_words(one) or f"{one.words}: nothing was written to {path}")
+        _print(following.waiting_words(one) or f"{one.words}: no output yet in {path}")
     if report := failure_of(one):
         typer.echo(report, err=True)
 
@@ -77,6 +77,6 @@ def _write(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def _tell(words: str) -> None:
+def _print(words: str) -> None:
     if words:
         typer.echo(f"dtrain: {words}", err=True)

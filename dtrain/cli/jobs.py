@@ -13,13 +13,13 @@ import typer
 from dtrain.cli.guard import piped, reported
 
 if TYPE_CHECKING:
-    from dtrain.slurm.runs import Known, RunJob
+    from dtrain.slurm.runs import KnownJobs, RunJob
 
 _RECENT_SECONDS = 24 * 3600.0
 
 Names = Annotated[list[str], typer.Argument(metavar="JOB|RUN ...", help="123, 123_4, a run's name, or its folder.")]
 Runs = Annotated[
-    Path, typer.Option("--dir", metavar="RUNS", envvar="DTRAIN_RUN__DIR", help="The folder of the runs (run.dir).")
+    Path, typer.Option("--dir", metavar="RUNS", envvar="DTRAIN_RUN__DIR", help="Folder of runs (run.dir).")
 ]
 
 
@@ -28,15 +28,16 @@ def jobs(
         list[str] | None, typer.Argument(metavar="[JOB|RUN ...]", help="Only these.", show_default=False)
     ] = None,
     *,
-    everything: Annotated[bool, typer.Option("--all", help="Also those that ended more than a day ago.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Include jobs that ended more than a day ago.")] = False,
     runs: Runs = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Show runs that were submitted to SLURM: state, epochs, last metrics, time left, starts, why they wait.
+    """Show runs submitted to SLURM: state, epochs, latest metrics, time left, requeues, and why they are pending.
 
-    States in capitals are SLURM's; where it no longer knows a job, the run's own folder tells what became of it.
-    REQUEUED counts the starts after the first one, and of all starts those "in vain", which brought neither a row of
-    the history nor a checkpoint.
+    States in capitals are SLURM's; once SLURM has forgotten a job, its state is
+    read from the run's folder. REQUEUED counts the starts after the first one
+    and, in brackets, those without progress: no new row of the history and no
+    checkpoint.
 
     Examples: dtrain jobs; dtrain jobs digits-lr 123_4; dtrain jobs --all --json
     """
@@ -61,12 +62,13 @@ def jobs(
 def cancel(
     names: Names,
     *,
-    now: Annotated[bool, typer.Option("--now", help="At once, without a checkpoint first.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Cancel at once, without saving a checkpoint.")] = False,
     runs: Runs = Path("runs"),
 ) -> None:
-    """End jobs for good: those that run save first, those that wait leave the queue.
+    """Cancel jobs: running ones save a checkpoint first, pending ones leave the queue.
 
-    The number of an array means all of its tasks. `dtrain requeue` goes on with a run later.
+    An array's number means all of its tasks. `dtrain requeue` resumes a run
+    later.
 
     Examples: dtrain cancel 123; dtrain cancel digits-lr 123_4 --now
     """
@@ -79,14 +81,14 @@ def cancel(
 
 
 def requeue(names: Names, *, runs: Runs = Path("runs")) -> None:
-    """Have runs start again from their last checkpoint; those that run save first.
+    """Restart runs from their last checkpoint; running ones save first.
 
-    Where SLURM no longer knows the job, the same script is submitted again.
+    If SLURM no longer knows the job, the same script is submitted again.
 
     Examples: dtrain requeue 123; dtrain requeue digits-lr 123_4
     """
     with reported():
-        from dtrain.cli.run_progress import read_progress
+        from dtrain.report.progress import read_progress
         from dtrain.slurm import orders
 
         known = look_for(names, runs, needed_for="dtrain requeue")
@@ -95,14 +97,14 @@ def requeue(names: Names, *, runs: Runs = Path("runs")) -> None:
             orders.requeue(one, typer.echo, complete=one.run is not None and read_progress(one.run).complete)
 
 
-def look_for(names: Sequence[str], runs: Path, *, needed_for: str) -> Known:
+def look_for(names: Sequence[str], runs: Path, *, needed_for: str) -> KnownJobs:
     """Asks SLURM, and the runs' folders, those among the names included."""
     from dtrain.slurm.runs import look
 
     return look(runs, [Path(name) for name in names if "/" in name], needed_for=needed_for)
 
 
-def found(names: Sequence[str], known: Known) -> list[RunJob]:
+def found(names: Sequence[str], known: KnownJobs) -> list[RunJob]:
     """Returns what people mean by names, each once.
 
     Raises:
@@ -113,7 +115,7 @@ def found(names: Sequence[str], known: Known) -> list[RunJob]:
     return list(dict.fromkeys(one for name in names for one in find(name, known)))
 
 
-def _check_answered(known: Known) -> None:
+def _check_answered(known: KnownJobs) -> None:
     """Whether SLURM answered; what runs is not to be taken for over.
 
     Raises:
@@ -134,12 +136,12 @@ def _is_recent(one: RunJob) -> bool:
     return time.time() - when < _RECENT_SECONDS
 
 
-def _about(shown: int, there: int, named: bool, known: Known) -> list[str]:
+def _about(shown: int, there: int, named: bool, known: KnownJobs) -> list[str]:
     told = []
     if known.queue.trouble:
-        told.append("the states are as the runs' folders had them last")
+        told.append("the states are the last ones recorded in the runs' folders")
     if not there:
-        told.append(f"no run in {known.runs} was a job (--dir names another folder)")
+        told.append(f"no run in {known.runs} was submitted as a job (set another folder with --dir)")
     elif shown < there and not named:
-        told.append(f"{there - shown} that ended more than a day ago: --all")
+        told.append(f"{there - shown} that ended more than a day ago: show with --all")
     return told

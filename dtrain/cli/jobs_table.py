@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dtrain.cli.run_progress import RunProgress, read_progress
 from dtrain.launch.retries import progress
+from dtrain.report.progress import RunProgress, read_progress
 from dtrain.report.words import printable
 from dtrain.slurm.runs import RunJob
 
@@ -33,13 +33,13 @@ class Row:
         one: run and job.
         progress: of the run.
         starts: how often it was started.
-        vain: how many of the starts that are over achieved nothing: neither a row nor a checkpoint.
+        attempts_without_progress: how many of the finished starts made neither a row nor a checkpoint.
     """
 
     one: RunJob
     progress: RunProgress
     starts: int
-    vain: int
+    attempts_without_progress: int
 
     @property
     def requeued(self) -> int:
@@ -51,10 +51,20 @@ class Row:
         """Returns what the table's columns hold."""
         job, done = self.one.job, self.progress
         epoch = f"{done.epoch}/{done.epochs}" if done.epochs is not None else str(done.epoch or "-")
-        vain = f" ({self.vain} in vain)" if self.vain else ""
+        attempts_without_progress = (
+            f" ({self.attempts_without_progress} without progress)" if self.attempts_without_progress else ""
+        )
         left = duration(job.time_left) if job is not None and job.runs and job.time_left is not None else "-"
         name = printable(self.one.name)
-        return self.one.id or "-", self.one.state, name, epoch, left, f"{self.requeued or '-'}{vain}", self.latest()
+        return (
+            self.one.id or "-",
+            self.one.state,
+            name,
+            epoch,
+            left,
+            f"{self.requeued or '-'}{attempts_without_progress}",
+            self.latest(),
+        )
 
     def latest(self) -> str:
         """Returns why the job waits or how it ended, and the last metrics."""
@@ -79,7 +89,7 @@ class Row:
             "nodes": (job.nodes if job is not None else "") or None,
             "starts": self.starts,
             "requeued": self.requeued,
-            "in_vain": self.vain,
+            "in_vain": self.attempts_without_progress,
             "ended": one.ended if one.is_over else None,
             "exit_code": job.code if job is not None and one.is_over else None,
         }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dtrain.report.curves import Panel
 
 _MOST_PANELS = 4  # in a terminal, where no metric is named
+_MOST_NAMED = 20
 _PIPE_WIDTH = 100
 
 
@@ -23,21 +24,21 @@ def plot(
     names: RunNames = None,
     *,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FILE.png|svg|pdf", help="Write a picture there.")
+        Path | None, typer.Option("-o", "--out", metavar="FILE.png|svg|pdf", help="Save the plot to this file.")
     ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            "--metric", metavar="NAME", help="loss: training and validation; val_loss: that alone; repeatable."
+            "--metric", metavar="NAME", help="loss: training and validation; val_loss: validation only; repeatable."
         ),
     ] = None,
-    x: Annotated[str, typer.Option("--x", metavar="epoch|time|COLUMN", help="What lies along the x axis.")] = "epoch",
-    log: Annotated[bool, typer.Option("--log", help="Values on a log scale.")] = False,
+    x: Annotated[str, typer.Option("--x", metavar="epoch|time|COLUMN", help="What to put on the x axis.")] = "epoch",
+    log: Annotated[bool, typer.Option("--log", help="Log scale for values.")] = False,
     runs: RunsDir = Path("runs"),
 ) -> None:
-    """Plot runs' curves: a panel for each metric, training dashed; without -o as text, here.
+    """Plot the curves of runs, one panel per metric, training dashed; without -o as text on the terminal.
 
-    With no run named it is the one that changed last.
+    Without RUN, the run that changed last.
 
     Examples: dtrain plot; dtrain plot a b -o curves.png; dtrain plot a b --metric val_loss --log --x time
     """
@@ -46,17 +47,22 @@ def plot(
         from dtrain.report.curves import make_panels
         from dtrain.report.finding import find_runs
         from dtrain.report.runs import read_run
+        from dtrain.report.tables import damage_lines
 
         if out is not None:
             check_kind(out)
         places = find_runs(names or [], runs)
         if not places:
-            raise UsageError(f"there is no run in {runs} (looked in {Path.cwd()}). --dir names another folder of runs.")
+            raise UsageError(
+                f"no runs in {runs} (current folder: {Path.cwd()}). Set another folder of runs with --dir."
+            )
         found = [read_run(place) for place in (places if names else places[:1])]
         panels = make_panels(found, metric or [], x)
         empty = [run.name for run in found if not run.cells]
+        for line in damage_lines(found):
+            typer.echo(f"dtrain: {line}", err=True)
         if empty:
-            typer.echo(f"dtrain: no row yet, and so not in the plot: {', '.join(empty)}", err=True)
+            typer.echo(f"dtrain: not plotted, no epochs yet: {', '.join(empty)}", err=True)
         if out is None:
             print_panels(panels, x=x, log=log, most=None if metric else _MOST_PANELS)
         else:
@@ -101,13 +107,13 @@ def print_panels(panels: Sequence[Panel], *, x: str, log: bool, most: int | None
     from rich.console import Console
     from rich.text import Text
 
-    from dtrain.report.textplot import Look, legend, text_panel
+    from dtrain.report.textplot import PlotStyle, legend, text_panel
 
     terminal = sys.stdout.isatty()
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, no_color=None if terminal else True)
     width = shutil.get_terminal_size().columns if terminal else _PIPE_WIDTH
     braille = _can_show("\N{BRAILLE PATTERN DOTS-1}┤")
-    look = Look(x, log, width, braille=braille)
+    look = PlotStyle(x, log, width, braille=braille)
     shown = panels[:most]
     with console.capture() as captured:
         for panel in shown:
@@ -117,7 +123,9 @@ def print_panels(panels: Sequence[Panel], *, x: str, log: bool, most: int | None
         whose = legend([line for panel in shown for line in panel.lines])
         console.print(Text.assemble(*((piece, style or "") for piece, style in whose)))
         if len(shown) < len(panels):
-            console.print(f"not shown: {', '.join(panel.title for panel in panels[len(shown) :])} (--metric NAME)")
+            rest = [panel.title for panel in panels[len(shown) :]]
+            more = f", and {len(rest) - _MOST_NAMED} more" if len(rest) > _MOST_NAMED else ""
+            console.print(f"not shown: {', '.join(rest[:_MOST_NAMED])}{more} (--metric NAME)")
     typer.echo(captured.get(), nl=False)
 
 

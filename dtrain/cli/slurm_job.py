@@ -13,47 +13,59 @@ from dtrain.cli.guard import reported
 from dtrain.cli.train import METAVAR, read_target
 
 if TYPE_CHECKING:
-    from dtrain.slurm.incarnation import Signals
+    from dtrain.slurm.attempt import SlurmSignals
 
 _VERB = "slurm-job"
+_HANDED_ON = (
+    "DTRAIN_RDZV_SECRET",
+    "DTRAIN_RDZV_SECRET_FILE",
+    "DTRAIN_RUN__NAME",
+    "MASTER_PORT",
+)  # also where srun exports nothing
 
 
 def slurm_job(
     words: Annotated[list[str], typer.Argument(metavar=f"{METAVAR} -- srun ...", show_default=False)],
     *,
-    requeues: Annotated[
-        int, typer.Option("--requeues", min=0, help="So many starts without progress are followed by another one.")
-    ] = 3,
+    requeues: Annotated[int, typer.Option("--requeues", min=0, help="Max requeues without progress.")] = 3,
 ) -> None:
-    """Run a job's ranks by srun, ask them to stop ahead of the time limit, and have SLURM start the job again.
+    """Run a job's ranks with srun, ask them to save and stop before the time limit, and requeue the job.
 
-    It belongs into a batch script, as its last line, with what the ranks train: slurm/train.sbatch is an example.
+    It is the last line of a batch script, together with what to train: see slurm/train.sbatch.
     """
-    from dtrain.slurm.incarnation import Signals
+    from dtrain.slurm.attempt import SlurmSignals
 
-    with reported(), Signals().heard() as signals:
+    with reported(), SlurmSignals().heard() as signals:
         code = _slurm_job(words, requeues, signals)
     raise typer.Exit(code)
 
 
-def _slurm_job(words: list[str], requeues: int, signals: Signals) -> int:
+def _slurm_job(words: list[str], requeues: int, signals: SlurmSignals) -> int:
+    from dtrain.config.recipe_file import title_of
     from dtrain.errors import UsageError
-    from dtrain.recipe_file import title_of
-    from dtrain.slurm.incarnation import environment_of, run_incarnation
-    from dtrain.slurm.own_job import Place
+    from dtrain.slurm.attempt import environment_of, named, run_attempt
+    from dtrain.slurm.exports import exported
+    from dtrain.slurm.own_job import OwnJob
 
-    place = Place.read(os.environ)
+    place = OwnJob.read(os.environ)
     if place is None:
-        raise UsageError(f"dtrain {_VERB}: this is no job of SLURM's (SLURM_JOB_ID). `dtrain submit` makes one.")
+        raise UsageError(
+            f"dtrain {_VERB}: not inside a SLURM job (SLURM_JOB_ID is not set). Submit one with `dtrain submit`."
+        )
     command = _after_dashes(sys.argv)
     if not command:
-        raise UsageError(f"dtrain {_VERB}: what shall run is missing: dtrain {_VERB} CONFIG -- srun ...")
-    settings = read_target(words[: len(words) - len(command)])
+        raise UsageError(f"dtrain {_VERB}: the command to run is missing: dtrain {_VERB} CONFIG -- srun ...")
+    given = words[: len(words) - len(command)]
+    settings = read_target(given)
     config = settings.config
     name = config.run.name or f"{title_of(config.recipe)}-job{place.name}"
     run = Path(config.run.dir).expanduser() / name
-    environment = environment_of(run, named=config.run.name is not None)
-    return run_incarnation(command, run, place, signals=signals, cap=requeues, environment=environment, say=_say)
+    environment = environment_of()
+    if config.run.name is None:
+        command, variables = named(command, given, run)
+        environment |= variables
+    command, environment = exported(command, environment, [name for name in _HANDED_ON if name in environment])
+    return run_attempt(command, run, place, signals=signals, cap=requeues, environment=environment, say=_say)
 
 
 def _after_dashes(argv: list[str]) -> list[str]:

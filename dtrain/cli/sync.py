@@ -11,14 +11,15 @@ from dtrain.cli.guard import reported
 
 
 def sync(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
     *,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent; sends nothing.")] = False,
     wait: Annotated[
-        float, typer.Option("--wait", metavar="SECONDS", min=1, help="How long to wait for the server, for each run.")
+        float, typer.Option("--wait", metavar="SECONDS", min=1, help="Seconds to wait for the server, per run.")
     ] = 300.0,
 ) -> None:
-    """Send to W&B what of these runs is not there yet: offline, killed and resumed ones, each into one run.
+    """Send the values of these runs that W&B or MLflow does not have yet. Offline, killed and resumed runs each become
+    one run there.
 
     Example: dtrain sync runs/*
     """
@@ -28,8 +29,8 @@ def sync(
 
 
 def _sync(runs: list[Path], dry_run: bool, wait: float) -> int:
+    from dtrain.callbacks.tracking.syncing import sync_run
     from dtrain.errors import EXIT_OK, DtrainError
-    from dtrain.tracking.syncing import sync_run
 
     worst = EXIT_OK
     for run in runs:
@@ -39,10 +40,11 @@ def _sync(runs: list[Path], dry_run: bool, wait: float) -> int:
             typer.echo(f"dtrain: error: {error}", err=True)
             worst = max(worst, error.exit_code)
             continue
-        if not found.sent:
-            typer.echo(f"{run}: nothing to send ({found})")
-        elif dry_run:
-            typer.echo(f"{run}: would send what W&B does not have of {found}")
-        else:
-            typer.echo(f"{run}: sent, {found}: {found.where}")
+        for one in found:
+            if not one.sent:
+                typer.echo(f"{run}: nothing to send ({one})")
+            elif dry_run:
+                typer.echo(f"{run}: would send whatever {one.to} does not have yet of {one}")
+            else:
+                typer.echo(f"{run}: sent, {one}: {one.where}")
     return worst

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dtrain.cli.guard import piped, reported
+from dtrain.cli.console import AllRanks, Console, Format, Level, LogFormat
+from dtrain.cli.guard import is_command_line, piped, reported
 from dtrain.cli.ranks import on_ranks
-from dtrain.cli.speaking import AllRanks, Format, Level, LogFormat, Manner
+from dtrain.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
     from dtrain.config import Settings
-    from dtrain.world import World
+    from dtrain.distributed.world import World
+    from dtrain.launch.env.rank_env import RankFacts
 
 Retries = Annotated[
     int,
@@ -24,7 +28,8 @@ Retries = Annotated[
         "--retries",
         min=0,
         metavar="K",
-        help="After a failure start all again, a run from its checkpoint; up to K times without progress in between.",
+        help="After a failure restart all ranks, resuming from the last checkpoint; "
+        "give up after K failures without progress.",
         show_default=False,
     ),
 ]
@@ -36,45 +41,52 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar=METAVAR,
-            help="A YAML config, a recipe, or nothing: this folder's train.yaml, else the bundled digits. Then values, "
+            help="A YAML config or a recipe; default: train.yaml in this folder, or the bundled digits. Then values, "
             "such as epochs=5.",
             show_default=False,
         ),
     ] = None,
     *,
     ranks: Annotated[
-        int | None, typer.Option("-n", "--ranks", min=1, help="Start this many ranks on this machine.")
+        int | None, typer.Option("-n", "--ranks", min=1, help="Number of ranks to start on this machine.")
     ] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU, also where there is a GPU.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Use the CPU even if there is a GPU.")] = False,
     retries: Retries = 0,
     resume: Annotated[
         str,
         typer.Option(
             metavar="auto|never|PATH",
-            help="auto: go on with the run that is in run.name's folder, if any. PATH: with that run; of a checkpoint: "
-            "begin a new run from it; with that run's config, where none is named.",
+            help="auto: resume the run in run.name's folder, if any. A run's folder: resume that run. A checkpoint: "
+            "start a new run from it. Without CONFIG or RECIPE, that run's config is "
+            "used. never: refuse an existing folder.",
         ),
     ] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and start nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; starts nothing.")] = False,
     fast_dev_run: Annotated[
         bool,
+        typer.Option("--fast-dev-run", help="Smoke-test the whole pipeline with 2 optimizer steps; writes nothing."),
+    ] = False,
+    no_supervisor: Annotated[
+        bool,
         typer.Option(
-            "--fast-dev-run", help="Go through all of a run in seconds, with 2 optimizer steps, and leave nothing."
+            "--no-supervisor", help="Train in this very process: no parent watches it for hangs and sudden ends."
         ),
     ] = False,
     log_format: Format = LogFormat.AUTO,
     all_ranks: AllRanks = False,
     log_level: Level = None,
 ) -> None:
-    """Train. With nothing named: this folder's train.yaml, as `dtrain init` writes it, else the bundled digits.
+    """Train. Without CONFIG or RECIPE: train.yaml in this folder, as `dtrain init` writes it, or the bundled digits.
 
     Examples: dtrain train epochs=5 lr=0.003; dtrain train my_recipe.py -n 2 --cpu
     """
-    manner = Manner(log_format, log_level, all_ranks=all_ranks)
+    manner = Console(log_format, log_level, all_ranks=all_ranks)
     with reported(manner.events):
         if fast_dev_run:
             _refuse_beside_fast_dev_run(dry_run, retries, resume)
-        code = _train(words or [], ranks, cpu, dry_run, retries, resume, manner, fast_dev_run)
+        code = _train(
+            words or [], ranks, cpu, dry_run, retries, resume, manner, fast_dev_run, supervisor=not no_supervisor
+        )
     raise typer.Exit(code)
 
 
@@ -85,12 +97,14 @@ def _train(  # noqa: PLR0917 - the options
     dry_run: bool,
     retries: int,
     resume: str,
-    manner: Manner,
+    manner: Console,
     fast_dev_run: bool,
+    *,
+    supervisor: bool,
 ) -> int:
-    from dtrain.launch.facts import read_rank_facts
-    from dtrain.launch.requests import hear_no_more, request_of_this_process
-    from dtrain.tracking.wanted import check_installed
+    from dtrain.callbacks.tracking.wanted import check_installed
+    from dtrain.launch.env.rank_env import read_rank_facts
+    from dtrain.launch.signals.stop_request import hear_no_more, request_of_this_process
 
     manner.check()
     request = request_of_this_process() if not dry_run else None
@@ -101,14 +115,19 @@ def _train(  # noqa: PLR0917 - the options
         _show_plan(settings, ranks or read_rank_facts().size, as_words=manner.events is not None)
         return 0
 
-    def work(world: World) -> None:
-        if fast_dev_run:
-            from dtrain.fast_dev import fast_dev_run as go_through
-            from dtrain.progress import Voice
+    def hear() -> None:
+        nonlocal request
+        request = request_of_this_process()  # of a process that was forked off
 
-            go_through(settings, world, request, manner.voice or Voice())
+    def work(world: World) -> None:
+        assert request is not None  # noqa: S101 - for the type checker
+        if fast_dev_run:
+            from dtrain.callbacks.progress import ConsoleOptions
+            from dtrain.trainer.fast_dev_run import fast_dev_run as go_through
+
+            go_through(settings, world, request, manner.voice or ConsoleOptions())
             return
-        from dtrain.run import train_run
+        from dtrain.trainer.train import train_run
 
         folder = train_run(settings, world, resume, request, manner.voice)
         if world.is_main:
@@ -123,9 +142,47 @@ def _train(  # noqa: PLR0917 - the options
     try:
         if retries and not _is_rank():
             return _retried(ranks or 1, retries, watch, manner)
-        return on_ranks(ranks, cpu, work, claims=lambda: claims_of(settings), manner=manner, **watch)
+        watched = functools.partial(_supervised, watch=watch, manner=manner, hear=hear) if supervisor else None
+        return on_ranks(ranks, cpu, work, claims=lambda: claims_of(settings), manner=manner, watched=watched, **watch)
     finally:
         hear_no_more()
+
+
+def _supervised(
+    rank: Callable[[], int],
+    facts: RankFacts,
+    *,
+    watch: Mapping[str, Any],
+    manner: Console,
+    hear: Callable[[], None],
+) -> int:
+    """Runs the only rank, or one of another launcher's, under a supervisor.
+
+    Where this is not the command itself, or something else follows the process, it is just run.
+    """
+    from dtrain.cli.guard import reported
+    from dtrain.launch.forked import can_be_forked
+    from dtrain.launch.signals.process_exit import leave
+    from dtrain.launch.supervisor import run_forked_rank, told
+
+    if not (is_command_line() and can_be_forked()):
+        return rank()
+
+    def forked() -> None:
+        code = EXIT_FAILED
+        try:
+            with reported(manner.events):
+                hear()
+                code = rank()
+        except typer.Exit as end:
+            code = end.exit_code
+        leave(code)
+
+    ending = run_forked_rank(forked, facts, **watch)
+    if facts.size > 1 and ending.reported:  # by the rank, which has said so
+        return ending.exit_code
+    manner.emit_end(ending)
+    return told(ending)
 
 
 def _refuse_beside_fast_dev_run(dry_run: bool, retries: int, resume: str) -> None:
@@ -134,45 +191,47 @@ def _refuse_beside_fast_dev_run(dry_run: bool, retries: int, resume: str) -> Non
     given = {"--dry-run": dry_run, "--retries": retries > 0, f"--resume {resume}": resume != "auto"}
     for option in (option for option, there in given.items() if there):
         raise UsageError(
-            f"--fast-dev-run and {option} do not go together: it goes through a run of its own, from the beginning, "
-            "and leaves nothing. Leave one of the two out."
+            f"--fast-dev-run and {option} cannot be combined: it smoke-tests a run of its own and keeps nothing. Use "
+            "only one of them."
         )
 
 
 def _is_rank() -> bool:
     """Whether this process is a rank of a dtrain supervisor, which is the one to start it again."""
     from dtrain.errors import UsageError
-    from dtrain.launch.facts import read_rank_facts
-    from dtrain.launch.reports import supervised
+    from dtrain.launch.env.rank_env import read_rank_facts
+    from dtrain.launch.monitor.exit_report import supervised
 
     if read_rank_facts().launched and not supervised():
         raise UsageError(
-            "--retries: another launcher has started this rank, and only what starts all of them can start them again. "
-            "Leave it out here, or use `dtrain launch --retries K -- train ...`."
+            "--retries: this rank was started by another launcher, and only the launcher can restart all ranks. Remove "
+            "it, or use `dtrain launch --retries K -- train ...`."
         )
     return supervised()
 
 
-def _retried(ranks: int, retries: int, watch: dict[str, Any], manner: Manner) -> int:
-    from dtrain.launch.local import Ending, dtrain_argv, run_local_ranks, told
+def _retried(ranks: int, retries: int, watch: dict[str, Any], manner: Console) -> int:
     from dtrain.launch.retries import goes_on, run_variables, run_with_retries
+    from dtrain.launch.supervisor import JobEnd, dtrain_argv, run_local_ranks, told
+    from dtrain.masking import hidden_variables, hide
 
-    argv = dtrain_argv(sys.argv[1:])
+    words, hidden = hide(sys.argv[1:])
+    argv, variables = dtrain_argv(words), hidden_variables(hidden)
 
-    def attempt(run: Path | None) -> Ending:
+    def attempt(run: Path | None) -> JobEnd:
         if run is None:
-            return run_local_ranks(argv, ranks, **watch)
-        return run_local_ranks(goes_on(argv, run), ranks, run_variables(run), **watch)
+            return run_local_ranks(argv, ranks, variables, **watch)
+        return run_local_ranks(goes_on(argv, run), ranks, variables | run_variables(run), **watch)
 
     ending = run_with_retries(attempt, retries)
-    manner.tell_end(ending)
+    manner.emit_end(ending)
     return told(ending)
 
 
 def claims_of(settings: Settings) -> dict[str, str]:
     """Returns what must be the same on all ranks: the config and the recipe's content."""
-    from dtrain.identity import config_claims
-    from dtrain.recipe_file import locate
+    from dtrain.config.recipe_file import locate
+    from dtrain.distributed.handshake import config_claims
 
     config = settings.config
     return config_claims(config.model_dump(), locate(config.recipe, settings.base))
@@ -187,17 +246,30 @@ def read_target(words: list[str]) -> Settings:
 
 
 def _with_readable_recipe(settings: Settings) -> Settings:
+    from dtrain.config.recipe_file import check_syntax, locate
     from dtrain.errors import RecipeError
-    from dtrain.recipe_file import check_syntax, locate
 
     try:
         path = locate(settings.config.recipe, settings.base)
     except RecipeError as error:
         place = settings.place_of("recipe")
-        raise error if place == "command line" else RecipeError(f"{place}: {error}") from None
+        where = "" if place == "command line" else f"{place}: "
+        raise RecipeError(f"{where}{error}{_kept_recipe(settings)}") from None
     if path is not None:
         check_syntax(path)
     return settings
+
+
+def _kept_recipe(settings: Settings) -> str:
+    """Returns words that name the copy which the run keeps of a recipe that is gone; none where there is none."""
+    from dtrain.provenance.kept import newest
+
+    run = settings.config.run
+    copy = None if run.name is None else newest(Path(run.dir).expanduser() / run.name)
+    file = None if copy is None else copy / Path(settings.config.recipe).name
+    if file is None or not file.is_file():
+        return ""
+    return f" The run keeps a copy of the code it loaded: {shlex.join([f'recipe={file}'])} trains with it."
 
 
 def settings_to_train(words: list[str], resume: str, *, as_words: bool) -> Settings:
@@ -207,16 +279,17 @@ def settings_to_train(words: list[str], resume: str, *, as_words: bool) -> Setti
     that run's own config: without the environment, and without its name for a new run that begins from a checkpoint.
     """
     if resume in ("auto", "never") or (words and not _is_override(words[0])):
-        tell_own_config(words, as_words=as_words)
+        log_own_config(words, as_words=as_words)
         return read_target(words)
-    from dtrain.config.saved import CONFIG, load_run_settings
+    from dtrain.config.saved import load_run_settings
+    from dtrain.layout import CHECKPOINTS, CONFIG
 
     path = Path(resume).expanduser()
     run, anew = path, []
-    if not (path / CONFIG).exists() and path.parent.name == "checkpoints":
+    if not (path / CONFIG).exists() and path.parent.name == CHECKPOINTS:
         run, anew = path.parent.parent, ["run.name=null"]
     settings = load_run_settings(run, [*anew, *words])
-    _tell_config(run / CONFIG, as_words=as_words)
+    _print_config(run / CONFIG, as_words=as_words)
     return _with_readable_recipe(settings)
 
 
@@ -233,7 +306,7 @@ def split_words(words: list[str]) -> tuple[str | None, list[str]]:
 
 def with_own_config(words: list[str]) -> list[str]:
     """Puts the current folder's own config before words that name neither a config nor a recipe."""
-    from dtrain.share import OWN_CONFIG
+    from dtrain.config.bundled import OWN_CONFIG
 
     named = (words and not _is_override(words[0])) or any(word.startswith("recipe=") for word in words)
     own = Path(OWN_CONFIG)  # a link that leads nowhere is an error, and not passed over
@@ -244,16 +317,16 @@ def _is_override(word: str) -> bool:
     return re.match(r"[A-Za-z_][\w.]*=", word) is not None
 
 
-def tell_own_config(words: list[str], *, as_words: bool, err: bool = False) -> None:
+def log_own_config(words: list[str], *, as_words: bool, err: bool = False) -> None:
     """Says that the current folder's own config is taken, once: nobody has named it."""
     taken = with_own_config(words)
     if taken != words:
-        _tell_config(taken[0], as_words=as_words, err=err)
+        _print_config(taken[0], as_words=as_words, err=err)
 
 
-def _tell_config(file: str | Path, *, as_words: bool, err: bool = False) -> None:
-    from dtrain.launch.facts import read_rank_facts
-    from dtrain.launch.reports import supervised
+def _print_config(file: str | Path, *, as_words: bool, err: bool = False) -> None:
+    from dtrain.launch.env.rank_env import read_rank_facts
+    from dtrain.launch.monitor.exit_report import supervised
 
     if as_words and not supervised() and read_rank_facts().rank == 0:
         typer.echo(f"config: {file}", err=err)
@@ -261,10 +334,10 @@ def _tell_config(file: str | Path, *, as_words: bool, err: bool = False) -> None
 
 def _show_plan(settings: Settings, ranks: int, *, as_words: bool) -> None:
     """Shows it; as words for a person, on standard error, where the standard output is for events."""
-    from dtrain.fsdp.settings import chosen_sharding, launched_sharding
-    from dtrain.plan import make_plan, plan_text, value_rows
-    from dtrain.recipe import bind, load_recipe
-    from dtrain.seeding import seed_everything
+    from dtrain.distributed.fsdp_settings import chosen_sharding, launched_sharding
+    from dtrain.distributed.seeding import seed_everything
+    from dtrain.recipe.loader import bind, load_recipe
+    from dtrain.trainer.plan import make_plan, plan_text, value_rows
 
     chosen_sharding(settings.config.train, launched_sharding())  # refuses what a run would
     seed_everything(settings.config.train.seed)

@@ -26,13 +26,13 @@ class TakesValues(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """As ever, after a word on variables that were probably meant for this verb."""
-        tell_ignored_variables()
+        warn_ignored_variables()
         return super().invoke(ctx)
 
 
-def tell_ignored_variables() -> None:
+def warn_ignored_variables() -> None:
     """Says which DTRAIN_ variables of the environment nothing reads; the first rank alone does, or who starts ranks."""
-    from dtrain.launch.reports import supervised
+    from dtrain.launch.monitor.exit_report import supervised
 
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if supervised() or rank != "0" or not any(name.startswith("DTRAIN_") for name in os.environ):
@@ -46,10 +46,10 @@ def tell_ignored_variables() -> None:
 def _add_remedy(error: Any, option: str, args: Sequence[str]) -> None:
     key = option.lstrip("-").replace("-", "_")
     if _is_key(key, args):
-        error.message += f". Values are written without dashes: {key}={_value_of(option, args)}"
+        error.message += f". Write values without dashes: {key}={_value_of(option, args)}"
         error.possibilities = []
     elif not error.possibilities:
-        error.message += ". Values of the config and the recipe are written without dashes: epochs=5"
+        error.message += ". Write config and recipe values without dashes: epochs=5"
 
 
 def _value_of(option: str, args: Sequence[str]) -> str:
@@ -78,8 +78,8 @@ def _is_key(key: str, args: Sequence[str]) -> bool:
 def _parameters(args: Sequence[str]) -> set[str]:
     """Returns the names of the parameters of the recipe's builders, as far as its file tells; nothing is imported."""
     from dtrain.config import BUILDER_SECTIONS
+    from dtrain.config.recipe_file import bundled, locate, parameters_in
     from dtrain.errors import DtrainError
-    from dtrain.recipe_file import bundled, locate, parameters_in
 
     try:
         settings = _settings(args)
@@ -96,8 +96,8 @@ def _settings(args: Sequence[str]) -> Any:
 
     from dtrain.cli.train import split_words
     from dtrain.config import load_settings
-    from dtrain.config.saved import CONFIG
-    from dtrain.share import config_named
+    from dtrain.config.bundled import config_named
+    from dtrain.layout import CONFIG
 
     for word in args:
         if (Path(word) / CONFIG).is_file():

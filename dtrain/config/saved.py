@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dtrain.config.settings import Settings, load_settings
 from dtrain.errors import UsageError, nearest
-
-CONFIG = "config.yaml"
+from dtrain.files import what_is
+from dtrain.layout import CONFIG
 
 
 def load_run_settings(folder: Path, overrides: Sequence[str]) -> Settings:
@@ -28,10 +28,22 @@ def load_run_settings(folder: Path, overrides: Sequence[str]) -> Settings:
         parent = folder.parent
         there = sorted(p.parent.name for p in parent.glob(f"*/{CONFIG}")) if parent.is_dir() else []
         known = f" Runs in {parent}: {', '.join(there[-5:])}." if there else ""
-        raise UsageError(f"{folder}: there is no such run.{nearest(folder.name, there)}{known}")
+        raise UsageError(f"{folder}: no such run.{nearest(folder.name, there)}{known}")
     file = folder / CONFIG
     if not file.is_file():
         raise UsageError(
-            f"{folder} is no run's folder: it has no {CONFIG}. Name the folder that `dtrain train` printed as `run:`."
+            f"{folder} is not a run's folder: it has no {CONFIG}. Use the folder that `dtrain train` printed as `run:`."
         )
+    check_plain(file)
     return load_settings(str(file), overrides, {})
+
+
+def check_plain(file: Path) -> None:
+    """Whether a run's config is a file of its own: below a run's folder no link is followed.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    kind = what_is(file)
+    if kind:
+        raise UsageError(f"{file}: it is {kind}. Restore the run's own file.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # The sections whose keys are the parameters of the recipe's own functions.
 BUILDER_SECTIONS = {
@@ -12,6 +12,7 @@ BUILDER_SECTIONS = {
     "data": "build_dataloaders",
     "optimizer": "build_optimizer",
     "scheduler": "build_scheduler",
+    "step": "train_step",  # and valid_step: those with a default
 }
 
 
@@ -23,8 +24,13 @@ def _run_name(name: str) -> str:
     if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise ValueError("should be a plain folder name, without '/', '\\' or control characters")
     if len(name.encode(errors="surrogateescape")) > _LONGEST_NAME:
-        raise ValueError(f"should be a folder's name, of at most {_LONGEST_NAME} bytes")
+        raise ValueError(f"should be a folder name of at most {_LONGEST_NAME} bytes")
     return name
+
+
+def _as_list(value: Any) -> Any:
+    """A single word stands for a list of it."""
+    return [value] if isinstance(value, str) else value
 
 
 class _Section(BaseModel):
@@ -32,90 +38,106 @@ class _Section(BaseModel):
 
 
 class TrainConfig(_Section):
-    """How long and how training goes."""
+    """Length of training, batches, precision, optimization and checks."""
 
-    epochs: int = Field(3, ge=1, description="passes over the training data")
+    epochs: int = Field(3, ge=1, description="number of epochs")
     max_steps: int | None = Field(
-        None, ge=1, description="optimizer steps after which training ends; epochs follow where not given"
+        None, ge=1, description="stop after this many optimizer steps; train.epochs then defaults to what that takes"
     )
-    limit_batches: int | None = Field(None, ge=1, description="only so many batches of each loader, in each pass")
+    limit_batches: int | None = Field(None, ge=1, description="use only this many batches of each loader per epoch")
     overfit_batches: int | None = Field(
-        None, ge=1, description="train on the same first so many batches in each epoch: whether the net can learn them"
+        None,
+        ge=1,
+        description="train on the same first N batches in every epoch, to see whether the model can learn them",
     )
-    deterministic: bool = Field(False, description="algorithms that give the same each time, or an error: slower")
-    channels_last: bool = Field(False, description="images and convolution weights with their channels last in memory")
-    log_step_freq: int = Field(10, ge=1, description="plain output: a line every so many steps")
-    seed: int = Field(42, ge=0, lt=2**32, description="one seed for weights, order and dropout")
+    deterministic: bool = Field(False, description="use deterministic algorithms, or raise an error; slower")
+    channels_last: bool = Field(False, description="use the channels_last memory format")
+    log_step_freq: int = Field(10, ge=1, description="steps between lines of plain output")
+    seed: int = Field(42, ge=0, lt=2**32, description="random seed of weights, sample order and dropout")
     batch: Literal["per_rank", "global"] = Field(
-        "per_rank", description="whose batch size the loader's is: each rank's, or the whole world's"
+        "per_rank", description="whether the loader's batch size is per rank or global"
     )
     same_draws: bool | None = Field(
         None,
-        description="dropout and other random numbers of steps as one rank draws them; by default, with batch=global",
+        description="draw dropout masks and other random numbers of steps as one rank "
+        "would; by default, with batch=global",
     )
-    accumulation: int = Field(1, ge=1, description="micro-batches that make one optimizer step")
+    accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step (gradient accumulation)")
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(
-        None, description="the net's forward in float32 or mixed precision; by default as Accelerate's settings say"
+        None, description="mixed precision of the forward pass; default: Accelerate's setting"
     )
     compile: Literal[False, True, "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = Field(
-        None, description="the net compiled by torch.compile, or in which of its modes; by default as Accelerate says"
+        None, description="torch.compile, or the mode to use; default: Accelerate's setting"
     )
     activation_checkpointing: list[str] = Field(
-        [], description="patterns of the net's parts that are computed again in the backward, to save memory"
+        [], description="name patterns of modules to recompute in the backward pass, to save memory"
     )
-    clip_norm: float | None = Field(None, gt=0, description="the largest 2-norm of an optimizer's gradients together")
-    clip_value: float | None = Field(None, gt=0, description="the largest magnitude of each number of a gradient")
+    clip_norm: float | None = Field(
+        None, gt=0, description="maximum gradient norm (2-norm over an optimizer's parameters)"
+    )
+    clip_value: float | None = Field(None, gt=0, description="maximum absolute value of a gradient element")
     shard: Literal["fsdp"] | None = Field(
         None,
-        description="fsdp: each rank keeps a part of the weights, gradients and optimizer state (docs/sharding.md)",
+        description="fsdp: shard weights, gradients and optimizer state over the ranks (docs/sharding.md)",
     )
     shard_modules: list[str] | None = Field(
-        None, description="classes or name patterns of the parts that are gathered alone; the repeated blocks"
+        None, description="classes or name patterns of the modules to shard one by one; default: the repeated blocks"
     )
     reshard_after_forward: bool | None = Field(
-        None, description="with sharding: let go of a part between forward and backward; by default, yes"
+        None, description="with sharding: free gathered parameters between forward and backward; default: true"
     )
-    validate_whole: bool | None = Field(
-        None, description="with sharding: gather the whole net for validation; by default, yes"
+    gather_for_validation: bool | None = Field(
+        None, description="with sharding: gather the whole model for validation; default: true"
     )
-    fetch_batches: bool = Field(True, description="fetch whole batches at once where that gives the same")
+    fetch_batches: bool = Field(True, description="fetch whole batches at once where the result is identical")
     average: Literal["auto", "ddp", "step"] = Field(
         "auto",
-        description="gradients of several ranks: by DDP, after each backward pass, or found from the first steps",
+        description="how gradients are averaged over ranks: by DDP, after each backward pass "
+        "(step), or chosen from the first steps (auto)",
     )
-    sync_batchnorm: bool = Field(False, description="BatchNorm's statistics over all ranks, not each rank's")
+    sync_batchnorm: bool = Field(False, description="synchronize BatchNorm statistics over all ranks")
     nan: Literal["stop", "skip", "ignore"] = Field(
-        "stop", description="a train loss that is NaN or infinite stops the run, has its batch left out, or goes on"
+        "stop", description="when a train loss is NaN or infinite: stop the run, skip the batch, or ignore it"
     )
     ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="an average of the weights, with which is validated and which is saved"
+        None,
+        gt=0,
+        lt=1,
+        description="decay of an exponential moving average of the weights, which is used for validation and saved",
     )
-    val_every_steps: int | None = Field(
-        None, ge=1, description="validation within epochs too, after every so many optimizer steps"
-    )
+    val_every_steps: int | None = Field(None, ge=1, description="also validate within epochs, every N optimizer steps")
     schedule: Literal["constant", "linear", "cosine"] | None = Field(
-        None, description="the learning rate over the run, by optimizer steps; in place of build_scheduler"
+        None, description="learning rate schedule over the optimizer steps, instead of build_scheduler"
     )
-    warmup_steps: int | None = Field(None, ge=0, description="with schedule: first so many optimizer steps of warm-up")
-    warmup_epochs: float | None = Field(None, ge=0, description="or so many epochs")
-    warmup_fraction: float | None = Field(None, ge=0, le=1, description="or so much of the run")
-    floor: float = Field(0.0, ge=0, le=1, description="with schedule: what linear and cosine end at, as a factor")
+    warmup_steps: int | None = Field(None, ge=0, description="with schedule: optimizer steps of linear warm-up")
+    warmup_epochs: float | None = Field(None, ge=0, description="with schedule: warm-up in epochs")
+    warmup_fraction: float | None = Field(
+        None, ge=0, le=1, description="with schedule: warm-up as a fraction of the run"
+    )
+    min_lr_ratio: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="with schedule: final learning rate of linear and cosine, as a fraction of the initial one",
+    )
     profile: int | None = Field(
-        None, ge=1, description="optimizer steps that torch.profiler records, in the run's profile/"
+        None, ge=1, description="optimizer steps to record with torch.profiler, in the run's profile/"
     )
-    profile_ranks: Literal["main", "all"] = Field("main", description="with profile: rank 0 alone, or each rank")
+    profile_ranks: Literal["main", "all"] = Field("main", description="with profile: record rank 0 only, or all ranks")
     log_norms: int | None = Field(
-        None, ge=1, description="norms of each gradient and weight every so many optimizer steps, in norms.csv"
+        None, ge=1, description="log the norms of each gradient and weight to norms.csv every N optimizer steps"
     )
-    hang_seconds: float = Field(600.0, ge=0, description="ranks of -n N may stand still so long; 0 is for ever")
+    hang_seconds: float = Field(
+        600.0, ge=0, description="seconds without progress before a rank counts as hung; 0 disables"
+    )
     stop_seconds: float = Field(
-        600.0, ge=0, description="ranks of -n N may take so long to stop on request, their checkpoint included"
+        600.0, ge=0, description="seconds that ranks may take to stop on request, checkpoint included"
     )
 
     @model_validator(mode="after")
     def _check_batches(self) -> TrainConfig:
         if self.limit_batches is not None and self.overfit_batches is not None:
-            raise ValueError("limit_batches and overfit_batches both say how many batches: give one of them")
+            raise ValueError("limit_batches and overfit_batches both limit the batches: set only one of them")
         return self
 
     @model_validator(mode="after")
@@ -124,99 +146,116 @@ class TrainConfig(_Section):
             name for name in ("warmup_steps", "warmup_epochs", "warmup_fraction") if getattr(self, name) is not None
         ]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} say the same: give one of them")
+            raise ValueError(f"{' and '.join(given)} exclude each other: set only one of them")
         if given and self.schedule is None:
-            raise ValueError(f"{given[0]} is for train.schedule, which is not given: constant, linear or cosine")
+            raise ValueError(f"{given[0]} needs train.schedule: constant, linear or cosine")
         return self
 
 
 class CheckpointConfig(_Section):
-    """When a run is saved, and which checkpoints stay. The last epoch's end is always saved."""
+    """When checkpoints are saved, and which are kept. The end of the last epoch is always saved."""
 
-    every_epochs: int = Field(1, ge=0, description="save after every so many epochs; 0: not for their sake")
-    every_steps: int | None = Field(None, ge=1, description="and after every so many optimizer steps")
-    every_minutes: float | None = Field(None, gt=0, description="and so long after the last one")
-    keep_last: int = Field(2, ge=1, description="so many of the last ones stay")
-    keep_best: int = Field(1, ge=0, description="and so many of the best epochs")
-    monitor: str | None = Field(None, description="the column that says what is best; val_loss, else loss")
-    mode: Literal["min", "max"] | None = Field(
-        None, description="which end of it is best; by default the lowest of a loss or an error, else the highest"
+    every_epochs: int = Field(1, ge=0, description="epochs between checkpoints; 0 disables per-epoch checkpoints")
+    every_steps: int | None = Field(None, ge=1, description="optimizer steps between checkpoints")
+    every_minutes: float | None = Field(None, gt=0, description="minutes between checkpoints")
+    keep_last: int = Field(2, ge=1, description="number of latest checkpoints to keep")
+    keep_best: int = Field(1, ge=0, description="number of best epochs to keep")
+    monitor: str | None = Field(
+        None, description="column that decides which epoch is best; default: val_loss, or loss without validation"
     )
-    asynchronous: bool = Field(True, description="write beside the training, from a copy in memory")
-    on_error: Literal["stop", "warn"] = Field("stop", description="a full disk ends the run, or is a warning")
-    change_ranks: bool = Field(False, description="with batch=per_rank, resume with another number of ranks")
+    mode: Literal["min", "max"] | None = Field(
+        None, description="whether lower (min) or higher (max) is better; default: min for losses and errors, else max"
+    )
+    asynchronous: bool = Field(True, description="write checkpoints in a background thread, from a copy in memory")
+    on_error: Literal["stop", "warn"] = Field(
+        "stop", description="whether a failed write (a full disk) stops the run or is a warning"
+    )
+    change_ranks: bool = Field(False, description="allow a resume with another number of ranks with batch=per_rank")
+    accept: Annotated[list[Literal["code", "data"]], BeforeValidator(_as_list)] = Field(
+        [], description="code, data: resume although they differ from the checkpoint's; applies to this command only"
+    )
+    check_data: bool = Field(True, description="compare samples of the data when a run is resumed")
 
 
 class EarlyStoppingConfig(_Section):
-    """An end to training that no longer helps."""
+    """Stops training when the monitored column no longer improves, or is good enough."""
 
-    patience: int | None = Field(None, ge=1, description="epochs without a new best after which training ends")
-    monitor: str | None = Field(None, description="the column that is watched; val_loss, else loss")
+    patience: int | None = Field(None, ge=1, description="epochs without improvement after which training stops")
+    target: float | None = Field(None, description="value of the monitored column at which training stops")
+    monitor: str | None = Field(None, description="column to monitor; default: val_loss, or loss without validation")
     mode: Literal["min", "max"] | None = Field(
-        None, description="which end of it is best; by default the lowest of a loss or an error, else the highest"
+        None, description="whether lower (min) or higher (max) is better; default: min for losses and errors, else max"
     )
 
 
 class ParametersConfig(_Section):
-    """Which parameters learn, and how. A pattern is matched against the whole name: `layers.0.*`, `norms`, `biases`."""
+    """Which parameters are trained, and how. A pattern is matched against the full name, such as `layers.0.*`; `norms`
+    and `biases` are special."""
 
-    freeze: list[str] = Field([], description="patterns of parameters that keep their values")
-    no_decay: list[str] = Field([], description="patterns of those without weight decay, such as [norms, biases]")
+    freeze: list[str] = Field([], description="patterns of parameters to freeze")
+    no_decay: list[str] = Field([], description="patterns of parameters without weight decay, such as [norms, biases]")
     groups: list[dict[str, Any]] = Field(
-        [], description="options of the optimizer for some: [{match: PATTERN, lr: 0.001}]; the first match counts most"
+        [], description="optimizer options per pattern: [{match: PATTERN, lr: 0.001}]; the first match wins"
     )
 
 
 class RunFolderConfig(_Section):
-    """Where the run's folder lies: DIR/NAME."""
+    """Where the run's folder is: DIR/NAME."""
 
-    dir: str = Field("runs", min_length=1, description="folder of all runs")
+    dir: str = Field("runs", min_length=1, description="parent folder of all runs")
     name: Annotated[str, AfterValidator(_run_name)] | None = Field(
-        None, description="the run's folder; by default the recipe's name and the time"
+        None, description="name of the run's folder; default: the recipe's name and the time"
     )
 
 
 class WandbConfig(_Section):
-    """Weights & Biases; used where a project is named."""
+    """Weights & Biases; used if a project is set."""
 
-    project: str = Field(min_length=1, description="the project that the run is filed under")
-    mode: Literal["online", "offline", "disabled"] = Field("online", description="offline: sync it later")
-    entity: str | None = Field(None, description="the team; by default that of your account")
-    wait_seconds: float = Field(10.0, gt=0, description="so long the end of training waits for the server")
+    project: str = Field(min_length=1, description="project name")
+    mode: Literal["online", "offline", "disabled"] = Field(
+        "online", description="offline: sync later with `dtrain sync`"
+    )
+    entity: str | None = Field(None, description="team or user; default: your account's")
+    wait_seconds: float = Field(10.0, gt=0, description="seconds that the end of training waits for the server")
 
 
 class MlflowConfig(_Section):
-    """MLflow; used where an experiment or a uri is named."""
+    """MLflow; used if an experiment or a uri is set."""
 
-    uri: str | None = Field(None, description="the tracking server or store; by default MLflow's own")
-    experiment: str = Field("dtrain", min_length=1, description="what the run is filed under")
+    uri: str | None = Field(None, description="tracking server or store; default: MLflow's own")
+    experiment: str = Field("dtrain", min_length=1, description="experiment name")
 
 
 class TrackioConfig(_Section):
-    """trackio; used where a project is named."""
+    """trackio; used if a project is set."""
 
-    project: str = Field(min_length=1, description="the project that the run is filed under")
+    project: str = Field(min_length=1, description="project name")
 
 
 class TrackConfig(_Section):
-    """Experiment trackers; several at once."""
+    """Experiment trackers; several can be used at once."""
 
     wandb: WandbConfig | None = Field(None, description="Weights & Biases")
     tensorboard: bool = Field(False, description="TensorBoard, in the run's folder")
     mlflow: MlflowConfig | None = Field(None, description="MLflow")
     trackio: TrackioConfig | None = Field(None, description="trackio")
-    every_seconds: float = Field(1.0, ge=0, description="values within an epoch, so often at most; 0: of epochs alone")
-    artifacts: Literal[False, "best", "last"] = Field(False, description="weights that W&B and MLflow get at the end")
+    every_seconds: float = Field(
+        1.0, ge=0, description="minimum seconds between values within an epoch; 0: per-epoch values only"
+    )
+    artifacts: Literal[False, "best", "last"] = Field(
+        False, description="weights to upload to W&B and MLflow at the end"
+    )
 
 
 class RunConfig(_Section):
-    """A whole run. The builders' sections take whatever their functions take."""
+    """A whole run. The builders' sections take the parameters of their functions."""
 
     recipe: str = Field("dtrain.recipes.digits", min_length=1, description="a .py file or a module")
     model: dict[str, Any] = Field(default_factory=dict)
     data: dict[str, Any] = Field(default_factory=dict)
     optimizer: dict[str, Any] = Field(default_factory=dict)
     scheduler: dict[str, Any] = Field(default_factory=dict)
+    step: dict[str, Any] = Field(default_factory=dict)
     train: TrainConfig = TrainConfig()
     parameters: ParametersConfig = ParametersConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

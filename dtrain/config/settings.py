@@ -12,12 +12,15 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from dtrain import share
+from dtrain.config import bundled as share
 from dtrain.config import schema
+from dtrain.config.keeping import bring_back
+from dtrain.config.recipe_file import locate
+from dtrain.config.renamed import new_name, with_new_names
 from dtrain.config.schema import BUILDER_SECTIONS, RunConfig
 from dtrain.config.sources import Value, read_environment, read_override, read_yaml, write_yaml
-from dtrain.errors import ConfigError, nearest
-from dtrain.recipe_file import locate
+from dtrain.errors import ConfigError, RecipeError, nearest
+from dtrain.masking import masked, secrets_of
 
 
 @dataclass
@@ -74,6 +77,12 @@ class Settings:
             homes = [f"{section}.{key}" for section, names in signatures.items() if key in names]
             _refuse_ambiguous(key, [taken_for, *homes])
 
+    def pin(self) -> None:
+        """Has the recipe's file mean the same after a change of the working directory."""
+        if locate(self.config.recipe, self.base) is not None:
+            found = (self.base / self.config.recipe).is_file()
+            self.base = (self.base if found else Path()).absolute()
+
     def to_yaml(self) -> str:
         """Returns the resolved config as YAML, readable by `load_settings` from any folder.
 
@@ -83,11 +92,20 @@ class Settings:
         return write_yaml(self.plain())
 
     def plain(self) -> dict[str, Any]:
-        """Returns the resolved config in YAML's and JSON's own kinds, as `to_yaml` writes it."""
-        path = locate(self.config.recipe, self.base)
+        """Returns the resolved config in YAML's and JSON's own kinds, as `to_yaml` writes it: secrets are masked."""
+        try:
+            path = locate(self.config.recipe, self.base)
+        except RecipeError:  # moved since it was loaded
+            path = self.base / self.config.recipe
         recipe = self.config.recipe if path is None else str(path.resolve())
-        plain: dict[str, Any] = _plain(self.config.model_dump() | {"recipe": recipe})
+        plain: dict[str, Any] = masked("", _plain(self.config.model_dump() | {"recipe": recipe}))
+        del plain["checkpoint"]["accept"]  # what one command accepts is not accepted ever after
         return plain
+
+    def secrets(self) -> dict[str, Any]:
+        """Returns dotted key -> value of the secrets, which `plain` masks; those of bare keys under these."""
+        bare = {key: value.text() for key, value in self.unplaced.items()}
+        return {**secrets_of("", bare), **secrets_of("", _plain(self.config.model_dump()))}
 
 
 def load_settings(target: str | None, overrides: Sequence[str], environ: Mapping[str, str] | None = None) -> Settings:
@@ -102,6 +120,7 @@ def load_settings(target: str | None, overrides: Sequence[str], environ: Mapping
         ConfigError: a file, key or value is wrong; the message has key, value, place and what is valid.
     """
     values, base = _read_target(target)
+    values = with_new_names(values)
     values |= {_full_key(k, v): v for k, v in read_environment(os.environ if environ is None else environ).items()}
     settings = Settings(config=RunConfig(), base=base)
     for text in overrides:
@@ -115,6 +134,7 @@ def load_settings(target: str | None, overrides: Sequence[str], environ: Mapping
         values[full] = value
         if full == "recipe":
             settings.base = Path()
+    bring_back(values, settings, target)
     settings.places = {key: value.place for key, value in values.items()}
     settings.texts = {key: value.text() for key, value in values.items()}
     settings.config = _check(values)
@@ -152,7 +172,7 @@ def _full_key(key: str, value: Value) -> str:
     """Checks a full dotted key from the environment."""
     full = _match(key, value)
     if full is None:
-        raise ConfigError(f"{key} ({value.place}) is no key of the config. {_valid_sections()}")
+        raise ConfigError(f"{key} ({value.place}) is not a key of the config. {_valid_sections()}")
     return full
 
 
@@ -161,6 +181,8 @@ def _match(key: str, value: Value) -> str | None:
     section, dot, rest = key.partition(".")
     if dot and rest and section in BUILDER_SECTIONS:
         return key
+    if (now := new_name(key, value.place)) is not None:
+        return now
     found = [leaf for leaf in schema.leaves() if leaf == key or leaf.endswith("." + key)]
     _refuse_ambiguous(key, found)
     if found:
@@ -188,7 +210,7 @@ def _check(values: Mapping[str, Value]) -> RunConfig:
         for parent in parents:
             child = node.setdefault(parent, {})
             if not isinstance(child, dict):
-                raise ConfigError(f"{dotted} ({value.place}): {parent} is given as {child!r}, not as a section.")
+                raise ConfigError(f"{dotted} ({value.place}): {parent} is a value ({child!r}), not a section.")
             node = child
         node[leaf] = _as_wanted(dotted, value)
     tree = {key: ({} if node is None and key != "recipe" else node) for key, node in tree.items()}
@@ -199,14 +221,14 @@ def _check(values: Mapping[str, Value]) -> RunConfig:
 
 
 def _refuse_idle(settings: Settings) -> None:
-    """Refuses early stopping's other keys where nothing is said of its patience; a null says that there is none."""
+    """Refuses early stopping's other keys without a patience or a target; a null says that there is none."""
     early = settings.config.early_stopping
     for key in (f"early_stopping.{name}" for name in ("monitor", "mode") if getattr(early, name) is not None):
-        if settings.place_of("early_stopping.patience") == "default":
+        if all(settings.place_of(f"early_stopping.{name}") == "default" for name in ("patience", "target")):
             raise ConfigError(
-                f"{key} = {getattr(early, key.rpartition('.')[2])!r} ({settings.place_of(key)}) does nothing without "
-                "early_stopping.patience, the epochs without a new best after which training ends. Give it, as in "
-                "early_stopping.patience=5; or was checkpoint." + key.rpartition(".")[2] + " meant?"
+                f"{key} = {getattr(early, key.rpartition('.')[2])!r} ({settings.place_of(key)}) has no effect without "
+                "early_stopping.patience. Set it, such as early_stopping.patience=5, or a target; or did you mean "
+                f"checkpoint.{key.rpartition('.')[2]}?"
             )
 
 
@@ -231,7 +253,7 @@ def _describe(item: Any, values: Mapping[str, Value]) -> str:
             f"{nearest(parts[-1], known)} Valid keys: {schema.keys_with_defaults(section)}."
         )
     if item["type"] == "missing":
-        return f"{key} is needed and is not given. Write {key}=..."
+        return f"{key} is required but not set. Write {key}=..."
     reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     if item["type"] in ("model_type", "dict_type") and len(parts) < 3:
         return f"{key} = {item['input']!r} ({place}): should be a section: {_example(parts)}."

@@ -10,15 +10,30 @@ from typing import Any
 
 import yaml
 
+from dtrain.config.bounded import MOST_BYTES, VALUE_ERRORS, check_bounds, problem_of
 from dtrain.errors import ConfigError
+from dtrain.files import read_text_below
+from dtrain.masking import MASK, brought, note
 
 ENVIRONMENT_PREFIX = "DTRAIN_"
+_MOST_DIGITS = 1000
+_LONGEST_SHOWN = 200  # characters of a value, in messages
 
 
 class _Loader(yaml.SafeLoader):
     """YAML with the scalars people mean: 1e-3 is a number; yes, no, on and off are words."""
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Returns an integer that fits 64 bits, as those of torch do."""
+        value: int = super().construct_yaml_int(node) if len(node.value) <= _MOST_DIGITS else 1 << 64
+        if abs(value) >= 1 << 64:
+            raise yaml.constructor.ConstructorError(
+                problem="an integer of more than 64 bits", problem_mark=node.start_mark
+            )
+        return value
 
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.yaml_implicit_resolvers = {
     first: [
         (tag, pattern)
@@ -75,14 +90,18 @@ class Value:
 
 def read_scalar(key: str, text: str, place: str) -> Value:
     """Reads the right side of a `key=value`: a number, true, null, [lists] and {mappings}, or text."""
+    note(key, text)
+    if text.startswith(MASK):  # of a secret, which is put back once the run is known
+        return Value(text, place, raw=text)
     try:
+        check_bounds(text)
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or error
+    except (yaml.YAMLError, *VALUE_ERRORS) as error:
         raise ConfigError(
-            f"{key} = {text} ({place}): cannot be read as a value: {problem}. Quote text that has quotes or "
-            "brackets in it, as YAML does."
+            f"{key} = {_shortened(text)} ({place}): cannot be read as YAML: {problem_of(error)}. Quote text that "
+            "contains quotes or brackets."
         ) from None
+    note(key, value)
     return Value(value, place, raw=text)
 
 
@@ -95,13 +114,9 @@ def read_yaml(path: Path) -> dict[str, Value]:
     Raises:
         ConfigError: the file is missing, is no YAML mapping, or names a key twice.
     """
+    text = _text_of(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: the config is not UTF-8 text (byte {error.start}).") from None
-    try:
+        check_bounds(text)
         loader = _Loader(text)
         root = loader.get_single_node()
     except yaml.YAMLError as error:
@@ -109,19 +124,35 @@ def read_yaml(path: Path) -> dict[str, Value]:
     if root is None:
         return {}
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path}:1: a config is a mapping of sections, such as 'train:', not {_kind(root)}.")
+        raise ConfigError(f"{path}:1: a config should be a mapping of sections, such as 'train:', not {_kind(root)}.")
     return _flatten(root, loader, path, "")
+
+
+def _text_of(path: Path) -> str:
+    try:
+        real = path.resolve()  # a link that a person named is followed
+        return read_text_below(real.parent, real.name, MOST_BYTES).removeprefix("\ufeff")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the config is not UTF-8 text (byte {error.start}).") from None
+    except RuntimeError:  # Python before 3.13, of links that lead to one another
+        raise ConfigError(f"{path}: cannot read the config: the link points to itself.") from None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _unreadable(path: Path, error: yaml.YAMLError) -> str:
     """What is wrong with a file that is no YAML, with the line."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is None or problem is None:
-        return f"{path}: not readable as YAML: {error}"
+        return f"{path}: not valid YAML: {error}"
     if r"'\t'" in problem:
-        return f"{path}:{mark.line + 1}: indent with spaces, not tabs, as YAML asks."
+        return f"{path}:{mark.line + 1}: indent with spaces, not tabs."
     context = getattr(error, "context", None)
-    return f"{path}:{mark.line + 1}: not readable as YAML: {f'{context}: ' if context else ''}{problem}."
+    return f"{path}:{mark.line + 1}: not valid YAML: {f'{context}: ' if context else ''}{problem}."
 
 
 def _kind(node: yaml.Node) -> str:
@@ -134,24 +165,27 @@ def _flatten(node: yaml.MappingNode, loader: _Loader, path: Path, prefix: str) -
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            raise ConfigError(f"{path}:{line}: a key of the config is a word, not a list or a mapping.")
+            raise ConfigError(f"{path}:{line}: a config key should be text, not a list or a mapping.")
         key = str(key_node.value)
         if key in seen:
-            raise ConfigError(f"{path}:{line}: {prefix}{key} is given twice; first in line {seen[key]}.")
+            raise ConfigError(f"{path}:{line}: {prefix}{key} is set twice; first in line {seen[key]}.")
         seen[key] = line
         if isinstance(value_node, yaml.MappingNode) and value_node.value and _is_section(prefix + key):
             deeper = _flatten(value_node, loader, path, f"{prefix}{key}.")
             twice = next((name for name in deeper if name in found), None)
             if twice is not None:
-                raise ConfigError(f"{deeper[twice].place}: {twice} is given twice; first at {found[twice].place}.")
+                raise ConfigError(f"{deeper[twice].place}: {twice} is set twice; first at {found[twice].place}.")
             found |= deeper
         else:
             try:
                 value = loader.construct_object(value_node, deep=True)
-            except yaml.YAMLError as error:
-                raise ConfigError(f"{path}:{line}: {prefix}{key}: {error}") from None
+            except (yaml.YAMLError, *VALUE_ERRORS) as error:
+                raise ConfigError(
+                    f"{path}:{line}: {prefix}{key}: cannot be read as YAML: {problem_of(error)}."
+                ) from None
             if prefix + key in found:
-                raise ConfigError(f"{path}:{line}: {prefix}{key} is given twice; first at {found[prefix + key].place}.")
+                raise ConfigError(f"{path}:{line}: {prefix}{key} is set twice; first at {found[prefix + key].place}.")
+            note(prefix + key, value)
             found[prefix + key] = Value(value, f"{path}:{line}")
     return found
 
@@ -176,5 +210,5 @@ def read_override(text: str) -> tuple[str, Value]:
     key, equals, raw = text.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise ConfigError(f"{text!r} (command line) is no key=value. Write it as in train.epochs=5.")
-    return key, read_scalar(key, raw, "command line")
+        raise ConfigError(f"{text!r} (command line) is not a key=value pair. Write it like train.epochs=5.")
+    return key, read_scalar(key, brought(key, raw), "command line")

@@ -10,15 +10,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dtrain.errors import UsageError, WorldError
-from dtrain.launch.fingerprint import code_hash, file_hash
-from dtrain.launch.hardware import gpu_count
-from dtrain.launch.job import BY_ARRIVAL, DEFAULT_TIMEOUT, Job
-from dtrain.launch.ports import check_free, free_port
-from dtrain.launch.slurm_step import NONCE, Step
+from dtrain.launch.env.conventions import read_nodes, read_pod, refuse_launchers
+from dtrain.launch.env.fingerprint import code_hash, file_hash
+from dtrain.launch.env.hardware import gpu_count
+from dtrain.launch.env.job import BY_ARRIVAL, DEFAULT_TIMEOUT, Job
+from dtrain.launch.env.ports import check_free, free_port
+from dtrain.launch.env.slurm_env import NONCE, Step
+from dtrain.launch.nodes.agreement import COMMAND, CONTENT, NODE_RANK, NODES, PLACE, RANKS
+from dtrain.launch.nodes.secret import read_secret
 
 
 @dataclass(frozen=True)
-class Asked:
+class LaunchOptions:
     """What the command line or a launch profile says; None where it says nothing.
 
     Attributes:
@@ -31,6 +34,7 @@ class Asked:
         environment: further variables for every rank.
         hang_seconds: how long a rank may stand still; 0 is for ever.
         log_dir: where each rank's output is kept.
+        secret_file: the file that holds the nodes' secret.
     """
 
     ranks: int | None = None
@@ -42,38 +46,41 @@ class Asked:
     environment: dict[str, str] = field(default_factory=dict)
     hang_seconds: float | None = None
     log_dir: Path | None = None
+    secret_file: Path | None = None
 
-    def over(self, below: Asked) -> Asked:
+    def over(self, below: LaunchOptions) -> LaunchOptions:
         """Returns these values, and `below`'s where there are none; both environments."""
         mine = {name: value for name, value in vars(self).items() if value not in (None, "")}
         return replace(below, **mine | {"environment": below.environment | self.environment})
 
 
-def among_tasks(asked: Asked, step: Step | None, environ: Mapping[str, str] | None = None) -> Asked:
+def among_tasks(asked: LaunchOptions, step: Step | None, environ: Mapping[str, str] | None = None) -> LaunchOptions:
     """Returns what was asked for with what srun says, where it started this launcher among several, one a node.
 
     Args:
         asked: what the command line says.
         step: srun's step, or None outside of one.
-        environ: where a MASTER_ADDR and MASTER_PORT of the user's are looked for.
+        environ: where a MASTER_ADDR and MASTER_PORT of the user's are looked for, and what a platform says that starts
+            one process a node.
 
     Raises:
-        WorldError: srun's tasks are not one a node, or the command line says something else.
+        WorldError: srun's tasks are not one a node, or the command line says something else; or another launcher has
+            started several of these, which know nothing of each other.
     """
-    if step is None or step.tasks == 1:
-        return asked
     env = os.environ if environ is None else environ
+    if step is None or step.tasks == 1:
+        return _among_nodes(asked, env)
     nodes = len(step.tasks_of_node)
     if step.tasks != nodes:
         raise WorldError(
             f"srun started {step.tasks} launchers on {nodes} nodes, {step.tasks_of_node[step.node]} on this one: start "
-            "one a node (--ntasks-per-node=1), and give it the number of ranks with -n; or leave `dtrain launch` out, "
-            "so that each task is a rank: srun dtrain train ..."
+            "one per node (--ntasks-per-node=1), with the number of ranks as -n; or omit `dtrain "
+            "launch`, so that each task is a rank: srun dtrain train ..."
         )
     for option, value, theirs in (("--nodes", asked.nodes, nodes), ("--node-rank", asked.node_rank, step.node)):
         if value not in (None, theirs):
             raise WorldError(
-                f"{option} {value}, but srun started this launcher as node {step.node} of {nodes}: leave {option} out."
+                f"{option} {value}, but srun started this launcher as node {step.node} of {nodes}: remove {option}."
             )
     address = f"{env.get('MASTER_ADDR') or step.first_host}:{env.get('MASTER_PORT') or step.port}"
     return replace(
@@ -81,7 +88,35 @@ def among_tasks(asked: Asked, step: Step | None, environ: Mapping[str, str] | No
     )
 
 
-def make_job(asked: Asked) -> Job:
+def _among_nodes(asked: LaunchOptions, env: Mapping[str, str]) -> LaunchOptions:
+    nodes = read_pod(env) or read_nodes(env)
+    if nodes is None or nodes.nodes == 1:
+        if asked.nodes is None:
+            refuse_launchers(env)
+        return asked
+    theirs = {"--nodes": (asked.nodes, nodes.nodes), "--node-rank": (asked.node_rank, nodes.node_rank)}
+    for option, (value, said) in theirs.items():
+        if value is not None and said is not None and value != said:
+            raise WorldError(
+                f"{option} {value}, but {nodes.platform} says {said} ({nodes.variable}={env[nodes.variable]}): leave "
+                f"{option} out, or unset {nodes.variable}."
+            )
+    if asked.rdzv is None and nodes.address is None:
+        raise WorldError(
+            f"{nodes.platform} started one launcher on each of {nodes.nodes} nodes ({nodes.variable}), but "
+            "does not say where they meet: give --rdzv HOST:PORT, the first node's address, the same on every node."
+        )
+    rank = nodes.node_rank if asked.node_rank is None else asked.node_rank
+    return replace(
+        asked,
+        nodes=nodes.nodes,
+        node_rank=rank,
+        rdzv=asked.rdzv or nodes.address,
+        ranks=asked.ranks or nodes.ranks,
+    )
+
+
+def make_job(asked: LaunchOptions) -> Job:
     """Returns this node's part of the job that was asked for; its port is chosen for one node only.
 
     Raises:
@@ -102,7 +137,8 @@ def make_job(asked: Asked) -> Job:
         return replace(common, port=port)
     node_rank = _node_rank(asked, nodes)
     host, port = _rdzv(asked)
-    return replace(common, nodes=nodes, node_rank=node_rank, host=host, rdzv_port=port)
+    secret = read_secret(asked.secret_file)
+    return replace(common, nodes=nodes, node_rank=node_rank, host=host, rdzv_port=port, secret=secret)
 
 
 def _made(folder: Path | None) -> Path | None:
@@ -110,11 +146,11 @@ def _made(folder: Path | None) -> Path | None:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--log-dir {folder}: cannot be made: {error.strerror}.") from None
-    return folder
+        raise UsageError(f"--log-dir {folder}: cannot be created: {error.strerror}.") from None
+    return None if folder is None else folder.resolve()  # a link that a person named is followed
 
 
-def _node_rank(asked: Asked, nodes: int) -> int:
+def _node_rank(asked: LaunchOptions, nodes: int) -> int:
     if asked.node_rank is None:
         return BY_ARRIVAL
     if not 0 <= asked.node_rank < nodes:
@@ -122,24 +158,24 @@ def _node_rank(asked: Asked, nodes: int) -> int:
     return asked.node_rank
 
 
-def _rdzv(asked: Asked) -> tuple[str, int]:
+def _rdzv(asked: LaunchOptions) -> tuple[str, int]:
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     text = asked.rdzv or (f"{address}:{port}" if address and port else None)
     if text is None:
         raise WorldError(
-            "several nodes need a place to meet: --rdzv HOST:PORT, the first node's address and a port that is free "
-            "there, the same on every node."
+            "several nodes need --rdzv HOST:PORT: the first node's address and a free port there, the same on every "
+            "node."
         )
     host, _, number = text.rpartition(":")
     if not host or not number.isdigit() or not 0 < int(number) < 1 << 16:
-        raise WorldError(f"--rdzv {text}: should be HOST:PORT, as in node1:29500.")
+        raise WorldError(f"--rdzv {text}: should be HOST:PORT, such as node1:29500.")
     return host.strip("[]"), int(number)
 
 
-def _one_nodes_port(asked: Asked) -> int:
+def _one_nodes_port(asked: LaunchOptions) -> int:
     """Returns the port that was named, if it is free, or else any that is."""
     if asked.node_rank not in (None, 0):
-        raise WorldError(f"--node-rank {asked.node_rank} without --nodes: give the number of nodes.")
+        raise WorldError(f"--node-rank {asked.node_rank} needs --nodes.")
     named = os.environ.get("MASTER_PORT", "")
     port = _rdzv(asked)[1] if asked.rdzv else int(named) if named.isdigit() else 0
     if port == 0:
@@ -148,7 +184,7 @@ def _one_nodes_port(asked: Asked) -> int:
     return port
 
 
-def must_agree(asked: Asked, job: Job, command: Sequence[str], files: Mapping[str, Path]) -> dict[str, str]:
+def must_agree(asked: LaunchOptions, job: Job, command: Sequence[str], files: Mapping[str, Path]) -> dict[str, str]:
     """Returns what must be the same on all nodes, by the names that a person knows it by.
 
     Args:
@@ -160,14 +196,14 @@ def must_agree(asked: Asked, job: Job, command: Sequence[str], files: Mapping[st
     from dtrain import __version__
 
     return {
-        "--rdzv and --job-id": shlex.join([f"{job.host}:{job.rdzv_port}", *([asked.job_id] if asked.job_id else [])]),
-        "--nodes": str(job.nodes),
-        "--node-rank": "not given" if job.node_rank == BY_ARRIVAL else "given",
-        "-n": str(job.ranks),
+        PLACE: shlex.join([f"{job.host}:{job.rdzv_port}", *([asked.job_id] if asked.job_id else [])]),
+        NODES: str(job.nodes),
+        NODE_RANK: "not given" if job.node_rank == BY_ARRIVAL else "given",
+        RANKS: str(job.ranks),
         "dtrain's version": __version__,
         "dtrain's code": code_hash(),
-        "the command": shlex.join(command),
-        **{f"the content of {name}": file_hash(path) for name, path in files.items()},
+        COMMAND: shlex.join(command),
+        **{f"{CONTENT}{name}": file_hash(path) for name, path in files.items()},
     }
 
 
@@ -180,7 +216,7 @@ def dry_run_text(job: Job, argv: Sequence[str]) -> str:
         lines.append(f"node {node}{here}: ranks {part.first_rank} to {part.first_rank + part.ranks - 1}")
         for local_rank in range(job.ranks):
             values = {k: v for k, v in part.defaults().items() if k not in os.environ} | part.variables(local_rank)
-            values[NONCE] = "(made at the start)"
+            values[NONCE] = "(created at the start)"
             if job.port == 0:
                 values["MASTER_PORT"] = "(chosen by node 0)"
             words = [f"{name}={shlex.quote(value)}" for name, value in values.items()]

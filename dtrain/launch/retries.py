@@ -7,32 +7,34 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
+import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from dtrain.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, WorldError
-from dtrain.launch.local import Ending
-from dtrain.launch.postmortem import FILE_NAME, STACKS_NAME, last_checkpoint
-from dtrain.launch.requests import STOP_SIGNALS
-from dtrain.launch.stopping import signals_caught
+from dtrain.launch.monitor.postmortem import STACKS_NAME, last_checkpoint
+from dtrain.launch.nodes.base import MissingNodesError
+from dtrain.launch.signals.escalation import signals_caught
+from dtrain.launch.signals.stop_request import STOP_SIGNALS
+from dtrain.launch.supervisor import JobEnd
+from dtrain.launch.terminal.guarded import say
+from dtrain.layout import CHECKPOINTS, FAILURE, HISTORY, checkpoints_in
 
 _FINAL = (EXIT_OK, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED)  # starting again would change nothing, or is not wanted
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds
 _POLL_SECONDS = 0.05
-_CHECKPOINT = re.compile(r"epoch-(\d+)(?:-step-(\d+))?")
 
 Progress = tuple[float, float, int]
 
 
-def run_with_retries(attempt: Callable[[Path | None], Ending], most: float, *, follows: bool = False) -> Ending:
+def run_with_retries(attempt: Callable[[Path | None], JobEnd], most: float, *, follows: bool = False) -> JobEnd:
     """Makes attempts until one does not fail, or too many have failed one after the other without progress.
 
-    Progress is a row more in the run's history, or a later checkpoint. Each failure's `failure.json` is kept under a
+    Progress is a row more in the run's history, or a later checkpoint. An attempt to which a node does not come back
+    in time is a failure as any other. Each failure's `failure.json` is kept under a
     name of its own.
 
     Args:
@@ -46,10 +48,14 @@ def run_with_retries(attempt: Callable[[Path | None], Ending], most: float, *, f
     """
     run: Path | None = None
     failures, best = 0, (0.0, 0.0, 0)
-    last: Ending | None = None
+    last: JobEnd | None = None
     for count in itertools.count(1):
         try:
             ending = attempt(run)
+        except MissingNodesError as error:
+            if last is None:
+                raise
+            ending = replace(last, text=f"dtrain: error: {error}")
         except WorldError:
             if last is None or not follows:
                 raise
@@ -64,7 +70,7 @@ def run_with_retries(attempt: Callable[[Path | None], Ending], most: float, *, f
             return replace(ending, text=f"{ending.text}\n{_given_up(failures)}")
         set_aside(run, count)
         pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (failures - 1))
-        print(f"{ending.text}\ndtrain: attempt {count} failed; the next one begins in {pause:g} s.", file=sys.stderr)  # noqa: T201
+        say(f"{ending.text}\ndtrain: attempt {count} failed; retrying in {pause:g} s.")
         number = _pause(pause)
         if number is not None:
             return _stopped(number, run)
@@ -72,7 +78,7 @@ def run_with_retries(attempt: Callable[[Path | None], Ending], most: float, *, f
     raise AssertionError  # itertools.count() has no end
 
 
-def may_try_again(ending: Ending) -> bool:
+def may_try_again(ending: JobEnd) -> bool:
     """Whether a job failed in a way that another attempt may not: not where it was misused, or somebody ended it."""
     return ending.signal is None and ending.exit_code not in _FINAL
 
@@ -81,10 +87,10 @@ def progress(run: Path | None) -> Progress:
     """Returns what grows as a run goes on: its newest checkpoint's epoch and step, and the rows of its history."""
     if run is None:
         return (0.0, 0.0, 0)
-    names = (_CHECKPOINT.fullmatch(path.name) for path in (run / "checkpoints").glob("epoch-*"))
-    saved = [(float(name[1]), float(name[2] or math.inf)) for name in names if name is not None]
+    places = checkpoints_in(run / CHECKPOINTS).values()
+    saved = [(float(epoch), math.inf if step is None else float(step)) for epoch, step in places]
     try:
-        rows = (run / "history.csv").read_bytes().count(b"\n")
+        rows = (run / HISTORY).read_bytes().count(b"\n")
     except OSError:
         rows = 0
     return (*max(saved, default=(0.0, 0.0)), rows)
@@ -113,21 +119,21 @@ def run_variables(run: Path) -> dict[str, str]:
 
 def set_aside(run: Path | None, number: int) -> None:
     """Gives what an attempt's failure left a name that no later one takes: failure-1.json."""
-    for name in (FILE_NAME, STACKS_NAME):
-        if run is not None and (run / name).exists():
+    for name in (FAILURE, STACKS_NAME):
+        if run is not None and os.path.lexists(run / name):
             stem, _, suffix = name.partition(".")
             free = (run / f"{stem}-{taken}.{suffix}" for taken in itertools.count(number))
-            (run / name).rename(next(path for path in free if not path.exists()))
+            (run / name).rename(next(path for path in free if not os.path.lexists(path)))
 
 
 def _given_up(failures: int) -> str:
-    return f"dtrain: given up after {failures} failure{'s' if failures > 1 else ''} without progress in between."
+    return f"dtrain: giving up after {failures} failure{'s' if failures > 1 else ''} without progress."
 
 
-def _stopped(number: int, run: Path | None) -> Ending:
+def _stopped(number: int, run: Path | None) -> JobEnd:
     """How the job ends for a signal that comes between two attempts; a run can be started again, as it is."""
     code = EXIT_STOPPED if run is not None and number in STOP_SIGNALS else 128 + number
-    return Ending(code, f"dtrain: stopped by {signal.Signals(number).name} before the next attempt.", number)
+    return JobEnd(code, f"dtrain: stopped by {signal.Signals(number).name} before the next attempt.", number)
 
 
 def _pause(seconds: float) -> int | None:

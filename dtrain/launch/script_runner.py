@@ -20,30 +20,30 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from dtrain.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, DtrainError, add_place  # noqa: E402
-from dtrain.failures import explain, users_line  # noqa: E402
-from dtrain.launch.heartbeat import SCRIPT, own_heartbeat  # noqa: E402
-from dtrain.launch.leaving import leave, must_leave_at_once  # noqa: E402
-from dtrain.launch.lifeline import hold_on  # noqa: E402
-from dtrain.launch.reports import Told, write_report  # noqa: E402
-from dtrain.launch.stacks import listen  # noqa: E402
+from dtrain.launch.monitor.describe import explain, users_line  # noqa: E402
+from dtrain.launch.monitor.exit_report import ExceptionInfo, fix_identity, identity, write_report  # noqa: E402
+from dtrain.launch.monitor.heartbeat import SCRIPT, own_heartbeat  # noqa: E402
+from dtrain.launch.monitor.stack_dump import listen  # noqa: E402
+from dtrain.launch.signals.lifeline import end_with_parent  # noqa: E402
+from dtrain.launch.signals.process_exit import leave, must_leave_at_once  # noqa: E402
 
 
 def main() -> None:
     """Runs the script that the command line names, and ends the process with its exit code."""
-    hold_on()
+    fix_identity()
+    end_with_parent()
     listen()
     heartbeat = own_heartbeat()
     if heartbeat is not None:
         heartbeat.enter(SCRIPT)
-    rank = int(os.environ["RANK"])
     text, code, told = run_script(sys.argv[1], sys.argv[2:])
-    write_report(rank, code, text, told, alone=trained_alone())
+    write_report(code, text, told, alone=trained_alone())
     if must_leave_at_once():
         leave(code)
     sys.exit(code)
 
 
-def run_script(script: str, arguments: list[str]) -> tuple[str, int, Told | None]:
+def run_script(script: str, arguments: list[str]) -> tuple[str, int, ExceptionInfo | None]:
     """Runs a script in this process.
 
     Returns:
@@ -62,7 +62,7 @@ def run_script(script: str, arguments: list[str]) -> tuple[str, int, Told | None
     except BaseException as error:  # noqa: BLE001 - described in full, then the process ends
         sys.last_value = error  # as the interpreter notes it; exit functions may look
         line = users_line(error) if isinstance(error, DtrainError) else None
-        add_place(error, ", ".join(filter(None, (f"rank {os.environ['RANK']}", line))))
+        add_place(error, ", ".join(filter(None, (f"rank {identity().rank}", line))))
         found = explain(error)
         return found.text, found.exit_code, found.told
     return "", EXIT_OK, None
@@ -97,7 +97,8 @@ def _ended(code: object) -> tuple[str, int]:
 
 
 def _on_rank() -> str:
-    return f" on rank {os.environ['RANK']}" if os.environ["WORLD_SIZE"] != "1" else ""
+    me = identity()
+    return f" on rank {me.rank}" if me.size > 1 else ""
 
 
 if __name__ == "__main__":

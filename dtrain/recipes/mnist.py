@@ -24,9 +24,9 @@ def find_file(folder: Path, name: str) -> Path:
     found = next((path for path in places if path.is_file()), None)
     if found is None:
         raise ConfigError(
-            f"data.folder = {str(folder)!r}: there is no {name} or {name}.gz in {folder.resolve()}. Wanted are "
+            f"data.folder = {str(folder)!r}: there is no {name} or {name}.gz in {folder.resolve()}. Needed: "
             "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte. "
-            f"Get them from {SOURCE}, or give their folder: data.folder=PATH."
+            f"Download them from {SOURCE}, or set their folder: data.folder=PATH."
         )
     return found
 
@@ -42,19 +42,19 @@ def read_idx(path: Path, magic: int) -> Tensor:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             there = int.from_bytes(file.read(4), "big")
             if there != magic:
-                raise ConfigError(f"{path}: its magic number is {there:#010x} and not {magic:#010x}.")
+                raise ConfigError(f"{path}: its magic number is {there:#010x}, not {magic:#010x}.")
             count, *shape = struct.unpack(f">{1 + len(sizes)}I", file.read(4 + 4 * len(sizes)))
             if tuple(shape) != sizes or not 0 < count <= MOST:
-                raise ConfigError(
-                    f"{path}: it says that it has {[count, *shape]} bytes, not [n, {SIDE}, {SIDE}] or [n]."
-                )
+                raise ConfigError(f"{path}: its header says {[count, *shape]} bytes, not [n, {SIDE}, {SIDE}] or [n].")
             wanted = count * SIDE ** len(sizes)
             content = file.read(wanted + 1)
     except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}. Get it again from {SOURCE}.") from None
+        raise ConfigError(f"{path}: cannot be read: {error}. Download it again from {SOURCE}.") from None
     if len(content) != wanted:
         told = "more" if len(content) > wanted else f"{len(content)}"
-        raise ConfigError(f"{path}: {wanted} bytes should follow its head, and {told} do. Get it again from {SOURCE}.")
+        raise ConfigError(
+            f"{path}: {wanted} bytes should follow its header, but there are {told}. Download it again from {SOURCE}."
+        )
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(count, *sizes)
 
 
@@ -64,8 +64,8 @@ def read_split(folder: Path, name: str) -> TensorDataset:
     labels = read_idx(file := find_file(folder, f"{name}-labels-idx1-ubyte"), LABELS)
     if len(images) != len(labels) or int(labels.max()) >= CLASSES:
         raise ConfigError(
-            f"{file}: {len(labels)} labels up to {int(labels.max())} for {len(images)} images. Each image needs one, "
-            "from 0 to 9."
+            f"{file}: {len(labels)} labels up to {int(labels.max())} for {len(images)} images. Each image needs one "
+            "label, from 0 to 9."
         )
     return TensorDataset((images.unsqueeze(1).float() / 255 - 0.1307) / 0.3081, labels.long())
 

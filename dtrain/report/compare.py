@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dtrain.columns import Mode, metrics_of
 from dtrain.errors import UsageError, nearest
-from dtrain.history import value_of
 from dtrain.report.runs import Run
+from dtrain.rundir.columns import Mode, metrics_of
+from dtrain.rundir.history import value_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedRun:
     """One of the runs; None where it has no such value.
 
     Attributes:
@@ -63,7 +63,7 @@ class Comparison:
     mode: Mode
     epoch: int | None
     seconds: float | None
-    runs: tuple[Compared, ...]
+    runs: tuple[ComparedRun, ...]
 
 
 def compare(runs: Sequence[Run], metric: str | None = None, mode: Mode | None = None) -> Comparison:
@@ -100,18 +100,18 @@ def check_metric(metric: str | None, runs: Sequence[Run]) -> None:
     if metric is None or metric in known or not known:
         return
     there = ", ".join(metrics_of(known) + [name for name in known if name not in metrics_of(known)])
-    raise UsageError(f"--metric {metric}: there is no such column.{nearest(metric, known)} There are: {there}.")
+    raise UsageError(f"--metric {metric}: no such column.{nearest(metric, known)} Columns: {there}.")
 
 
-def _compared(run: Run, metric: str | None, mode: Mode, epoch: int | None, seconds: float | None) -> Compared:
+def _compared(run: Run, metric: str | None, mode: Mode, epoch: int | None, seconds: float | None) -> ComparedRun:
     if metric is None or metric not in run.columns or not run.cells:
-        return Compared(run, None, None, None, None)
+        return ComparedRun(run, None, None, None, None)
     within = None
     if seconds is not None and run.seconds is not None:
         within = bisect_right(run.seconds, seconds) - 1
     same = run.epochs.index(epoch) if epoch is not None else None
     best = run.best(metric, mode)
-    return Compared(
+    return ComparedRun(
         run,
         *(_point(run, metric, index) for index in (len(run.cells) - 1, best, same, None if within == -1 else within)),
     )
@@ -133,12 +133,13 @@ def as_plain(comparison: Comparison, *, rows: bool) -> list[dict[str, Any]]:
     return [_plain(one, comparison, rows=rows) for one in comparison.runs]
 
 
-def _plain(one: Compared, whole: Comparison, *, rows: bool) -> dict[str, Any]:
+def _plain(one: ComparedRun, whole: Comparison, *, rows: bool) -> dict[str, Any]:
     run = one.run
     plain: dict[str, Any] = {
         "run": run.name,
         "folder": str(run.folder),
         "state": run.state,
+        "damage": list(run.damage),
         "starts": len(run.starts),
         "epoch": run.epoch,
         "epochs": run.planned,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dtrain.columns import EPOCH, VALID, paired
 from dtrain.errors import UsageError, nearest
 from dtrain.report.runs import Run
+from dtrain.rundir.columns import EPOCH, VALID, paired
 
 TIME = "time"
 _LARGEST = 1e300  # of a drawn value: axes need some room beyond it
@@ -70,9 +70,9 @@ class Panel:
             if line.odd:
                 told.append(f"{_counted(len(line.odd), line)} NaN or infinite")
             if low:
-                told.append(f"{_counted(low, line)} not above 0, and so not on a log scale")
+                told.append(f"{_counted(low, line)} not above 0: not shown on a log scale")
             if large:
-                told.append(f"{_counted(large, line)} beyond {_LARGEST:g}, too large to be drawn")
+                told.append(f"{_counted(large, line)} beyond {_LARGEST:g}: too large to draw")
         return told
 
 
@@ -93,7 +93,7 @@ def make_panels(runs: Sequence[Run], metrics: Sequence[str] = (), x: str = EPOCH
     """
     usable = [(number, run) for number, run in enumerate(runs) if run.cells]
     if not usable:
-        raise UsageError(f"there is nothing to plot yet: no row in {', '.join(str(run.folder) for run in runs)}.")
+        raise UsageError(f"nothing to plot yet: no epochs in {', '.join(str(run.folder) for run in runs)}.")
     known = list(dict.fromkeys(name for _, run in usable for name in run.columns))
     pairs = paired(known)
     for name in metrics:
@@ -102,17 +102,20 @@ def make_panels(runs: Sequence[Run], metrics: Sequence[str] = (), x: str = EPOCH
         _check("--x", x, [EPOCH, TIME, *known])
     wanted = {name: pairs.get(name, [name]) for name in metrics} if metrics else pairs
     if not wanted:
-        raise UsageError(f"there is no metric to plot; the columns are {', '.join(known)}. Name one with --metric.")
-    return [Panel(title, tuple(_lines(usable, columns, x))) for title, columns in wanted.items()]
+        raise UsageError(f"no metric to plot; the columns are {', '.join(known)}. Choose one with --metric.")
+    best = {number: (run.monitor()[0], run.best()) for number, run in usable}
+    return [Panel(title, tuple(_lines(usable, columns, x, best))) for title, columns in wanted.items()]
 
 
 def _check(option: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
         there = ", ".join(dict.fromkeys(known))
-        raise UsageError(f"{option} {name}: no run has such a column.{nearest(name, known)} There are: {there}.")
+        raise UsageError(f"{option} {name}: no run has this column.{nearest(name, known)} Columns: {there}.")
 
 
-def _lines(usable: Sequence[tuple[int, Run]], columns: Sequence[str], x: str) -> list[Line]:
+def _lines(
+    usable: Sequence[tuple[int, Run]], columns: Sequence[str], x: str, best: Mapping[int, tuple[str | None, int | None]]
+) -> list[Line]:
     both = len(columns) > 1
     return [
         Line(
@@ -122,12 +125,12 @@ def _lines(usable: Sequence[tuple[int, Run]], columns: Sequence[str], x: str) ->
             both and not column.startswith(VALID),
             tuple(where(run, x)),
             tuple(run.numbers(column)),
-            run.best() if column == run.monitor()[0] else None,
+            best[number][1] if column == best[number][0] else None,
             tuple(_rows_of(run)),
         )
         for number, run in usable
         for column in columns
-        if column in run.columns
+        if run.has(column)
     ]
 
 

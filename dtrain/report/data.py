@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dtrain import __version__
-from dtrain.columns import mode_of
 from dtrain.config.flat import flatten
+from dtrain.masking import masked
 from dtrain.report.finding import changed
+from dtrain.report.media import MOST_OF_PAGE, media_data, size_of_media
 from dtrain.report.runs import Run
-from dtrain.starts import Start
+from dtrain.rundir.columns import mode_of
+from dtrain.rundir.starts import RunStart
 
 _START_FACTS = ("host", "ranks", "device", "gpu", "cores", "code", "job", "checkpoint")
 _FAILURE_FACTS = ("rank", "host", "device", "epoch", "step", "phase", "cause", "traceback", "file")
@@ -25,16 +27,20 @@ def page_data(runs: Sequence[Run], *, live: bool) -> dict[str, Any]:
         runs: in this order.
         live: whether the page is to ask for more.
     """
-    return {
-        "dtrain": __version__,
-        "made": None if live else time.time(),
-        "live": live,
-        "runs": [run_data(run) for run in runs],
-    }
+    shown, room = [], MOST_OF_PAGE
+    for run in runs:
+        shown.append(run_data(run, room))
+        room -= size_of_media(shown[-1]["media"])
+    return {"dtrain": __version__, "made": None if live else time.time(), "live": live, "runs": shown}
 
 
-def run_data(run: Run) -> dict[str, Any]:
-    """Returns what the page shows of one run."""
+def run_data(run: Run, room: int = MOST_OF_PAGE) -> dict[str, Any]:
+    """Returns what the page shows of one run.
+
+    Args:
+        run: it.
+        room: bytes that are left in the page for images.
+    """
     monitor, mode = run.monitor()
     modes = {name: mode_of(name) for name in run.columns}
     return {
@@ -51,14 +57,16 @@ def run_data(run: Run) -> dict[str, Any]:
         "monitor": monitor,
         "modes": modes | ({} if monitor is None else {monitor: mode}),
         "resumed": run.resumed_after(),
-        "config": {name: _shown(value) for name, value in flatten(run.config).items()},
+        "config": {name: _shown(masked(name, value)) for name, value in flatten(run.config).items()},
         "starts": [_start(one) for one in run.starts],
+        "damage": list(run.damage),
+        "media": media_data(run.folder, room),
         "failures": [_failure(one) for one in run.failures],
         "incarnations": _incarnations(run.job),
     }
 
 
-def _start(one: Start) -> dict[str, Any]:
+def _start(one: RunStart) -> dict[str, Any]:
     versions = one.facts.get("versions")
     return {
         "at": _number(one.at),
@@ -76,7 +84,9 @@ def _failure(one: Mapping[str, Any]) -> dict[str, Any]:
     raised = one.get("exception")
     raised = raised if isinstance(raised, Mapping) else {}
     others = one.get("others")
-    told = "; ".join(f"rank {rank}: {how}" for rank, how in others.items()) if isinstance(others, Mapping) else None
+    told = (
+        "; ".join(f"rank {rank}: {_text(how)}" for rank, how in others.items()) if isinstance(others, Mapping) else None
+    )
     return {
         "at": _number(one.get("at")),
         **{name: _text(one.get(name)) for name in _FAILURE_FACTS},
@@ -107,7 +117,10 @@ def _text(value: Any) -> str | None:
         return value
     if isinstance(value, bool):
         return "true" if value else "false"
-    return str(value)
+    try:
+        return str(value)
+    except (RecursionError, ValueError):  # nested, or an integer, without bounds
+        return "(cannot be shown)"
 
 
 def _shown(value: Any) -> str:
@@ -116,4 +129,7 @@ def _shown(value: Any) -> str:
 
 
 def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    try:
+        return value if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from dtrain.errors import UsageError
+from dtrain.files import written_whole
 
 
 def check_target(out: Path | None, default: Path) -> Path:
@@ -20,11 +20,11 @@ def check_target(out: Path | None, default: Path) -> Path:
     """
     path = default if out is None else out.expanduser()
     if out is None and path.exists():
-        raise UsageError(f"{path} is there already and is kept as it is. Name it with -o {path} to replace it.")
+        raise UsageError(f"{path} already exists and is not overwritten. To replace it, use -o {path}.")
     if path.is_dir():
         raise UsageError(f"-o {path}: is a folder. Name a file in it.")
     if not path.parent.is_dir():
-        raise UsageError(f"-o {path}: there is no folder {path.parent}. Make it first, or name another one.")
+        raise UsageError(f"-o {path}: no such folder: {path.parent}. Create it, or choose another one.")
     return path
 
 
@@ -34,10 +34,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         UsageError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
-        part.write_bytes(data)
-        part.replace(path)
+        with written_whole(path) as file:
+            file.write(data)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise UsageError(f"-o {path}: cannot be written: {error.strerror}.") from None

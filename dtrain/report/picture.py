@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dtrain.columns import EPOCH
 from dtrain.report.curves import Line, Panel, axis_title
 from dtrain.report.words import printable
+from dtrain.rundir.columns import EPOCH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ from typing import Any
 
 _PAGE = Path(__file__).resolve().parent / "page"
 _STYLES = ("vendor/uPlot.min.css", "css/base.css", "css/parts.css")
-_SCRIPTS = ("values", "model", "charts", "legend", "table", "facts", "timeline", "live", "main")
+_SCRIPTS = ("values", "model", "charts", "legend", "table", "facts", "media", "timeline", "live", "main")
 
 
 def render(data: Mapping[str, Any], *, live: bool = False) -> str:
@@ -33,7 +33,7 @@ def render(data: Mapping[str, Any], *, live: bool = False) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read("page.html"))
 
 
-def embedded(data: Mapping[str, Any]) -> str:
+def embedded(data: Any) -> str:
     """Returns JSON that can end neither the element that it stands in nor a comment; ASCII alone."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import socket
 import socketserver
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
-from dtrain import __version__
-from dtrain.config.saved import CONFIG
 from dtrain.errors import UsageError
-from dtrain.launch.ports import holder_of
-from dtrain.lock import living_owner
-from dtrain.report.data import page_data, run_data
-from dtrain.report.finding import Place, find_runs
-from dtrain.report.render import policy, render
-from dtrain.report.runs import read_run
-from dtrain.slurm.record import FILE_NAME as JOB
-from dtrain.slurm.record import FOLDER as SLURM
-from dtrain.starts import FILE_NAME as STARTS
+from dtrain.launch.env.ports import holder_of
+from dtrain.report.access import Access, refusal
+from dtrain.report.render import policy
+from dtrain.report.site import Site
 
 ADDRESS = "127.0.0.1"
 _NAMES = (ADDRESS, "localhost")
-_ANSWERS = 16  # that a page may come back to
-_READ = (CONFIG, STARTS, f"{SLURM}/{JOB}")
+_COMMAND = "dtrain report --serve"
+_PACKET = 1 << 18  # bytes that are written at once: more are never put together for one client
+_MOST_IDLE = 256  # connections that have yet to ask, or to ask again; the oldest gives way
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -45,86 +36,11 @@ _HEADERS = {
 }
 
 
-_Mark = tuple[Any, ...]
-
-
-class Site:
-    """What is served: runs as they are at the moment of the question. Files that have not changed are not read again.
-
-    Args:
-        names: as for `find_runs`; none for all that there are, those included that come later.
-        runs: the folder of the runs.
-
-    Raises:
-        UsageError: there is nothing of a name.
-    """
-
-    def __init__(self, names: Sequence[str], runs: Path) -> None:
-        self._names = names
-        self._runs = runs
-        self._places = find_runs(names, runs)
-        self._known: dict[Place, tuple[_Mark, bytes]] = {}  # each run's files, and what the page shows of it, as JSON
-        self._told: dict[str, dict[Place, _Mark]] = {}  # by tag, the last ones
-        self._turn = threading.Lock()
-
-    def data(self, since: str = "", known: str = "") -> tuple[bytes | None, str]:
-        """Returns the runs as JSON, and a tag that is another one whenever that is.
-
-        Args:
-            since: the tag of an earlier answer; of a run that has not changed since there is the name alone.
-            known: the tag of an answer that is at hand; where nothing has changed since, there is no other: None.
-        """
-        with self._turn:
-            self._read()
-            marks = {place: mark for place, (mark, _) in self._known.items()}
-            tag = hashlib.sha256(repr([__version__, *marks.items()]).encode(errors="replace")).hexdigest()[:32]
-            before = self._told.get(since, {})
-            self._told = dict([*((k, v) for k, v in self._told.items() if k != tag), (tag, marks)][-_ANSWERS:])
-            if tag == known:
-                return None, tag
-            parts = [
-                json.dumps(place.name).encode() if before.get(place) == mark else body
-                for place, (mark, body) in self._known.items()
-            ]
-        head = json.dumps(page_data([], live=True) | {"tag": tag}).encode()
-        return head.replace(b'"runs": []', b'"runs": [' + b",".join(parts) + b"]"), tag
-
-    def page(self) -> bytes:
-        """Returns the page, with the runs in it."""
-        return render(json.loads(self.data()[0] or b"{}"), live=True).encode()
-
-    def _read(self) -> None:
-        with contextlib.suppress(UsageError):  # one has gone since: the others are still shown
-            self._places = find_runs(self._names, self._runs)
-        before, self._known = self._known, {}
-        for place in self._places:
-            mark = _mark(place)
-            known = before.get(place)
-            if known is None or known[0] != mark:
-                shown = json.dumps(run_data(read_run(place)), allow_nan=False, separators=(",", ":"))
-                known = mark, shown.encode()
-            self._known[place] = known
-
-
-def _mark(place: Place) -> _Mark:
-    """Returns what is another one whenever a run's files have changed, or its owner."""
-    failures = sorted(place.folder.glob("failure*.json"))
-    files = [place.history, *(place.folder / name for name in _READ), *failures]
-    return (str(living_owner(place.folder)), *map(_stamp, files))
-
-
-def _stamp(file: Path) -> tuple[str, int, int, int]:
-    try:
-        found = file.stat()
-    except OSError:
-        return str(file), 0, 0, 0
-    return str(file), found.st_ino, found.st_mtime_ns, found.st_size
-
-
 class _Handler(BaseHTTPRequestHandler):
-    """Answers for two addresses, the page and its data; to those alone who call this machine by its own name.
+    """Answers for two addresses, the page and its data; to those alone who have the token.
 
-    A foreign page whose name was made to lead here (DNS rebinding) calls it by another one.
+    They must call this machine by its own name: a foreign page whose name was made to lead here (DNS rebinding) calls
+    it by another one.
     """
 
     protocol_version = "HTTP/1.1"
@@ -134,42 +50,82 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answers a request."""
+        with self.server.busy(self.connection):
+            self._reply()
+
+    do_HEAD = do_GET  # noqa: N815 - its name is the base class's
+
+    def _reply(self) -> None:
         host = self.headers.get("Host", "").rpartition(":")
         name = host[0] if host[1] and host[2].isdigit() else host[2]
         path = self.path.partition("?")[0]
+        access, port = self.server.access, self.server.server_port
         if name.lower() not in _NAMES:
-            self._answer(HTTPStatus.FORBIDDEN, "text/plain", f"Call this server {ADDRESS} or localhost.\n".encode())
+            self.close_connection = True
+            self._say(HTTPStatus.FORBIDDEN, f"Use the host name {ADDRESS} or localhost.\n")
+        elif access.given(self.path):
+            # No cache keeps this answer, and no later request has the token in its address or Referer.
+            self._answer(
+                HTTPStatus.SEE_OTHER,
+                None,
+                [],
+                {"Set-Cookie": access.cookie(port), "Location": "/"},
+            )
+        elif not access.allows(self.headers, port):
+            # One short answer fits into the connection, whether it is read or not: no stranger holds a thread up.
+            self.close_connection = True
+            self._say(HTTPStatus.FORBIDDEN, refusal(_COMMAND))
         elif path == "/":
             self._answer(HTTPStatus.OK, "text/html", self.server.site.page())
         elif path == "/data.json":
             self._data()
         else:
-            self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"There is nothing here but /.\n")
-
-    do_HEAD = do_GET  # noqa: N815 - its name is the base class's
+            self._say(HTTPStatus.NOT_FOUND, "Not found.\n")
 
     def _data(self) -> None:
-        since = parse_qs(urlsplit(self.path).query).get("since", [""])[0]
+        since = parse_qs(self.path.partition("?")[2]).get("since", [""])[0]
         known = self.headers.get("If-None-Match", "").strip('"')
-        body, tag = self.server.site.data(since, known)
-        if body is None:
-            self._answer(HTTPStatus.NOT_MODIFIED, None, b"", ETag=f'"{tag}"')
+        parts, tag = self.server.site.data(since, known)
+        if parts is None:
+            self._answer(HTTPStatus.NOT_MODIFIED, None, [], {"ETag": f'"{tag}"'})
         else:
-            self._answer(HTTPStatus.OK, "application/json", body, ETag=f'"{tag}"')
+            self._answer(HTTPStatus.OK, "application/json", parts, {"ETag": f'"{tag}"'})
 
-    def _answer(self, status: HTTPStatus, kind: str | None, body: bytes, **more: str) -> None:
+    def _say(self, status: HTTPStatus, words: str) -> None:
+        self._answer(status, "text/plain", [words.encode()])
+
+    def _answer(
+        self, status: HTTPStatus, kind: str | None, parts: Sequence[bytes], more: Mapping[str, str] | None = None
+    ) -> None:
         self.send_response(status)
-        for name, value in {**_HEADERS, **more}.items():
+        for name, value in {**_HEADERS, **(more or {})}.items():
             self.send_header(name, value)
         if kind is not None:
             self.send_header("Content-Type", f"{kind}; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
+        if status != HTTPStatus.NOT_MODIFIED:
+            self.send_header("Content-Length", str(sum(map(len, parts))))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            for packet in _packets(parts):
+                self.wfile.write(packet)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing of single requests."""
+        """Says nothing of single requests, whose addresses may hold the token."""
+
+
+def _packets(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Puts small parts together, so that each write is worth its system call."""
+    waiting: list[bytes] = []
+    size = 0
+    for part in parts:
+        waiting.append(part)
+        size += len(part)
+        if size >= _PACKET:
+            yield b"".join(waiting)
+            waiting, size = [], 0
+    yield b"".join(waiting)
 
 
 class Server(ThreadingHTTPServer):
@@ -178,23 +134,27 @@ class Server(ThreadingHTTPServer):
     Args:
         site: what it serves.
         port: 0 for any that is free.
+        access: who may see it.
 
     Raises:
         UsageError: the port cannot be had.
     """
 
     daemon_threads = True
+    request_queue_size = 128  # of 5, as the base class has it, a browser's sixth waits a second and asks again
 
-    def __init__(self, site: Site, port: int) -> None:
-        self.site = site
+    def __init__(self, site: Site, port: int, access: Access) -> None:
+        self.site, self.access = site, access
+        self._idle: dict[Any, None] = {}  # connections, the oldest first
+        self._turn = threading.Lock()
         try:
             super().__init__((ADDRESS, port), _Handler)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 why = f"is in use{holder_of(port)}"
             else:
-                why = f"cannot be listened on: {os.strerror(error.errno or 0)}"
-            raise UsageError(f"--port {port}: port {port} {why}. Choose another one, or 0 for any free one.") from None
+                why = f"cannot be opened: {os.strerror(error.errno or 0)}"
+            raise UsageError(f"--port {port}: port {port} {why}. Choose another port, or 0 for any free one.") from None
 
     def server_bind(self) -> None:
         """Takes the port, without asking a name server for this machine's name, as the base class does."""
@@ -203,16 +163,44 @@ class Server(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """The page's URL."""
-        return f"http://{ADDRESS}:{self.server_port}/"
+        """The page's URL, with the token."""
+        return f"http://{ADDRESS}:{self.server_port}/{self.access.query()}"
 
     def words(self) -> list[str]:
         """Returns what to tell the person who started it."""
         port = self.server_port
+        whom = "anyone with this address" if self.access.token else "all users of this machine"
         return [
-            f"report: {self.address} (for this machine alone; Ctrl-C ends it)",
-            f"from elsewhere: ssh -L {port}:{ADDRESS}:{port} {socket.gethostname()}, then open that address there",
+            f"report: {self.address} (this machine only, for {whom}; stop with Ctrl-C)",
+            f"from another machine: ssh -L {port}:{ADDRESS}:{port} "
+            f"{socket.gethostname()}, then open that address there",
         ]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Takes a connection; of many that ask nothing, the oldest is closed, so that others are still answered."""
+        with self._turn:
+            self._idle[request] = None
+            oldest = next(iter(self._idle)) if len(self._idle) > _MOST_IDLE else None
+            self._idle.pop(oldest, None)
+        if oldest is not None:
+            with contextlib.suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Closes a connection."""
+        with self._turn:
+            self._idle.pop(request, None)
+        super().shutdown_request(request)
+
+    @contextlib.contextmanager
+    def busy(self, request: Any) -> Iterator[None]:
+        """While a connection's question is answered, it is not one that may be closed."""
+        with self._turn:
+            self._idle.pop(request, None)
+        yield
+        with self._turn:
+            self._idle[request] = None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Takes no notice of a browser that has gone; anything else is a fault, and told."""

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 from rich.cells import cell_len
 
-from dtrain.columns import EPOCH, NO_METRICS, Mode, base_of
 from dtrain.report.compare import Comparison, Point
 from dtrain.report.runs import Run
 from dtrain.report.words import duration, moment, printable, rounded
+from dtrain.rundir.columns import EPOCH, NO_METRICS, Mode, base_of
 
 _MOST_ROWS = 20  # of a terminal's table; then the first and the last ones, and the best
 _FIRST, _LAST = 4, 12
+_MOST_NAMED = 20
 _GAP = "  "
 _DOTS = "..."
 
@@ -44,11 +45,6 @@ class Grid:
         )
         return [line.rstrip() for line in padded]
 
-    @property
-    def width(self) -> int:
-        """Of its widest line."""
-        return max(map(cell_len, self.lines()))
-
     def fitted(self, width: int | None, spare: Sequence[str]) -> Grid:
         """Returns the table without so many of the spare columns, the first ones first, that it fits a terminal.
 
@@ -56,15 +52,24 @@ class Grid:
             width: characters; None leaves it as it is.
             spare: the names of columns that may be left out.
         """
-        grid, left_out = self, list[str]()
+        if width is None:
+            return self
+        widths = [max(map(cell_len, column)) for column in zip(self.head, *self.rows, strict=True)]
+        total = sum(widths) + len(_GAP) * (len(widths) - 1)
+        places: dict[str, list[int]] = {}
+        for at, name in reversed(list(enumerate(self.head))):
+            places.setdefault(name, []).append(at)
+        left_out: dict[int, str] = {}
         for name in spare:
-            if width is None or grid.width <= width:
+            if total <= width:
                 break
-            at = grid.head.index(name)
-            rows = tuple((*row[:at], *row[at + 1 :]) for row in grid.rows)
-            grid = replace(grid, head=(*grid.head[:at], *grid.head[at + 1 :]), rows=rows)
-            left_out.append(name)
-        return replace(grid, under=(*grid.under, *_told_left_out(left_out)))
+            at = places[name].pop()
+            left_out[at] = name
+            total -= widths[at] + len(_GAP)
+        kept = [at for at in range(len(self.head)) if at not in left_out]
+        rows = tuple(tuple(row[at] for at in kept) for row in self.rows)
+        under = (*self.under, *_left_out_note(list(left_out.values())))
+        return replace(self, head=tuple(self.head[at] for at in kept), rows=rows, under=under)
 
 
 def history_grid(run: Run, *, metric: str | None, mode: Mode | None, width: int | None) -> Grid:
@@ -81,7 +86,7 @@ def history_grid(run: Run, *, metric: str | None, mode: Mode | None, width: int 
     rows = list(range(len(run.cells))) if width is None else shortened(len(run.cells), best)
     under = _about_best(run, name, mode or own_mode, best)
     if len(rows) < len(run.cells):
-        under.append(f"{len(run.cells) - len(rows)} of {len(run.cells)} epochs are left out (--all)")
+        under.append(f"{len(run.cells) - len(rows)} of {len(run.cells)} epochs not shown (--all)")
     whole = replace(_history(run, rows, best), under=tuple(under))
     return whole.fitted(width, [printable(column) for column in droppable(run.columns, name)])
 
@@ -120,13 +125,14 @@ def _about_best(run: Run, metric: str | None, mode: Mode, best: int | None) -> l
     if metric is None:
         return []
     if best is None:
-        return [f"best epoch: none, since {printable(metric)} is never a finite number"]
+        return [f"best epoch: none, {printable(metric)} is never finite"]
     word = "lowest" if mode == "min" else "highest"
     return [f"* best epoch: {run.epochs[best]} ({word} {printable(metric)}, {run.texts(metric)[best]})"]
 
 
-def _told_left_out(columns: Sequence[str]) -> list[str]:
-    return [f"columns left out: {', '.join(map(printable, columns))} (--all)"] if columns else []
+def _left_out_note(columns: Sequence[str]) -> list[str]:
+    more = f", and {len(columns) - _MOST_NAMED} more" if len(columns) > _MOST_NAMED else ""
+    return [f"columns not shown: {', '.join(map(printable, columns[:_MOST_NAMED]))}{more} (--all)"] if columns else []
 
 
 def about(run: Run) -> str:
@@ -135,6 +141,11 @@ def about(run: Run) -> str:
     started = f", {times} start{'' if times == 1 else 's'}" if times else ""
     time = f", {duration(run.seconds[-1])} of training" if run.seconds else ""
     return f"{printable(run.name)}: {run.state}, {_epochs(run)}{started}{time}"
+
+
+def damage_lines(runs: Sequence[Run]) -> list[str]:
+    """Returns a line for each run of which something is damaged: what, and why."""
+    return [f"{printable(run.name)} is damaged: {printable('; '.join(run.damage))}" for run in runs if run.damage]
 
 
 def _epochs(run: Run) -> str:
@@ -173,11 +184,11 @@ def _leaders(whole: Comparison) -> frozenset[int]:
 
 def _about_comparison(whole: Comparison) -> list[str]:
     if whole.metric is None:
-        return ["no run has a metric yet"]
+        return ["no run has metrics yet"]
     word = "lowest" if whole.mode == "min" else "highest"
-    told = [f"{printable(whole.metric)}, {word} is best; (n): of epoch n. --metric names another one."]
+    told = [f"{printable(whole.metric)}, {word} is best; (n): epoch n. Choose another column with --metric."]
     if whole.seconds is not None:
-        told.append("The time is that of training: the sum of the epochs' seconds.")
+        told.append("AFTER is training time: the sum of the column seconds.")
     return told
 
 

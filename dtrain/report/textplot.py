@@ -51,7 +51,7 @@ class _Canvas:
 
 
 @dataclass(frozen=True)
-class Look:
+class PlotStyle:
     """How panels are drawn.
 
     Attributes:
@@ -69,7 +69,7 @@ class Look:
     braille: bool = True
 
 
-def text_panel(panel: Panel, look: Look) -> list[list[Piece]]:
+def text_panel(panel: Panel, look: PlotStyle) -> list[list[Piece]]:
     """Returns a panel as lines of text, each in pieces of one colour.
 
     Each run has a letter at the end of its validation's line; the training's line has gaps.
@@ -80,7 +80,7 @@ def text_panel(panel: Panel, look: Look) -> list[list[Piece]]:
     ys = [y for values in scaled.values() for y in values if not math.isnan(y)]
     title: list[Piece] = [(printable(panel.title), "bold")]
     if not xs or not ys:
-        return [title, [("  (no finite value to draw)", None)]]
+        return [title, [("  (no finite values)", None)]]
     canvas = _Canvas(max(look.width - _LABEL - 2, 10), look.height)
     across, up = _Scale(min(xs), max(xs)), _Scale(min(ys), max(ys))
     # Those of the validation come last, and so lie on top.
@@ -98,7 +98,7 @@ def text_panel(panel: Panel, look: Look) -> list[list[Piece]]:
     return [title, *rows, foot, *remarks]
 
 
-def _foot(look: Look, low: float, high: float, width: int) -> str:
+def _foot(look: PlotStyle, low: float, high: float, width: int) -> str:
     """The x axis in words: its ends, and between them what it is."""
     start, end = (duration(value * 3600) if look.x == TIME else f"{value:g}" for value in (low, high))
     middle = "training time" if look.x == TIME else printable(look.x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from dtrain.history import value_of
+from dtrain.rundir.history import value_of
 
 
 def printable(text: str) -> str:
@@ -36,4 +36,7 @@ def duration(seconds: float) -> str:
 
 def moment(at: float) -> str:
     """Returns "2026-01-31 12:00" in local time."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+    except (OverflowError, ValueError, OSError):  # a file's time may be anything
+        return "-"

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dtrain.errors import SlurmError, UsageError
+from dtrain.launch.env.inherited import without_rank
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ def run_client(
     found = shutil.which(name)
     if found is None:
         raise UsageError(
-            f"{name} is not on this machine (PATH): {needed_for} needs SLURM's own commands. "
-            "Run it on a login node of the cluster, or put them on PATH."
+            f"{name} not found on PATH: {needed_for} needs the SLURM commands. Run it on a "
+            "login node of the cluster, or add them to PATH."
         )
     try:
         # By name, not by the path found: a wrapper may look at how it was called.
@@ -70,13 +71,13 @@ def run_client(
             check=False,
         )
     except subprocess.TimeoutExpired:
-        unknown = " Whether the job was submitted is not known: see squeue." if name == "sbatch" else ""
-        raise NoAnswerError(f"{name} gave no answer within {seconds:g} s.{unknown}") from None
+        unknown = " The job may or may not have been submitted: check squeue." if name == "sbatch" else ""
+        raise NoAnswerError(f"{name} did not answer within {seconds:g} s.{unknown}") from None
     except OSError as error:
         raise SlurmError(f"{name} cannot be run ({found}): {error.strerror}.") from None
     words = done.stderr.decode("utf-8", "backslashreplace").strip()
     if done.returncode != 0:
-        raise SlurmError(f"{name} failed (exit code {done.returncode}): {words or 'it said nothing'}")
+        raise SlurmError(f"{name} failed (exit code {done.returncode}): {words or 'it printed nothing'}")
     if words and name == "sbatch":
         logger.warning("%s", words)  # a site's own word on a submission
     return os.fsdecode(done.stdout)
@@ -90,7 +91,11 @@ def client_environment(environ: Mapping[str, str], name: str, cwd: Path | None =
         name: the command.
         cwd: where it will run.
     """
-    kept = {key: value for key, value in environ.items() if key in _KEPT or not key.startswith(_SILENT_OPTIONS)}
+    kept = {
+        key: value
+        for key, value in without_rank(environ).items()
+        if key in _KEPT or not key.startswith(_SILENT_OPTIONS)
+    }
     if name != "sbatch":  # whose environment is the job's as well
         kept["LC_ALL"] = "C"
     if cwd is not None:
@@ -125,5 +130,5 @@ def submit(script: Path, *, cwd: Path, options: Sequence[str] = (), needed_for: 
     # A site's wrapper may print words of its own first.
     ids = [match[1] for line in answer.splitlines() if (match := _JOB_ID.fullmatch(line.strip()))]
     if not ids:
-        raise SlurmError(f"sbatch submitted {script} and printed no job id: {answer.strip()!r}. See squeue.")
+        raise SlurmError(f"sbatch submitted {script} and printed no job id: {answer.strip()!r}. Check squeue.")
     return ids[-1]

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dtrain.launch.heartbeat import Beat
-from dtrain.launch.postmortem import FILE_NAME, read_failure
+from dtrain.launch.monitor.heartbeat import Beat
+from dtrain.launch.monitor.postmortem import read_failure
+from dtrain.layout import FAILURE
 from dtrain.slurm.runs import RunJob
 
 
@@ -15,7 +16,7 @@ def failure_of(one: RunJob) -> str:
     """Returns what a person shall read of why a job that is over has failed; empty where it has not."""
     if one.run is None or not one.is_over or one.state == "COMPLETED":
         return ""
-    path = one.run / FILE_NAME
+    path = one.run / FAILURE
     try:
         found = read_failure(one.run)
     except ValueError as error:
@@ -27,7 +28,7 @@ def failure_text(found: Mapping[str, Any], path: Path) -> str:
     """Returns the words for what `failure.json` holds: cause, rank, step, the user's own frames, and what is left.
 
     Args:
-        found: its fields; see `dtrain.launch.postmortem.Failure`.
+        found: its fields; see `dtrain.launch.monitor.postmortem.RankFailure`.
         path: the file.
     """
     raised = found.get("exception") or {}
@@ -42,7 +43,7 @@ def failure_text(found: Mapping[str, Any], path: Path) -> str:
         f"  at {place}, on {found.get('host')}{device}",
         _others(found.get("others") or {}),
         f"  last checkpoint: {found.get('checkpoint') or 'none yet'}",
-        f"  all of this: {path}",
+        f"  full report: {path}",
     ]
     return "\n".join(line for line in lines if line)
 
@@ -51,11 +52,11 @@ _CAUSES = {
     "killed": "was killed (SIGKILL)",
     "out_of_memory": "ran out of memory",
     "segfault": "crashed",
-    "signal": "was ended by a signal",
-    "exit": "left without a word",
-    "hang": "stood still, and was ended",
+    "signal": "was killed by a signal",
+    "exit": "exited without reporting a cause",
+    "hang": "hung, and was terminated",
     "lost": "was lost with its node",
-    "peer": "lost its connection to a rank that had gone",
+    "peer": "lost its connection to a rank that exited",
     "nan": "had a loss that is not finite",
 }
 

@@ -80,7 +80,7 @@ def follow(
                 (one,) = refreshed([one], needed_for="dtrain logs -f")
                 failures, words = 0, waiting_words(one)
             except SlurmError as error:
-                failures, words = failures + 1, f"{error}; SLURM is asked again"
+                failures, words = failures + 1, f"{error}; retrying"
                 if failures > _MOST_FAILURES:
                     raise
             if one.is_over:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.errors import UsageError
-from dtrain.slurm.record import FILE_NAME, FOLDER
+from dtrain.layout import CODE, JOB, SLURM
+from dtrain.provenance.code import project_root
 
-CODE = "code"  # in the run's slurm folder
 _IMPORTED = (".py", ".so")
 _BESIDE = (".cfg", ".ini", ".json", ".pyi", ".toml", ".txt", ".yaml", ".yml")
 _SMALL = 1 << 20  # bytes; a larger text file is data
@@ -36,6 +36,9 @@ class Code:
         size: bytes, in all.
         left: names in that folder that nothing is copied of.
         by_place: of the files, those that find others by their own place (`__file__`).
+        below: the folder of the recipe's file in its project; the copy has its files in one of the same name, if some
+            find others by their place.
+        linked: what a copy has links to, for those: relative to the project, with where it is.
     """
 
     recipe: Path
@@ -43,6 +46,13 @@ class Code:
     size: int
     left: tuple[str, ...]
     by_place: tuple[Path, ...]
+    below: Path = Path()
+    linked: tuple[tuple[Path, Path], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Where the recipe's file is in a copy."""
+        return str(self.below / self.recipe.name)
 
     def copy_to(self, folder: Path) -> Path:
         """Copies all files.
@@ -55,23 +65,32 @@ class Code:
         """
         try:
             for file in self.files:
-                (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(self.recipe.parent / file, folder / file)
+                copy = folder / self.below / file
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(self.recipe.parent / file, copy)
+            for link, target in self.linked:
+                if not folder.resolve().is_relative_to(target.resolve()):  # the folder of runs, a link to itself
+                    (folder / link).symlink_to(target)
         except OSError as error:
             raise UsageError(f"--freeze: {error.filename}: cannot be copied to {folder}: {error.strerror}.") from None
-        return folder / self.recipe.name
+        return folder / self.name
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether these are the files of a copy itself."""
+        return self.recipe.is_relative_to(folder.resolve())
 
     def told(self) -> str:
         """Returns in words what is copied and what is not."""
         size = f"{self.size / 1e6:.1f} MB" if self.size >= 1e6 else f"{-(-self.size // 1000)} kB"
-        lines = [f"frozen: {_number(self.files, 'file')}, {size}, of {self.recipe.parent}"]
+        lines = [f"copied: {_number(self.files, 'file')}, {size}, of {self.recipe.parent}"]
         if self.left:
             shown = ", ".join(self.left[:8]) + (", ..." if len(self.left) > 8 else "")
-            lines.append(f"not copied: {shown}; what is installed or lies in other folders")
+            lines.append(f"not copied: {shown}; installed packages and files in other folders")
         if self.by_place:
             lines.append(
-                f"note: {', '.join(map(str, self.by_place[:4]))} may look for files by __file__: beside the copy is "
-                "code alone. Name data by a path of its own, or relative to the folder of submission."
+                f"note: {', '.join(map(str, self.by_place[:4]))} may look up files by "
+                "__file__: files that are not copied "
+                "are linked next to the copy, and read as they are when the job runs."
             )
         return "\n".join(lines)
 
@@ -94,7 +113,25 @@ def find_code(recipe: Path) -> Code:
     _check_size(sizes, folder)
     taken = {file.parts[0] for file in kept}
     left = tuple(name for name in there if name not in taken and name != "__pycache__")
-    return Code(recipe, kept, sum(sizes.values()), left, by_place)
+    copy = next((one for one in recipe.parents if one.name == CODE and (one.parent / JOB).exists()), None)
+    if copy is not None:  # the recipe is itself in a copy, of a run that is submitted again
+        return Code(recipe, kept, sum(sizes.values()), left, by_place, recipe.parent.relative_to(copy))
+    below, linked = _links(recipe, left) if by_place else (Path(), ())
+    return Code(recipe, kept, sum(sizes.values()), left, by_place, below, linked)
+
+
+def _links(recipe: Path, left: tuple[str, ...]) -> tuple[Path, tuple[tuple[Path, Path], ...]]:
+    """Returns where a recipe is in its project, and what is beside it and the folders above it there."""
+    root = project_root(recipe)
+    below = recipe.parent.relative_to(root)
+    found = [(below / name, recipe.parent / name) for name in left]
+    for folder in (recipe.parent, *recipe.parent.parents):
+        if folder == root:
+            break
+        names = sorted(entry.name for entry in os.scandir(folder.parent) if not entry.name.startswith("."))
+        above = below.parents[len(recipe.parent.parts) - len(folder.parts)]
+        found += [(above / name, folder.parent / name) for name in names if name != folder.name]
+    return below, tuple((link, target) for link, target in found if link.name not in _SKIPPED)
 
 
 class _Walk:
@@ -113,8 +150,8 @@ class _Walk:
         self._seen += len(entries)
         if self._seen > _MOST_SEEN:
             raise UsageError(
-                f"--freeze: beside the code in {top} are more than {_MOST_SEEN:,} other files. Put the recipe and "
-                "what it imports into a folder of their own, or leave --freeze out."
+                f"--freeze: {top} contains more than {_MOST_SEEN:,} other files besides the code. Move the recipe "
+                "and its imports to a separate folder, or use --no-freeze."
             )
         yield from (below / entry.name for entry in entries if entry.is_file() and _belongs(entry))
         for entry in entries:
@@ -135,7 +172,7 @@ def _holds_code(folder: os.DirEntry[str]) -> bool:
     # A name with a dot in it cannot be imported, nor is a hidden one.
     if "." in folder.name or folder.name in _SKIPPED or (Path(folder.path) / "pyvenv.cfg").exists():
         return False
-    if (Path(folder.path) / FOLDER / FILE_NAME).exists():  # a run's, with a copy of its own
+    if (Path(folder.path) / SLURM / JOB).exists():  # a run's, with a copy of its own
         return False
     with os.scandir(folder.path) as entries:
         return any(entry.name.endswith(_IMPORTED) for entry in itertools.islice(entries, _MOST_SEEN))
@@ -148,7 +185,7 @@ def _check_size(sizes: dict[Path, int], folder: Path) -> None:
     raise UsageError(
         f"--freeze: the code in {folder} is {len(sizes):,} files and {sum(sizes.values()) / 1e6:.0f} MB, the largest "
         f"{largest} with {sizes[largest] / 1e6:.1f} MB; at most {_MOST_FILES:,} files and {_MOST_BYTES / 1e6:.0f} MB "
-        "are copied. Put the recipe and what it imports into a folder of their own, or leave --freeze out."
+        "are copied. Move the recipe and its imports to a separate folder, or use --no-freeze."
     )
 
 

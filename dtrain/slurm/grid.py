@@ -31,26 +31,26 @@ def read_grid(texts: Sequence[str]) -> list[list[str]]:
                 continue
             key, equals, values = word.partition("=")
             if not equals or not key:
-                raise UsageError(f"--array {text!r}: {word!r} should be key=value,value, as in lr=1e-3,1e-4.")
+                raise UsageError(f"--array {text!r}: {word!r} should be key=value,value, such as lr=1e-3,1e-4.")
             if key.partition(".")[0] in _FIXED:
                 raise UsageError(
-                    f"--array {text!r}: {key} should be the same for all runs; give it as {key}=... alone."
+                    f"--array {text!r}: {key} should be the same for all runs; pass it as {key}=... outside of --array."
                 )
             if key in axes:
-                raise UsageError(f"--array {text!r}: {key} should be given once, with all its values.")
+                raise UsageError(f"--array {text!r}: {key} should appear once, with all its values.")
             axes[key] = _values(key, values, text)
     if not axes:
-        raise UsageError("--array '': should be key=value,value ..., as in 'lr=1e-3,1e-4 seed=1,2,3'.")
+        raise UsageError("--array '': should be key=value,value ..., such as 'lr=1e-3,1e-4 seed=1,2,3'.")
     return [list(run) for run in itertools.product(*([f"{key}={one}" for one in axes[key]] for key in axes))]
 
 
 def _values(key: str, text: str, whole: str) -> list[str]:
     values = list(_split(text, ",", whole))
     if "" in values:
-        raise UsageError(f"--array {whole!r}: a value of {key} is missing; null is the word for none.")
+        raise UsageError(f"--array {whole!r}: a value of {key} is missing; write null for none.")
     twice = next((one for number, one in enumerate(values) if one in values[:number]), None)
     if twice is not None:
-        raise UsageError(f"--array {whole!r}: {key}={twice} should be given once.")
+        raise UsageError(f"--array {whole!r}: {key}={twice} should appear once.")
     return values
 
 
@@ -73,5 +73,5 @@ def _split(text: str, separators: str, whole: str) -> Iterator[str]:
         if depth < 0:
             break
     if depth or quote:
-        raise UsageError(f"--array {whole!r}: {quote or 'a bracket'} is opened or closed once too often.")
+        raise UsageError(f"--array {whole!r}: {quote or 'a bracket'} is not balanced.")
     yield text[start:]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from dtrain.errors import SlurmError, UsageError
-from dtrain.launch.postmortem import last_checkpoint
-from dtrain.launch.requests import FILE_NAME as STOP_FILE
+from dtrain.files import make_folder, open_below
+from dtrain.launch.monitor.postmortem import last_checkpoint
+from dtrain.layout import CONFIG, SCRIPT, SLURM, STOP
+from dtrain.rundir.job_record import CANCEL_NAME, JobRecord, read_record, write_record
 from dtrain.slurm.client import TIMEOUT_SECONDS, NoAnswerError, run_client, submit
-from dtrain.slurm.record import CANCEL_NAME, FOLDER, SCRIPT_NAME, Record, read_record, write_record
 from dtrain.slurm.runs import RunJob, refreshed
 
 _SOME_IDS = 200  # in one call
@@ -28,15 +30,15 @@ def cancel(jobs: Sequence[RunJob], say: Callable[[str], object], *, now: bool) -
         now: end them at once; of what has not been saved, SLURM's own time of grace (KillWait) may still be enough.
 
     Raises:
-        UsageError: one runs, is no run of dtrain's, and shall save first.
+        UsageError: one runs, is not a dtrain run, and shall save first.
         SlurmError: SLURM did not do it.
     """
     for one in [one for one in jobs if one.is_over]:
-        say(f"{one.words}: is over already ({one.state}).")
+        say(f"{one.words}: has already ended ({one.state}).")
     left = [one for one in jobs if not one.is_over]
     for one in left:
         if one.job is not None and one.job.runs and one.run is None and not now:
-            raise UsageError(f"{one.words}: is no run of dtrain's, and would not save first. Give --now to end it.")
+            raise UsageError(f"{one.words}: is not a dtrain run, and would not save first. Use --now to cancel it.")
     _note_cancel(left)
     if not now:
         _cancel_saved(left, say)
@@ -59,11 +61,11 @@ def _cancel_saved(left: Sequence[RunJob], say: Callable[[str], object]) -> None:
         _end_running([one for one in left if one.state == "RUNNING"], say)
         left = refreshed([one for one in left if one.state != "RUNNING"], needed_for="dtrain cancel")
         for one in [one for one in left if one.is_over]:
-            say(f"{one.words}: cancelled; it had not started, or was about to start again.{_later(one)}")
+            say(f"{one.words}: cancelled; it was pending, or about to restart.{_later(one)}")
         left = [one for one in left if not one.is_over]
         if left and time.monotonic() > deadline:
             names = ", ".join(f"{one.id} ({one.state})" for one in left)
-            raise SlurmError(f"{names}: not cancelled within {_SETTLE_SECONDS:g} s.{refusal} Try again, or give --now.")
+            raise SlurmError(f"{names}: not cancelled within {_SETTLE_SECONDS:g} s.{refusal} Try again, or use --now.")
         time.sleep(_POLL_SECONDS if left else 0)
 
 
@@ -81,18 +83,16 @@ def requeue(one: RunJob, say: Callable[[str], object], *, complete: bool) -> Non
     """
     run = one.run
     if run is None:
-        raise UsageError(f"{one.words}: is no run of dtrain's. SLURM's own command is: scontrol requeue {one.id}")
+        raise UsageError(f"{one.words}: is not a dtrain run. Use SLURM's own command: scontrol requeue {one.id}")
     one = _settled(one)
     if one.job is not None and one.job.waits:
-        say(f"{one.words}: waits already: {one.why or one.state}.")
+        say(f"{one.words}: is already pending: {one.why or one.state}.")
         return
-    stop = run / STOP_FILE
+    stop = run / STOP
     if stop.exists():
-        raise UsageError(f"{one.words}: {stop} says that it has stopped for good. Remove that file first.")
+        raise UsageError(f"{one.words}: {stop} marks the run as stopped for good. Remove that file first.")
     if complete and one.is_over:
-        raise UsageError(
-            f"{one.words}: is complete; there is nothing to go on with. More epochs: submit it with epochs=N."
-        )
+        raise UsageError(f"{one.words}: is complete. To train more epochs, submit it with epochs=N.")
     _forget_cancel(run)
     if not one.is_over:
         say(f"{one.words}: {_start_running_again(one)}")
@@ -101,41 +101,45 @@ def requeue(one: RunJob, say: Callable[[str], object], *, complete: bool) -> Non
 
 
 def _start_again(one: RunJob, run: Path, say: Callable[[str], object]) -> None:
-    record = one.record or Record(one.id, name=run.name)
+    record = one.record or JobRecord(one.id, name=run.name)
     # Starts without progress are counted anew: a person has looked at it.
     record = replace(record, forgiven=len(record.incarnations))
-    at = f" It goes on from {saved}." if (saved := last_checkpoint(run)) else " It begins anew: it had no checkpoint."
+    at = (
+        f" It resumes from {saved}."
+        if (saved := last_checkpoint(run))
+        else " It starts from scratch: there is no checkpoint."
+    )
     if one.job is not None and one.job.source == "squeue":
         write_record(run, record)
         try:
             run_client(["scontrol", "requeue", one.id], needed_for="dtrain requeue")
         except SlurmError as error:
-            say(f"{one.words}: {error}; it is submitted anew.")
+            say(f"{one.words}: {error}; submitting it again.")
         else:
-            say(f"{one.words}: waits to start again.{at}")
+            say(f"{one.words}: is queued to restart.{at}")
             return
     job = _submit_again(one, run, record)
     present = read_record(run) or record  # the job may have begun to write
     output = _output(record, one.id, job)
     new = replace(present, job=job, submitted=time.time(), output=output, forgiven=record.forgiven)
     write_record(run, new)
-    say(f"{one.words}: SLURM no longer has it; submitted again as job {job}.{at}")
+    say(f"{one.words}: SLURM no longer knows it; submitted again as job {job}.{at}")
 
 
-def _submit_again(one: RunJob, run: Path, record: Record) -> str:
+def _submit_again(one: RunJob, run: Path, record: JobRecord) -> str:
     """Submits the script of a run again; returns the job's id."""
-    script = Path(record.script) if record.script is not None else run / FOLDER / SCRIPT_NAME
+    script = Path(record.script) if record.script is not None else run / SLURM / SCRIPT
     if not script.is_file():
         raise UsageError(
-            f"{one.words}: SLURM no longer has it, and the script that was submitted is not there: {script}. "
-            f"Submit the run's config anew: dtrain submit {run / 'config.yaml'}"
+            f"{one.words}: SLURM no longer knows it, and its batch script is missing: {script}. Submit the "
+            f"run's config again: dtrain submit {run / CONFIG}"
         )
     _, _, task = one.id.partition("_")
     job = submit(script, cwd=_work_dir(one), options=[f"--array={task}"] if task else [], needed_for="dtrain requeue")
     return f"{job}_{task}" if task else job
 
 
-def _output(record: Record, old: str, new: str) -> str | None:
+def _output(record: JobRecord, old: str, new: str) -> str | None:
     """Where the output of a job goes that was submitted again; None where it is left to SLURM to tell."""
     path = Path(record.output) if record.output is not None else None
     return str(path.with_name(f"job-{new}.out")) if path is not None and path.name == f"job-{old}.out" else None
@@ -161,12 +165,12 @@ def _end_running(jobs: Sequence[RunJob], say: Callable[[str], object]) -> None:
     deaf = [one for one in jobs if one not in hearing]
     _scancel([one.id for one in deaf])
     for one in deaf:
-        say(f"{one.words}: cancelled; it had only just started, or was about to end.{_later(one)}")
+        say(f"{one.words}: cancelled; it had just started, or was about to end.{_later(one)}")
     _ask([one.id for one in hearing])
     for one in hearing:
         say(
-            f"{one.words}: asked to save and to end; dtrain logs {one.id} -f shows it. "
-            f"If it does not: dtrain cancel {one.id} --now.{_later(one)}"
+            f"{one.words}: asked to save and stop; follow it with dtrain logs {one.id} "
+            f"-f. If it does not stop: dtrain cancel {one.id} --now.{_later(one)}"
         )
 
 
@@ -174,9 +178,9 @@ def _start_running_again(one: RunJob) -> str:
     """Has a job that runs start again; returns what was done, in words."""
     if not listens(one):
         run_client(["scontrol", "requeue", one.id], needed_for="dtrain requeue")
-        return "starts again; it had only just started, or was about to end."
+        return "requeued; it had just started, or was about to end."
     _ask([one.id])
-    return f"asked to save; then it starts again. dtrain logs {one.id} -f shows it."
+    return f"asked to save, then requeued. Follow it with dtrain logs {one.id} -f."
 
 
 def listens(one: RunJob) -> bool:
@@ -205,12 +209,12 @@ def _ask(ids: Sequence[str]) -> None:
 def _note_cancel(jobs: Sequence[RunJob]) -> None:
     """Tells the batch scripts, and `dtrain jobs`: of a waiting task that is cancelled SLURM itself keeps no trace."""
     for run in [one.run for one in jobs if one.run is not None]:
-        (run / FOLDER).mkdir(exist_ok=True)
-        (run / FOLDER / CANCEL_NAME).touch()
+        make_folder(run, SLURM)
+        os.close(open_below(run, f"{SLURM}/{CANCEL_NAME}", os.O_WRONLY | os.O_CREAT))
 
 
 def _forget_cancel(run: Path) -> None:
-    (run / FOLDER / CANCEL_NAME).unlink(missing_ok=True)
+    (run / SLURM / CANCEL_NAME).unlink(missing_ok=True)
 
 
 def _scancel(ids: Sequence[str], *options: str, seconds: float = TIMEOUT_SECONDS) -> None:
@@ -221,4 +225,4 @@ def _scancel(ids: Sequence[str], *options: str, seconds: float = TIMEOUT_SECONDS
 
 def _later(one: RunJob) -> str:
     """How to go on with a run some other time."""
-    return f" To go on later: dtrain requeue {one.handle}" if one.run is not None else ""
+    return f" To resume later: dtrain requeue {one.handle}" if one.run is not None else ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dtrain.errors import UsageError
+from dtrain.layout import SLURM
 from dtrain.slurm.queue import output_file
-from dtrain.slurm.record import FOLDER
 from dtrain.slurm.runs import RunJob, earlier_output
 
 _LOGS = "logs"  # in the run's folder
@@ -28,9 +28,9 @@ def output_of(one: RunJob, name: str) -> Path:
     known = one.record.output if one.record is not None else None
     if not known and one.job is not None:
         known = output_file(one.id, needed_for="dtrain logs")
-    path = Path(known) if known else one.run / FOLDER / f"job-{one.id}.out" if one.run is not None else None
+    path = Path(known) if known else one.run / SLURM / f"job-{one.id}.out" if one.run is not None else None
     if path is None:
-        raise UsageError(f"{one.words}: it is not known where its output goes; SLURM no longer tells.")
+        raise UsageError(f"{one.words}: its output file is unknown; SLURM no longer reports it.")
     return path
 
 
@@ -41,15 +41,15 @@ def rank_log(one: RunJob, rank: int) -> Path:
         UsageError: there is none, and none will come.
     """
     if one.run is None:
-        raise UsageError(f"{one.words}: is no run of dtrain's, so there is no log of rank {rank}.")
+        raise UsageError(f"{one.words}: is not a dtrain run, so there is no log of rank {rank}.")
     folder = one.run / _LOGS
     path = folder / f"rank-{rank}.log"
     ranks = sorted(int(file.stem.removeprefix("rank-")) for file in folder.glob("rank-*.log"))
     if path.exists() or not (ranks or one.is_over):
         return path
     there = (
-        f"There are those of ranks {', '.join(map(str, ranks))}."
+        f"There are logs of ranks {', '.join(map(str, ranks))}."
         if ranks
-        else "Where srun starts each rank, all is in the job's output."
+        else "If srun starts each rank, all output is in the job's output."
     )
     raise UsageError(f"{one.words}: there is no log of rank {rank} in {folder}. {there}")

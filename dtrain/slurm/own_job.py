@@ -13,7 +13,7 @@ _NODE_LIMIT_SECONDS = 300.0  # SLURM's own default for finding that a node is lo
 
 
 @dataclass(frozen=True)
-class Place:
+class OwnJob:
     """What SLURM says of the job that this process is the batch script of.
 
     Attributes:
@@ -31,7 +31,7 @@ class Place:
     node_count: int = 1
 
     @classmethod
-    def read(cls, env: Mapping[str, str]) -> Place | None:
+    def read(cls, env: Mapping[str, str]) -> OwnJob | None:
         """Returns it, or None outside of a job."""
         if not env.get("SLURM_JOB_ID", "").isdigit():
             return None
@@ -45,12 +45,12 @@ class Place:
         )
 
 
-def nodes_answer(place: Place) -> bool:
+def nodes_answer(place: OwnJob) -> bool:
     """Whether something can be run on every node of the job; SLURM itself may take minutes to find that one is lost."""
     count = str(place.node_count)
     argv = ["srun", f"--jobid={place.job_id}", "--overlap", f"--nodes={count}", f"--ntasks={count}"]
     try:
-        run_client([*argv, "--ntasks-per-node=1", "--quiet", "true"], needed_for="a job that has lost a rank")
+        run_client([*argv, "--ntasks-per-node=1", "--quiet", "true"], needed_for="a job that lost a rank")
     except DtrainError:
         return False
     return True
@@ -59,7 +59,7 @@ def nodes_answer(place: Place) -> bool:
 def is_preempted(job_id: str) -> bool:
     """Whether a job that still runs has to make room for another one, as far as SLURM tells."""
     try:
-        told = run_client(["scontrol", "show", "job", "--oneliner", job_id], needed_for="a job that has to make room")
+        told = run_client(["scontrol", "show", "job", "--oneliner", job_id], needed_for="a preempted job")
     except DtrainError:
         return False
     return re.search(r" JobState=RUNNING ", told) is not None and re.search(r" PreemptTime=\d", told) is not None

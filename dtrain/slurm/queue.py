@@ -31,17 +31,17 @@ _NOTHING = ("", "(null)", "N/A", "None", "NONE", "None assigned", "Unknown", "UN
 # What SLURM's words for why a job waits mean; a longer word may begin with one of them.
 _REASONS = {
     "Resources": "no free nodes",
-    "Priority": "others come first",
-    "BeginTime": "its time has not come; after a requeue up to 2 minutes",
-    "Dependency": "another job comes first",
-    "JobArrayTaskLimit": "so many tasks run at once",
-    "JobHeldUser": "held; scontrol release lets it go",
+    "Priority": "lower priority than other jobs",
+    "BeginTime": "not yet eligible; after a requeue up to 2 minutes",
+    "Dependency": "waits for another job (dependency)",
+    "JobArrayTaskLimit": "limit of array tasks running at once",
+    "JobHeldUser": "held; release it with scontrol release",
     "JobHeldAdmin": "held by an administrator",
     "ReqNodeNotAvail": "nodes are down, drained or reserved",
-    "PartitionTimeLimit": "it wants more time than the partition has",
-    "PartitionNodeLimit": "it wants more nodes than the partition has",
-    "PartitionConfig": "it wants what the partition does not allow",
-    "PartitionDown": "the partition is closed",
+    "PartitionTimeLimit": "requests more time than the partition allows",
+    "PartitionNodeLimit": "requests more nodes than the partition has",
+    "PartitionConfig": "requests something the partition does not allow",
+    "PartitionDown": "the partition is down",
     "QOS": "a limit of its QOS",
     "Assoc": "a limit of its account",
     "MaxGRESPerAccount": "a limit of its account",
@@ -126,14 +126,14 @@ class Queue:
 
 
 def read_queue(ended: Iterable[str] = (), *, needed_for: str) -> Queue:
-    """Asks SLURM for this user's jobs; where it does not answer, that is told in words.
+    """Asks SLURM for this user's jobs; where it does not respond, that is told in words.
 
     Args:
         ended: ids of jobs that may have left the queue; sacct is asked for those of them that have.
         needed_for: what a person asked for, for messages.
     """
     if not has_client("squeue"):
-        return Queue(trouble="SLURM is not on this machine (there is no squeue on PATH)")
+        return Queue(trouble="SLURM is not on this machine (no squeue on PATH)")
     try:
         jobs = queued(needed_for=needed_for)
     except SlurmError as error:

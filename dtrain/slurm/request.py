@@ -47,7 +47,7 @@ _TAKEN = {
 
 
 @dataclass(frozen=True)
-class Request:
+class JobRequest:
     """What a job needs, and how its ranks are started.
 
     Attributes:
@@ -69,7 +69,7 @@ class Request:
         sbatch_args: further options of sbatch, each a whole --name=value.
         srun_args: further options of srun, each a word.
         stop_before: seconds before the time limit at which the run is asked to save and stop.
-        requeues: so many starts without progress are followed by another.
+        requeues: max requeues without progress.
         retries: so many failures without progress are tried again within the job.
         tasks: number of an array's runs; None for a single run.
         at_once: so many of an array's runs may run at the same time; None for any number.
@@ -126,8 +126,8 @@ class Request:
         if left is None or left >= _EARLY:
             return []
         return [
-            f"--time {self.time} with --stop-before {self.stop_before}: SLURM may ask up to {_EARLY} s early, which "
-            f"leaves {max(0, left)} s of each start, and loading is a part of that"
+            f"--time {self.time} with --stop-before {self.stop_before}: SLURM may send the signal up to {_EARLY} s "
+            f"early, which leaves {max(0, left)} s per start, including loading"
         ]
 
     def check(self) -> None:
@@ -174,7 +174,7 @@ def seconds_of(time: str) -> int | None:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _numbers(request: Request) -> list[str]:
+def _numbers(request: JobRequest) -> list[str]:
     least = {
         "--nodes": (request.nodes, 1),
         "-n": (request.ranks, 1),
@@ -194,7 +194,7 @@ def _numbers(request: Request) -> list[str]:
     return found
 
 
-def _texts(request: Request) -> list[str]:
+def _texts(request: JobRequest) -> list[str]:
     texts = {
         "--job-name": request.job_name,
         "--partition": request.partition,
@@ -204,7 +204,9 @@ def _texts(request: Request) -> list[str]:
     }
     found = [problem for option, text in texts.items() if text is not None for problem in _line(option, text)]
     if request.mem is not None and not _MEM.fullmatch(request.mem):
-        found.append(f"--mem {request.mem!r}: should be a number with K, M, G or T, as in 64G; 0 is all of a node's.")
+        found.append(
+            f"--mem {request.mem!r}: should be a number with K, M, G or T, such as 64G; 0 means all memory of a node."
+        )
     return found
 
 
@@ -217,51 +219,52 @@ def _line(option: str, text: str) -> list[str]:
     return []
 
 
-def _time(request: Request) -> list[str]:
+def _time(request: JobRequest) -> list[str]:
     if request.time is None:
         return []
     try:
         seconds = seconds_of(request.time)
     except ValueError:
         return [
-            f"--time {request.time!r}: should be minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS, as in 4:00:00; "
+            f"--time {request.time!r}: should be minutes, MM:SS, HH:MM:SS, D-HH, "
+            "D-HH:MM or D-HH:MM:SS, such as 4:00:00; "
             "or UNLIMITED."
         ]
     if seconds == 0:
-        return [f"--time {request.time!r}: should be more than 0; UNLIMITED is without a limit."]
+        return [f"--time {request.time!r}: should be more than 0; UNLIMITED means no limit."]
     if seconds is not None and request.stop_before >= seconds:
         return [
             f"--stop-before {request.stop_before}: should be less than --time {request.time}, which is {seconds} "
-            "seconds: so long before its end the run is asked to save."
+            "seconds: the run is asked to save that long before the limit."
         ]
     return []
 
 
-def _gpus(request: Request) -> list[str]:
+def _gpus(request: JobRequest) -> list[str]:
     if request.gpus_per_node is None:
         return []
     if not request.gpu_count:
         return [
-            f"--gpus-per-node {request.gpus_per_node!r}: should be a number, as in 8, or TYPE:NUMBER, as in a100:8."
+            f"--gpus-per-node {request.gpus_per_node!r}: should be a number, such as 8, or TYPE:NUMBER, such as a100:8."
         ]
     if request.cpu:
-        return [f"--gpus-per-node {request.gpus_per_node} with --cpu: should be one of them; on CPUs no GPU is used."]
+        return [f"--gpus-per-node {request.gpus_per_node} with --cpu: use only one of them; --cpu uses no GPUs."]
     if request.ranks_per_node > request.gpu_count:
         return [
             f"-n {request.ranks} with --gpus-per-node {request.gpus_per_node}: should be at most {request.gpu_count}, "
-            "since each rank has a GPU of its own."
+            "since each rank uses its own GPU."
         ]
     return []
 
 
-def _together(request: Request) -> list[str]:
+def _together(request: JobRequest) -> list[str]:
     found = []
     if request.at_once is not None and request.tasks is None:
-        found.append(f"--at-once {request.at_once}: goes with --array, whose runs it limits.")
+        found.append(f"--at-once {request.at_once}: needs --array, whose runs it limits.")
     if request.per_rank and request.retries:
         found.append(
-            f"--retries {request.retries} with --per-rank: should be one of them; a launcher, which --per-rank leaves "
-            "out, is what starts the ranks again within the job."
+            f"--retries {request.retries} with --per-rank: use only one of them; retries within the job need the "
+            "launcher, which --per-rank omits."
         )
     return found
 
@@ -269,14 +272,14 @@ def _together(request: Request) -> list[str]:
 def _setup(file: Path | None) -> list[str]:
     if file is None:
         return []
-    return [] if file.is_file() else [f"--env-setup {str(file)!r}: should be a shell file; there is none of this name."]
+    return [] if file.is_file() else [f"--env-setup {str(file)!r}: should be a shell file; no such file."]
 
 
 def _sbatch_arg(word: str) -> list[str]:
     option = f"--sbatch-arg {word!r}"
     match = _LONG_OPTION.fullmatch(word)
     if match is None:
-        return [f"{option}: should be a long option of sbatch, with its value: --sbatch-arg=--exclude=node7."]
+        return [f"{option}: should be a long sbatch option with its value: --sbatch-arg=--exclude=node7."]
     if not word.isprintable():
         return [f"{option}: should be text without line breaks and control characters."]
     # sbatch takes shortened names, too.
@@ -286,12 +289,10 @@ def _sbatch_arg(word: str) -> list[str]:
     if taken is None:
         return []
     own = _TAKEN[taken]
-    return [
-        f"{option}: should be given to dtrain as {own}." if own else f"{option}: the script needs its own --{taken}."
-    ]
+    return [f"{option}: use the dtrain option {own}." if own else f"{option}: the script sets --{taken} itself."]
 
 
 def _srun_arg(word: str) -> list[str]:
     if word.startswith("-") and word.strip("-"):
         return []
-    return [f"--srun-arg {word!r}: should be an option of srun, with its value: --srun-arg=--cpu-bind=none."]
+    return [f"--srun-arg {word!r}: should be an srun option with its value: --srun-arg=--cpu-bind=none."]

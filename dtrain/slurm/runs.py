@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dtrain.errors import UsageError, nearest
+from dtrain.layout import JOB, SLURM
+from dtrain.rundir.job_record import CANCEL_NAME, JobAttempt, JobRecord, read_record
 from dtrain.slurm.queue import Job, Queue, queued, read_queue, reason_words
-from dtrain.slurm.record import CANCEL_NAME, FILE_NAME, FOLDER, Incarnation, Record, read_record
 
 DEFAULT = "runs"  # run.dir, where nobody says otherwise
 _JOB_NAME = re.compile(r"\d+(_\d+)?")
@@ -23,14 +24,14 @@ class RunJob:
 
     Attributes:
         id: the job's, "123" or "123_4"; empty where the run was never submitted.
-        run: the run's folder; None for a job that is no run of dtrain's.
+        run: the run's folder; None for a job that is not a dtrain run.
         record: what the run's folder says of the job.
         job: what SLURM says of it.
     """
 
     id: str
     run: Path | None = None
-    record: Record | None = None
+    record: JobRecord | None = None
     job: Job | None = None
 
     @property
@@ -58,7 +59,7 @@ class RunJob:
         if self.record is None or not self.record.job:
             return "not submitted"
         complete = self._last is not None and self._last.code == 0
-        if self.run is not None and (self.run / FOLDER / CANCEL_NAME).exists() and not complete:
+        if self.run is not None and (self.run / SLURM / CANCEL_NAME).exists() and not complete:
             return "cancelled"
         return "ended" if self._last is not None and self._last.ended is not None else "unknown"
 
@@ -75,7 +76,7 @@ class RunJob:
         return last.why or told
 
     @property
-    def _last(self) -> Incarnation | None:
+    def _last(self) -> JobAttempt | None:
         return self.record.incarnations[-1] if self.record is not None and self.record.incarnations else None
 
     @property
@@ -92,7 +93,7 @@ class RunJob:
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownJobs:
     """All runs and jobs that are known here.
 
     Attributes:
@@ -108,7 +109,7 @@ class Known:
     troubles: tuple[str, ...] = ()
 
 
-def look(runs: Path, also: Iterable[Path] = (), *, needed_for: str) -> Known:
+def look(runs: Path, also: Iterable[Path] = (), *, needed_for: str) -> KnownJobs:
     """Asks SLURM, and all run folders.
 
     Args:
@@ -116,20 +117,18 @@ def look(runs: Path, also: Iterable[Path] = (), *, needed_for: str) -> Known:
         also: further runs' folders.
         needed_for: what a person asked for, for messages.
     """
-    records, troubles = read_records(
-        [*runs.glob(f"*/{FOLDER}/{FILE_NAME}"), *(one / FOLDER / FILE_NAME for one in also)]
-    )
+    records, troubles = read_records([*runs.glob(f"*/{SLURM}/{JOB}"), *(one / SLURM / JOB for one in also)])
     queue = read_queue((record.job for record in records.values() if record.job), needed_for=needed_for)
     records |= _elsewhere(queue.jobs, runs)
     troubles += [queue.trouble] if queue.trouble else []
-    return Known(tuple(match(records, queue.jobs, runs)), queue, runs, tuple(troubles))
+    return KnownJobs(tuple(match(records, queue.jobs, runs)), queue, runs, tuple(troubles))
 
 
-def _elsewhere(jobs: Sequence[Job], runs: Path) -> dict[Path, Record]:
+def _elsewhere(jobs: Sequence[Job], runs: Path) -> dict[Path, JobRecord]:
     """Returns the records of jobs whose scripts lie in other folders of runs; of an array all runs lie side by side."""
     scripts = {run for job in jobs if (run := run_of_script(job.script, runs)) is not None}
     others = {run.parent for run in scripts} - {runs.resolve()}
-    files = [file for folder in others for file in folder.glob(f"*/{FOLDER}/{FILE_NAME}")]
+    files = [file for folder in others for file in folder.glob(f"*/{SLURM}/{JOB}")]
     records, _ = read_records(files)
     present = {job.id for job in jobs}
     return {run: record for run, record in records.items() if record.job in present}
@@ -148,7 +147,7 @@ def refreshed(jobs: Iterable[RunJob], *, needed_for: str) -> list[RunJob]:
     return [replace(one, job=now.get(one.id)) for one in jobs]
 
 
-def read_records(files: Iterable[Path]) -> tuple[dict[Path, Record], list[str]]:
+def read_records(files: Iterable[Path]) -> tuple[dict[Path, JobRecord], list[str]]:
     """Returns the records of runs by the runs' folders, and what could not be read, in words."""
     records, troubles = {}, []
     for file in sorted({file.resolve(): file for file in files}.values()):
@@ -163,7 +162,7 @@ def read_records(files: Iterable[Path]) -> tuple[dict[Path, Record], list[str]]:
     return records, troubles
 
 
-def match(records: Mapping[Path, Record], jobs: Sequence[Job], runs: Path) -> list[RunJob]:
+def match(records: Mapping[Path, JobRecord], jobs: Sequence[Job], runs: Path) -> list[RunJob]:
     """Brings runs and jobs together.
 
     A job belongs to the run whose record has its number; or else to the run in whose folder its script lies, as long
@@ -194,13 +193,13 @@ def run_of_script(command: str, runs: Path) -> Path | None:
         command: the script, and after a space what it was given, which SLURM does not quote.
         runs: the folder of the runs.
     """
-    match = re.match(rf"(/.*)/{FOLDER}/[^/ ]+\.sbatch(?: |$)", command, re.DOTALL)
+    match = re.match(rf"(/.*)/{SLURM}/[^/ ]+\.sbatch(?: |$)", command, re.DOTALL)
     run = Path(match[1]) if match is not None else None
-    known = run is not None and (run.parent == runs.resolve() or (run / FOLDER / FILE_NAME).exists())
+    known = run is not None and (run.parent == runs.resolve() or (run / SLURM / JOB).exists())
     return run if known else None
 
 
-def find(name: str, known: Known) -> list[RunJob]:
+def find(name: str, known: KnownJobs) -> list[RunJob]:
     """Returns what a person means by a name: one run, or all tasks of an array.
 
     Args:
@@ -223,17 +222,17 @@ def find(name: str, known: Known) -> list[RunJob]:
     raise UsageError(_unknown(name, known))
 
 
-def _of_folder(folder: Path, known: Known) -> RunJob:
+def _of_folder(folder: Path, known: KnownJobs) -> RunJob:
     for one in known.all:
         if one.run is not None and one.run.resolve() == folder.resolve():
             return one
     raise UsageError(
-        f"{folder}: no job of SLURM's is known for it: it has no {FOLDER}/{FILE_NAME}. "
+        f"{folder}: no SLURM job is known for it: it has no {SLURM}/{JOB}. "
         "`dtrain jobs --all` lists the runs that were jobs."
     )
 
 
-def _of_number(name: str, known: Known) -> list[RunJob]:
+def _of_number(name: str, known: KnownJobs) -> list[RunJob]:
     """The job of this number; all tasks of that array; or the run that once was that job."""
     exact = [one for one in known.all if name == one.id or (one.job is not None and name == one.job.number)]
     tasks = [one for one in known.all if one.id.startswith(f"{name}_")]
@@ -247,19 +246,23 @@ def _of_number(name: str, known: Known) -> list[RunJob]:
 
 def earlier_output(one: RunJob, name: str) -> Path | None:
     """Returns the output of the job that a run was before it was submitted again; None where it was not that job."""
-    path = one.run / FOLDER / f"job-{name}.out" if one.run is not None else None
+    path = one.run / SLURM / f"job-{name}.out" if one.run is not None else None
     is_present = name == one.id or (one.job is not None and name == one.job.number)
     return path if path is not None and not is_present and path.exists() else None
 
 
-def _unknown(name: str, known: Known) -> str:
+def _unknown(name: str, known: KnownJobs) -> str:
     names = [one.name for one in known.all if one.run is not None]
     ids = [one.id for one in known.all if one.id]
     near = nearest(name, [*ids, *names] if not _JOB_NAME.fullmatch(name) else ids)
     last = ", ".join(f"{one.id} ({one.name})" for one in known.all[-_MOST_NAMED:])
-    there = f" Known are {last}." if last else f" No run in {known.runs} was a job (--dir names another folder)."
+    there = (
+        f" Known are {last}."
+        if last
+        else f" No run in {known.runs} was submitted as a job (set another folder with --dir)."
+    )
     trouble = f" {known.queue.trouble}." if known.queue.trouble else ""
-    return f"{name}: there is no such job or run.{near}{there}{trouble}"
+    return f"{name}: no such job or run.{near}{there}{trouble}"
 
 
 def _order(identity: str) -> tuple[int, int]:

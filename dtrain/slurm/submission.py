@@ -9,27 +9,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dtrain import share
 from dtrain.config import Settings
+from dtrain.config import bundled as share
+from dtrain.config.keeping import write_secrets
+from dtrain.config.recipe_file import locate, title_of
 from dtrain.config.sources import read_scalar
 from dtrain.errors import UsageError
-from dtrain.launch.reports import write_whole
-from dtrain.launch.requests import FILE_NAME as STOP_FILE
-from dtrain.recipe_file import locate, title_of
+from dtrain.files import PRIVATE, make_folder, write_below
+from dtrain.layout import CODE, CONFIG, JOB, OWNER, SCRIPT, SECRETS, SLURM, STOP
+from dtrain.masking import hide
+from dtrain.rundir.job_record import CANCEL_NAME, JobRecord, read_record, write_record
 from dtrain.slurm.client import run_client, submit
-from dtrain.slurm.freeze import CODE, Code, find_code
-from dtrain.slurm.record import CANCEL_NAME, FILE_NAME, FOLDER, SCRIPT_NAME, Record, read_record, write_record
+from dtrain.slurm.freeze import Code, find_code
 from dtrain.slurm.text import output_file
 
-_CONFIG = "config.yaml"
-_WRITTEN = (SCRIPT_NAME, FILE_NAME, CODE, _CONFIG)  # in the run's slurm folder
+_WRITTEN = (SCRIPT, JOB, CODE, CONFIG)  # in the run's slurm folder
 _OLD = "old"  # there, what was before, for a submission that fails
-_NOT_OF_A_RUN = ("owner.lock", FOLDER)
+_NOT_OF_A_RUN = (OWNER, SLURM, SECRETS)
 _CONFIGS = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One run that is to be submitted.
 
     Attributes:
@@ -45,7 +46,7 @@ class Run:
     differs: tuple[str, ...] = ()
 
 
-def plan_runs(words: Sequence[str], settings: Settings, grid: Sequence[Sequence[str]] | None) -> list[Run]:
+def plan_runs(words: Sequence[str], settings: Settings, grid: Sequence[Sequence[str]] | None) -> list[PlannedRun]:
     """Gives each run its name, which is fixed now: a job that is started again must find its folder.
 
     Args:
@@ -61,9 +62,11 @@ def plan_runs(words: Sequence[str], settings: Settings, grid: Sequence[Sequence[
     if grid is None:
         named = settings.place_of("run.name") == "command line"
         fixed = [*place, *([] if named else [word("run.name", name)])]
-        return [Run(name, runs / name, (*words, *fixed))]
+        return [PlannedRun(name, runs / name, (*words, *fixed))]
     return [
-        Run(f"{name}-{n}", runs / f"{name}-{n}", (*words, *one, *place, word("run.name", f"{name}-{n}")), tuple(one))
+        PlannedRun(
+            f"{name}-{n}", runs / f"{name}-{n}", (*words, *one, *place, word("run.name", f"{name}-{n}")), tuple(one)
+        )
         for n, one in enumerate(grid)
     ]
 
@@ -85,7 +88,7 @@ def _free_name(runs: Path, title: str) -> str:
     return next(name for name in names if not {name, f"{name}-0"} & there)
 
 
-def check_folders(runs: Sequence[Run], *, ask_queue: bool = True) -> None:
+def check_folders(runs: Sequence[PlannedRun], *, ask_queue: bool = True) -> None:
     """Looks whether the runs' folders are free, or hold a run that can be gone on with.
 
     Raises:
@@ -99,8 +102,8 @@ def check_folders(runs: Sequence[Run], *, ask_queue: bool = True) -> None:
         state = queue.get(record.job) if record is not None else None
         if record is not None and state is not None:
             raise UsageError(
-                f"run {run.name}: its job {record.job} is in the queue ({state.lower()}), and two jobs would train one "
-                f"run. Wait for it, or end it (dtrain cancel {record.job}), or choose another run.name."
+                f"run {run.name}: its job {record.job} is in the queue ({state.lower()}), and two jobs must not train "
+                f"one run. Wait for it, cancel it (dtrain cancel {record.job}), or choose another run.name."
             )
         _check_folder(run)
 
@@ -111,15 +114,15 @@ def _queue() -> dict[str, str]:
     return dict(line.split(" ", 1) for line in lines if " " in line)
 
 
-def _check_folder(run: Run) -> None:
-    refusal = f"run.name = {run.name!r}: {run.folder} is there already and is kept as it is"
+def _check_folder(run: PlannedRun) -> None:
+    refusal = f"run.name = {run.name!r}: {run.folder} already exists and is not overwritten"
     if not run.folder.is_dir():
-        raise UsageError(f"{refusal}; it is no folder. Choose another run.name.")
-    if (run.folder / STOP_FILE).exists():
-        raise UsageError(f"{run.folder / STOP_FILE} is there, by which somebody ended this run. Remove it to go on.")
+        raise UsageError(f"{refusal}; it is not a folder. Choose another run.name.")
+    if (run.folder / STOP).exists():
+        raise UsageError(f"{run.folder / STOP} exists: this run was stopped for good. Remove the file to continue.")
     other = any(path.name not in _NOT_OF_A_RUN for path in run.folder.iterdir())
-    if other and not (run.folder / "config.yaml").is_file():
-        raise UsageError(f"{refusal}; it holds no run. Choose another run.name.")
+    if other and not (run.folder / CONFIG).is_file():
+        raise UsageError(f"{refusal}; it contains no run. Choose another run.name.")
 
 
 def code_of(settings: Settings) -> Code | None:
@@ -136,36 +139,36 @@ def code_of(settings: Settings) -> Code | None:
     if top.is_dir() or top.with_suffix(".py").is_file():
         file = f"{reference.replace('.', '/')}.py"
         raise UsageError(
-            f"--freeze: the recipe {reference} is a module that is looked for where the job runs. Name its file "
-            f"instead, which is imported from its own folder: recipe={file}."
+            f"--freeze: the recipe {reference} is a module, which is looked up where the job runs. Name its file "
+            f"instead: recipe={file}."
         )
     return None
 
 
-def config_of(run: Run) -> Path | None:
+def config_of(run: PlannedRun) -> Path | None:
     """Returns the config that a run's words name; None for a recipe, a bundled config's short name, or nothing."""
     first = run.words[0] if run.words else ""
     return share.find(first) if first.endswith(_CONFIGS) else None
 
 
-def frozen_words(run: Run, recipe: str | None) -> Run:
+def frozen_words(run: PlannedRun, recipe: str | None) -> PlannedRun:
     """Returns a run whose words name the copies of its config and of its recipe.
 
     Args:
         run: as `plan_runs` returns it.
-        recipe: the name of the recipe's file; None where it is not copied.
+        recipe: the place of the recipe's file in the copy; None where it is not copied.
     """
     words, first = list(run.words), run.words[0] if run.words else ""
-    slurm = run.folder.absolute() / FOLDER
+    slurm = run.folder.absolute() / SLURM
     copy = [] if recipe is None else [word("recipe", str(slurm / CODE / recipe))]
     if first.endswith(_CONFIGS):
-        words[0] = str(slurm / _CONFIG)
+        words[0] = str(slurm / CONFIG)
     elif copy and first.endswith(".py"):
         words, copy = [str(slurm / CODE / str(recipe)), *words[1:]], []
     return replace(run, words=(*words, *copy))
 
 
-def submit_runs(runs: Sequence[Run], text: str, code: Code | None, config: Path | None) -> str:
+def submit_runs(runs: Sequence[PlannedRun], text: str, code: Code | None, config: Path | None) -> str:
     """Writes the script, the record and the copies into each run's folder, and submits the job.
 
     Where that fails, all is as it was before.
@@ -189,41 +192,48 @@ def submit_runs(runs: Sequence[Run], text: str, code: Code | None, config: Path 
                 undo.enter_context(_prepared(run, text, code, config))
             except OSError as error:
                 raise UsageError(f"{error.filename or run.folder}: cannot be written: {error.strerror}.") from None
-        job = submit(runs[0].folder / FOLDER / SCRIPT_NAME, cwd=Path.cwd())
+        job = submit(runs[0].folder / SLURM / SCRIPT, cwd=Path.cwd())
     for number, run in enumerate(runs):
         _note(run, job if not run.differs else f"{job}_{number}")
     return job
 
 
-def _note(run: Run, job: str) -> None:
+def _note(run: PlannedRun, job: str) -> None:
     """Notes the job's number; the job itself may have begun to write meanwhile."""
-    record = read_record(run.folder) or Record(job, name=run.name)
+    record = read_record(run.folder) or JobRecord(job, name=run.name)
     write_record(run.folder, replace(record, job=job, submitted=time.time(), output=str(output_file(run.folder, job))))
-    (run.folder / FOLDER / CANCEL_NAME).unlink(missing_ok=True)  # it was for the job before
-    shutil.rmtree(run.folder / FOLDER / _OLD, ignore_errors=True)
+    (run.folder / SLURM / CANCEL_NAME).unlink(missing_ok=True)  # it was for the job before
+    shutil.rmtree(run.folder / SLURM / _OLD, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _prepared(run: Run, text: str, code: Code | None, config: Path | None) -> Iterator[None]:
+def _prepared(run: PlannedRun, text: str, code: Code | None, config: Path | None) -> Iterator[None]:
     """Readies a run's folder; takes all back where what follows fails."""
     made = [folder for folder in (run.folder, *run.folder.parents) if not folder.exists()]
-    slurm = run.folder / FOLDER
+    slurm = run.folder / SLURM
     kept = False
     try:
-        slurm.mkdir(parents=True, exist_ok=True)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(run.folder, SLURM)
+        again = code is not None and code.is_in(slurm / CODE)
         _keep(slurm)
         kept = True
         before = read_record(run.folder)
         began = () if before is None else before.incarnations
-        script = slurm / SCRIPT_NAME
-        write_whole(script, text)
+        hidden = hide(run.words)[1]
+        if hidden:
+            write_secrets(run.folder, hidden)
+        script = slurm / SCRIPT
+        write_below(run.folder, f"{SLURM}/{SCRIPT}", text)
         write_record(
-            run.folder, Record("", None, str(script.absolute()), None, run.name, began, len(began), str(Path.cwd()))
+            run.folder, JobRecord("", None, str(script.absolute()), None, run.name, began, len(began), str(Path.cwd()))
         )
-        if code is not None:
-            code.copy_to(slurm / CODE)
+        if again:
+            shutil.copytree(slurm / _OLD / CODE, slurm / CODE, symlinks=True)
+        elif code is not None:
+            code.copy_to(make_folder(run.folder, f"{SLURM}/{CODE}"))
         if config is not None:
-            shutil.copyfile(config, slurm / _CONFIG)
+            write_below(run.folder, f"{SLURM}/{CONFIG}", config.read_bytes(), mode=PRIVATE)  # it may hold secrets
         yield
     except BaseException:
         _take_back(run.folder, made, written=kept)
@@ -233,13 +243,13 @@ def _prepared(run: Run, text: str, code: Code | None, config: Path | None) -> It
 def _keep(slurm: Path) -> None:
     """Puts what is written anew aside."""
     old = slurm / _OLD
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)  # which removes no link, and follows none
     old.mkdir()
     for name in _WRITTEN:
         if (slurm / name).exists():
             (slurm / name).rename(old / name)
-    if (old / FILE_NAME).exists():
-        shutil.copyfile(old / FILE_NAME, slurm / FILE_NAME)  # a reader finds one at any time
+    if (old / JOB).exists():
+        write_below(slurm, JOB, (old / JOB).read_bytes())  # a reader finds one at any time
 
 
 def _take_back(folder: Path, made: Sequence[Path], *, written: bool) -> None:
@@ -249,7 +259,7 @@ def _take_back(folder: Path, made: Sequence[Path], *, written: bool) -> None:
             with contextlib.suppress(OSError):  # somebody else has put something there
                 parent.rmdir()
         return
-    slurm = folder / FOLDER
+    slurm = folder / SLURM
     for name in _WRITTEN if written else ():
         if (slurm / name).is_dir():
             shutil.rmtree(slurm / name)

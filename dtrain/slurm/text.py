@@ -13,36 +13,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.errors import UsageError
-from dtrain.slurm.record import FOLDER
-from dtrain.slurm.request import Request
+from dtrain.layout import SLURM
+from dtrain.slurm.request import JobRequest
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 _COMMENT_COLUMN = 42
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\", "'": "\\'"}
 
 _BEFORE_ALL = """\
-# srun has not handed --cpus-per-task on since SLURM 22.05.
+# Not `python -m dtrain`, with which Python looks for each module in the present folder first: a random.py or types.py
+# beside a recipe would take the place of its own.
+dtrain=(-c 'import sys; sys.path[:1] = filter(None, sys.path[:1]); from dtrain.cli import main; main()')
+
+# Since SLURM 22.05 srun does not inherit --cpus-per-task from the job.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
-# This shell becomes `dtrain slurm-job`, which runs srun. On SIGUSR1 it asks the ranks to save and stop, and has the job
-# started again; not where the run is complete or was ended for good, fails by its own fault, or makes no progress.
+# This shell becomes `dtrain slurm-job`, which runs srun. On SIGUSR1 it asks the ranks to save and stop, and requeues
+# the job, unless the run is complete, was stopped for good, failed by itself, or makes no progress.
 """
 
 PER_NODE_END = f"""\
 {_BEFORE_ALL}\
-# The launchers end all ranks when one fails, and tell why: srun does not step in (kill-on-bad-exit, wait).
-exec "$python" -m dtrain slurm-job --requeues "$requeues" "${{words[@]}}" -- \\
+# The launchers terminate all ranks when one fails, and report why: srun does not interfere (kill-on-bad-exit, wait).
+exec "$python" "${{dtrain[@]}}" slurm-job --requeues "$requeues" "${{words[@]}}" -- \\
     srun --kill-on-bad-exit=0 --wait=0 "${{srun_options[@]}}" "${{container[@]}}" "$rank_python" \\
-    -m dtrain launch -n "$ranks" "${{launch_options[@]}}" -- train "${{words[@]}}"
+    "${{dtrain[@]}}" launch -n "$ranks" "${{launch_options[@]}}" -- train "${{words[@]}}"
 """
 
 PER_RANK_END = f"""\
 {_BEFORE_ALL}\
-# There is no launcher: srun ends all ranks 20 s after the first one's end. Not at once (kill-on-bad-exit), since ranks
-# that stop on request, with exit code 75, would be killed by the first of them to leave.
-exec "$python" -m dtrain slurm-job --requeues "$requeues" "${{words[@]}}" -- \\
+# There is no launcher: srun terminates all ranks 20 s after the first one exits. Not at once (kill-on-bad-exit), since
+# ranks that stop on request (exit code 75) would be killed when the first of them exits.
+exec "$python" "${{dtrain[@]}}" slurm-job --requeues "$requeues" "${{words[@]}}" -- \\
     srun --kill-on-bad-exit=0 --wait=20 "${{srun_options[@]}}" "${{container[@]}}" "$rank_python" \\
-    -m dtrain train "${{train_options[@]}}" "${{words[@]}}"
+    "${{dtrain[@]}}" train "${{train_options[@]}}" "${{words[@]}}"
 """
 
 
@@ -65,7 +69,7 @@ class Script:
     about: str = ""
 
 
-def script_text(request: Request, script: Script) -> str:
+def script_text(request: JobRequest, script: Script) -> str:
     """Returns the batch script of a checked request."""
     parts = [
         "#!/bin/bash",
@@ -96,12 +100,12 @@ def output_pattern(folder: Path, *, array: bool) -> str:
     text = str(folder.absolute())
     if "\\" in text:
         raise UsageError(
-            f"{text}: SLURM writes no job's output to a path with a backslash in it. Choose another run.dir."
+            f"{text}: SLURM cannot write a job's output to a path with a backslash. Choose another run.dir."
         )
     if not text.isprintable():
-        raise UsageError(f"{text!r}: a job's output needs a path without line breaks and control characters.")
+        raise UsageError(f"{text!r}: the path of a job's output must not contain line breaks or control characters.")
     escaped = text.replace("%", "%%")
-    return f"{escaped}-%a/{FOLDER}/job-%A_%a.out" if array else f"{escaped}/{FOLDER}/job-%j.out"
+    return f"{escaped}-%a/{SLURM}/job-%A_%a.out" if array else f"{escaped}/{SLURM}/job-%j.out"
 
 
 def output_file(folder: Path, job: str) -> Path:
@@ -111,7 +115,7 @@ def output_file(folder: Path, job: str) -> Path:
         folder: the run's own folder.
         job: "123"; "123_4" for a task of an array.
     """
-    return folder.absolute() / FOLDER / f"job-{job}.out"
+    return folder.absolute() / SLURM / f"job-{job}.out"
 
 
 def directive(option: str, comment: str = "") -> str:
@@ -153,10 +157,10 @@ def _one_line(text: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
-def _options(request: Request, output: str) -> list[tuple[str, str]]:
+def _options(request: JobRequest, output: str) -> list[tuple[str, str]]:
     """Returns sbatch's options, each with what there is to say about it."""
     many = request.ranks_per_node
-    tasks = (many, "a task for each rank") if request.per_rank else (1, "one launcher, which starts the node's ranks")
+    tasks = (many, "one task per rank") if request.per_rank else (1, "one launcher, which starts the ranks of the node")
     cpus = "for each rank" if request.per_rank else f"for all ranks of a node ({many})"
     asked = {"partition": request.partition, "account": request.account, "qos": request.qos}
     asked |= {"constraint": request.constraint, "mem": request.mem, "gpus-per-node": request.gpus_per_node}
@@ -171,13 +175,13 @@ def _options(request: Request, output: str) -> list[tuple[str, str]]:
         found.append((f"--time={request.time}", ""))
     if request.tasks is not None:
         limit = "" if request.at_once is None else f"%{request.at_once}"
-        found.append((f"--array=0-{request.tasks - 1}{limit}", "a run each; %K is how many at once"))
+        found.append((f"--array=0-{request.tasks - 1}{limit}", "one run each; %K: how many at once"))
     return [
         *found,
         (f"--output={output}", ""),
-        ("--open-mode=append", "a start after the first one keeps what is there"),
-        ("--requeue", "SLURM may start it again: a node lost, preempted"),
-        (f"--signal=B:USR1@{request.stop_before}", "to this shell, so long before the time limit"),
+        ("--open-mode=append", "append to the output of earlier starts"),
+        ("--requeue", "SLURM may requeue it: node failure, preemption"),
+        (f"--signal=B:USR1@{request.stop_before}", "to this shell, that many seconds before the time limit"),
         *((word, "") for word in request.sbatch_args),
     ]
 
@@ -187,27 +191,28 @@ def _env_setup(file: Path | None) -> list[str]:
         return []
     name = quoted(str(file.absolute()))  # a name without a folder would be looked for on PATH
     return [
-        "# Before set -u, since such files often use variables that are not set.",
+        "# Before set -u, since such files often use unset variables.",
         "# shellcheck source=/dev/null",
         f"source {name} || {{",
-        f"    printf '%s ended with status %s: let its last line be true if that is no failure\\n' {name} \"$?\" >&2",
+        "    printf '%s exited with status %s: end the file with the command true if "
+        f'that is not a failure\\n\' {name} "$?" >&2',
         "    exit 2",
         "}",
     ]
 
 
-def _words(request: Request, runs: Sequence[Sequence[str]]) -> list[str]:
+def _words(request: JobRequest, runs: Sequence[Sequence[str]]) -> list[str]:
     if request.tasks is None:
         return ["words=(", *(f"    {quoted(word)}" for word in runs[0]), ")"]
     return [
         "case ${SLURM_ARRAY_TASK_ID:-none} in",
         *(f"{task}) words=({' '.join(map(quoted, words))}) ;;" for task, words in enumerate(runs)),
-        '*) echo "this script has no run for task ${SLURM_ARRAY_TASK_ID:-none} of an array" >&2; exit 2 ;;',
+        '*) echo "this script has no run for array task ${SLURM_ARRAY_TASK_ID:-none}" >&2; exit 2 ;;',
         "esac",
     ]
 
 
-def _settings(request: Request, script: Script) -> list[str]:
+def _settings(request: JobRequest, script: Script) -> list[str]:
     cpu = ["--cpu"] if request.cpu else []
     retries = ["--retries", str(request.retries)] if request.retries else []
     ranks = [f"ranks={request.ranks_per_node}", _array("launch_options", [*cpu, *retries])]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtrain.errors import EXIT_OK, EXIT_STOPPED
-from dtrain.launch.postmortem import LOST
-from dtrain.launch.reports import PEER
+from dtrain.launch.monitor.exit_report import PEER
+from dtrain.launch.monitor.postmortem import LOST
 
 # Of ranks that stopped when they were asked to: or died of that, since it came before they could hear it.
 STOPPED = (EXIT_STOPPED, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
@@ -20,8 +20,8 @@ END, REQUEUE, CANCEL, AWAIT = "end", "requeue", "cancel", "await"
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How one incarnation of a job ended.
+class AttemptEnd:
+    """How one attempt of a job ended.
 
     Attributes:
         code: the exit code of its ranks, as srun passes it on.
@@ -31,9 +31,9 @@ class Ended:
             not be started again by SLURM.
         stop_file: whether the run's STOP file is there.
         cancel_file: whether `dtrain cancel` was asked for.
-        failure: what the run's failure.json says of this incarnation, None where there is none.
+        failure: what the run's failure.json says of this attempt, None where there is none.
         nodes_answer: whether, after such a failure, something can be run on every node.
-        without_progress: how many incarnations, this one included, the run has stood still for.
+        without_progress: how many attempts, this one included, the run has stood still for.
         cap: so many of these are followed by another one.
     """
 
@@ -50,7 +50,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class NextAction:
     """What is to be done.
 
     Attributes:
@@ -63,38 +63,38 @@ class Verdict:
     why: str
 
 
-def verdict(ended: Ended) -> Verdict:
+def verdict(ended: AttemptEnd) -> NextAction:
     """Returns what is to be done with a job whose ranks have ended."""
     if ended.code == EXIT_OK:
-        return Verdict(END, "complete")
+        return NextAction(END, "complete")
     if ended.terminated and not ended.preempted:
-        return Verdict(END, "ended by SLURM, which starts it again where it preempted the job or lost a node")
+        return NextAction(END, "terminated by SLURM, which requeues it after preemption or node failure")
     if ended.code in STOPPED:
         return _stopped(ended)
     cause = None if ended.failure is None else ended.failure["cause"]
     if cause in NODE_MAY_BE_LOST and not ended.nodes_answer:
-        return _again(ended, AWAIT, "a node was lost")
-    return Verdict(END, "failed" if cause is None else f"failed: {cause}")
+        return _again(ended, AWAIT, "node failure")
+    return NextAction(END, "failed" if cause is None else f"failed: {cause}")
 
 
-def _stopped(ended: Ended) -> Verdict:
+def _stopped(ended: AttemptEnd) -> NextAction:
     if ended.stop_file:
-        return Verdict(CANCEL, "stopped for good by the run's STOP file")
+        return NextAction(CANCEL, "stopped for good by the STOP file")
     if ended.cancel_file:
-        return Verdict(CANCEL, "cancelled")
+        return NextAction(CANCEL, "cancelled")
     if ended.preempted:
         return _again(ended, REQUEUE, "preempted")
     if ended.asked:
-        return _again(ended, REQUEUE, "stopped ahead of a limit")
-    return Verdict(END, "stopped on request")
+        return _again(ended, REQUEUE, "stopped before the time limit")
+    return NextAction(END, "stopped on request")
 
 
-def _again(ended: Ended, action: str, why: str) -> Verdict:
+def _again(ended: AttemptEnd, action: str, why: str) -> NextAction:
     if ended.without_progress > ended.cap:
-        return Verdict(END, f"{why}; given up: {given_up(ended.without_progress)}")
-    return Verdict(action, why)
+        return NextAction(END, f"{why}; giving up: {given_up(ended.without_progress)}")
+    return NextAction(action, why)
 
 
 def given_up(without_progress: int) -> str:
     """Returns why a job is not started again."""
-    return f"{without_progress} starts one after the other have brought neither a new row nor a new checkpoint"
+    return f"{without_progress} starts in a row without a new epoch or checkpoint"

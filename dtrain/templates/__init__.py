@@ -1,1 +1,1 @@
-"""Files that `dtrain init` copies; see `dtrain.scaffold`."""
+"""Files that `dtrain init` copies; see `dtrain.cli.scaffold`."""

@@ -51,5 +51,5 @@ if dtrain.is_main():  # what every rank has, one of them writes
     folder.mkdir(parents=True)
     dfhistory.to_csv(folder / "history.csv", index=False)  # for `dtrain history`, `dtrain plot` and `dtrain report`
     torch.save(net.state_dict(), folder / "net.pt")
-    print(f"{int((predictions != labels).sum())} of {len(labels)} digits are misread")
+    print(f"{int((predictions != labels).sum())} of {len(labels)} digits are misclassified")
     print(f"run: {folder}")

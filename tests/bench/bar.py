@@ -22,10 +22,11 @@ RANK = f"""
 import json, sys, time
 import torch
 from torch import nn
-from dtrain.engine import Engine
-from dtrain.learning import Task
-from dtrain.progress import LiveBar, Silent
-from dtrain.world import bring_up
+from dtrain.engine.loop import Engine
+from dtrain.engine.train_step import Task
+from dtrain.callbacks.progress import LiveBar
+from dtrain.engine.callback import Callbacks
+from dtrain.distributed.world import bring_up
 
 torch.set_num_threads(1)
 x = torch.ones(4, 8)
@@ -39,13 +40,13 @@ def train_step(model, features):
     busy()
     return model(features).mean()
 
-def engine(progress):
+def engine(shown):
     net = nn.Linear(8, 1)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    return Engine(Task(net, train_step, [x] * {STEPS}, optimizer=optimizer), bring_up(cpu=True), epochs=1, progress=progress)
+    return Engine(Task(net, train_step, [x] * {STEPS}, optimizer=optimizer), bring_up(cpu=True), epochs=1, callbacks=Callbacks(shown))
 
 bar = LiveBar()
-engines = [engine(bar), engine(Silent())]
+engines = [engine(bar), engine(None)]
 pairs = []
 for number in range(int(sys.argv[1]) + 1):
     times = []

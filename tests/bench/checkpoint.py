@@ -20,12 +20,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain.checkpoint.writer import timed
+from dtrain.checkpoint.saver import Checkpointer
 from dtrain.config.schema import CheckpointConfig
-from dtrain.engine import Engine
-from dtrain.learning import Task
-from dtrain.resuming.keeper import Keeper
-from dtrain.world import bring_up
+from dtrain.distributed.world import bring_up
+from dtrain.engine.loop import Engine
+from dtrain.engine.train_step import Task
 
 WIDTH = 1024
 
@@ -45,14 +44,14 @@ def engine_of(megabytes: int) -> Engine:
 
 def waits_for_keeper(engine: Engine, folder: Path, *, beside: bool, rounds: int) -> list[float]:
     """Seconds that training waited for each save."""
-    keeper = Keeper(engine, folder, CheckpointConfig(asynchronous=beside, keep_last=1, keep_best=0), dict)
+    keeper = Checkpointer(engine, folder, CheckpointConfig(asynchronous=beside, keep_last=1, keep_best=0), dict)
     for number in range(rounds + 1):
         engine.place.enter("checkpoint", number + 1)
-        keeper.look(engine.place)
+        keeper.on_save_point(engine.place)
         started = time.perf_counter()
         while keeper.writing or time.perf_counter() - started < 0.2:  # training, in the meantime
             engine.task.module(torch.randn(8, WIDTH)).square().mean()
-    keeper.close()
+    keeper.on_train_end()
     return keeper.stalls[1:]  # the first one makes the room for the copy
 
 
@@ -63,7 +62,9 @@ def waits_for_accelerate(engine: Engine, folder: Path, rounds: int) -> list[floa
     seconds = []
     for _ in range(rounds):
         shutil.rmtree(folder, ignore_errors=True)
-        seconds.append(timed(lambda: accelerator.save_state(str(folder))))
+        started = time.perf_counter()
+        accelerator.save_state(str(folder))
+        seconds.append(time.perf_counter() - started)
     return seconds
 
 

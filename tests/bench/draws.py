@@ -30,7 +30,7 @@ def main() -> None:
     if "RANK" in os.environ:
         compare(asked.pairs, asked.net)
         return
-    from dtrain.launch.local import free_port
+    from dtrain.launch.supervisor import free_port
 
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={asked.ranks}"]
     words = [f"--master-port={free_port()}", __file__, *sys.argv[1:]]
@@ -41,13 +41,17 @@ def compare(pairs: int, net: str) -> None:
     """Runs epochs by turns, with and without."""
     import torch
 
-    from dtrain.engine import Engine
-    from dtrain.learning import Task
-    from dtrain.world import bring_up
+    from dtrain.distributed.world import bring_up
+    from dtrain.engine.loop import Engine
+    from dtrain.engine.options import RunOptions
+    from dtrain.engine.train_step import Task
 
     torch.set_num_threads(1)
     world = bring_up(cpu=True)
-    with_, without = (Engine(Task(*_task(net)), world, epochs=1, batch="global", same_draws=on) for on in (True, False))
+    with_, without = (
+        Engine(Task(*_task(net)), world, epochs=1, options=RunOptions(batch="global", same_draws=on))
+        for on in (True, False)
+    )
     ratios, seconds = [], []
     for number in range(pairs + 1):
         times = {}

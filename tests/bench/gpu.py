@@ -22,6 +22,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
+from helpers.callbacks import on
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -88,9 +89,9 @@ def hand_written(net: nn.Module, loader: DataLoader[Any], device: torch.device) 
 def duel(asked: argparse.Namespace) -> tuple[list[float], list[float]]:
     """Trains with both by turns; returns the seconds of their epochs."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
-    from dtrain.engine import Engine
-    from dtrain.learning import Task
-    from dtrain.world import bring_up
+    from dtrain.distributed.world import bring_up
+    from dtrain.engine.loop import Engine
+    from dtrain.engine.train_step import Task
 
     world = bring_up(cpu=asked.device == "cpu")
     hand = hand_written(*problem(asked.model, asked.steps, asked.width, asked.batch), world.device)
@@ -109,7 +110,7 @@ def duel(asked: argparse.Namespace) -> tuple[list[float], list[float]]:
         hands.append(time.perf_counter() - before)
 
     engine = Engine(Task(net, train_step, loader), world, epochs=_WARM_UP + asked.pairs)
-    engine.after_epoch.append(turn)
+    engine.callbacks.add(on(on_epoch_end=turn))
     engine.fit()
     mine, other = losses[-1]
     if not abs(mine - other) < 0.15:

@@ -26,7 +26,7 @@ FAULTS = {
     "returns text": (["model.fault=text"], 1, ["'metric' as str"]),
     "returns no value": (["model.fault=empty"], 1, ["train step returned"]),
     "two elements": (["model.fault=two-elements"], 1, ["'metric'", "(2,)", "mean()"]),
-    "never learns": (["model.fault=no-graph"], 1, ["never learns", "model.optimizer.step()"]),
+    "does not train": (["model.fault=no-graph"], 1, ["does not train", "model.optimizer.step()"]),
     "never steps": (["model.fault=backward-only"], 1, ["no optimizer's step() ran", "model.optimizer.step()"]),
     "exits in a step": (["model.fault=sys-exit"], 1, ["your code called sys.exit(3)", "train step 1"]),
     "no train data": (["n_train=0"], 1, ["train loader yielded no batch"]),
@@ -38,7 +38,7 @@ EMPTY = ("no train data", "no valid data", "all dropped")
 FILES = {
     "syntax error": ("def train_step(model:\n  pass\n", 2, [":1: syntax error", "def train_step(model:"]),
     "no train_step": ("model = dl_train = None\n", 2, ["defines no train_step"]),
-    "no model": ("def train_step(m): pass\ndl_train = []\n", 2, ["defines no net"]),
+    "no model": ("def train_step(m): pass\ndl_train = []\n", 2, ["defines no model"]),
     "wrong model": ("def train_step(m): pass\nmodel = 3\n", 2, ["the model is a int"]),
     "no data": ("from torch import nn\nmodel = nn.Linear(1, 1)\ndef train_step(m): pass\n", 2, ["defines no data"]),
     "no valid_step": (
@@ -71,7 +71,7 @@ FILES = {
     "no parameter": (
         "from torch import nn\ndef build_model(width): return nn.Linear(width, 1)\ndef train_step(m): pass\n",
         2,
-        ["model.width is needed"],
+        ["model.width is required"],
     ),
 }
 
@@ -100,7 +100,7 @@ def test_steps_and_loaders(dtrain: Dtrain, recipes: Path, case: str) -> None:
         assert not (dtrain.folder / "runs").exists(), "told before anything starts"
 
 
-@pytest.mark.parametrize("case", ["returns nothing", "never learns", "no train data", "no valid data"])
+@pytest.mark.parametrize("case", ["returns nothing", "does not train", "no train data", "no valid data"])
 def test_steps_and_loaders_on_two_ranks(dtrain: Dtrain, recipes: Path, case: str) -> None:
     words, code, expected = FAULTS[case]
     assert_told_once(dtrain("train", recipes / "small.py", "epochs=1", *words, "-n", 2, "--cpu"), code, expected)
@@ -130,7 +130,7 @@ def test_the_users_own_exception_keeps_its_traceback_and_tells_where(dtrain: Dtr
     assert 'small.py", line' in done.err
     assert "ValueError: a fault of the user's own" in done.err
     assert f"rank {ranks - 1}, epoch 1, train step 1" in done.err
-    assert "dtrain/engine.py" not in done.err
+    assert "dtrain/engine/loop.py" not in done.err
 
 
 def test_a_fault_in_validation_a_worker_or_a_builder_tells_where(dtrain: Dtrain, recipes: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_fault_in_validation_a_worker_or_a_builder_tells_where(dtrain: Dtrain,
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"), [("kill@1", "rank 1 was killed by SIGKILL"), ("exit@1", "rank 1 left with exit code 0")]
+    ("fault", "told"), [("kill@1", "rank 1 was killed by SIGKILL"), ("exit@1", "rank 1 exited with code 0")]
 )
 def test_a_rank_that_dies_without_a_word_ends_the_job(dtrain: Dtrain, recipes: Path, fault: str, told: str) -> None:
     done = dtrain("train", recipes / "small.py", f"model.fault={fault}", "-n", 2, "--cpu")
@@ -158,7 +158,7 @@ def test_a_run_is_never_written_over(dtrain: Dtrain, recipes: Path) -> None:
     words = ["train", recipes / "small.py", "epochs=1", "run.name=mine"]
     assert dtrain(*words).code == 0
     before = (dtrain.folder / "runs/mine/history.csv").read_text()
-    assert_told_once(dtrain(*words, "--resume", "never"), 2, ["runs/mine is there already", "run.name"])
+    assert_told_once(dtrain(*words, "--resume", "never"), 2, ["runs/mine already exists", "run.name"])
     assert_told_once(dtrain(*words, "optimizer.lr=0.3"), 2, ["optimizer.lr was 0.1 and is 0.3", "run.name"])
     assert (dtrain.folder / "runs/mine/history.csv").read_text() == before
 

@@ -16,9 +16,9 @@ from helpers.running import Running, running, wait_for
 from helpers.sweep import FULL
 from safetensors.torch import load_file
 
-from dtrain.resuming.finding import find_good
+from dtrain.checkpoint.locate import find_good
 
-AT_ONCE = 10  # seconds; a rank that ends well still leaves its process group and the interpreter
+AT_ONCE = 30  # seconds, on a busy machine; a rank that ends well still leaves its process group and the interpreter
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def marks(where: str, ranks: int) -> list[str]:
 
 def assert_stopped(run: Running, by: str, code: int = 75) -> None:
     assert run.end() == code, run.text
-    assert run.text.count(f"dtrain: stopping on request ({by}), with a checkpoint") <= 1
+    assert run.text.count(f"dtrain: stopping on request ({by}), saving a checkpoint") <= 1
     assert run.text.count(f"dtrain: stopped on request ({by})") == 1, run.text
     assert "Traceback" not in run.text
     assert "error" not in run.text
@@ -48,8 +48,11 @@ def test_a_signal_to_the_launcher(tmp_path: Path, train: list[object], ranks: in
         run.until(*marks("train", ranks))
         run.send(number)
         assert_stopped(run, number.name)
-        assert f"dtrain: stopping on request ({number.name}), with a checkpoint; Ctrl-C again ends at once." in run.text
-        assert "go on with: dtrain train" in run.text
+        assert (
+            f"dtrain: stopping on request ({number.name}), saving a checkpoint; press Ctrl-C again to stop at once."
+            in run.text
+        )
+        assert "resume with: dtrain train" in run.text
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -69,28 +72,28 @@ def test_a_storm_of_signals(tmp_path: Path, train: list[object], ranks: int) -> 
 
 @pytest.mark.parametrize("after", [0.15, 1.5] if not FULL else [number * 0.1 for number in range(40)])
 def test_in_start_up(tmp_path: Path, train: list[object], after: float) -> None:
-    with running(tmp_path, *train, "-n", 2, "model.setup=1") as run:
+    with running(tmp_path, *train, "-n", 2, "model.setup=1", cold=True) as run:
         wait_for(lambda: listens(run.process.pid), "the launcher listens")
         time.sleep(after)
         run.send(signal.SIGTERM)
         assert run.end() == 75, run.text
-        assert "stopped on request (SIGTERM), before the first step; nothing is to be saved" in run.text
+        assert "stopped on request (SIGTERM), before the first step; nothing to save" in run.text
         assert not (tmp_path / "runs").exists()
 
 
 def test_in_start_up_of_every_process(tmp_path: Path, train: list[object]) -> None:
     """As SLURM sends it: a rank that does not hear it yet does not die of it."""
-    with running(tmp_path, *train, "-n", 2) as run:
+    with running(tmp_path, *train, "-n", 2, cold=True) as run:
         launcher = psutil.Process(run.process.pid)
         wait_for(lambda: len(launcher.children()) >= 3, "there are ranks, and their reaper")
         for process in [*launcher.children(), launcher]:
             process.send_signal(signal.SIGUSR1)
         assert run.end() == 75, run.text
-        assert "stopped on request (SIGUSR1), before the first step; nothing is to be saved" in run.text
+        assert "stopped on request (SIGUSR1), before the first step; nothing to save" in run.text
 
 
 def listens(pid: int) -> bool:
-    from dtrain.launch.processes import catches
+    from dtrain.launch.monitor.processes import catches
 
     return catches(pid, signal.SIGTERM)
 
@@ -107,7 +110,7 @@ def test_one_rank_alone_under_another_launcher(tmp_path: Path, train: list[objec
         assert run.text.count("dtrain: stopped on request (SIGTERM), in epoch") == 1, run.text
         assert "exitcode  : 75" in run.text
         assert "Ctrl-C again" not in run.text
-        assert run.text.count("dtrain: stopping on request (SIGTERM), with a checkpoint.") == 1
+        assert run.text.count("dtrain: stopping on request (SIGTERM), saving a checkpoint.") == 1
 
 
 def test_one_rank_alone_here_and_srun_like(tmp_path: Path, train: list[object]) -> None:
@@ -121,7 +124,7 @@ def test_the_file(tmp_path: Path, train: list[object]) -> None:
     with running(tmp_path, *train, "-n", 2) as run:
         run.until(*marks("train", 2))
         (tmp_path / "runs/it/STOP").touch()
-        assert_stopped(run, "runs/it/STOP")
+        assert_stopped(run, str(tmp_path / "runs/it/STOP"))
     assert (tmp_path / "runs/it/STOP").exists()
 
 
@@ -132,7 +135,7 @@ def test_ctrl_c_twice_ends_at_once(tmp_path: Path, train: list[object]) -> None:
         with running(tmp_path, *train[:-1], "-n", ranks, "model.pause=600") as run:
             run.until(*marks("train", ranks))
             run.send(signal.SIGINT)
-            wait_for(lambda run=run: "Ctrl-C again ends at once" in run.text, "it says so")
+            wait_for(lambda run=run: "Ctrl-C again to stop at once" in run.text, "it says so")
             assert run.process.poll() is None
             time.sleep(0.5)  # as a person's second one would come; within 0.3 s it counts as the first
             run.send(signal.SIGINT)
@@ -167,7 +170,7 @@ def test_ranks_that_do_not_stop_in_time_are_ended(tmp_path: Path, train: list[ob
         run.until(*marks("train", 2))
         run.send(signal.SIGTERM)
         assert run.end(AT_ONCE) == 143, run.text
-        assert "they did not stop by themselves in time (train.stop_seconds)" in run.text
+        assert "they did not stop within train.stop_seconds" in run.text
 
 
 def test_validation_is_left(tmp_path: Path, train: list[object]) -> None:
@@ -182,12 +185,12 @@ def test_validation_is_left(tmp_path: Path, train: list[object]) -> None:
     assert not (tmp_path / "runs/it/history.csv").exists()
 
 
-def test_a_terminal_that_closes_ends_at_once_and_nohup_keeps_it(tmp_path: Path, train: list[object]) -> None:
+def test_a_terminal_that_closes_is_a_request_and_nohup_keeps_it(tmp_path: Path, train: list[object]) -> None:
     with running(tmp_path, *train, "-n", 2) as run:
         run.until(*marks("train", 2))
         run.send(signal.SIGHUP)
-        assert run.end(AT_ONCE) == 129, run.text
-        assert "stopped by SIGHUP" in run.text
+        run.send(signal.SIGHUP)  # the shell's, after the kernel's
+        assert_stopped(run, "SIGHUP")
     for mark in marks("train", 2):
         (tmp_path / mark).unlink()
     script = tmp_path / "nohup"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import BIN, Done, Dtrain, clean_environment
 
-from dtrain.launch.ports import free_port
+from dtrain.launch.env.ports import free_port
 
 
 @contextlib.contextmanager
@@ -36,8 +36,11 @@ def running(folder: Path, *words: object, **env: str) -> Iterator[subprocess.Pop
 
 
 def finished(process: subprocess.Popen[str]) -> Done:
-    text, _ = process.communicate(timeout=90)
+    text, _ = process.communicate(timeout=120)
     return Done(process.returncode, text, "")
+
+
+SECRET = "the nodes of these tests know it"  # noqa: S105
 
 
 def rank_variables(rank: int, port: int, size: int = 2, **more: str) -> dict[str, str]:
@@ -54,8 +57,8 @@ def two_ranks(folders: list[Path], words: list[list[object]], variables: list[di
 
 
 STRANGERS = {
-    "config": ("epochs=2", {}, r"config train.epochs is not the same on all ranks: 1 on rank 0 \(.*\), 2 on rank 1"),
-    "job": ("epochs=1", {"DTRAIN_JOB": "b"}, r"the job is not the same on all ranks: a on rank 0 \(.*\), b on rank 1"),
+    "config": ("epochs=2", {}, r"config train.epochs is not the same on all ranks: 1 on rank 0 \(.*\), another one on rank 1"),
+    "job": ("epochs=1", {"DTRAIN_JOB": "b"}, r"the job is not the same on all ranks: a on rank 0 \(.*\), another one on rank 1"),
     "size": ("epochs=1", {"WORLD_SIZE": "3"}, r"the number of ranks is not the same on all ranks: 2 on rank 0"),
     "rank": ("epochs=1", {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}, r"are both rank 0\. Give each node"),
     "recipe": ("epochs=1", {}, r"the content of mine.py is not the same on all ranks: \w{12} on rank 0 \(.*\), \w{12} on"),
@@ -86,9 +89,9 @@ def test_a_rank_that_does_not_come_is_named_in_time(dtrain: Dtrain, rank: int) -
     began = time.monotonic()
     done = dtrain("train", "--cpu", **rank_variables(rank, free_port(), DTRAIN_RDZV_TIMEOUT="2"))
     assert done.code == 2, done.text
-    told = ("rank 1 of 2 did not come within 2 s", "rank 1 did not find rank 0 at 127.0.0.1:")
+    told = ("rank 1 of 2 did not connect within 2 s", "rank 1 did not find rank 0 at 127.0.0.1:")
     assert told[rank] in done.err
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 100  # the usual limit is 120 s
 
 
 @pytest.fixture
@@ -113,7 +116,7 @@ def test_a_busy_port_is_named_with_its_holder_before_anything_starts(
     rdzv = f"127.0.0.1:{port}"
     several = ("--nodes", 2, "--node-rank", 0, "--rdzv", rdzv)
     for options, env in (((*several,), {}), (("--rdzv", rdzv), {}), ((), {"MASTER_PORT": str(port)})):
-        done = dtrain("launch", "-n", 2, *options, "train", timeout=20, **env)
+        done = dtrain("launch", "-n", 2, *options, "train", timeout=100, **env)
         assert done.code == 2, done.text
         assert f"port {port} is in use by process {process.pid} ({sys.executable}" in done.err
 
@@ -122,9 +125,9 @@ def test_a_foreign_service_on_the_port_is_told_from_a_launcher(
     dtrain: Dtrain, holder: tuple[subprocess.Popen[str], int]
 ) -> None:
     rdzv = f"127.0.0.1:{holder[1]}"
-    done = dtrain("launch", "--nodes", 2, "--node-rank", 1, "--rdzv", rdzv, "train", timeout=20)
+    done = dtrain("launch", "--nodes", 2, "--node-rank", 1, "--rdzv", rdzv, "train", timeout=100)
     assert done.code == 2
-    assert f"what listens at {rdzv} is no dtrain launcher: it answered b'220 a foreign service" in done.err
+    assert f"what listens at {rdzv} is not a dtrain launcher: it answered b'220 a foreign service" in done.err
 
 
 def node(
@@ -132,11 +135,11 @@ def node(
 ) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
     (folder / "s.py").write_text("import os\nprint('rank', os.environ['RANK'], os.environ['MASTER_ADDR'])")
     place = ("--nodes", nodes, "--node-rank", number, "--rdzv", f"127.0.0.1:{port}", "--rdzv-timeout", 20)
-    return running(folder, "launch", "-n", 1, *place, *more, "--", "s.py")
+    return running(folder, "launch", "-n", 1, *place, *more, "--", "s.py", DTRAIN_RDZV_SECRET=SECRET)
 
 
 def connected(port: int) -> socket.socket:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         try:
             return socket.create_connection(("127.0.0.1", port))
@@ -160,7 +163,9 @@ def test_garbage_and_another_jobs_node_do_not_disturb_a_job(tmp_path: Path) -> N
             done = [finished(first), finished(second)]
         assert silent.fileno() >= 0
     assert [one.code for one in done] == [0, 0], done
-    assert [one.text for one in done] == ["rank 0 127.0.0.1\n", "rank 1 127.0.0.1\n"]
+    warned, said = done[0].text.splitlines()
+    assert warned.startswith("dtrain: warning: a connection from 127.0.0.1 to the launchers' port was dropped: it sent")
+    assert [said, done[1].text] == ["rank 0 127.0.0.1", "rank 1 127.0.0.1\n"]
 
 
 def test_two_nodes_with_one_node_rank_are_refused(tmp_path: Path) -> None:
@@ -173,16 +178,17 @@ def test_two_nodes_with_one_node_rank_are_refused(tmp_path: Path) -> None:
         done = [finished(one) for one in (first, second, third)]
     for one in done:
         assert one.code == 2
-        assert "a second launcher came to" in one.text
-        assert "as node 1. Give each node a --node-rank of its own, 0 to 2" in one.text
+        assert "a second launcher joined" in one.text
+        assert "as node 1. Give each node its own --node-rank, 0 to 2" in one.text
 
 
 def test_nodes_number_themselves_in_order_of_arrival(tmp_path: Path) -> None:
     port = free_port("")
     (tmp_path / "s.py").write_text("import os\nprint('rank', os.environ['RANK'], os.environ['NODE_RANK'])")
     words = ("launch", "-n", 1, "--nodes", 3, "--rdzv", f"127.0.0.1:{port}", "--", "s.py")
-    with running(tmp_path, *words) as first, running(tmp_path, *words) as second, running(tmp_path, *words) as third:
-        done = [finished(one) for one in (first, second, third)]
+    with contextlib.ExitStack() as stack:
+        started = [stack.enter_context(running(tmp_path, *words, DTRAIN_RDZV_SECRET=SECRET)) for _ in range(3)]
+        done = [finished(one) for one in started]
     assert [one.code for one in done] == [0, 0, 0], done
     assert sorted(one.text for one in done) == [f"rank {number} {number}\n" for number in range(3)]
 
@@ -206,8 +212,8 @@ def test_garbage_is_named_where_a_node_does_not_come(tmp_path: Path) -> None:
         foreign.sendall(b"GET / HTTP/1.1\r\n\r\n")
         done = finished(first)
     assert done.code == 2
-    assert "node 1 of 2 (ranks 1 to 1) did not come" in done.text
-    assert "Others came: 127.0.0.1 sent b'GET / HTTP/1.1" in done.text
+    assert "node 1 of 2 (ranks 1 to 1) did not reach" in done.text
+    assert "Dropped connections: 127.0.0.1 sent b'GET / HTTP/1.1" in done.text
 
 
 ASKED = {
@@ -216,17 +222,17 @@ ASKED = {
         ["--nodes", "2", "--node-rank", "2", "--rdzv", "h:1"],
         "--node-rank 2 of --nodes 2: should be 0 to 1",
     ),
-    "no place": (["--nodes", "2", "--node-rank", "1"], "several nodes need a place to meet: --rdzv HOST:PORT"),
+    "no place": (["--nodes", "2", "--node-rank", "1"], "several nodes need --rdzv HOST:PORT"),
     "no port": (["--nodes", "2", "--node-rank", "1", "--rdzv", "h"], "--rdzv h: should be HOST:PORT"),
     "no host": (["--nodes", "2", "--node-rank", "1", "--rdzv", "no.such.invalid:1"], "no such host"),
-    "no nodes": (["--node-rank", "1"], "--node-rank 1 without --nodes"),
+    "no nodes": (["--node-rank", "1"], "--node-rank 1 needs --nodes"),
 }
 
 
 @pytest.mark.parametrize("case", ASKED)
 def test_options_that_do_not_fit_are_refused_with_the_remedy(dtrain: Dtrain, case: str) -> None:
     options, told = ASKED[case]
-    done = dtrain("launch", *options, "train", timeout=20)
+    done = dtrain("launch", *options, "train", timeout=100)
     assert done.code == 2, done.text
     assert told in done.err
 

@@ -66,7 +66,7 @@ class Browser:
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
 
-    def until(self, script: str, *arguments: Any, seconds: float = 30.0) -> None:
+    def until(self, script: str, *arguments: Any, seconds: float = 90.0) -> None:
         """Waits until a script returns something true."""
         wait_for(lambda: self.run(script, *arguments), script, seconds)
 

@@ -64,23 +64,46 @@ class Host:
 
 
 @contextlib.contextmanager
-def two_hosts(folder: Path) -> Iterator[list[Host]]:
-    """Makes two hosts that see each other and nothing else, each with a folder of its own."""
+def two_hosts(
+    folder: Path, *, names: tuple[str, str] = ("", ""), ipv6: bool = False, more: bool = False
+) -> Iterator[list[Host]]:
+    """Makes two hosts that see each other and nothing else, each with a folder of its own.
+
+    Args:
+        folder: where those are made.
+        names: of each host the lines of its own /etc/hosts; empty for that of this machine.
+        ipv6: they have IPv6 addresses alone.
+        more: each has another interface besides, aside0, with an address that leads nowhere.
+    """
     hosts: list[Host] = []
     pair = next(_PAIRS)  # several may be there at once; each pair sees itself alone
     try:
         for number in (0, 1):
-            host = Host(f"dtn{pair}-{number}-{os.getpid()}", f"10.213.77.{number + 1}", folder / f"node{number}")
+            address = f"fd77::{number + 1}" if ipv6 else f"10.213.77.{number + 1}"
+            host = Host(f"dtn{pair}-{number}-{os.getpid()}", address, folder / f"node{number}")
             host.folder.mkdir()
             _ip("netns", "add", host.name)
             hosts.append(host)
             _ip("-n", host.name, "link", "set", "lo", "up")
+            if names[number]:  # ip-netns(8) puts it in the place of /etc/hosts there
+                _own_files(host).mkdir(parents=True)
+                (_own_files(host) / "hosts").write_text(names[number])
+            if more:
+                _ip("-n", host.name, "link", "add", "aside0", "type", "veth", "peer", "name", "aside1")
+                _ip("-n", host.name, "addr", "add", f"10.9.{number}.1/24", "dev", "aside0")
+                _ip("-n", host.name, "link", "set", "aside0", "up")
         first, second = (host.name for host in hosts)
         _ip("link", "add", "eth0", "netns", first, "type", "veth", "peer", "name", "eth0", "netns", second)
         for host in hosts:
-            _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", "eth0")
+            size = ["/64", "nodad"] if ipv6 else ["/24"]
+            _ip("-n", host.name, "addr", "add", f"{host.address}{size[0]}", "dev", "eth0", *size[1:])
             _ip("-n", host.name, "link", "set", "eth0", "up")
         yield hosts
     finally:
         for host in hosts:
             _ip("netns", "del", host.name)
+            shutil.rmtree(_own_files(host), ignore_errors=True)
+
+
+def _own_files(host: Host) -> Path:
+    return Path("/etc/netns") / host.name

@@ -52,7 +52,7 @@ class _Interrupting(NotebookClient):
         return super().output(outs, msg, display_id, cell_index)
 
 
-def run_notebook(cells: list[str], folder: Path, timeout: int = 120) -> list[CellOutput]:
+def run_notebook(cells: list[str], folder: Path, timeout: int = 200) -> list[CellOutput]:
     """Runs a notebook's cells to the last one, also after errors, and returns what each cell shows.
 
     Args:

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 from safetensors.torch import load_file
 
-from dtrain.history import read_history
-from dtrain.slurm.record import Record, read_record
+from dtrain.rundir.history import read_history
+from dtrain.rundir.job_record import JobRecord, read_record
 from helpers.cluster import Cluster, Job
 from helpers.running import wait_for
 
@@ -55,7 +55,7 @@ class Queued:
         return self.folder / "runs/it"
 
     @property
-    def record(self) -> Record:
+    def record(self) -> JobRecord:
         """What its folder says of its job."""
         record = read_record(self.run)
         assert record is not None
@@ -86,7 +86,7 @@ class Queued:
         """Lets it go on without pauses."""
         (self.folder / "go").touch()
 
-    def wait(self, *states: str, seconds: float = 60, restarts: int = 0) -> Job:
+    def wait(self, *states: str, seconds: float = 150, restarts: int = 0) -> Job:
         """Waits for its job to be in one of some states."""
         return self.slurm.wait(self.job, *states, seconds=seconds, restarts=restarts)
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dtrain.launch.local import free_port
+from dtrain.launch.supervisor import free_port
+from helpers.commands import popen
 from helpers.ranks import rank_process_environment
 
 _WORKER = Path(__file__).with_name("rank_worker.py")
-_PATIENCE_SECONDS = 60
+_PATIENCE_SECONDS = 120
 
 
 class RankPool:
@@ -31,7 +32,7 @@ class RankPool:
         port = free_port()
         job = {"file": sys.modules[function.__module__].__file__, "function": function.__name__, "pool": True}
         self._ranks = [
-            subprocess.Popen(
+            popen(
                 [sys.executable, str(_WORKER), json.dumps(job)],
                 env=rank_process_environment(rank, size, port, self._folder.name),
                 stdin=subprocess.PIPE,

@@ -19,12 +19,17 @@ def as_process(job: dict[str, Any], environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # as in a process that nothing was forked for
+    for drawn in (
+        sys.modules["numpy"].random,
+        sys.modules["torch"].default_generator,
+    ):  # which would be all ranks' the same
+        drawn.seed()
     run(job)
 
 
 def run(job: dict[str, Any]) -> None:
     """Calls the job's function once, or, in a pool, for each line of arguments that comes; then leaves."""
-    from dtrain.world import bring_up
+    from dtrain.distributed.world import bring_up
 
     faulthandler.enable()
     world = bring_up(cpu=True)

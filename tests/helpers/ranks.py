@@ -15,12 +15,20 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from dtrain.launch.local import free_port, rank_environment
+from dtrain.launch.supervisor import free_port, rank_environment
 from helpers.commands import SERVERS, clean_environment
 from helpers.rank_worker import as_process
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
-_HEAVY = ["torch", "accelerate", "pandas", "dtrain.run", "dtrain.training", "dtrain.keras", "dtrain.script"]
+_HEAVY = [
+    "torch",
+    "accelerate",
+    "pandas",
+    "dtrain.trainer.train",
+    "dtrain.api.function",
+    "dtrain.api.keras",
+    "dtrain.api.script",
+]
 
 
 def run_ranks(

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 
-from helpers.commands import BIN, clean_environment
+from helpers.commands import BIN, clean_environment, popen
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
@@ -70,12 +70,21 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, *words: object, program: str = "dtrain", **env: str) -> Iterator[Running]:
-    """Runs a command in a folder; what still runs at the end is killed."""
+def running(folder: Path, *words: object, program: str = "dtrain", cold: bool = False, **env: str) -> Iterator[Running]:
+    """Runs a command in a folder; what still runs at the end is killed.
+
+    Args:
+        folder: where.
+        words: the command's.
+        program: its name.
+        cold: start it as users do, since its start-up is what is tested; see `helpers.warm`.
+        env: more environment variables.
+    """
     output = folder / "output"
     with output.open("wb") as file:
-        process = subprocess.Popen(
+        process = popen(
             [str(BIN / program), *map(str, words)],
+            cold=cold,
             cwd=folder,
             env=clean_environment(**env),
             stdin=subprocess.DEVNULL,

@@ -29,14 +29,27 @@ def fresh_net(*, scheduled: bool = False) -> Any:
     return net
 
 
-def _loss(net: Any, x: Tensor, y: Tensor) -> Tensor:
+def loss_of(net: Any, x: Tensor, y: Tensor) -> Tensor:
     return ((net(x) - y) ** 2).mean()
+
+
+def told_of(world: Any, net: Any, step: Callable[..., Any], epochs: int = 1, **more: Any) -> str:
+    """Trains a net with a step; returns what the step was told, or nothing."""
+    from dtrain.api.function import train_model
+    from dtrain.errors import StepError
+
+    loader = DataLoader(TensorDataset(*data()), BATCH)
+    try:
+        train_model(net, epochs, loader, train_step=step, verbose=False, world=world, **more)
+    except StepError as error:
+        return str(error)
+    return ""
 
 
 def _closure(net: Any, x: Tensor, y: Tensor) -> None:
     def closure() -> Tensor:
         net.optimizer.zero_grad()
-        loss = _loss(net, x, y)
+        loss = loss_of(net, x, y)
         loss.backward()
         return loss
 
@@ -70,7 +83,7 @@ def _clear(net: Any) -> None:
 
 def _by_grad(net: Any, x: Tensor, y: Tensor) -> None:
     parameters = list(net.parameters())
-    for parameter, grad in zip(parameters, torch.autograd.grad(_loss(net, x, y), parameters), strict=True):
+    for parameter, grad in zip(parameters, torch.autograd.grad(loss_of(net, x, y), parameters), strict=True):
         parameter.grad = grad
 
 
@@ -78,7 +91,7 @@ DOES: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
     "zero": lambda net, x, y: net.optimizer.zero_grad(),
     "zero to zeros": lambda net, x, y: net.optimizer.zero_grad(set_to_none=False),
     "net zero": lambda net, x, y: net.zero_grad(),
-    "backward": lambda net, x, y: _loss(net, x, y).backward(),
+    "backward": lambda net, x, y: loss_of(net, x, y).backward(),
     "backward of another": lambda net, x, y: (net(x) - y).abs().mean().backward(),
     "step": lambda net, x, y: net.optimizer.step(),
     "clip": lambda net, x, y: nn.utils.clip_grad_norm_(net.parameters(), 0.1),
@@ -102,7 +115,7 @@ TO_WEIGHTS = {"climb", "climb by data", "clamp"}  # what nobody can hold back
 def take(net: Any, x: Tensor, y: Tensor, program: Program) -> Tensor:
     """One train step; its loss is looked at first, without gradients."""
     with torch.no_grad():
-        loss = _loss(net, x, y)
+        loss = loss_of(net, x, y)
     for name in program:
         DOES[name](net, x, y)
     return loss
@@ -120,8 +133,8 @@ def by_hand(net: Any, programs: Sequence[Program], samples: int) -> list[list[fl
 
 def by_dtrain(world: Any, net: Any, programs: Sequence[Program], accumulation: int) -> tuple[list[float], str]:
     """The same in dtrain, where each program is that of a group of batches; returns the weights and what was told."""
+    from dtrain.api.function import train_model
     from dtrain.errors import DtrainError
-    from dtrain.training import train_model
 
     calls: list[int] = []
 

@@ -78,6 +78,10 @@ class Terminal:
             assert time.monotonic() < deadline, f"waited in vain: {what}\n{self.text}"
             assert self.read(0.05), f"it ended before: {what}\n{self.text}"
 
+    def type(self, text: str) -> None:
+        """Types as a person does."""
+        os.write(self._file, text.encode())
+
     def to_the_end(self) -> None:
         """Reads until nobody writes any more."""
         deadline = time.monotonic() + PATIENCE

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import Dtrain
 
-from dtrain.bench.advice import Measured, advice
+from dtrain.tools.bench.advice import BenchResult, advice
 
 SLOW = """
 import time
@@ -98,10 +98,10 @@ def test_a_fault_of_the_recipe_is_the_users(dtrain: Dtrain, recipes: Path) -> No
     assert dtrain("bench", recipes / "small.py", "model.fault=raise", "epoch=3").code == 2
 
 
-def measured(**changes: object) -> Measured:
+def measured(**changes: object) -> BenchResult:
     parts = {"data": 0.1, "transfer": 0.1, "forward and backward": 1.0, "metric function": 0.1, "optimizer": 0.1}
     fields = {"step_seconds": 1.4, "samples_per_second": 10.0, "parts": parts, "asked": 2.0, "device": "cpu"}
-    return Measured(**{**fields, "workers": 0, "by_batch": False, "steps": 5, **changes})
+    return BenchResult(**{**fields, "workers": 0, "by_batch": False, "steps": 5, **changes})
 
 
 def test_advice_fits_what_was_found() -> None:
@@ -113,5 +113,5 @@ def test_advice_fits_what_was_found() -> None:
     assert "num_workers=2 or more" in first
     assert "pin_memory" in second
     assert "do less in __getitem__" in advice(measured(parts=slow, workers=4))[0]
-    assert "the net is small" in advice(measured(parts=slow, by_batch=True))[0]
-    assert "makes itself" in advice(measured(parts=slow, workers=None))[0]
+    assert "the model is small" in advice(measured(parts=slow, by_batch=True))[0]
+    assert "in the main process" in advice(measured(parts=slow, workers=None))[0]

@@ -14,7 +14,7 @@ def test_two_ranks_add_up_right_and_nothing_is_left(dtrain: Dtrain, tmp_path: Pa
     found = {one["name"]: one for one in told["findings"]}
     assert (done.code, done.err) == (0, ""), done.text
     assert told["worst"] in ("pass", "warn")
-    assert found["all-reduce"]["measured"].startswith("gloo, 2 ranks: right, ")
+    assert found["all-reduce"]["measured"].startswith("gloo, 2 ranks: correct, ")
     for name in ("torch", "compute", "ports", "disk speed", "file locks", "versions"):
         assert found[name]["state"] in ("pass", "warn"), found[name]
     assert found["W&B"]["state"] == "skip"

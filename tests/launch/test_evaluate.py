@@ -88,7 +88,8 @@ def test_a_reader_that_has_gone_is_no_failure(trained: Path, tmp_path: Path, wor
         argv, cwd=tmp_path, env=clean_environment(), stdout=writing, stderr=subprocess.PIPE, timeout=120, check=False
     )
     os.close(writing)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.returncode == 0
+    assert done.stderr == b""
 
 
 def test_the_recipe_is_found_from_another_folder(trained: Path, tmp_path: Path) -> None:
@@ -144,12 +145,12 @@ def test_a_recipes_own_predict_step_names_its_columns(trained: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["evaluate", "runs/smal"], "there is no such run. Did you mean 'small'? Runs in runs: digits, small."),
-        (["evaluate", "recipes"], "recipes is no run's folder: it has no config.yaml."),
-        (["predict", "runs/small", "-o", "p.txt"], "cannot write .txt. Use .csv, .npy, .parquet."),
-        (["predict", "runs/small", "-o", "no/p.csv"], "there is no folder no. Make it first."),
+        (["evaluate", "runs/smal"], "no such run. Did you mean 'small'? Runs in runs: digits, small."),
+        (["evaluate", "recipes"], "recipes is not a run's folder: it has no config.yaml."),
+        (["predict", "runs/small", "-o", "p.txt"], "cannot write .txt. Use .csv, .npy, .parquet, .jsonl."),
+        (["predict", "runs/small", "-o", "no/p.csv"], "no such folder: no. Create it first."),
         (["evaluate", "runs/small", "model.width=2"], "weight has shape (1, 3) in the file, and has shape (1, 2) in"),
-        (["evaluate", "runs/small", "kind=no-valid"], "there is no validation loader"),
+        (["evaluate", "runs/small", "kind=no-valid"], "no validation loader, so there is nothing to evaluate"),
         (["evaluate", "runs/small", "nonsense=1"], "neither the config nor the recipe has a key 'nonsense'"),
     ],
 )
@@ -176,7 +177,7 @@ def test_missing_and_foreign_weights_are_told(copied: Path) -> None:
     file = copied / "checkpoints" / "epoch-2" / "model.safetensors"
     done = dtrain("evaluate", "small", "--checkpoint", "last", "-n", 2, "--cpu", "model.width=4")
     assert done.code == 2
-    assert done.err.count("weight has shape (1, 3) in the file, and has shape (1, 4) in the recipe's net") == 1
+    assert done.err.count("weight has shape (1, 3) in the file, and has shape (1, 4) in the recipe's model") == 1
     save_file(load_file(file) | {"bias": np.zeros(1, dtype=np.float32)}, file)
     done = dtrain("evaluate", "small", "--checkpoint", "last")
     assert done.code == 2

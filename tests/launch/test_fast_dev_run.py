@@ -13,13 +13,13 @@ import pytest
 from helpers.commands import BIN, Dtrain
 from helpers.sweep import some
 
+from dtrain.callbacks.progress import ConsoleOptions
 from dtrain.cli.train import _refuse_beside_fast_dev_run
 from dtrain.config import load_settings
+from dtrain.distributed.world import bring_up
 from dtrain.errors import AgreedError, UsageError
-from dtrain.fast_dev import fast_dev_run, small
-from dtrain.launch.requests import StopRequest
-from dtrain.progress import Voice
-from dtrain.world import bring_up
+from dtrain.launch.signals.stop_request import StopRequest
+from dtrain.trainer.fast_dev_run import fast_dev_run, small
 
 
 @pytest.fixture
@@ -36,7 +36,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def gone_through(recipe: Path, *words: str) -> None:
-    fast_dev_run(load_settings(str(recipe), list(words), {}), bring_up(cpu=True), StopRequest(), Voice("plain"))
+    fast_dev_run(
+        load_settings(str(recipe), list(words), {}), bring_up(cpu=True), StopRequest(), ConsoleOptions("plain")
+    )
 
 
 def test_all_of_a_run_on_two_ranks_and_nothing_of_the_users_is_touched(dtrain: Dtrain, recipes: Path) -> None:
@@ -57,10 +59,10 @@ def test_all_of_a_run_on_two_ranks_and_nothing_of_the_users_is_touched(dtrain: D
     assert "epoch 1/1, 2 steps" in done.out
     assert "[validation after 1 optimizer steps]" in done.out
     assert (
-        "fast dev run: went through 2 optimizer steps on 2 ranks, validation (1 within the epoch), a checkpoint, and "
-        "back from it, in "
+        "fast dev run: 2 optimizer steps on 2 ranks, validation (1 within the epoch), checkpoint saved "
+        "and restored, in "
     ) in done.out.splitlines()[-1]
-    assert "\nrun:" not in done.out and "next:" not in done.out and "goes on from" not in done.out
+    assert "\nrun:" not in done.out and "next:" not in done.out and "resuming from" not in done.out
     assert files(dtrain.folder) == before
 
 
@@ -82,7 +84,7 @@ def test_what_fails_is_told_and_nothing_is_left(dtrain: Dtrain, recipes: Path) -
         done = dtrain(*words, "-n", ranks, TMPDIR=str(dtrain.folder / "temporary"))
         assert done.code == 1
         assert "ValueError" in done.err and "a fault in validation" in done.err and "epoch 1, valid step 1" in done.err
-        assert "failure.json" not in done.text and "went through" not in done.text
+        assert "failure.json" not in done.text and "fast dev run:" not in done.text
         deadline = time.monotonic() + 30  # rank 0 may have been killed, and was to remove it
         while left := list((dtrain.folder / "temporary").glob("dtrain-fast*")):
             assert time.monotonic() < deadline, left
@@ -109,7 +111,7 @@ def test_it_goes_back_from_the_checkpoint(temporary: Path, tmp_path: Path, recip
 def test_a_recipe_without_validation(temporary: Path, recipes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gone_through(recipes / "small.py", "data.kind=no-valid")
     told = capsys.readouterr().out.splitlines()[-1]
-    assert told.startswith("fast dev run: went through 2 optimizer steps on 1 rank, no validation (there is no loader")
+    assert told.startswith("fast dev run: 2 optimizer steps on 1 rank, no validation (there is no loader")
     assert list(temporary.glob("dtrain-*")) == []
 
 
@@ -119,7 +121,7 @@ def test_accumulated_batches_make_two_optimizer_steps_with_validation_in_between
     gone_through(recipes / "small.py", "data.batch_size=1", "accumulation=5", "val_every_steps=100")
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "epoch 1/1, 4 steps"
-    went = "fast dev run: went through 2 optimizer steps on 1 rank, validation (1 within the epoch), a checkpoint"
+    went = "fast dev run: 2 optimizer steps on 1 rank, validation (1 within the epoch), checkpoint saved and restored"
     assert told[-1].startswith(went)
 
 
@@ -128,14 +130,14 @@ def test_accumulated_batches_make_two_optimizer_steps_with_validation_in_between
     [((True, 0, "auto"), "--dry-run"), ((False, 2, "auto"), "--retries"), ((False, 0, "runs/a"), "--resume runs/a")],
 )
 def test_what_contradicts_is_refused_by_name(given: Any, option: str) -> None:
-    with pytest.raises(UsageError, match=f"--fast-dev-run and {option} do not go together"):
+    with pytest.raises(UsageError, match=f"--fast-dev-run and {option} cannot be combined"):
         _refuse_beside_fast_dev_run(*given)
     _refuse_beside_fast_dev_run(False, 0, "auto")
 
 
 def test_the_command_refuses_it_too(dtrain: Dtrain) -> None:
     done = dtrain("train", "--fast-dev-run", "--resume", "runs/a")
-    assert done.code == 2 and "--fast-dev-run and --resume runs/a do not go together" in done.err
+    assert done.code == 2 and "--fast-dev-run and --resume runs/a cannot be combined" in done.err
 
 
 def test_its_config_is_the_runs_but_for_how_much() -> None:

@@ -15,7 +15,7 @@ from helpers.runs import COLUMNS, aged, cells, make_run, rows
 
 from dtrain.report.finding import find_runs
 from dtrain.report.runs import read_run
-from dtrain.starts import read_starts
+from dtrain.rundir.starts import read_starts
 
 
 def state(folder: Path) -> str:
@@ -147,16 +147,16 @@ def test_which_runs_there_are(two: Dtrain) -> None:
     assert [one["run"] for one in json.loads(two("history", "--json").out)] == ["empty", "long", "short"]
     elsewhere = two("history", "--dir", "nowhere")
     assert (elsewhere.code, elsewhere.out) == (2, "")
-    assert "there is no run in nowhere" in elsewhere.err
+    assert "no runs in nowhere" in elsewhere.err
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["shrot"], "Did you mean 'short'?"),
-        (["short", "--metric", "val_los"], "--metric val_los: there is no such column. Did you mean 'val_loss'?"),
+        (["short", "--metric", "val_los"], "--metric val_los: no such column. Did you mean 'val_loss'?"),
         (["short", "--mode", "least"], "--mode least: should be min or max."),
-        (["short", "--json", "--csv"], "--json and --csv: choose one."),
+        (["short", "--json", "--csv"], "--json and --csv: use only one of them."),
     ],
 )
 def test_what_cannot_be_is_one_message(two: Dtrain, words: list[str], told: str) -> None:

@@ -34,5 +34,5 @@ def test_the_folders_config_is_trained_and_said_to_be(dtrain: Dtrain) -> None:
     before = {path: path.read_bytes() for path in dtrain.folder.glob("*.*")}
     again = dtrain("init", "-t", "text")
     assert again.code == 2
-    assert "recipe.py and train.yaml are there already; nothing was written." in again.err
+    assert "recipe.py and train.yaml are already there; nothing was written." in again.err
     assert {path: path.read_bytes() for path in dtrain.folder.glob("*.*")} == before

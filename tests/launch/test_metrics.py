@@ -40,7 +40,8 @@ def test_metrics_of_a_recipe_are_those_of_all_samples(dtrain: Dtrain, recipes: P
     ("built", "told"),
     [
         ("[torchmetrics.AUROC(task='binary')]", "list is not a dict of names to single torchmetrics metrics"),
-        ("{'f1': lambda p, y: 0}", "'f1' is a function, not a single torchmetrics metric"),
+        ("{'f1': 0.5}", "'f1' is a float, neither a single torchmetrics metric nor a function of all samples'"),
+        ("{'f1': lambda p, y: 0}", "metric 'f1' is never updated"),
         ("torchmetrics.MetricCollection([torchmetrics.AUROC(task='binary')])", "give dict(collection.items())"),
         ("{'other': torchmetrics.AUROC(task='binary')}", "metric 'other' is never updated"),
     ],
@@ -63,7 +64,7 @@ def test_a_builder_with_parameters_is_told_that_it_gets_none(dtrain: Dtrain, rec
     (dtrain.folder / "scores.py").write_text(text.replace("def build_metrics():", "def build_metrics(classes):"))
     done = dtrain("train", "scores.py")
     assert done.code == 2
-    assert "build_metrics takes no parameters, but asks for classes" in done.err
+    assert "build_metrics must not have required parameters, but has classes" in done.err
 
 
 class Outside(torchmetrics.Metric):

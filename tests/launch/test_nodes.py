@@ -76,7 +76,7 @@ def test_nodes_without_numbers_are_numbered_as_they_come(hosts: list[Host]) -> N
     for host in hosts:
         (host.folder / "s.py").write_text("import os\nprint('rank', os.environ['RANK'])")
     words = ("launch", "-n", 1, "--nodes", 2, "--rdzv", f"{hosts[0].address}:{PORT}", "--", "s.py")
-    launchers = [host.start(*words) for host in reversed(hosts)]  # the first node comes last
+    launchers = [host.start(*words, DTRAIN_RDZV_SECRET="a" * 32) for host in reversed(hosts)]  # the first comes last
     assert ended(launchers) == ["rank 1\n", "rank 0\n"]
     assert [launcher.returncode for launcher in launchers] == [0, 0]
 
@@ -148,7 +148,7 @@ def test_a_rank_that_fails_on_one_node_ends_the_other_with_its_words(hosts: list
 
 def test_a_node_that_never_comes_is_named(hosts: list[Host]) -> None:
     rdzv = f"{hosts[0].address}:{PORT}"
-    told = {0: "node 1 of 2 (ranks 2 to 3) did not come to", 1: "node 0 of 2 (ranks 0 to 1) did not come"}
+    told = {0: "node 1 of 2 (ranks 2 to 3) did not reach", 1: "node 0 of 2 (ranks 0 to 1) did not start"}
     for node, host in enumerate(hosts):
         began = time.monotonic()
         launcher = host.start(
@@ -158,7 +158,7 @@ def test_a_node_that_never_comes_is_named(hosts: list[Host]) -> None:
         assert launcher.returncode == 2
         assert told[node] in text
         assert "--rdzv-timeout" in text
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60  # the usual limit is 120 s
 
 
 def test_a_script_that_differs_is_refused_on_both(hosts: list[Host]) -> None:
@@ -193,6 +193,6 @@ def test_all_nodes_start_again_after_a_failure(hosts: list[Host], recipes: Path)
     texts = ended(launchers)
     assert [launcher.returncode for launcher in launchers] == [0, 0], texts
     for text in texts:
-        assert "dtrain: attempt 1 failed; the next one begins in 1 s." in text
+        assert "dtrain: attempt 1 failed; retrying in 1 s." in text
     (folder,) = (hosts[0].folder / "runs").iterdir()
     assert [line.split(",")[0] for line in (folder / "history.csv").read_text().splitlines()] == ["epoch", "1", "2"]

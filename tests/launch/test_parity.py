@@ -23,7 +23,7 @@ def test_digits_with_their_dropout_are_equal(dtrain: Dtrain, more: list[str]) ->
         [
             (["fault=seed"], "before step 1", "rank-dependent seed"),
             (["fault=batch-norm"], "step 1: loss", "BatchNorm"),
-            (["fault=metric"], "step 1: metric", "no mean over samples"),
+            (["fault=metric"], "step 1: metric", "isn't an average over samples"),
             (["fault=gradient"], "optimizer step 1: the gradient of 0.bias", "how the batch is split"),
             (["noisy=true"], "step 1: the samples", "random augmentation"),
         ],
@@ -38,7 +38,7 @@ def test_what_depends_on_the_split_is_found_and_named(
 ) -> None:
     done = dtrain("check", "parity", recipes / "split.py", *words)
     assert done.code == 1, done.text
-    assert f"different: 2 ranks part from 1 at {where}" in done.out
+    assert f"different: 2 ranks and 1 first differ at {where}" in done.out
     assert cause in done.out
 
 
@@ -46,7 +46,7 @@ def test_a_recipe_that_fails_is_no_comparison(dtrain: Dtrain, recipes: Path) -> 
     done = dtrain("check", "parity", recipes / "small.py", "fault=raise")
     assert done.code == 1
     assert "a fault of the user's own" in done.err
-    assert "no comparison: the run on 1 rank failed" in done.out
+    assert "not compared: the run on 1 rank failed" in done.out
 
 
 def test_rounding_that_the_optimizer_makes_grow_is_no_difference(dtrain: Dtrain) -> None:
@@ -58,4 +58,4 @@ def test_ranks_that_part_from_each_other_after_a_step_are_found(dtrain: Dtrain, 
     done = dtrain("check", "parity", recipes / "split.py", "fault=optimizer", "train.same_draws=false")
     assert done.code == 1, done.text
     assert "the optimizers' settings differ: lr" in done.err
-    assert "no comparison: the run on 2 ranks failed, see above" in done.out
+    assert "not compared: the run on 2 ranks failed, see above" in done.out

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from helpers.commands import BIN, Dtrain
 
+from dtrain.cli.launch_profile import read_profile
 from dtrain.errors import UsageError
-from dtrain.launch.options import Asked
-from dtrain.profiles import read_profile
+from dtrain.launch.options import LaunchOptions
 
 PROFILES = Path(__file__).resolve().parents[2] / "launch"
 # Where each process is, and what only one of the two launchers has.
@@ -59,7 +59,7 @@ def test_each_profile_is_read_and_the_command_line_comes_first(name: str) -> Non
     places = {"cpu": (1, 1), "single_gpu": (1, 1), "multi_cpu": (2, 1), "multi_gpu": (8, 1), "multi_node": (8, 2)}
     places["fsdp"] = (8, 1)
     assert (asked.ranks, asked.nodes) == places[name]
-    above = Asked(ranks=3, environment={"ACCELERATE_MIXED_PRECISION": "bf16"}).over(asked)
+    above = LaunchOptions(ranks=3, environment={"ACCELERATE_MIXED_PRECISION": "bf16"}).over(asked)
     assert (above.ranks, above.nodes, above.rdzv) == (3, asked.nodes, asked.rdzv)
     assert above.environment == asked.environment | {"ACCELERATE_MIXED_PRECISION": "bf16"}
 
@@ -78,13 +78,13 @@ REFUSED = {
     (
         "MULTI_GPU",
         "DEEPSPEED",
-    ): "distributed_type: DEEPSPEED is not supported by dtrain launch.*FSDP2: launch/fsdp.yaml",
+    ): "distributed_type: DEEPSPEED is not supported by dtrain launch.*FSDP2 profile.*launch.fsdp.yaml",
     ("MULTI_GPU", "MEGATRON_LM"): "distributed_type: MEGATRON_LM is not supported by dtrain launch",
-    ("MULTI_GPU", "NONSENSE"): "Accelerate does not take it",
+    ("MULTI_GPU", "NONSENSE"): "Accelerate rejects it",
     (
         "num_machines: 1",
         "num_machines: 3\nmain_process_ip: a\nmain_process_port: 1",
-    ): "num_processes: 8 cannot be shared",
+    ): "num_processes: 8 is not divisible",
 }
 
 

@@ -1,10 +1,11 @@
 """`dtrain train` killed at any time and started again: real processes, real signals.
 
-DTRAIN_TEST_SWEEP=full pytest tests/launch/test_resume.py    # two hundred kills
+DTRAIN_TEST_SWEEP=full pytest tests/launch/test_resume.py    # two hundred kills, and sixty on four ranks
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,23 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from helpers.commands import BIN, Dtrain, clean_environment
+from helpers.running import running, wait_for
 from helpers.sweep import FULL
 from safetensors.torch import load_file
 
+from dtrain.checkpoint.locate import find_good
 from dtrain.checkpoint.weights import WEIGHTS
 from dtrain.errors import CheckpointError
-from dtrain.history import read_history
-from dtrain.resuming.finding import find_good
+from dtrain.rundir.history import read_history
 
 KILLS = 200 if FULL else 3
+KILLS_OF_FOUR = 60 if FULL else 2
 TIMES = ["seconds", "samples_per_second"]
 
 
-def words(recipes: Path, *more: str) -> list[str]:
-    return ["train", str(recipes / "resumable.py"), "-n", "2", "--cpu", "epochs=3", *more]
+def words(recipes: Path, *more: str, ranks: int = 2) -> list[str]:
+    return ["train", str(recipes / "resumable.py"), "-n", str(ranks), "--cpu", "epochs=3", *more]
 
 
 def killed_after(dtrain: Dtrain, seconds: float, *arguments: str) -> int:
@@ -51,6 +55,53 @@ def killed_after(dtrain: Dtrain, seconds: float, *arguments: str) -> int:
     except subprocess.TimeoutExpired:
         os.killpg(run.pid, signal.SIGKILL)
         return run.wait(60)
+
+
+def killed_at_work(dtrain: Dtrain, seconds: float, draw: random.Random, *arguments: str) -> tuple[int, str]:
+    """Starts a run and kills one of its processes after so long: the launcher, or a rank, each about as often.
+
+    Args:
+        dtrain: where.
+        seconds: after the start, or in a warm process after the first rank is there.
+        draw: chooses which.
+        arguments: the command's words.
+
+    Returns:
+        its exit code, and which was killed: launcher or rank N; nothing where it ended before.
+    """
+    with running(dtrain.folder, *arguments) as run:
+        if not FULL:
+            wait_for(lambda: ranks_of(run.process.pid) or run.process.poll() is not None, "a rank")
+        began = time.monotonic()
+        while run.process.poll() is None and time.monotonic() < began + seconds:
+            time.sleep(0.002)
+        ranks = ranks_of(run.process.pid)
+        rank = draw.choice(sorted(ranks)) if ranks and draw.random() < 0.5 else None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(run.process.pid if rank is None else ranks[rank], signal.SIGKILL)
+        code = run.end()
+        assert code in {0, 1, -signal.SIGKILL}, run.text
+        if code == 1:
+            assert rank is not None, run.text
+            assert f"rank {rank} was killed by SIGKILL" in run.text
+        return code, "" if code == 0 else "launcher" if code < 0 else f"rank {rank}"
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """Returns the process ids of a launcher's ranks."""
+    found = {}
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(launcher).children():
+            with contextlib.suppress(psutil.Error):
+                number = process.environ().get("RANK", "")
+                found |= {int(number): process.pid} if number else {}
+    return found
+
+
+def place_of(run: Path) -> float:
+    """Returns where the last good checkpoint of a run is, as a number that grows; 0 where it has none."""
+    found = find_good(run / "checkpoints") if run.exists() else None
+    return 0.0 if found is None else found.saved.facts["epoch"] + (found.saved.step or 999) / 1000
 
 
 def history_of(run: Path) -> pd.DataFrame:
@@ -74,7 +125,7 @@ def state_of(run: Path) -> dict[str, Any]:
 def test_killed_again_and_again_it_ends_as_if_it_had_not_been(dtrain: Dtrain, recipes: Path) -> None:
     every = ["model.pause=0.05", "checkpoint.every_steps=1", "data.workers=2"]
     began = time.monotonic()
-    whole = dtrain(*words(recipes, "run.name=whole", *every))
+    whole = dtrain.cold(*words(recipes, "run.name=whole", *every))  # as long as those that are killed
     seconds = time.monotonic() - began
     assert whole.code == 0, whole.text
     draw, kills, starts = random.Random(11), 0, 0
@@ -90,11 +141,37 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(dtrain: Dtrain, re
             continue
         assert code == -signal.SIGKILL, (dtrain.folder / "said").read_text()
         kills += 1
-        found = find_good(run / "checkpoints") if run.exists() else None
-        place = 0.0 if found is None else found.saved.facts["epoch"] + (found.saved.step or 999) / 1000
+        place = place_of(run)
         assert place >= seen, "a kill takes nothing back"
         seen = place
     done = dtrain(*words(recipes, "run.name=cut", *every))
+    assert done.code == 0, done.text
+    check_equal(dtrain.folder / "runs" / "whole", run)
+    assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.timeout(7200 if FULL else 300)
+def test_on_four_ranks_whichever_process_is_killed_it_ends_as_if_none_had_been(dtrain: Dtrain, recipes: Path) -> None:
+    every = ["data.n=96", "model.pause=0.02", "checkpoint.every_steps=1"]
+    cut, run = words(recipes, "run.name=cut", *every, ranks=4), dtrain.folder / "runs" / "cut"
+    began = time.monotonic()
+    whole = dtrain(*words(recipes, "run.name=whole", *every, ranks=4))
+    seconds = time.monotonic() - began
+    assert whole.code == 0, whole.text
+    draw, left, seen = random.Random(12), KILLS_OF_FOUR, 0.0
+    while left:
+        code, victim = killed_at_work(dtrain, seconds * draw.uniform(0.1, 1), draw, *cut)
+        if code == 0:
+            check_equal(dtrain.folder / "runs" / "whole", run)
+            shutil.rmtree(run)
+            seen = 0.0
+            continue
+        left -= 1
+        place = place_of(run)
+        print(f"{victim} was killed, {left} kills are left; the last checkpoint is {place}")
+        assert place >= seen, "a kill takes nothing back"
+        seen = place
+    done = dtrain(*cut)
     assert done.code == 0, done.text
     check_equal(dtrain.folder / "runs" / "whole", run)
     assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")] == []
@@ -124,9 +201,9 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(dtrain: Dtrain, r
                 shutil.rmtree(path)
         done = dtrain(*common, "-n", ranks)
         assert done.code == 0, done.text
-        assert "goes on from runs/it/checkpoints/epoch-1-step-10" in done.out
+        assert "resuming from runs/it/checkpoints/epoch-1-step-10" in done.out
         frames = [history_of(dtrain.folder / "runs" / name) for name in ("whole", "it")]
-        # The metric is no mean over samples.
+        # The metric is isn't an average over samples.
         one, two = (frame.drop(columns=["metric", "val_metric"]) for frame in frames)
         pd.testing.assert_frame_equal(one, two, rtol=1e-4)
         nets = [load_file(dtrain.folder / f"runs/{name}/checkpoints/epoch-2/{WEIGHTS}") for name in ("whole", "it")]
@@ -146,8 +223,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(dtrain: Dtrain, 
     file.write_bytes(data)
     done = dtrain(*start)
     assert done.code == 0, done.text
-    assert "not gone on from: runs/it/checkpoints/epoch-3/state.safetensors is damaged" in done.out
-    assert "goes on from runs/it/checkpoints/epoch-2" in done.out
+    assert "skipped checkpoint: runs/it/checkpoints/epoch-3/state.safetensors is damaged" in done.out
+    assert "resuming from runs/it/checkpoints/epoch-2" in done.out
     pd.testing.assert_frame_equal(before, history_of(run), check_exact=True)
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == [".epoch-3.damaged-1", "epoch-2", "epoch-3"]
@@ -155,7 +232,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(dtrain: Dtrain, 
         (path / "manifest.json").unlink()
     none = dtrain(*start)
     assert none.code == 1
-    assert "there is no good checkpoint" in none.err and "epoch-2/manifest.json" in none.err
+    assert "no valid checkpoint" in none.err and "epoch-2/manifest.json" in none.err
     pd.testing.assert_frame_equal(before, history_of(run), check_exact=True)
 
 

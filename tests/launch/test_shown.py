@@ -42,7 +42,7 @@ def words_of(ranks: int) -> list[str]:
 
 def batch_words(ranks: int) -> list[str]:
     """What is said of ranks whose batches are each the loader's."""
-    said = f"{ranks} ranks x batch {BATCH} = {ranks * BATCH} samples a step; train.batch=global keeps {BATCH}"
+    said = f"{ranks} ranks x batch {BATCH} = {ranks * BATCH} samples per step; train.batch=global keeps {BATCH}"
     return [said] if ranks > 1 else []
 
 
@@ -138,11 +138,11 @@ def test_a_stop_by_ctrl_c(tmp_path: Path, recipes: Path) -> None:
         process.send_signal(signal.SIGINT)
         terminal.to_the_end()
         assert process.wait(60) == 75, terminal.text
-    said = "dtrain: stopping on request (SIGINT), with a checkpoint; Ctrl-C again ends at once."
+    said = "dtrain: stopping on request (SIGINT), saving a checkpoint; press Ctrl-C again to stop at once."
     assert "".join(terminal.screen.display).count(said) == 1, terminal.text
     assert [line for line in terminal.lines if line.startswith("dtrain: stopping")] == [said[:80]]
     assert BAR not in terminal.text
-    assert "go on with: dtrain train " in terminal.text
+    assert "resume with: dtrain train " in terminal.text
 
 
 # --- no terminal --------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_four_ranks_of_accelerate_launch_in_a_pipe(dtrain: Dtrain, recipes: Path
             continue
         assert done.text.splitlines().count(word) == 1, word
     assert done.err.count(" warns") == 2 * 4  # the warning and its line of code
-    assert [line for line in done.out.splitlines() if "samples a step" in line] == batch_words(4)
+    assert [line for line in done.out.splitlines() if "samples per step" in line] == batch_words(4)
 
 
 @pytest.mark.parametrize("form", ["auto", "json"] if FULL else ["auto"])
@@ -183,7 +183,7 @@ def test_every_rank_speaks_where_that_was_asked_for(dtrain: Dtrain, recipes: Pat
         assert lines.count(f"[rank {rank}] the first half and, on rank {rank}, the second") == 1
         assert len([line for line in lines if line.startswith(f"[rank {rank}] [step = 8] loss: ")]) == 2
     assert lines.count("[rank 0] next: dtrain evaluate runs/it") == 1
-    assert [line for line in lines if "samples a step" in line] == [f"[rank 0] {line}" for line in batch_words(2)]
+    assert [line for line in lines if "samples per step" in line] == [f"[rank 0] {line}" for line in batch_words(2)]
     assert [line for line in lines if not line.startswith(("[rank 0] ", "[rank 1] ", "C writes"))] == []
 
 
@@ -237,7 +237,7 @@ def test_events_are_the_history_to_the_last_digit(dtrain: Dtrain, recipes: Path,
         "best": min(rows, key=lambda row: row["val_loss"])["epoch"],
     }  # fmt: skip
     logged = [event for event in told if event["event"] == "log"]
-    assert ("info", "dtrain.learning", "the train step is declarative") in [
+    assert ("info", "dtrain.engine.train_step", "the train step is declarative") in [
         (event["level"], event["logger"], event["text"]) for event in logged
     ]
     warned = [event["of_rank"] for event in logged if event["logger"] == "py.warnings" and " warns" in event["text"]]
@@ -245,7 +245,7 @@ def test_events_are_the_history_to_the_last_digit(dtrain: Dtrain, recipes: Path,
     for word in words_of(ranks)[1:]:  # what is no event is on standard error, words of dtrain's own included
         assert done.err.splitlines().count(word) == 1 or word.startswith("the first half")
     assert "next: dtrain evaluate runs/it" in done.err
-    assert [line for line in done.err.splitlines() if "samples a step" in line] == batch_words(ranks)
+    assert [line for line in done.err.splitlines() if "samples per step" in line] == batch_words(ranks)
 
 
 def told_row(told: list[dict[str, Any]], epoch: int) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def test_what_goes_on_says_from_where(dtrain: Dtrain, recipes: Path) -> None:
         assert [event["event"] for event in told] == ["start", "epoch", "complete"]
         assert {name: told[0][name] for name in begins} == begins
     assert told[0]["checkpoint"].endswith("runs/it/checkpoints/epoch-1")
-    assert f"goes on from {told[0]['checkpoint']}" in done.err
+    assert f"resuming from {told[0]['checkpoint']}" in done.err
     done = dtrain(*words, "epochs=2")  # nothing is left to do
     assert [event["event"] for event in events(done.out)] == ["complete"]
 
@@ -299,7 +299,7 @@ def test_a_stop_is_an_event(recipes: Path, tmp_path: Path) -> None:
         assert run.end() == 75, run.text
     stopped = next(json.loads(line) for line in run.text.splitlines() if '"stopped"' in line)
     assert stopped["exit_code"] == 75
-    assert "go on with: dtrain train" in stopped["text"]
+    assert "resume with: dtrain train" in stopped["text"]
 
 
 def test_a_row_that_is_no_number(dtrain: Dtrain, recipes: Path) -> None:

@@ -21,8 +21,10 @@ from helpers.commands import BIN, MARK, Done, Dtrain, clean_environment
 from helpers.wandb_files import wandb_rows
 from helpers.wandb_server import KEY, WandbServer
 
-from dtrain.history import read_history
-from dtrain.tracking.files import FOLDER, STEPS, StepLog, read_json, read_lines, write_json
+from dtrain.callbacks.tracking.files import STEPS, StepLog, read_json, read_lines, write_json
+from dtrain.callbacks.tracking.wandb_tracker import _WORKER
+from dtrain.layout import TRACKING
+from dtrain.rundir.history import read_history
 
 FULL = os.environ.get("DTRAIN_TEST_SWEEP") == "full"
 CANARY = "canary-in-the-environment"
@@ -89,7 +91,7 @@ def prepare(fault: str, server: WandbServer) -> tuple[dict[str, str], str]:
         return env, f"{url} cannot be reached: Connection refused"
     if fault == "hangs":
         server.hangs.set()
-        return env, f"{url} does not answer within 4 s"
+        return env, f"{url} did not answer within 4 s"
     if fault == "fails":
         server.status = 500
         return env, f"{url} answers 500"
@@ -99,7 +101,7 @@ def prepare(fault: str, server: WandbServer) -> tuple[dict[str, str], str]:
             **env,
             "NETRC": os.devnull,
         }, f"there is no API key for {url[7:]}: run `wandb login`, or set WANDB_API_KEY"
-    return server.environment("wrong" * 8), f"{url} refuses the API key (401): run `wandb login --relogin`, or"
+    return server.environment("wrong" * 8), f"{url} rejects the API key (401): run `wandb login --relogin`, or"
 
 
 FAULTS = ["refuses", "hangs", "fails", "wrong key", "no key"]
@@ -114,7 +116,7 @@ def test_a_run_without_a_server_is_offline_with_one_line(
     assert done.code == 0, done.text
     (line,) = lines_of(done)
     assert words in line
-    assert line.endswith("All values are kept; send them later: dtrain sync runs/it")
+    assert line.endswith("All values are kept; send them later with: dtrain sync runs/it")
     run = dtrain.run_folder()
     assert plain(offline_rows(run)) == plain(truth(run))
     assert len(list(run.glob("wandb/*run-*"))) == 1, "two ranks leave one run"
@@ -147,7 +149,7 @@ def made_run(run: Path, epochs: int, **options: Any) -> Path:
     log.close()
     wandb = {"project": "mine", "entity": None, "mode": "online", "wait_seconds": 60.0, "id": "abc123", **options}
     write_json(
-        run / FOLDER / "about.json",
+        run / TRACKING / "about.json",
         {"wandb": wandb, "name": run.name, "config": {"lr": 0.1}, "about": {"code": "c0de"}},
     )
     return run
@@ -156,7 +158,7 @@ def made_run(run: Path, epochs: int, **options: Any) -> Path:
 def beside(run: Path, env: dict[str, str], end: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Runs the process that sends, to its end; what it has told."""
     done = subprocess.run(
-        [sys.executable, "-m", "dtrain.tracking.beside", str(run)],
+        [sys.executable, "-c", _WORKER, str(run)],
         input="" if end is None else json.dumps(end) + "\n",
         capture_output=True,
         check=True,
@@ -178,7 +180,7 @@ def test_a_server_gets_the_history_the_config_and_nothing_of_the_machine(
     assert done.code == 0, done.text
     assert [line for line in lines_of(done) if "offline" in line or "not" in line] == []
     run, sent = dtrain.run_folder(), server.the_run()
-    assert sorted(server.runs) == [read_json(run / FOLDER / "ids.json")["wandb"]]
+    assert sorted(server.runs) == [read_json(run / TRACKING / "ids.json")["wandb"]]
     assert plain(sent.rows()) == plain(truth(run))
     assert (sent.created, sent.exit_code) == (1, 0)
     moments = [line for line in sent.lines.values() if "step/loss" in line]
@@ -203,7 +205,7 @@ def test_a_server_gets_the_history_the_config_and_nothing_of_the_machine(
         assert hidden.encode() not in everything
     again = dtrain("sync", "runs/it", **server.environment())
     assert (again.code, said_on_stderr(again)) == (0, [])
-    assert again.out.startswith("runs/it: nothing to send (3 epochs and the values of ")
+    assert again.out.startswith("runs/it: nothing to send (3 epochs and ")
 
 
 @pytest.mark.timeout(900)
@@ -217,7 +219,7 @@ def test_a_server_that_vanishes_and_a_kill_and_sync_makes_one_run_of_it(
     first = start(dtrain, words, {**env, "SLOW": "0.3"})
     try:
         server.wait_for(lambda: any(run.lines for run in server.runs.values()))
-        assert "dtrain.tracking.beside" not in family_of(first), "its work is no sign of a rank's life"
+        assert "dtrain.callbacks.tracking.wandb_worker" not in family_of(first), "its work is no sign of a rank's life"
         server.vanish()
         wait_until(lambda: (run / "history.csv").is_file() and len(truth(run)) >= 1, first)
     finally:
@@ -229,10 +231,10 @@ def test_a_server_that_vanishes_and_a_kill_and_sync_makes_one_run_of_it(
     assert len([line for line in lines_of(second) if "offline" in line]) == 1, second.text
     lost = dtrain("sync", "runs/it", **env)
     assert lost.code == 1
-    assert f"runs/it: not sent, since {server.url} cannot be reached: Connection refused" in lost.err
+    assert f"runs/it: not sent: {server.url} cannot be reached: Connection refused" in lost.err
     server.start()
     looked = dtrain("sync", "--dry-run", "runs/it", **env)
-    assert "runs/it: would send what W&B does not have of 12 epochs" in looked.out
+    assert "runs/it: would send whatever W&B does not have yet of 12 epochs" in looked.out
     assert len(server.the_run().lines) == len(at_kill)
     for said in ("runs/it: sent, 12 epochs", "runs/it: nothing to send (12 epochs"):
         done = dtrain("sync", "runs/it", **env)
@@ -243,7 +245,7 @@ def test_a_server_that_vanishes_and_a_kill_and_sync_makes_one_run_of_it(
         steps = [line["_step"] for _, line in sorted(sent.lines.items())]
         assert steps == sorted(set(steps))
         assert (sent.created, sent.exit_code) == (1, 0)
-    moments = [line["updates"] for line in read_lines(run / FOLDER / STEPS) if "updates" in line]
+    moments = [line["updates"] for line in read_lines(run / TRACKING / STEPS) if "updates" in line]
     assert set(moments) >= {line["_step"] for line in sent.lines.values()} - at_kill
 
 
@@ -282,7 +284,7 @@ def wait_until(condition: Any, process: subprocess.Popen[bytes], seconds: float 
 def test_a_server_that_vanishes_at_the_end_holds_nobody_up(tmp_path: Path, server: WandbServer) -> None:
     run = made_run(tmp_path / "it", epochs=1, wait_seconds=2.0)
     process = subprocess.Popen(
-        [sys.executable, "-m", "dtrain.tracking.beside", str(run)],
+        [sys.executable, "-c", _WORKER, str(run)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env={k: v for k, v in clean_environment(**server.environment()).items() if k != MARK},
     )  # fmt: skip
@@ -294,15 +296,15 @@ def test_a_server_that_vanishes_at_the_end_holds_nobody_up(tmp_path: Path, serve
     process.stdin.close()
     told = process.stdout.read()
     process.stdout.close()
-    process.wait(30)
+    process.wait(60)
     assert f'"sent": false, "why": "{server.url} cannot be reached: Connection refused"' in told
-    assert "sent" not in read_json(run / FOLDER / "wandb.json")
+    assert "sent" not in read_json(run / TRACKING / "wandb.json")
 
 
 def test_a_server_that_comes_later_gets_all(tmp_path: Path, server: WandbServer) -> None:
     run = made_run(tmp_path / "it", epochs=2)
     server.vanish()
-    often = "import sys, dtrain.tracking.beside as b; b._AGAIN_SECONDS = 0.2; b.main()"
+    often = "import sys, dtrain.callbacks.tracking.wandb_worker as b; b._AGAIN_SECONDS = 0.2; b.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", often, str(run)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -318,7 +320,7 @@ def test_a_server_that_comes_later_gets_all(tmp_path: Path, server: WandbServer)
     process.stdin.close()
     assert json.loads(process.stdout.readline()) == {"event": "done", "sent": True, "why": ""}
     process.stdout.close()
-    process.wait(30)
+    process.wait(60)
     assert plain(server.the_run().rows()) == plain(truth(run))
 
 
@@ -334,7 +336,7 @@ def test_a_client_that_gave_up_in_silence_is_found_out(tmp_path: Path, server: W
         [BIN / "dtrain", "sync", run], capture_output=True, check=True, text=True, timeout=120,
         env=clean_environment(**server.environment()), stdin=subprocess.DEVNULL,
     )  # fmt: skip
-    assert "sent, 2 epochs and the values of 2 moments within them: http://" in synced.stdout
+    assert "sent, 2 epochs and 2 sets of values within epochs: http://" in synced.stdout
     assert plain(server.the_run().rows()) == plain(truth(run))
     times = [line["_timestamp"] for _, line in sorted(server.the_run().lines.items())]
     assert times == [1e9 + 1, 1e9 + 1.5, 1e9 + 2, 1e9 + 2.5]  # when they came, not when they were sent
@@ -342,7 +344,7 @@ def test_a_client_that_gave_up_in_silence_is_found_out(tmp_path: Path, server: W
 
 def test_a_killed_training_leaves_what_is_not_computed_anew(tmp_path: Path, server: WandbServer) -> None:
     run = made_run(tmp_path / "it", epochs=2)
-    steps = run / FOLDER / STEPS
+    steps = run / TRACKING / STEPS
     steps.write_text(steps.read_text().replace('{"firm": 2}\n', ""))
     told = beside(run, server.environment(), end=None)
     assert told[-1]["sent"] is True
@@ -357,15 +359,15 @@ def test_a_killed_training_leaves_what_is_not_computed_anew(tmp_path: Path, serv
 def test_what_cannot_be_sent_is_told_with_the_remedy(dtrain: Dtrain, server: WandbServer) -> None:
     made_run(dtrain.folder / "good", epochs=1)
     made_run(dtrain.folder / "plain", epochs=1)
-    (dtrain.folder / "plain" / FOLDER / "about.json").unlink()
+    (dtrain.folder / "plain" / TRACKING / "about.json").unlink()
     env = {**server.environment(), "NETRC": os.devnull}
     done = dtrain("sync", "none", "plain", "good", **env)
     assert done.code == 2
     assert done.err.splitlines() == [
-        "dtrain: error: none: there is no run here. Give a run's folder, such as runs/NAME.",
+        "dtrain: error: none: no run here. Use a run's folder, such as runs/NAME.",
         "dtrain: error: plain: this run is not tracked by W&B. Train with track.wandb.project=NAME.",
     ]
-    assert done.out.startswith("good: sent, 1 epoch and the values of 1 moments within them: http://")
+    assert done.out.startswith("good: sent, 1 epoch and 1 sets of values within epochs: http://")
     made_run(dtrain.folder / "other", epochs=1, id="def456")
     del env["WANDB_API_KEY"]
     nobody = dtrain("sync", "other", **env)

@@ -62,7 +62,7 @@ def test_a_recipe_that_trains_when_it_is_imported_is_refused_with_a_remedy(dtrai
     line = file.read_text().splitlines().index("    train_step(model, x, y)") + 1
     done = dtrain("train", "cells.py", "epochs=1")
     assert done.code == 2
-    assert f"{file}:{line}: trains the net while the recipe is imported" in done.err
+    assert f"{file}:{line}: trains the model while the recipe is imported" in done.err
     assert 'under `if __name__ == "__main__":`' in done.err
     guarded = "if __name__ == '__main__':\n    for x, y in dl_train:\n        train_step(model, x, y)\n"
     file.write_text(f"{cells}\n{warm_up}{guarded}")
@@ -136,7 +136,7 @@ def test_accelerate_launch_runs_the_folder_of_a_checkout(dtrain: Dtrain) -> None
 def test_accelerates_silent_single_process_is_refused(dtrain: Dtrain) -> None:
     (dtrain.folder / "mine.py").write_text(WORLD)
     done = dtrain.run(BIN / "accelerate", "launch", "--cpu", "--num_processes", 2, "-m", "dtrain", "train", "mine.py")
-    assert "accelerate was asked for 2 processes but has started 1" in done.err
+    assert "accelerate was asked for 2 processes but started 1" in done.err
     assert "dtrain train -n 2 --cpu" in done.err
     assert "exit status 2" in done.err
     assert not list(dtrain.folder.glob("world-*"))
@@ -155,7 +155,7 @@ def test_threads_are_shared_among_ranks(dtrain: Dtrain) -> None:
     (dtrain.folder / "mine.py").write_text(WORLD)
     assert dtrain("train", "mine.py", "epochs=1", "-n", 2, "--cpu").code == 0
     assert dtrain("train", "mine.py", "epochs=1", OMP_NUM_THREADS="1").code == 0
-    from dtrain.launch.threads import usable_cores
+    from dtrain.launch.env.threads import usable_cores
 
     assert (dtrain.folder / "world-1").read_text() == f"2 {max(1, usable_cores() // 2)}"
     assert (dtrain.folder / "world-0").read_text() == "1 1"
@@ -174,9 +174,9 @@ def test_dry_run_shows_values_places_and_sizes_and_starts_nothing(dtrain: Dtrain
     for line in (
         "ranks 4",
         "batch per rank 16",
-        "batch in all 64",
+        "global batch size 64",
         "steps per epoch 23",
-        "optimizer steps in total 69",
+        "total optimizer steps 69",
     ):
         assert line in " ".join(done.out.split())
     assert list(dtrain.folder.iterdir()) == []
@@ -206,16 +206,16 @@ def test_no_rank_outlives_its_supervisor(dtrain: Dtrain, recipes: Path, number: 
     assert len(ranks) == 3  # two ranks, and what ends their workers
     assert process.stdout is not None
     process.send_signal(number)
-    if number in (signal.SIGTERM, signal.SIGINT):  # a request, which a step that never ends does not heed
-        assert any("Ctrl-C again ends at once" in line for line in process.stdout)  # reads until it comes
+    if number != signal.SIGKILL:  # a request, which a step that never ends does not heed
+        assert any("Ctrl-C again to stop at once" in line for line in process.stdout)  # reads until it comes
         process.send_signal(signal.SIGINT)
-    _, alive = psutil.wait_procs(ranks, timeout=15)
+    _, alive = psutil.wait_procs(ranks, timeout=60)
     for rank in alive:
         rank.kill()
-    process.wait(15)
+    process.wait(60)
     process.stdout.close()
     assert alive == []
-    expected = {signal.SIGKILL: -9, signal.SIGHUP: 129}.get(number, 130)
+    expected = -9 if number == signal.SIGKILL else 130
     assert process.returncode == expected
 
 

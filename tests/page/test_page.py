@@ -353,3 +353,20 @@ def test_twenty_runs_of_five_hundred_epochs_open_at_once(dtrain: Dtrain, page: O
     assert abs(epoch - 250) <= 1, "there are fewer pixels than epochs"
     for name, values in found.items():
         assert values["val_loss"] == cells(dtrain.folder / "runs" / name)[epoch - 1]["val_loss"]
+
+
+def test_of_very_many_runs_the_page_draws_some_and_the_filter_finds_the_others(
+    dtrain: Dtrain, page: Open, tmp_path: Path
+) -> None:
+    for number in range(230):
+        aged(make_run(tmp_path / f"runs/run-{number:03}", rows(2, number)), 1e9 + number)
+    browser = page()
+    assert browser.texts("#about")[0].startswith("230 runs")
+    assert browser.texts("#count") == ["100 of 230 runs"]
+    assert browser.texts("#runs tbody th") == [f"run-{number:03}" for number in range(229, 129, -1)]
+    assert "This page shows 100 runs at a time" in browser.texts("#many")[0]
+    browser.one("#filter").send_keys("run-00")
+    assert browser.texts("#runs tbody th") == [f"run-{number:03}" for number in range(9, -1, -1)]
+    assert browser.texts("#count") == ["10 of 230 runs"]
+    assert len(browser.all("#run-chips [data-name^=run-]")) == 10
+    assert len(browser.all("#timeline details")) == 10

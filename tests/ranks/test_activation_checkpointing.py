@@ -14,13 +14,14 @@ from helpers.sweep import some
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain.building import configured_engine, load_task
 from dtrain.config import load_settings
-from dtrain.engine import Engine
+from dtrain.distributed.world import World, bring_up
+from dtrain.engine.loop import Engine
+from dtrain.engine.options import RunOptions
+from dtrain.engine.train_step import Task
 from dtrain.errors import ConfigError, UsageError
-from dtrain.learning import Task
-from dtrain.recomputing import recompute
-from dtrain.world import World, bring_up
+from dtrain.model.activation_checkpointing import recompute
+from dtrain.trainer.setup import configured_engine, load_task
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -64,7 +65,9 @@ def refused(world: World) -> str:
     net.optimizer = torch.optim.SGD(net.parameters(), lr=0.1)  # type: ignore[assignment]
     data = DataLoader(TensorDataset(torch.randn(8, 8)), batch_size=4)
     try:
-        Engine(Task(net, lambda model, x: model(x).mean(), data), world, epochs=1, sync_batchnorm=True)
+        Engine(
+            Task(net, lambda model, x: model(x).mean(), data), world, epochs=1, options=RunOptions(sync_batchnorm=True)
+        )
     except UsageError as error:
         return str(error)
     return ""
@@ -92,7 +95,9 @@ def trained(world: World, kinds: list[str]) -> list[list[Any]]:
             data = DataLoader(TensorDataset(x), batch_size=8, shuffle=True)
             task = Task(net, train_step, data, train_step if kind != "imperative" else None, None, optimizer)
             precision = "bf16" if kind == "bf16" else None
-            engine = Engine(task, world, epochs=2, accumulation=2, precision=precision, ema_decay=0.9)
+            engine = Engine(
+                task, world, epochs=2, options=RunOptions(accumulation=2, precision=precision, ema_decay=0.9)
+            )
             engine.fit()
             rows = [{k: v for k, v in row.items() if "second" not in k} for row in engine.history.rows]
             found.append([digest(net), rows, net.blocks[0].calls])
@@ -156,7 +161,7 @@ def test_the_net_stays_as_it_is() -> None:
 def test_patterns() -> None:
     assert recompute(made(), ["blocks*"], "test") == ["blocks.0", "blocks.1", "blocks.2"], "outermost, no containers"
     assert recompute(made(), ["*.layers.0", "head"], "test")[-1] == "head"
-    with pytest.raises(ConfigError, match=r"activation_checkpointing = 'block\.0' \(here\): no part .*'blocks\.0'"):
+    with pytest.raises(ConfigError, match=r"activation_checkpointing = 'block\.0' \(here\): no module .*'blocks\.0'"):
         recompute(made(), ["blocks.1", "block.0"], "here")
 
 
@@ -167,5 +172,7 @@ def test_by_config(tmp_path: Path) -> None:
     configured_engine(task, bring_up(cpu=True), settings, epochs=1).fit()
     assert task.module.layers.forward.__func__.recomputes
     settings = load_settings(str(RECIPES / "resumable.py"), ["train.activation_checkpointing=[layer]"], {})
-    with pytest.raises(ConfigError, match=r"'layer' \(command line\): no part of the net has such a name\..*'layers'"):
+    with pytest.raises(
+        ConfigError, match=r"'layer' \(command line\): no module of the model has this name\..*'layers'"
+    ):
         load_task(settings)

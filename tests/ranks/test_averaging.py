@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.callbacks import on
 from helpers.commands import Dtrain
 from helpers.ranks import run_ranks
 from helpers.sweep import some
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dtrain as library
-from dtrain.world import bring_up
+from dtrain.distributed.world import bring_up
 
 DECAY = 0.8
 X = torch.randn(22, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -92,7 +93,7 @@ def test_a_run_saves_the_average_and_goes_on_with_both(dtrain: Dtrain, recipes: 
                 file.unlink()
             path.rmdir()
     done = dtrain(*words, "run.name=cut")
-    assert done.code == 0 and "goes on from runs/cut/checkpoints/epoch-2-step-1" in done.out, done.text
+    assert done.code == 0 and "resuming from runs/cut/checkpoints/epoch-2-step-1" in done.out, done.text
     ends = [load_file(runs / name / "checkpoints/epoch-3/model.safetensors") for name in ("whole", "cut")]
     states = [load_file(runs / name / "checkpoints/epoch-3/state.safetensors") for name in ("whole", "cut")]
     for one, two in (ends, states):
@@ -128,10 +129,11 @@ def plain_average(steps: list[dict[str, np.ndarray]], decay: float) -> dict[str,
 
 def moving(world, dtype: str, decay: float, changes: dict[str, bool], sharded: bool) -> dict[str, Any]:
     """One rank: trains with some layers frozen and unfrozen at some steps; the weights of each step, and the average."""
-    from dtrain.engine import Engine
-    from dtrain.fsdp.settings import Sharding
-    from dtrain.fsdp.tensors import whole_tensor
-    from dtrain.learning import Task
+    from dtrain.distributed.dtensor import whole_tensor
+    from dtrain.distributed.fsdp_settings import Sharding
+    from dtrain.engine.loop import Engine
+    from dtrain.engine.options import RunOptions
+    from dtrain.engine.train_step import Task
 
     torch.manual_seed(5)
     kind = getattr(torch, dtype)
@@ -160,8 +162,8 @@ def moving(world, dtype: str, decay: float, changes: dict[str, bool], sharded: b
     loader = DataLoader(TensorDataset(X, Y), batch_size=6)
     how = {"sharding": Sharding(modules=())} if sharded else {}
     task = Task(net, step, loader, step, loader, optimizer)
-    engine = Engine(task, world, epochs=3, batch="global", ema_decay=decay, **how)
-    engine.after_update.append(note)
+    engine = Engine(task, world, epochs=3, options=RunOptions(batch="global", ema_decay=decay), **how)
+    engine.callbacks.add(on(on_step_end=note))
     engine.fit()
     kept = {name: whole_tensor(value) for name, value in engine.average.weights().items()}
     exact = {name: whole_tensor(value) for name, value in engine.average.exact().items()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
-from dtrain.world import World
+from dtrain.distributed.world import World
 
 B, N, RATE = 4, 10, 0.1
 
@@ -161,9 +161,10 @@ def loader_of(kind: Kind) -> Any:
 
 def trained(world: World) -> dict[str, Any]:
     """One rank: for each kind and mode, the history's means, the weights and the predictions."""
-    from dtrain.batches import BatchFunctions
-    from dtrain.inference import predict
-    from dtrain.training import train_model
+    from dtrain.api.function import train_model
+    from dtrain.data.batches import BatchFunctions
+    from dtrain.engine.options import RunOptions
+    from dtrain.engine.predict import predict
 
     found: dict[str, Any] = {}
     for name, kind in KINDS.items():
@@ -193,8 +194,8 @@ def trained(world: World) -> dict[str, Any]:
                 Net(),
                 loader_of(kind),
                 world,
+                RunOptions(batch="global"),
                 predict_step=lambda model, features: model(means_of(features)),
-                batch="global",
                 batches=BatchFunctions(**functions),
             )
             found[f"{name} predicted"] = told.tolist()
@@ -216,7 +217,7 @@ class OverTime(nn.Module):
 
 def in_keras_style(world: World) -> list[Any]:
     """The functions are given once, to fit."""
-    from dtrain.keras import KerasModel
+    from dtrain.api.keras import KerasModel
 
     def make(picked: list[int]) -> Any:
         return MEANS[picked].expand(7, -1, -1), NUMBERS[picked]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from helpers.ranks import run_ranks
 from helpers.sweep import some
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from dtrain.model.sync_batchnorm import warn_of_untracked
 
 
 class OwnBatchNorm(nn.BatchNorm1d):
@@ -79,10 +83,63 @@ def test_synced_batchnorm_is_that_of_one_process(imperative: bool, ranks: int, n
             assert row == pytest.approx(expected, rel=1e-8)
 
 
+def small() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1)).double()
+    return net, torch.randn(12, 2, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+
+
+def flat(net: nn.Module) -> list[float]:
+    return [value for tensor in net.state_dict().values() for value in tensor.double().flatten().tolist()]
+
+
+def unsynced(world, same_draws: bool) -> list[float]:
+    import dtrain
+
+    net, x = small()
+    dtrain.train_model(
+        net,
+        2,
+        DataLoader(TensorDataset(x), batch_size=6),
+        train_step=lambda model, x: (model(x) - x[:, :1]).square().mean(),
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.2),
+        batch="global",
+        same_draws=same_draws,
+        verbose=False,
+        world=world,
+    )
+    return flat(net)
+
+
+def of_parts(cuts: list[tuple[int, int]]) -> list[float]:
+    """In one process: batches of 6 in two parts, each with statistics of its own; the first part's are kept."""
+    net, x = small()
+    for number, cut in enumerate(cuts):
+        parts = x[6 * (number % 2) :][:6].split(cut)
+        gradients = []
+        for part, of in zip(parts, (net, copy.deepcopy(net)), strict=True):
+            loss = (of(part) - part[:, :1]).square().mean()
+            gradients.append(torch.autograd.grad(loss, list(of.parameters())))
+        with torch.no_grad():
+            for parameter, first, second in zip(net.parameters(), *gradients, strict=True):
+                parameter.sub_(0.2 * (first * cut[0] + second * cut[1]) / 6)
+    return flat(net)
+
+
+def test_the_parts_that_statistics_are_of_are_unequal_in_the_first_step_of_common_random_numbers() -> None:
+    equal, unequal = (3, 3), (4, 2)
+    expected = {True: of_parts([unequal, equal, equal, equal]), False: of_parts([equal] * 4)}
+    assert expected[True] != pytest.approx(expected[False], abs=1e-3)
+    for same_draws in (True, False):
+        assert run_ranks(unsynced, 2, same_draws=same_draws)[0] == pytest.approx(expected[same_draws], abs=1e-9)
+
+
 RECIPE = """
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from dtrain.model.sync_batchnorm import warn_of_untracked
 
 def build_model():
     return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
@@ -115,3 +172,12 @@ def test_parity_finds_batchnorm_and_the_switch_makes_it_equal(dtrain: Dtrain) ->
     assert "train.sync_batchnorm=true" in found.out
     equal = dtrain("check", "parity", "small.py", "-n", "2", "train.sync_batchnorm=true")
     assert equal.code == 0, equal.text
+
+
+@pytest.mark.parametrize(("ranks", "tracks", "warned"), [(2, False, True), (2, True, False), (1, False, False)])
+def test_statistics_that_validation_takes_from_a_rank_s_part_are_a_warning(
+    caplog: pytest.LogCaptureFixture, ranks: int, tracks: bool, warned: bool
+) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=tracks))
+    warn_of_untracked(net, SimpleNamespace(size=ranks, is_main=True))  # type: ignore[arg-type]
+    assert ("1: BatchNorm with track_running_stats=False takes its statistics from each" in caplog.text) is warned

@@ -14,7 +14,7 @@ from helpers.ranks import run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain.drift import is_due
+from dtrain.model.gradients.drift import is_due
 
 _COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "barrier", "gather", "reduce", "all_gather_into_tensor")
 
@@ -86,9 +86,9 @@ import sys
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from dtrain.history import History
-from dtrain.metrics import MeanTable
-from dtrain.world import World
+from dtrain.rundir.history import History
+from dtrain.engine.metrics import MeanTable
+from dtrain.distributed.world import World
 
 size = int(sys.argv[1])
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)

@@ -11,8 +11,8 @@ from helpers.ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain.ddp import Replica
-from dtrain.dealing import Share
+from dtrain.data.partition import RankBatch
+from dtrain.model.ddp import Replica
 
 
 class AsOnGpus(DistributedDataParallel):
@@ -33,8 +33,8 @@ def train_a_step(world) -> list[Any]:
         replica.gradients.begin(1.0, last=True)
         replica.gradients.abandon()
         ddp = replica._redirection.ddp
-    share = Share(None, 1, 2, 1.0)
-    with replica.averaging(share), replica.training():
+    rank_batch = RankBatch(None, 1, 2, 1.0)
+    with replica.averaging(rank_batch), replica.training():
         net(torch.full((1, 2), float(world.rank))).sum().backward()
     assert net.weight.grad is not None
     return [type(ddp).__name__, ddp.device_ids, ddp.output_device, net.weight.grad.tolist()]

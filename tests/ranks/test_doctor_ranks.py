@@ -11,7 +11,7 @@ from helpers.ranks import run_ranks
 
 def measured(world, wrong: int) -> Any:
     """One rank: three nodes of a rank each; one rank's sums go wrong where `wrong` says so."""
-    from dtrain.doctor import collectives
+    from dtrain.tools.doctor import collectives
 
     collectives._SPAN, collectives._CPU_BYTES, collectives._PAIR_BYTES = 0.01, 1 << 16, 1 << 12
     right = dist.all_reduce

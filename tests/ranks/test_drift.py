@@ -35,7 +35,7 @@ class OddNet(nn.Module):
 
 
 def look_at_the_net(world) -> dict[str, Any]:
-    from dtrain.training import train_model
+    from dtrain.api.function import train_model
 
     torch.manual_seed(0)
     net = OddNet()
@@ -76,8 +76,8 @@ def test_the_step_gets_the_users_own_net_on_any_number_of_ranks() -> None:
 def break_the_task(world, how: str) -> str:  # noqa: C901
     """Each way in which ranks can come to train different things."""
     import dtrain
+    from dtrain.api.function import train_model
     from dtrain.errors import DtrainError
-    from dtrain.training import train_model
 
     torch.manual_seed(0)
     valid = None
@@ -134,13 +134,13 @@ def break_the_task(world, how: str) -> str:  # noqa: C901
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        ("foreign", "2 parameters that are not the net's"),
-        ("other", "none of the net's parameters"),
+        ("foreign", "2 parameters that are not the model's"),
+        ("other", "none of the model's parameters"),
         ("unequal", "number of train samples is not the same on all ranks: 16 on rank 0, 20 on rank 1"),
         ("shapes", "net's parameters is not the same"),
-        ("order", "draw the train samples differently"),
-        ("valid-order", "draw the valid samples differently"),
-        ("own-sharding", "draw the train samples differently"),
+        ("order", "draw the train samples in different orders"),
+        ("valid-order", "draw the valid samples in different orders"),
+        ("own-sharding", "draw the train samples in different orders"),
         ("imperative-mean", "returns its loss as dtrain.Mean"),
         ("unused", "trained"),
     ],
@@ -163,7 +163,7 @@ class SeesDtype(nn.Module):
 
 
 def precision_of_passes(world) -> dict[str, Any]:
-    from dtrain.training import train_model
+    from dtrain.api.function import train_model
 
     net = SeesDtype()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -12,12 +12,13 @@ from helpers.sweep import some
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler, Subset, get_worker_info
 
-from dtrain.bounds import Start
-from dtrain.dealing import Dealing
-from dtrain.engine import Engine
-from dtrain.learning import Task
-from dtrain.sharding import ShardedLoader
-from dtrain.world import bring_up
+from dtrain.data.loader import ShardedLoader
+from dtrain.data.partition import ShardSpec
+from dtrain.distributed.world import bring_up
+from dtrain.engine.loop import Engine
+from dtrain.engine.options import RunOptions
+from dtrain.engine.position import StartPosition
+from dtrain.engine.train_step import Task
 
 N, B, EPOCHS = 9, 2, 3
 CASES = [
@@ -124,7 +125,7 @@ def told(world, cases: list[dict[str, Any]]) -> list[Any]:
             few["persistent"] &= few["workers"] > 0
             loaders = [loader_of(**case), loader_of(**{**case, **few})]
             task = Task(net, step, loaders[0], step, loaders[1], optimizer)
-            engine = Engine(task, world, epochs=EPOCHS, batch="global", start=Start(first))
+            engine = Engine(task, world, epochs=EPOCHS, start=StartPosition(first), options=RunOptions(batch="global"))
             engines.append(engine)
             rows = engine.fit().rows
             found.append([seen, [[row["number"], row["val_number"]] for row in rows]])
@@ -182,7 +183,7 @@ class Growing(Told):
 
 def test_a_schedule_lasts_for_epochs_that_grow() -> None:
     from dtrain.config.schema import TrainConfig
-    from dtrain.schedules import follow_schedule
+    from dtrain.engine.schedules import follow_schedule
 
     net = nn.Linear(1, 1)
     rates: list[float] = []
@@ -205,7 +206,7 @@ def test_a_schedule_lasts_for_epochs_that_grow() -> None:
 
 def test_a_schedule_that_ends_too_early_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     from dtrain.config.schema import TrainConfig
-    from dtrain.schedules import follow_schedule
+    from dtrain.engine.schedules import follow_schedule
 
     class Wrong(list):
         def __len__(self) -> int:
@@ -254,7 +255,7 @@ class InPlace(Told):
 
 def test_datasets_that_change_in_place_are_as_they_were_once_they_are_asked_ahead() -> None:
     dataset, other = InPlace(), InPlace()
-    sharded = ShardedLoader(DataLoader(dataset, 2), Dealing(0, 1, "global", True), 1, "train")
+    sharded = ShardedLoader(DataLoader(dataset, 2), ShardSpec(0, 1, "global", True), 1, "train")
     assert sharded.steps_of_epochs(3) == [2, 2, 3]
     assert (dataset.items, dataset.order.tolist(), dataset.told) == ([0, 1], [0, 1, 2, 3], [])
     for one in (dataset, other):
@@ -271,7 +272,7 @@ class Counting(Told):
 
 def test_workers_that_live_on_are_told_each_epoch_once() -> None:
     loader = DataLoader(Counting(), 3, num_workers=1, persistent_workers=True)
-    sharded = ShardedLoader(loader, Dealing(0, 1, "global", True), 1, "train")
+    sharded = ShardedLoader(loader, ShardSpec(0, 1, "global", True), 1, "train")
     for epoch in (1, 2, 3):
-        values = [int(number) for share in sharded.shares(epoch) for number in share.batch.flatten()]
+        values = [int(number) for rank_batch in sharded.iter_batches(epoch) for number in rank_batch.batch.flatten()]
         assert values == [value(epoch - 1, index) for index in range(N)]

@@ -22,7 +22,7 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "digits_float64.py"
 def train_digits(world, folder: str, sizes: list[int]) -> list[dict[str, Any]]:
     """One rank: trains the digits recipe for an epoch, for each size of the validation set."""
     from dtrain.config import load_settings
-    from dtrain.run import train_run
+    from dtrain.trainer.train import train_run
 
     for size in sizes:
         words = [f"recipe={RECIPE}", "train.epochs=1", f"data.valid_samples={size}"]
@@ -99,7 +99,7 @@ STEPS = {
 
 def train_cases(world, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One rank: trains each case and returns weights and history."""
-    from dtrain.training import train_model
+    from dtrain.api.function import train_model
 
     results = []
     for case in cases:
@@ -189,7 +189,7 @@ class NormNet(nn.Module):
 
 def train_with_batch_norm(world, n_valid: int) -> dict[str, Any]:
     """One rank: buffers before and after validation, and a counter that the step keeps on its model."""
-    from dtrain.training import train_model
+    from dtrain.api.function import train_model
 
     torch.manual_seed(0)
     net = NormNet()
@@ -231,8 +231,8 @@ def go_past_ddp(world, own_backward: bool, averages: bool = False, average: str 
     """What a step is told that calls a part of the net, and how often it was called."""
     import torch.distributed as dist
 
+    from dtrain.api.function import train_model
     from dtrain.errors import StepError
-    from dtrain.training import train_model
 
     torch.manual_seed(0)
     net, steps = NormNet(), []
@@ -270,8 +270,8 @@ def test_a_step_that_goes_past_ddp_is_found_at_once_where_ddp_is_asked_for(own_b
 
 def gradients_without_steps(world, clears: bool, accumulation: int, every: int) -> list[Any]:
     """How often a step was called that computes gradients and steps at every so many calls, and what it was told."""
+    from dtrain.api.function import train_model
     from dtrain.errors import StepError
-    from dtrain.training import train_model
 
     net, calls = torch.nn.Linear(1, 1), []
     net.optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
@@ -299,7 +299,7 @@ def gradients_without_steps(world, clears: bool, accumulation: int, every: int) 
     ("clears", "accumulation", "every", "calls", "told"),
     [
         (True, 1, 1000, 100, "no optimizer's step() ran in 100 train steps"),
-        (True, 6, 1000, 1, "calls backward(), but not optimizer.step()"),
+        (True, 6, 1000, 1, "calls backward() but not optimizer.step()"),
         (False, 1, 1000, 150, "no optimizer's step() ran in the whole epoch"),
         (False, 1, 120, 150, ""),  # it accumulates by itself
     ],
@@ -313,7 +313,7 @@ def test_gradients_that_are_never_stepped_on_are_found_soon(
 
 
 def random_streams(world) -> dict[str, Any]:
-    from dtrain.training import train_model
+    from dtrain.api.function import train_model
 
     net = fresh_net()
     drawn: list[float] = []

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
 
 import dtrain
 from dtrain.config import load_settings
+from dtrain.distributed.world import bring_up
 from dtrain.errors import DataError, StepError
-from dtrain.history import read_history
-from dtrain.run import train_run
-from dtrain.world import bring_up
+from dtrain.rundir.history import read_history
+from dtrain.trainer.train import train_run
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "resumable.py"
 FAILS = """
@@ -88,7 +88,7 @@ def test_an_empty_validation_is_told_before_training(dl_valid) -> None:
     with pytest.raises(DataError, match="the valid loader yielded no batch") as told:
         train(lambda model, x, y: 0.0, DataLoader(tensors(8), 4), dl_valid, trained)
     assert trained == []
-    assert told.value.agreed
+    assert told.value.on_all_ranks
 
 
 def test_a_wrong_signature_is_told_before_training(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from helpers.commands import Dtrain
 from helpers.ranks import run_ranks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dtrain.cli.find import _say_next
+from dtrain.cli.find import _print_next
 from dtrain.config import load_settings
+from dtrain.distributed.world import bring_up
 from dtrain.errors import AgreedError, StepError, UsageError
-from dtrain.finding.curve import SMOOTHING, Curve, Suggestion, _variance, growing
-from dtrain.finding.lr import Found, find_clear_lr, find_lr
-from dtrain.world import bring_up
+from dtrain.tools.find.curve import SMOOTHING, Curve, Suggestion, _variance, growing
+from dtrain.tools.find.lr import RangeTestResult, find_clear_lr, find_lr
 
 N, BATCH, STEPS = 19, 6, 14
 
@@ -140,13 +140,13 @@ def test_rates_grow_by_a_factor_whatever_schedule_and_groups_there_are(recipe: P
 
 def test_what_cannot_be_is_an_error_by_name(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # files of one second and size are told apart by no cache
-    with pytest.raises(UsageError, match=r"needs an optimizer that dtrain knows.*ranged\.py has none, or several"):
+    with pytest.raises(UsageError, match=r"needs exactly one optimizer.*ranged\.py has none, or several"):
         recipe.write_text(RECIPE.replace("def build_scheduler", "def no_scheduler"))
         found(str(recipe), "optimizer.none=true")
-    with pytest.raises(UsageError, match="does not step the optimizer that dtrain knows"):
+    with pytest.raises(UsageError, match=r"does not step model\.optimizer"):
         found(str(recipe), "optimizer.own=true", "model.kind=imperative")
     with pytest.raises(
-        AgreedError, match=r"ratios of the optimizer's groups, of lr 0.0, 2.0, to its own lr, which is 0"
+        AgreedError, match=r"ratios of the parameter groups' lr \(0\.0, 2\.0\) to the optimizer's lr, which is 0"
     ):
         recipe.write_text(RECIPE.replace('"lr": lr / 4', '"lr": 2.0'))
         found(str(recipe), "optimizer.lr=0.0")
@@ -228,12 +228,12 @@ def test_no_rate_is_suggested_where_the_loss_does_not_come_down() -> None:
 
 @pytest.mark.parametrize("steps", [12, 29, 30])
 def test_few_steps_come_with_a_word_of_caution(steps: int, capsys: pytest.CaptureFixture[str]) -> None:
-    found = Found(Curve(growing(1e-4, 1.0, steps)), "lr")
-    _say_next(found, Suggestion(0.1, 0.1, 1.0, 1.0), load_settings("digits", [], {}), [], [])
+    found = RangeTestResult(Curve(growing(1e-4, 1.0, steps)), "lr")
+    _print_next(found, Suggestion(0.1, 0.1, 1.0, 1.0), load_settings("digits", [], {}), [], [])
     told = capsys.readouterr()
     assert "next: dtrain train lr=0.1" in told.out
     assert told.err == (
-        f"note: after {steps} steps this may be chance; --steps 100, the default, tells more\n" if steps < 30 else ""
+        f"note: with {steps} steps this may be chance; use --steps 100 (the default) or more\n" if steps < 30 else ""
     )
 
 
@@ -358,5 +358,5 @@ def test_the_command_shows_a_curve_and_says_what_is_next(dtrain: Dtrain, recipe:
 def test_a_loss_that_stays_is_exit_code_1_without_a_suggestion(dtrain: Dtrain, recipe: Path) -> None:
     done = dtrain("find", "lr", recipe, "model.flat=true", "--steps", 20, "--cpu")
     assert done.code == 1
-    assert "no lr is suggested: the loss does not come down between lr 1e-07 and 10." in done.err
+    assert "no lr is suggested: the loss does not fall between lr 1e-07 and 10." in done.err
     assert "next:" not in done.out and not (dtrain.folder / "runs").exists()

@@ -1,6 +1,6 @@
 """Processes that a rank forks right behind a collective, as a DataLoader's workers are, begin to run.
 
-DTRAIN_TEST_SWEEP=full pytest tests/ranks/test_forks.py    # thousands of forks; without dtrain/forks.py some hang
+DTRAIN_TEST_SWEEP=full pytest tests/ranks/test_forks.py    # thousands of forks; without dtrain/distributed/forks.py some hang
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import pytest
 from helpers.ranks import run_ranks
 from helpers.sweep import FULL
 
-from dtrain.forks import needs_care
-from dtrain.world import World
+from dtrain.distributed.forks import needs_care
+from dtrain.distributed.world import World
 
 FORKS = 5000 if FULL else 100
 
@@ -27,7 +27,7 @@ def fork_behind_collectives(world: World, forks: int) -> int:
         child = os.fork()
         if child == 0:
             os._exit(0)
-        if not _ended(child, 20.0):
+        if not _ended(child, 60.0):
             hung += 1
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)

@@ -9,25 +9,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.callbacks import on
 from helpers.ranks import run_ranks
 from helpers.sweep import some
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dtrain as library
+from dtrain.checkpoint.compat import check_shapes
+from dtrain.checkpoint.locate import Parts, find_good, read
+from dtrain.checkpoint.saver import Checkpointer
+from dtrain.checkpoint.state import restore
 from dtrain.checkpoint.tree import flatten
-from dtrain.clipping import Limit
 from dtrain.config.schema import CheckpointConfig
-from dtrain.engine import Engine
+from dtrain.distributed.dtensor import is_sharded, local_part, whole_tensor
+from dtrain.distributed.fsdp_settings import Sharding
+from dtrain.distributed.world import World
+from dtrain.engine.callback import Order
+from dtrain.engine.loop import Engine
+from dtrain.engine.options import RunOptions
+from dtrain.engine.train_step import Task
 from dtrain.errors import StepError, StopRequested
-from dtrain.fsdp.settings import Sharding
-from dtrain.fsdp.tensors import is_sharded, local_part, whole_tensor
-from dtrain.learning import Task
-from dtrain.resuming.finding import Parts, find_good, read
-from dtrain.resuming.fitting import check_shapes
-from dtrain.resuming.keeper import Keeper
-from dtrain.resuming.state import restore
-from dtrain.world import World
 
 
 class Block(nn.Module):
@@ -136,16 +138,19 @@ def engine_of(world: World, case: dict[str, Any]) -> Engine:
         ),
         world,
         epochs=2,
-        batch="global",
         sharding=None
         if case.get("whole")
         else Sharding(case.get("modules"), None, case.get("reshard", True), case.get("validate_whole", True)),
-        accumulation=case.get("accumulation", 1),
-        clip=Limit(case.get("clip_norm"), case.get("clip_value")),
-        ema_decay=case.get("ema"),
-        sync_batchnorm=case.get("norm", False),
         nan=case.get("nan", "stop"),
-        precision=case.get("precision"),
+        options=RunOptions(
+            batch="global",
+            accumulation=case.get("accumulation", 1),
+            clip_norm=case.get("clip_norm"),
+            clip_value=case.get("clip_value"),
+            ema_decay=case.get("ema"),
+            sync_batchnorm=case.get("norm", False),
+            precision=case.get("precision"),
+        ),
     )
 
 
@@ -238,7 +243,7 @@ def gone_on(world: World, jobs: list[dict[str, Any]]) -> list[Any]:
 
 
 def run_in(folder: Path, world: World, case: dict[str, Any]) -> list[Any]:
-    """A run that goes on from what is in its folder and is saved there; its rows, and all of its state in the end."""
+    """A run that resuming from what is in its folder and is saved there; its rows, and all of its state in the end."""
     engine = engine_of(world, case)
     good = find_good(folder / case["name"]) if world.is_main else None
     if world.gather_json(good is not None)[0]:
@@ -247,19 +252,19 @@ def run_in(folder: Path, world: World, case: dict[str, Any]) -> list[Any]:
         engine.history.rows = list(loaded.run["rows"])
         restore(engine, loaded.weights, loaded.run, loaded.ranks)
     policy = CheckpointConfig(every_epochs=case.get("every_epochs", 0), asynchronous=case.get("asynchronous", True))
-    keeper = Keeper(engine, folder / case["name"], policy, lambda: {"format": 1, "ranks": world.size})
+    keeper = Checkpointer(engine, folder / case["name"], policy, lambda: {"format": 1, "ranks": world.size})
     keeper.attach()
 
     def stop(at: Any) -> None:
         if at.updates == case.get("stop_at"):
             raise RuntimeError("killed") if case.get("killed") else StopRequested("saved")
 
-    engine.after_step.append(stop)
+    engine.callbacks.add(on(Order.LAST, on_save_point=stop))
     try:
         engine.fit()
     except (RuntimeError, StopRequested) as error:
         assert str(error) in ("killed", "saved") and case.get("stop_at")
-    keeper.close()
+    keeper.on_train_end()
     named = {"net": engine.task.module.state_dict(), "by": engine.learner.optimizers()[0].state_dict()}
     state = {name: whole_tensor(value).tolist() for name, value in flatten(named, "")[1].items()}
     return [rows_of(engine), state]

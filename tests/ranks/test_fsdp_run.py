@@ -13,10 +13,10 @@ from helpers.sweep import some
 from safetensors.torch import load_file
 
 from dtrain.config import load_settings
-from dtrain.evaluation import evaluate_run, restore_run
-from dtrain.history import read_history
-from dtrain.run import train_run
-from dtrain.world import bring_up
+from dtrain.distributed.world import bring_up
+from dtrain.rundir.history import read_history
+from dtrain.trainer.evaluate import evaluate_run, restore_run
+from dtrain.trainer.train import train_run
 
 # Looked at on the way; one of the two blocks is computed again in the backward.
 LOOKED_AT = ("train.val_every_steps=3", "train.log_norms=2", "train.activation_checkpointing=[blocks.1]")
@@ -40,7 +40,7 @@ def test_a_run_by_the_profile_is_that_of_one_rank_which_goes_on_with_it(
         launch = ("launch", "--config_file", "p.yaml", "--main_process_port", "0", "-m", "dtrain")
         done = dtrain.run(BIN / "accelerate", *launch, *words)
     assert done.code == 0, done.text
-    assert "no part of the net" not in done.text
+    assert "no module is sharded separately" not in done.text
 
     world, runs = bring_up(cpu=True), dtrain.folder / "runs"
 
@@ -52,7 +52,7 @@ def test_a_run_by_the_profile_is_that_of_one_rank_which_goes_on_with_it(
     sharded, alone = history(runs / "it"), history(train("alone"))
     np.testing.assert_allclose(sharded, alone[:2], rtol=1e-9)
     np.testing.assert_allclose(history(train("it")), alone, rtol=1e-9)  # one rank, the net whole
-    assert f"goes on from {runs}/it/checkpoints/epoch-2" in capsys.readouterr().out
+    assert f"resuming from {runs}/it/checkpoints/epoch-2" in capsys.readouterr().out
     for name, columns in (
         ("validations.csv", ["epoch", "step", "val_loss"]),
         ("norms.csv", ["weight_norm", "grad_norm"]),

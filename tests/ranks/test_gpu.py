@@ -9,19 +9,20 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain.engine import Engine
-from dtrain.learning import Task
-from dtrain.metrics import MeanTable
-from dtrain.progress import Silent
-from dtrain.world import bring_up
+from dtrain.distributed.world import bring_up
+from dtrain.engine.callback import Callbacks, EngineCallback
+from dtrain.engine.loop import Engine
+from dtrain.engine.metrics import MeanTable
+from dtrain.engine.options import RunOptions
+from dtrain.engine.train_step import Task
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-class Strict(Silent):
+class Strict(EngineCallback):
     """From the beginning of a pass on, whatever waits for the device is an error."""
 
-    def begin(self, *_: Any) -> None:
+    def on_pass_start(self, *_: Any) -> None:
         torch.cuda.set_sync_debug_mode("error")
 
 
@@ -55,7 +56,13 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, kind: str
     loaders = [DataLoader(data, 8, pin_memory=pinned) for pinned in (True, False)]
     task = Task(net, train_step, loaders[0], valid_step, loaders[1])
     try:
-        rows = Engine(task, bring_up(), epochs=3, accumulation=accumulation, progress=Strict()).fit().rows
+        rows = (
+            Engine(
+                task, bring_up(), epochs=3, callbacks=Callbacks(Strict()), options=RunOptions(accumulation=accumulation)
+            )
+            .fit()
+            .rows
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert rows[-1]["loss"] < rows[0]["loss"]

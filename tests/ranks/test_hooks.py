@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.callbacks import on
 from helpers.ranks import run_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain.dealing import BatchMode
-from dtrain.engine import Engine
+from dtrain.data.partition import BatchMode
+from dtrain.distributed.world import World, bring_up
+from dtrain.engine.loop import Engine
+from dtrain.engine.options import RunOptions
+from dtrain.engine.train_step import Task
 from dtrain.errors import StopRequested
-from dtrain.learning import Task
-from dtrain.world import World, bring_up
 
 
 def engine_of(world: World, accumulation: int, batch: BatchMode = "per_rank") -> Engine:
@@ -26,7 +28,7 @@ def engine_of(world: World, accumulation: int, batch: BatchMode = "per_rank") ->
 
     loader = DataLoader(TensorDataset(torch.ones(10, 2), torch.ones(10, 1)), batch_size=2)
     task = Task(net, step, loader, step, loader, optimizer)
-    return Engine(task, world, epochs=2, accumulation=accumulation, batch=batch)
+    return Engine(task, world, epochs=2, options=RunOptions(accumulation=accumulation, batch=batch))
 
 
 def follow(world: World, stop_after: int = 0) -> list[Any]:
@@ -38,12 +40,13 @@ def follow(world: World, stop_after: int = 0) -> list[Any]:
         if place.updates == stop_after:
             raise StopRequested("enough")
 
-    engine.after_step.append(note)
-    engine.save = lambda: told.append("saved")
+    engine.callbacks.add(
+        on(on_save_point=note, on_exception=lambda error: told.append(["ended", type(error).__name__]))
+    )
     try:
         engine.fit()
     except StopRequested as stop:
-        told.append([type(stop).__name__, stop.exit_code, stop.agreed])
+        told.append([type(stop).__name__, stop.exit_code, stop.on_all_ranks])
     return told
 
 
@@ -61,7 +64,7 @@ def test_at_the_same_places_on_all_ranks() -> None:
 
 
 @pytest.mark.parametrize("after", [2, 4])
-def test_a_stop_is_saved_before_it_leaves(after: int) -> None:
+def test_a_stop_is_heard_of_before_it_leaves(after: int) -> None:
     told = follow(bring_up(cpu=True), stop_after=after)
-    assert told[-2:] == ["saved", ["StopRequested", 75, True]]
+    assert told[-2:] == [["ended", "StopRequested"], ["StopRequested", 75, True]]
     assert told[-3][3] == after

@@ -50,17 +50,18 @@ def known(n: int) -> np.ndarray:
 
 def infer(world, cases: list[Any]) -> list[Any]:
     """One rank: predictions and means of each case."""
-    from dtrain.engine import Task
-    from dtrain.inference import evaluate_task, predict
+    from dtrain.engine.loop import Task
+    from dtrain.engine.options import RunOptions
+    from dtrain.engine.predict import evaluate_task, predict
 
     def valid_step(model, x, y):
         return {"loss": ((model(x).sum(dim=1) - y) ** 2).mean()}
 
     results = []
     for kind, n, mode in cases:
-        predicted = predict(net(), loader_of(kind, n), world, batch=mode)
+        predicted = predict(net(), loader_of(kind, n), world, RunOptions(batch=mode))
         task = Task(net(), valid_step, None, valid_step, loader_of(kind, n))
-        means = None if kind == "drop_last" else evaluate_task(task, world, batch=mode).means
+        means = None if kind == "drop_last" else evaluate_task(task, world, RunOptions(batch=mode)).means
         results.append([predicted.tolist(), str(predicted.dtype), means])
     return results
 
@@ -80,7 +81,7 @@ def test_predictions_and_means_equal_numpy(ranks: int) -> None:
 
 def nested(world, n: int) -> Any:
     """One rank: a nested result of several types, of which some ranks see nothing."""
-    from dtrain.inference import predict
+    from dtrain.engine.predict import predict
 
     def step(model, x):
         return {"half": x.bfloat16(), "pair": (x[:, 0] > 1, (x * 7).long())}
@@ -108,9 +109,9 @@ def as_bytes(tensor: torch.Tensor) -> list[Any]:
 
 def pieces(world, sizes: list[int]) -> list[Any]:
     """One rank: predictions of several types as bytes, and the most bytes that a collective made room for."""
-    import dtrain.world
+    import dtrain.distributed.world
+    from dtrain.engine.predict import predict
     from dtrain.errors import DataError
-    from dtrain.inference import predict
 
     most, gather = [0], torch.distributed.all_gather
 
@@ -118,7 +119,7 @@ def pieces(world, sizes: list[int]) -> list[Any]:
         most.append(sum(part.nbytes for part in room))
         gather(room, mine)
 
-    dtrain.world._PIECE_BYTES, torch.distributed.all_gather = PIECE, all_gather
+    dtrain.distributed.world._PIECE_BYTES, torch.distributed.all_gather = PIECE, all_gather
 
     results = []
     with pytest.raises(DataError, match="yielded no batch"):
@@ -151,8 +152,8 @@ def test_predictions_pass_the_devices_in_pieces_and_stay_what_they_are(ranks: in
 
 
 def refuse(world, how: str) -> str:
+    from dtrain.engine.predict import predict
     from dtrain.errors import DtrainError
-    from dtrain.inference import predict
 
     steps = {"mean": lambda model, x: model(x).mean(), "text": lambda model, x: "no"}
     try:

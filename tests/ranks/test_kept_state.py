@@ -21,12 +21,12 @@ import dtrain as library
 from dtrain.checkpoint.tensors import read_file
 from dtrain.config import load_settings
 from dtrain.config.saved import load_run_settings
+from dtrain.data.sources import Sources
+from dtrain.distributed.world import bring_up
 from dtrain.errors import DtrainError
-from dtrain.evaluation import evaluate_run, restore_run
-from dtrain.history import read_history
-from dtrain.run import train_run
-from dtrain.sources import Sources
-from dtrain.world import bring_up
+from dtrain.rundir.history import read_history
+from dtrain.trainer.evaluate import evaluate_run, restore_run
+from dtrain.trainer.train import train_run
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "kept.py"
 TIMES = ["seconds", "samples_per_second"]
@@ -143,7 +143,7 @@ def test_a_resumed_run_has_all_state_on_ranks(ranks: int) -> None:
             ["data.data=unknown"],
             "dl_train.batch_sampler.inner: state/rng is a builtins.module, which a checkpoint cannot",
         ),
-        (["net=broken"], "part._extra_state/broken is a builtins.object, which a checkpoint cannot hold"),
+        (["net=broken"], "part._extra_state/broken is a builtins.object, which a checkpoint cannot contain"),
         (["net=no-setter"], "model.part (NoSetter) has get_extra_state() but no set_extra_state"),
         (
             ["data.data=reading", "data.workers=1", "data.persistent=true"],
@@ -166,7 +166,7 @@ def test_a_generator_in_workers_that_live_on_is_told(tmp_path: Path, caplog: pyt
 
 def test_numbers_that_are_no_buffers_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     start(bring_up(cpu=True), tmp_path, "it", ["net=calls", "epochs=2"])
-    told = [record.message for record in caplog.records if "in no checkpoint" in record.message]
+    told = [record.message for record in caplog.records if "not in checkpoints" in record.message]
     assert len(told) == 1 and told[0].startswith("model.part.calls changed in training")
 
 

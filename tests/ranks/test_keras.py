@@ -207,9 +207,9 @@ def refuse(world, how: str) -> str:
 
 
 REFUSALS = {
-    "loss": "there is no loss",
+    "loss": "no loss: pass",
     "metric": "metrics_dict['acc'] is a Counter",
-    "monitor": "no such column. Did you mean 'val_loss'?",
+    "monitor": "no such column in the history. Did you mean 'val_loss'?",
     "mode": "mode = 'best'",
     "epochs": "epochs = 0",
 }

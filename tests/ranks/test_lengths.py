@@ -13,12 +13,12 @@ from helpers.ranks import run_ranks
 from safetensors.torch import load_file
 
 from dtrain import read_history
-from dtrain.building import configured_engine, load_task, run_epochs
 from dtrain.config import load_settings
+from dtrain.distributed.world import bring_up
 from dtrain.errors import AgreedError, DataError, UsageError
-from dtrain.plan import make_plan
-from dtrain.run import train_run
-from dtrain.world import bring_up
+from dtrain.trainer.plan import make_plan
+from dtrain.trainer.setup import configured_engine, load_task, run_epochs
+from dtrain.trainer.train import train_run
 
 RECIPE = """
 import torch
@@ -129,12 +129,12 @@ def test_a_run_of_so_many_steps_goes_on_within_its_last_epoch(
             if path.name not in kept:
                 shutil.rmtree(path)
         assert run_in(tmp_path, recipe, *words) == cut
-        assert f"goes on from {cut}/checkpoints/{place}" in capsys.readouterr().out
+        assert f"resuming from {cut}/checkpoints/{place}" in capsys.readouterr().out
         one, two = (load_file(run / "checkpoints/epoch-2/model.safetensors") for run in (whole, cut))
         assert all(torch.equal(one[key], two[key]) for key in one)
         assert read_history(cut)["loss"].tolist() == read_history(whole)["loss"].tolist()
         run_in(tmp_path, recipe, *words)
-        assert "is complete: 2 epochs. All optimizer steps of train.max_steps = 8 are taken." in capsys.readouterr().out
+        assert "is complete: 2 epochs. train.max_steps = 8 is reached." in capsys.readouterr().out
         shutil.rmtree(cut)
     with pytest.raises(AgreedError, match=r"train\.max_steps was 8 and is 9"):
         run_in(tmp_path, recipe, "max_steps=9", *words[1:], name="whole")
@@ -200,7 +200,7 @@ def test_without_a_length_the_epochs_are_to_be_given(recipe: Path) -> None:
     task = load_task(settings)
     with pytest.raises(UsageError, match=r"train\.max_steps = 3: the training loader has no length"):
         run_epochs(task, 1, settings)
-    with pytest.raises(Exception, match="limit_batches and overfit_batches both say"):
+    with pytest.raises(Exception, match="limit_batches and overfit_batches both limit"):
         load_settings(str(recipe), ["limit_batches=3", "overfit_batches=1"], {})
 
 

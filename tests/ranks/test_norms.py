@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.callbacks import on
 from helpers.ranks import run_ranks
 
-from dtrain.building import configured_engine, load_task
+from dtrain.callbacks.param_norms import Norms, NormsFile
+from dtrain.callbacks.tracking.base import RunEnd
+from dtrain.callbacks.tracking.files import StepLog
+from dtrain.callbacks.tracking.tracking import Tracking
 from dtrain.config import load_settings
+from dtrain.distributed.world import bring_up
+from dtrain.engine.position import TrainPosition
 from dtrain.errors import AgreedError, StopRequested
-from dtrain.norms import Norms, NormsFile
-from dtrain.passes import Place
-from dtrain.run import train_run
-from dtrain.tracking.base import End
-from dtrain.tracking.files import StepLog
-from dtrain.tracking.tracking import Tracking
-from dtrain.world import bring_up
+from dtrain.trainer.setup import configured_engine, load_task
+from dtrain.trainer.train import train_run
 
 N, BATCH, RATE, CLIP = 19, 6, 0.1, 0.5
 
@@ -143,7 +144,8 @@ def test_a_resumed_run_leaves_no_gap_and_no_row_twice(recipe: Path, tmp_path: Pa
     with (tmp_path / "cut/norms.csv").open("a") as file:
         file.write("3,9,wei")  # as a full disk leaves it
     recipe.write_text(RECIPE.replace("as told", "twice told").replace("model.fail_at:", "0:"))
-    train_run(load_settings(str(tmp_path / "cut/config.yaml"), ["run.name=cut"], {}), world, str(tmp_path / "cut"))
+    words = ["run.name=cut", "accept=code"]
+    train_run(load_settings(str(tmp_path / "cut/config.yaml"), words, {}), world, str(tmp_path / "cut"))
     assert (tmp_path / "cut/norms.csv").read_text() == (whole / "norms.csv").read_text()
 
 
@@ -155,15 +157,15 @@ def engine_of(recipe: Path, *words: str) -> Any:
 def test_the_step_at_which_a_run_stops_has_its_rows(recipe: Path, tmp_path: Path) -> None:
     engine = engine_of(recipe)
 
-    def stop(place: Place) -> None:
+    def stop(place: TrainPosition) -> None:
         if place.updates == 2:
             raise StopRequested("on request")
 
-    engine.after_step.append(stop)
+    engine.callbacks.add(on(on_save_point=stop))
     norms = Norms(engine, 1, tmp_path)
+    engine.callbacks.add(norms)
     with pytest.raises(StopRequested):
         engine.fit()
-    norms.close()
     assert [row[1] for row in read(tmp_path)] == [1, 1, 2, 2]
 
 
@@ -172,12 +174,11 @@ def test_a_step_that_is_left_out_has_no_row(recipe: Path, tmp_path: Path) -> Non
     recipe.write_text(RECIPE.replace(".double()", "").replace("float64", "float32"))
     engine = engine_of(recipe, "precision=fp16", "model.scale=0.05")
     batches: list[int] = []
-    learn = engine.learner.learn
-    engine.learner.learn = lambda share: (batches.append(1), learn(share))[1]  # type: ignore[method-assign]
+    engine.callbacks.add(on(on_batch_start=lambda _: batches.append(1)))
     told: list[Any] = []
     norms = Norms(engine, 1, tmp_path, told.append)
+    engine.callbacks.add(norms)
     engine.fit()
-    norms.close()
     assert 0 < engine.place.updates < len(batches)
     rows = read(tmp_path)
     assert [row[1:3] for row in rows] == [[n + 1, p] for n in range(engine.place.updates) for p in ("weight", "bias")]
@@ -222,10 +223,10 @@ def test_a_file_that_cannot_be_had_is_told_by_all_ranks_before_they_train(
 
     start("epochs=1")
     (tmp_path / "it/norms.csv").mkdir()
-    ended: list[End] = []
+    ended: list[RunEnd] = []
     finish = Tracking.finish
 
-    def noted(tracking: Tracking, end: End) -> None:
+    def noted(tracking: Tracking, end: RunEnd) -> None:
         ended.append(end)
         finish(tracking, end)
 

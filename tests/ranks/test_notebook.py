@@ -176,7 +176,7 @@ def test_what_cannot_be_sent_is_named_before_anything_starts(shown: dict[str, Ce
 def test_an_interrupt_ends_all_ranks(shown: dict[str, CellOutput]) -> None:
     name, text = shown["interrupt"].error
     assert name == "KeyboardInterrupt", shown["interrupt"]
-    assert "all 2 ranks are ended" in text
+    assert "all 2 ranks were terminated" in text
 
 
 def test_neither_processes_nor_files_are_left_and_a_failure_changes_nothing(shown: dict[str, CellOutput]) -> None:

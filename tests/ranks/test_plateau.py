@@ -13,12 +13,12 @@ from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, OneCycleLR, R
 from torch.utils.data import DataLoader, TensorDataset
 
 import dtrain as library
-from dtrain.columns import sure_mode_of
 from dtrain.config import load_settings
+from dtrain.distributed.world import bring_up
 from dtrain.errors import DtrainError, UsageError
-from dtrain.history import read_history
-from dtrain.run import train_run
-from dtrain.world import bring_up
+from dtrain.rundir.columns import sure_mode_of
+from dtrain.rundir.history import read_history
+from dtrain.trainer.train import train_run
 
 X = torch.arange(12.0, dtype=torch.float64).reshape(12, 1) / 12
 SCORES = [0.1, 0.2, 0.2, 0.3, 0.1, 0.1]  # of each epoch; the loss falls in all of them
@@ -121,8 +121,8 @@ def test_the_column_that_is_named_or_the_checkpoints(
             ["where higher is better"],
         ),
         (["scheduler.monitor=accuracies"], ["scheduler.monitor = 'accuracies' (command line)", "'accuracy'?"]),
-        (["scheduler.kind=cycle", "scheduler.monitor=loss"], ["and build_scheduler returned OneCycleLR. Leave it out"]),
-        (["scheduler.kind=cycle"], ["made for 8 optimizer steps (total_steps); the run has 24", "train.epochs=2"]),
+        (["scheduler.kind=cycle", "scheduler.monitor=loss"], ["but build_scheduler returned OneCycleLR. Remove it"]),
+        (["scheduler.kind=cycle"], ["built for 8 optimizer steps (total_steps), but the run has 24", "train.epochs=2"]),
     ],
 )
 def test_what_contradicts_itself_is_told(tmp_path: Path, words: list[str], told: list[str]) -> None:
@@ -146,7 +146,7 @@ def test_a_resumed_run_watches_what_it_watched(tmp_path: Path) -> None:
 def test_a_cycle_is_no_longer_after_its_end(tmp_path: Path) -> None:
     assert run(tmp_path, "scheduler.kind=cycle", epochs=2)[0] == ""
     longer, _ = run(tmp_path, "scheduler.kind=cycle", epochs=4)
-    assert "cannot be extended: train 2 epochs (train.epochs=2), or start a new run" in longer
+    assert "cannot be extended after its start: train 2 epochs (train.epochs=2), or start a new run" in longer
     assert run(tmp_path, "scheduler.kind=cycle", epochs=2)[0] == ""
 
 
@@ -216,12 +216,12 @@ def cycle(optimizer: Any, kind: str) -> Any:
             "plain",
             "step",
             3,
-            "made for 6 optimizer steps (total_steps); the run has 9. Make it with total_steps=9",
+            "built for 6 optimizer steps (total_steps), but the run has 9. Make it with total_steps=9",
         ),
-        ("plain", "epoch", 7, "made for 6 epochs (total_steps); the run has 7"),
+        ("plain", "epoch", 7, "built for 6 epochs (total_steps), but the run has 7"),
         ("sequential", "step", 2, ""),
-        ("sequential", "step", 3, "made for 4 optimizer steps (total_steps); the run has 6."),
-        ("chained", "step", 3, "made for 6 optimizer steps (total_steps); the run has 9"),
+        ("sequential", "step", 3, "built for 4 optimizer steps (total_steps), but the run has 6."),
+        ("chained", "step", 3, "built for 6 optimizer steps (total_steps), but the run has 9"),
     ],
 )
 def test_a_schedule_with_an_end_is_looked_at_before_the_first_step(
@@ -266,7 +266,7 @@ def test_a_step_that_steps_itself_may_take_fewer(caplog: pytest.LogCaptureFixtur
             scheduler_interval="step",
             verbose=False,
         )
-    assert "is made for 3 optimizer steps (total_steps); the run has 6" in caplog.text
+    assert "is built for 3 optimizer steps (total_steps), but the run has 6" in caplog.text
 
 
 def test_lazy_nets_are_refused_with_words_that_help() -> None:

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dtrain as library
+from dtrain.distributed.world import bring_up
 from dtrain.errors import StepError, UsageError, WorldError
-from dtrain.world import bring_up
 
 N, BATCH, RATE = 19, 6, 0.3
 
@@ -110,7 +110,7 @@ class Net(nn.Module):
 
 def clipped_sparse(world, cases: list[list[Any]]) -> list[list[float]]:
     """Weights of a net with a table that is looked up, after steps on global batches."""
-    from dtrain.training import train_model
+    from dtrain.api.function import train_model
 
     found = []
     for sparse, norm, value in cases:

@@ -11,14 +11,14 @@ import pytest
 from helpers.ranks import run_ranks
 from safetensors.torch import load_file
 
+from dtrain.callbacks.profiler import WAIT, WARM_UP
+from dtrain.checkpoint.saver import Checkpointer
 from dtrain.config import load_settings
+from dtrain.distributed.world import bring_up
+from dtrain.engine.position import TrainPosition
 from dtrain.errors import StopRequested
-from dtrain.history import read_history
-from dtrain.passes import Place
-from dtrain.profiling import WAIT, WARM_UP
-from dtrain.resuming.keeper import Keeper
-from dtrain.run import train_run
-from dtrain.world import bring_up
+from dtrain.rundir.history import read_history
+from dtrain.trainer.train import train_run
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -58,7 +58,7 @@ def test_a_run_that_goes_on_keeps_its_trace(tmp_path: Path, caplog: pytest.LogCa
     folder = run(tmp_path, "it", "train.profile=2", "data.n=32")
     before = (folder / "profile/rank-0.json.gz").read_bytes()
     run(tmp_path, "it", "train.profile=2", "data.n=32", "epochs=3")
-    assert "is there already and is kept as it is. Remove it for a new one." in caplog.text
+    assert "already exists and is not overwritten. Remove it for a new one." in caplog.text
     assert (folder / "profile/rank-0.json.gz").read_bytes() == before
 
 
@@ -66,14 +66,14 @@ def test_a_run_that_goes_on_keeps_its_trace(tmp_path: Path, caplog: pytest.LogCa
 def test_a_run_that_is_cut_off_within_these_steps_leaves_them_to_the_one_that_goes_on(
     end: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def look(_: Keeper, place: Place) -> None:
+    def look(_: Checkpointer, place: TrainPosition) -> None:
         if place.updates == WAIT + WARM_UP + 2:
             raise end
 
     words = ("it", "train.profile=4", "data.n=32")
     folder = tmp_path / "it/profile"
     with monkeypatch.context() as cut, pytest.raises(type(end)):
-        cut.setattr(Keeper, "look", look)
+        cut.setattr(Checkpointer, "on_save_point", look)
         run(tmp_path, *words)
     assert list(folder.iterdir()) == []
     (folder / ".part-rank-0.json.gz").write_bytes(b"which a kill has left")
@@ -84,7 +84,7 @@ def test_a_run_that_is_cut_off_within_these_steps_leaves_them_to_the_one_that_go
 
 def test_a_run_too_short_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = run(tmp_path, "short", "train.profile=2", "max_steps=4")
-    assert "the run has ended within its first 5 optimizer steps, which are not recorded" in capfd.readouterr().out
+    assert "the run ended within its first 5 optimizer steps, which are not recorded" in capfd.readouterr().out
     assert list((folder / "profile").iterdir()) == []
     folder = run(tmp_path, "less", "train.profile=9", "max_steps=7")
     assert "profile of 2 optimizer steps" in capfd.readouterr().out

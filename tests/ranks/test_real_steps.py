@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.callbacks import on
+from helpers.counted_steps import BATCH, DECAY, SAMPLES, STEPS, STEPS_TAKEN, Net, data, each_second, loss_of, warm_up
 from helpers.ranks import run_ranks
 from helpers.step_programs import by_dtrain, by_hand, flat, fresh_net
 from helpers.sweep import some
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain.world import bring_up
-
-SAMPLES, BATCH, DECAY = 24, 6, 0.8
+from dtrain.distributed.world import bring_up
 
 
 def on_ranks(function: Any, ranks: int, **arguments: Any) -> list[Any]:
@@ -24,101 +24,11 @@ def on_ranks(function: Any, ranks: int, **arguments: Any) -> list[Any]:
     return [function(bring_up(cpu=True), **arguments)] if ranks == 1 else run_ranks(function, ranks, **arguments)
 
 
-def data() -> tuple[Tensor, Tensor]:
-    x = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return x, x[:, :1] * x[:, 1:2] + 0.5
-
-
-class Net(nn.Module):
-    """A net that counts its train steps in a buffer, which checkpoints keep."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-        self.second = torch.optim.Adam(self.parameters(), lr=0.01)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-def loss_of(net: Any, x: Tensor, y: Tensor) -> Tensor:
-    return ((net(x) - y) ** 2).mean()
-
-
-def each_second(net: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Accumulates by itself."""
-    loss = loss_of(net, x, y)
-    (loss / 2).backward()
-    net.seen += 1
-    if int(net.seen) % 2 == 0:
-        net.optimizer.step()
-        net.optimizer.zero_grad()
-    return loss.detach()
-
-
-def twice(net: Any, x: Tensor, y: Tensor) -> Tensor:
-    for _ in range(2):
-        net.optimizer.zero_grad()
-        loss = loss_of(net, x, y)
-        loss.backward()
-        net.optimizer.step()
-    return loss.detach()
-
-
-def skips_some(net: Any, x: Tensor, y: Tensor) -> Any:
-    """Leaves the first batch of an epoch out, and the third."""
-    net.seen += 1
-    if int(net.seen) % 2 == 1:
-        return 0.0
-    net.optimizer.zero_grad()
-    loss = loss_of(net, x, y)
-    loss.backward()
-    net.optimizer.step()
-    return loss.detach()
-
-
-def two_optimizers(net: Any, x: Tensor, y: Tensor) -> Tensor:
-    """The second one steps three times for each step of the first, which is the one that counts."""
-    for optimizer in (net.second, net.second, net.second, net.optimizer):
-        optimizer.zero_grad()
-        loss = loss_of(net, x, y)
-        loss.backward()
-        optimizer.step()
-    return loss.detach()
-
-
-def takes_over(net: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Another optimizer takes over from the third batch on."""
-    net.seen += 1
-    optimizer = net.optimizer if int(net.seen) <= 2 else net.second
-    optimizer.zero_grad()
-    loss = loss_of(net, x, y)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-STEPS: dict[str, Any] = {
-    "each_second": each_second,
-    "twice": twice,
-    "skips_some": skips_some,
-    "two_optimizers": two_optimizers,
-    "takes_over": takes_over,
-}
-STEPS_TAKEN = {"each_second": 4, "twice": 16, "skips_some": 4, "two_optimizers": 8, "takes_over": 8}
-
-
-def warm_up(optimizer: Any) -> Any:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: (k + 1) / 16)
-
-
 def followed(world: Any, kinds: list[str]) -> list[dict[str, Any]]:
     """Trains with each kind of step, and returns what counted its steps."""
-    from dtrain.engine import Engine
-    from dtrain.learning import Task
+    from dtrain.engine.loop import Engine
+    from dtrain.engine.options import RunOptions
+    from dtrain.engine.train_step import Task
 
     found = []
     for kind in kinds:
@@ -126,11 +36,14 @@ def followed(world: Any, kinds: list[str]) -> list[dict[str, Any]]:
         loader = DataLoader(TensorDataset(*data()), BATCH)
         scheduler = warm_up(net.optimizer)
         task = Task(net, STEPS[kind], loader, loss_of, loader, scheduler=scheduler, interval="step")
-        engine = Engine(task, world, 2, batch="global", ema_decay=DECAY, val_every_steps=3)
+        engine = Engine(task, world, 2, val_every_steps=3, options=RunOptions(batch="global", ema_decay=DECAY))
         updates: list[int] = []
         told: list[int] = []
-        engine.after_update.append(lambda place, updates=updates: updates.append(place.updates))
-        engine.after_step.append(lambda place, told=told: told.append(place.updates))
+        noted = on(
+            on_step_end=lambda place, updates=updates: updates.append(place.updates),
+            on_save_point=lambda place, told=told: told.append(place.updates),
+        )
+        engine.callbacks.add(noted)
         engine.fit()
         average = engine.average.weights()
         found.append(
@@ -204,14 +117,15 @@ def test_what_counts_steps_follows_those_that_are_taken(ranks: int) -> None:
 
 def ended(world: Any, most: int) -> list[Any]:
     """Trains until so many steps were taken."""
-    from dtrain.engine import Engine
-    from dtrain.learning import Task
+    from dtrain.engine.loop import Engine
+    from dtrain.engine.options import RunOptions
+    from dtrain.engine.train_step import Task
 
     found = []
     for kind in ("each_second", "twice"):
         net = Net()
         loader = DataLoader(TensorDataset(*data()), BATCH)
-        engine = Engine(Task(net, STEPS[kind], loader), world, 5, batch="global", max_steps=most)
+        engine = Engine(Task(net, STEPS[kind], loader), world, 5, max_steps=most, options=RunOptions(batch="global"))
         engine.fit()
         found.append([engine.place.updates, len(engine.history.rows), flat(net)])
     return found
@@ -219,9 +133,10 @@ def ended(world: Any, most: int) -> list[Any]:
 
 def parted(world: Any) -> list[Any]:
     """An optimizer that steps on one rank alone, from some batch on; and what is told of it."""
-    from dtrain.engine import Engine
+    from dtrain.engine.loop import Engine
+    from dtrain.engine.options import RunOptions
+    from dtrain.engine.train_step import Task
     from dtrain.errors import StepError
-    from dtrain.learning import Task
 
     found = []
     for first, every in ((1, None), (4, 3), (6, None)):
@@ -239,19 +154,26 @@ def parted(world: Any) -> list[Any]:
             return loss.detach()
 
         loader = DataLoader(TensorDataset(*data()), 4)
-        engine = Engine(Task(net, step, loader, loss_of, loader), world, 1, batch="global", val_every_steps=every)
+        engine = Engine(
+            Task(net, step, loader, loss_of, loader),
+            world,
+            1,
+            val_every_steps=every,
+            options=RunOptions(batch="global"),
+        )
         try:
             engine.fit()
             found.append(["", 0])
         except StepError as error:
-            found.append([str(error), len(calls), error.agreed])
+            found.append([str(error), len(calls), error.on_all_ranks])
     return found
 
 
 def left_out(world: Any, why: str) -> dict[str, Any]:
     """Declarative steps of which some are left out: a loss that is not finite, or float16's overflow."""
-    from dtrain.engine import Engine
-    from dtrain.learning import Task
+    from dtrain.engine.loop import Engine
+    from dtrain.engine.options import RunOptions
+    from dtrain.engine.train_step import Task
 
     x, y = data()
     net = Net() if why == "nan" else Net().float()
@@ -264,7 +186,7 @@ def left_out(world: Any, why: str) -> dict[str, Any]:
     net.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     task = Task(net, loss_of, DataLoader(TensorDataset(x, y * 40), BATCH), scheduler=scheduler, interval="step")
     nan, precision = ("skip", None) if why == "nan" else ("ignore", "fp16")
-    engine = Engine(task, world, 3, batch="global", nan=nan, precision=precision, ema_decay=DECAY)
+    engine = Engine(task, world, 3, nan=nan, options=RunOptions(batch="global", precision=precision, ema_decay=DECAY))
     engine.fit()
     return {"updates": engine.place.updates, "rates": rates, "averaged": engine.average.updates, "batches": 12}
 
@@ -317,16 +239,19 @@ def test_steps_that_are_left_out_advance_nothing(by_rank: list[dict[str, Any]]) 
 def resumed(world: Any, folder: str, kinds: list[str]) -> list[Any]:
     """Trains without a stop; and stopped, saved and resumed with everything new."""
     from dtrain.checkpoint.folder import Saved
+    from dtrain.checkpoint.locate import read, read_saved
+    from dtrain.checkpoint.saver import Checkpointer
+    from dtrain.checkpoint.state import restore
     from dtrain.config.schema import CheckpointConfig
-    from dtrain.engine import Engine
-    from dtrain.learning import Task
-    from dtrain.resuming.finding import read, read_saved
-    from dtrain.resuming.keeper import Keeper
-    from dtrain.resuming.state import restore
+    from dtrain.engine.loop import Engine
+    from dtrain.engine.options import RunOptions
+    from dtrain.engine.train_step import Task
 
     def engine_of(kind: str, epochs: int) -> Engine:
         loader = DataLoader(TensorDataset(*data()), 8)
-        return Engine(Task(Net(), SWITCHING.get(kind) or STEPS[kind], loader), world, epochs, batch="global")
+        return Engine(
+            Task(Net(), SWITCHING.get(kind) or STEPS[kind], loader), world, epochs, options=RunOptions(batch="global")
+        )
 
     found = []
     for kind in kinds:
@@ -334,10 +259,10 @@ def resumed(world: Any, folder: str, kinds: list[str]) -> list[Any]:
         whole.fit()
         first = engine_of(kind, 3)
         where = Path(folder) / kind
-        keeper = Keeper(first, where, CheckpointConfig(asynchronous=False), lambda: {"format": 1})
+        keeper = Checkpointer(first, where, CheckpointConfig(asynchronous=False), lambda: {"format": 1})
         keeper.attach()
         first.fit()
-        keeper.close()
+        keeper.on_train_end()
         world.gather_json(None)
         saved: Saved = read_saved(where / "epoch-3", 3, None)
         loaded = read(saved.path).loaded()

@@ -13,11 +13,11 @@ from helpers.ranks import run_ranks
 from helpers.sweep import some
 from sklearn.datasets import load_digits
 
-from dtrain import share
-from dtrain.building import configured_engine, load_task, run_epochs
+from dtrain.config import bundled as share
 from dtrain.config import load_settings
-from dtrain.run import train_run
-from dtrain.world import bring_up
+from dtrain.distributed.world import bring_up
+from dtrain.trainer.setup import configured_engine, load_task, run_epochs
+from dtrain.trainer.train import train_run
 
 CONFIGS = ("digits", "text", "diabetes", "images", "mnist")
 

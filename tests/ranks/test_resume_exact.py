@@ -15,20 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.callbacks import on
 from helpers.rank_pool import RankPool
 from helpers.sweep import FULL
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from dtrain.checkpoint.locate import Parts, find_good, read
+from dtrain.checkpoint.saver import Checkpointer
+from dtrain.checkpoint.state import restore
 from dtrain.checkpoint.tree import flatten
 from dtrain.config.schema import CheckpointConfig
-from dtrain.engine import Engine
+from dtrain.distributed.world import World
+from dtrain.engine.callback import Order
+from dtrain.engine.loop import Engine
+from dtrain.engine.options import RunOptions
+from dtrain.engine.train_step import Task
 from dtrain.errors import StopRequested
-from dtrain.learning import Task
-from dtrain.resuming.finding import Parts, find_good, read
-from dtrain.resuming.keeper import Keeper
-from dtrain.resuming.state import restore
-from dtrain.world import World
 
 EXAMPLES = 300 if FULL else 14
 TIMES = ("seconds", "samples_per_second")
@@ -68,7 +71,7 @@ def loader_of(case: dict[str, Any]) -> DataLoader:
         return DataLoader(TensorDataset(x, x.sum(dim=1, keepdim=True)), shuffle=True, **common)
     if kind == "stream":
         return DataLoader(Stream(n), **common)
-    if kind == "generator":  # of the user's own, which goes on from epoch to epoch
+    if kind == "generator":  # of the user's own, which resuming from epoch to epoch
         return DataLoader(Noisy(n), shuffle=True, generator=torch.Generator().manual_seed(9), **common)
     workers = {"workers": 2, "persistent": 2}.get(kind, 0)
     return DataLoader(Noisy(n), shuffle=True, num_workers=workers, persistent_workers=kind == "persistent", **common)
@@ -122,7 +125,10 @@ def train(world: World, case: dict[str, Any], folder: Path | None, stop_at: int 
     """Trains, from the last checkpoint in the folder where there is one; ends after so many steps, saved or not."""
     order: list[int] = []
     engine = Engine(
-        task_of(case, order), world, epochs=case["epochs"], batch=case["mode"], accumulation=case["accumulation"]
+        task_of(case, order),
+        world,
+        epochs=case["epochs"],
+        options=RunOptions(batch=case["mode"], accumulation=case["accumulation"]),
     )
     skipped = 0
     if folder is not None:
@@ -133,14 +139,14 @@ def train(world: World, case: dict[str, Any], folder: Path | None, stop_at: int 
             restore(engine, loaded.weights, loaded.run, loaded.ranks)
             skipped = engine.start.skip
         policy = CheckpointConfig(every_steps=case["every_steps"], every_epochs=case["every_epochs"])
-        keeper = Keeper(engine, folder, policy, lambda: {"format": 1, "ranks": world.size})
+        keeper = Checkpointer(engine, folder, policy, lambda: {"format": 1, "ranks": world.size})
         keeper.attach()
 
         def stop(place: Any) -> None:
             if stop_at and place.updates >= stop_at:
                 raise StopRequested("saved") if case["saved"] else RuntimeError("killed")
 
-        engine.after_step.append(stop)
+        engine.callbacks.add(on(Order.LAST, on_save_point=stop))
     try:
         engine.fit()
     except (StopRequested, RuntimeError) as error:
@@ -148,7 +154,7 @@ def train(world: World, case: dict[str, Any], folder: Path | None, stop_at: int 
             raise
     finally:
         if folder is not None:
-            keeper.close()
+            keeper.on_train_end()
         engine.train_loader._indexed and setattr(engine.train_loader._indexed._loader, "_iterator", None)
     dataset = engine.task.dl_train.dataset
     return {"engine": engine, "order": order, "skipped": skipped, "reads": getattr(dataset, "reads", 0)}

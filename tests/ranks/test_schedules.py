@@ -71,8 +71,8 @@ def test_the_lr_column_is_the_same_on_any_number_of_ranks(ranks: int) -> None:
 
 def scheduled(world, recipe: str, cases: list[list[str]]) -> list[list[float]]:
     """One rank: the rate of each optimizer step, for schedules by name."""
-    from dtrain.building import configured_engine, load_task
     from dtrain.config import load_settings
+    from dtrain.trainer.setup import configured_engine, load_task
 
     found = []
     for words in cases:
@@ -99,7 +99,7 @@ def test_schedules_by_name_are_the_same_on_any_number_of_ranks(ranks: int, recip
     """20 steps: 19 samples in global batches of 4, for 4 epochs; or 12 where two batches make a step."""
     cases = {
         ("cosine", 20, 0, 0.0): ["train.schedule=cosine"],
-        ("cosine", 20, 3, 0.1): ["train.schedule=cosine", "warmup_steps=3", "train.floor=0.1"],
+        ("cosine", 20, 3, 0.1): ["train.schedule=cosine", "warmup_steps=3", "train.min_lr_ratio=0.1"],
         ("linear", 12, 3, 0.0): ["train.schedule=linear", "warmup_epochs=1", "accumulation=2"],
         ("constant", 20, 5, 0.0): ["train.schedule=constant", "warmup_fraction=0.25"],
     }
@@ -121,11 +121,11 @@ def build_dataloaders():
 """
     )
     for words, told in (
-        (("digits", "train.schedule=cosine"), "the recipe has a scheduler (ExponentialLR). Leave one of them out."),
-        (("digits", "warmup_steps=3"), "warmup_steps is for train.schedule, which is not given"),
+        (("digits", "train.schedule=cosine"), "the recipe has a scheduler (ExponentialLR). Use only one of them."),
+        (("digits", "warmup_steps=3"), "warmup_steps needs train.schedule"),
         (
             (recipes / "small.py", "schedule=cosine", "warmup_steps=1", "warmup_epochs=1"),
-            "say the same: give one of them",
+            "exclude each other: set only one of them",
         ),
         (("endless.py", "schedule=cosine"), "the training loader has no length"),
     ):

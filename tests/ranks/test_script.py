@@ -226,7 +226,7 @@ def go_wrong(world, how: str) -> str:
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        ("eval", "began with the net in eval mode. Call model.train() before the loop"),
+        ("eval", "began with the model in eval mode. Call model.train() before the loop"),
         ("raw", "outside of a loop over a prepared loader"),
         ("count", "write meter.add(count=len(features), ...)"),
         ("names", "Return the same names on every rank"),
@@ -261,7 +261,7 @@ def files(world, folder: str) -> list[str]:
 def test_rank_0_alone_writes_and_all_know_when_it_could_not(tmp_path: Path) -> None:
     for *saved, again, rows in run_ranks(files, 2, folder=str(tmp_path)):
         assert saved == ["True"] * 3, "on disk when any rank goes on"
-        assert "epoch-3 is there already" in again
+        assert "epoch-3 already exists" in again
         assert rows == "4"
     assert read_history(tmp_path)["epoch"].tolist() == [1, 2, 3, 3]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["epoch-1", "epoch-3"]
@@ -286,7 +286,7 @@ def test_weights_of_two_runs_do_not_mix(tmp_path: Path) -> None:
     assert run_ranks(save_epochs, 1, folder=str(folder), epochs=[[1, 0.9], [2, 0.1]]) == [["epoch-1", "epoch-2"]]
     for told in run_ranks(save_epochs, 2, folder=str(folder), epochs=[[1, 0.5], [3, 0.05]]):
         for words in told:
-            assert words.startswith(f"save_weights: {folder} holds the weights of an earlier run (epoch-2)"), words
+            assert words.startswith(f"save_weights: {folder} contains the weights of an earlier run (epoch-2)"), words
     assert [path.name for path in folder.iterdir()] == ["epoch-2"]
     # As a cell of a notebook that is run again does.
     ((*_, again),) = run_ranks(save_epochs, 1, folder=str(tmp_path / "new"), epochs=[[1, 0.9], [2, 0.1], [1, 0.5]])
@@ -308,9 +308,9 @@ def test_epochs_of_others_stay(tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         (lambda: ("net",), "first argument of prepare is a str"),
-        (lambda: (nn.Linear(1, 1), nn.Linear(1, 1)), "argument 2 of prepare is a second net"),
+        (lambda: (nn.Linear(1, 1), nn.Linear(1, 1)), "argument 2 of prepare is a second model"),
         (lambda: (nn.Linear(1, 1), data(3)), r"Wrap it: DataLoader\(dataset"),
-        (lambda: (nn.Linear(1, 1), 5), "argument 2 of prepare is a int: give loaders and optimizers"),
+        (lambda: (nn.Linear(1, 1), 5), "argument 2 of prepare is a int: pass loaders and optimizers only"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: Any, told: str) -> None:
@@ -343,5 +343,5 @@ def test_the_page_s_commands_can_be_typed_one_after_another(dtrain: Dtrain, reci
     for frame in more:
         np.testing.assert_allclose(frame.to_numpy(), one.to_numpy(), rtol=0, atol=1e-6)
     again = dtrain.run(*typed[0])
-    assert "history.csv is there already" in again.err and 'History("history-2.csv")' in again.err
+    assert "history.csv already exists" in again.err and 'History("history-2.csv")' in again.err
     assert "run.name" not in again.err

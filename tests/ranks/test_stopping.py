@@ -12,10 +12,10 @@ import pytest
 from helpers.ranks import run_ranks
 from helpers.sweep import FULL
 
+from dtrain.distributed.stopping import Stopping
+from dtrain.distributed.world import World, bring_up
 from dtrain.errors import StopRequested
-from dtrain.launch.requests import StopRequest
-from dtrain.stopping import Stopping
-from dtrain.world import World, bring_up
+from dtrain.launch.signals.stop_request import StopRequest
 
 
 def walk(

@@ -39,8 +39,8 @@ def data(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def train_example(world, case: dict[str, Any]) -> dict[str, Any]:
     """One rank: trains a linear net on one case and returns what it computed, or the error's kind."""
+    from dtrain.api.function import train_model
     from dtrain.errors import DtrainError
-    from dtrain.training import train_model
 
     net = nn.Linear(3, 1).double()
     nn.init.zeros_(net.weight)

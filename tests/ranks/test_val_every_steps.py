@@ -12,19 +12,21 @@ from typing import Any
 import pytest
 import torch
 import torchmetrics
+from helpers.callbacks import on
 from helpers.ranks import run_ranks
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from dtrain import passes
 from dtrain.config import load_settings
-from dtrain.engine import Engine
+from dtrain.distributed.world import World, bring_up
+from dtrain.engine import passes
+from dtrain.engine.loop import Engine
+from dtrain.engine.options import RunOptions
+from dtrain.engine.passes import ValidPass
+from dtrain.engine.train_step import Task
 from dtrain.errors import AgreedError, StopRequested, UsageError
-from dtrain.learning import Task
-from dtrain.passes import ValidPass
-from dtrain.run import train_run
-from dtrain.world import World, bring_up
+from dtrain.trainer.train import train_run
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TIMES = ("seconds", "samples_per_second")
@@ -77,7 +79,7 @@ def engine_of(world: World, every: int | None, kind: str, *, ema: float | None =
     valid = DataLoader(TensorDataset(x, x.sum(dim=1, keepdim=True)), batch_size=4, shuffle=True, generator=generator)
     data: Any = DataLoader(Stream(), 4) if stream else DataLoader(Noisy(24), 4, shuffle=True, generator=generator)
     task = Task(net, train_step, data, valid_step, valid, optimizer, metrics={"seen": torchmetrics.MeanMetric()})
-    return Engine(task, world, epochs=2, val_every_steps=every, ema_decay=ema, batch="global")
+    return Engine(task, world, epochs=2, val_every_steps=every, options=RunOptions(ema_decay=ema, batch="global"))
 
 
 def digest(engine: Engine) -> str:
@@ -110,7 +112,7 @@ def trained(world: World, cases: list[list[Any]]) -> list[Any]:
                     modes.add((*(part.training for part in engine.task.module.modules()), place.step > 0))
                     expected[place.updates] = by_hand(engine)
 
-            engine.after_step.append(look)
+            engine.callbacks.add(on(on_save_point=look))
             engine.fit()
             rows = [{k: v for k, v in row.items() if k not in TIMES} for row in engine.history.rows]
             within = engine.validations.rows

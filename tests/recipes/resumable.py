@@ -41,7 +41,7 @@ class Net(nn.Module):
 def build_model(hidden: int = 6, dropout: float = 0.2, pause: float = 0.0, fault: str = ""):
     global average  # noqa: PLW0603 - as notebooks do
     model = Net(hidden, dropout)
-    model.pause, model.fault = pause, fault
+    model.pause, model.fault, model.counted = pause, fault, []
     hidden_stream.seed(5)
     average = torch.optim.swa_utils.AveragedModel(model, avg_fn=lambda old, new, _: 0.9 * old + 0.1 * new)
     return model
@@ -96,6 +96,9 @@ def train_step(model, index, x, y):
     loss = (model(x) - y).square().mean()
     if model.fault == "stream":
         loss = loss * hidden_stream.random()
+    if model.fault == "counter":
+        model.counted.append(1)
+        loss = loss * min(1.0, len(model.counted) / 40)
     average.update_parameters(model)
     return loss, loss.detach().sqrt()
 

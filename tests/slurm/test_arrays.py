@@ -12,8 +12,8 @@ from helpers.commands import BIN
 from helpers.queued import RECIPES
 from helpers.running import wait_for
 
-from dtrain.history import read_history
-from dtrain.slurm.record import Incarnation, read_record
+from dtrain.rundir.history import read_history
+from dtrain.rundir.job_record import JobAttempt, read_record
 
 WORDS = ("epochs=12", "data.n_train=16", "model.pause=0", "run.name=grid")
 EPOCHS, CANCELLED = 12, (1, 5)
@@ -46,14 +46,14 @@ def test_six_runs_two_at_once(either: Cluster, tmp_path: Path) -> None:
             assert done.code == 0, done.text
         either.wait(f"{job}_1", "CANCELLED")
         (tmp_path / "go").touch()
-        followed, _ = follower.communicate(timeout=60)
+        followed, _ = follower.communicate(timeout=120)
     finally:
         follower.kill()
         follower.communicate()
     assert follower.returncode == 0
     assert [f"EPOCH = {epoch}," in followed for epoch in (1, EPOCHS)] == [True, True], followed
     for number in (0, 2, 3, 4):  # of 5, which never began, SLURM itself knows no more
-        either.wait(f"{job}_{number}", "COMPLETED", seconds=90)
+        either.wait(f"{job}_{number}", "COMPLETED", seconds=150)
     check_over(either, job, runs, tmp_path)
 
 
@@ -89,7 +89,7 @@ def check_over(slurm: Cluster, job: str, runs: list[Path], folder: Path) -> None
 
 def most_at_once(runs: list[Path]) -> int:
     """How many runs' jobs were there at the same time."""
-    spans: list[Incarnation] = []
+    spans: list[JobAttempt] = []
     for run in runs:
         record = read_record(run)
         assert record is not None

@@ -41,7 +41,7 @@ def test_nodes_that_are_well_but_for_a_slow_network(slurm: Cluster, tmp_path: Pa
     assert done.code == 0, done.text
     for name in ("nodes", "same versions", "clocks", "shared folder", "shared locks", "names and ports", "SLURM task"):
         assert found[name]["state"] == "pass", found[name]
-    assert "gloo, 3 ranks: right, " in found["all-reduce"]["measured"]
+    assert "gloo, 3 ranks: correct, " in found["all-reduce"]["measured"]
     assert found["all-reduce"]["measured"].endswith("on n1, n2, n3")
     assert found["slowest network"]["measured"].startswith("n3: "), found["slowest network"]
     assert found["slowest network"]["state"] == "warn"
@@ -66,27 +66,27 @@ def test_nodes_that_are_not_well_are_named(slurm: Cluster, tmp_path: Path) -> No
     assert done.code == 1, done.text
     assert found["nodes"]["state"] == "pass"
     assert "n2 has dtrain" in found["same versions"]["measured"]
-    assert "n3 does not see what others write there" in found["shared folder"]["measured"]
+    assert "n3 does not see files that others write there" in found["shared folder"]["measured"]
     for pair in ("n3 cannot reach n4", "n4 cannot reach n3"):
         assert pair in found["names and ports"]["measured"]
     assert {name: one["state"] for name, one in found.items() if one["state"] == "fail"} == dict.fromkeys(
         ("same versions", "shared folder", "names and ports"), "fail"
     )
     reduce = found["all-reduce"]["measured"]
-    assert "gloo, 2 ranks: right, " in reduce, "the nodes that fit together are measured all the same"
-    assert "on n1, n3; n2 took no part: not the others' dtrain; n4 took no part: it and n3 do not" in reduce
+    assert "gloo, 2 ranks: correct, " in reduce, "the nodes that fit together are measured all the same"
+    assert "on n1, n3; n2 did not take part: not the others' dtrain; n4 did not take part: it and n3 cannot" in reduce
 
 
 @pytest.mark.parametrize("fault", ["too many", "no python"])
 def test_a_job_or_a_node_that_does_not_come(slurm: Cluster, tmp_path: Path, fault: str) -> None:
     if fault == "too many":
-        done = slurm.dtrain("doctor", "--nodes", 9, cwd=tmp_path, timeout=60)
+        done = slurm.dtrain("doctor", "--nodes", 9, cwd=tmp_path, timeout=120)
         assert "did not start (pending: PartitionNodeLimit) and was cancelled" in done.out
     else:
         python = Path(shutil.which("python3", path=slurm.environment()["PATH"]) or "").parent
         with on_node(slurm, "n2", ("mount", "-t", "tmpfs", "none", python), ("umount", python)):
             done = slurm.dtrain("doctor", "--nodes", 2, cwd=tmp_path, timeout=120)
-        assert "1 of 2 nodes came: n1; n2 did not come: " in done.out
+        assert "1 of 2 nodes started: n1; n2 did not start: " in done.out
         assert "No such file or directory" in done.out
     assert done.code == 1, done.text
     assert slurm.queue() == {}

@@ -29,9 +29,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from dtrain.api.function import train_model
+from dtrain.distributed.world import World, bring_up
 from dtrain.errors import StepError
-from dtrain.training import train_model
-from dtrain.world import World, bring_up
 
 PLAIN = ["zero", "backward", "step"]
 
@@ -99,7 +99,7 @@ def test_what_adds_up_is_the_step_on_the_joined_batch(world: World, program: lis
         (["zero", "by grad", "step"], "torch.autograd.grad"),
         (["zero", "backward", "step", "schedule"], "a scheduler of its own (StepLR)"),
         (["zero", "backward", "schedule", "step"], "a scheduler of its own (StepLR)"),
-        (["backward"], "as if it accumulated by itself"),
+        (["backward"], "as if it accumulated itself"),
         (["step", "zero", "backward"], "without a backward() before it"),
     ],
 )
@@ -118,7 +118,7 @@ def test_what_does_not_add_up_is_refused_before_a_weight_changed(world: World, p
 
 def test_a_batch_that_is_left_out_is_refused(world: World) -> None:
     found, words = by_dtrain(world, fresh_net(), [["nothing"]], 2)
-    assert "never learns: for its first batch" in words
+    assert "does not train: for its first batch" in words
     assert "dtrain.Mean(0 * total, 0)" in words
     found, words = by_dtrain(world, fresh_net(), [PLAIN, ["nothing"]], 2)
     assert "left a batch out" in words
@@ -182,7 +182,38 @@ def test_what_counts_its_calls_is_refused(world: World) -> None:
         return take(model, x, y, PLAIN)
 
     assert "adds to model.seen (0, then 1)" in refused(world, net, counts)
-    assert "changes the optimizer's options by itself (lr)" in refused(world, fresh_net(), sets_rates)
+    assert "changes the optimizer's options itself (lr)" in refused(world, fresh_net(), sets_rates)
+
+
+def test_what_a_returned_loss_counts_is_said_or_refused(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Declarative steps, which are called once for each micro-batch as well."""
+    average, rates = fresh_net(), iter(range(100))
+
+    def loss_of(model: Any, x: Any, y: Any) -> Any:
+        return ((model(x) - y) ** 2).mean()
+
+    def counts(model: Any, x: Any, y: Any) -> Any:
+        model.seen += 1
+        return loss_of(model, x, y) * (1 if model.seen % 4 else 2)
+
+    def averages(model: Any, x: Any, y: Any) -> Any:
+        with torch.no_grad():
+            for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(parameter, 0.5)
+        return loss_of(model, x, y)
+
+    def sets_rates(model: Any, x: Any, y: Any) -> Any:
+        model.optimizer.param_groups[0]["lr"] = 0.1 / (1 + next(rates))
+        return loss_of(model, x, y)
+
+    net = fresh_net()
+    net.seen = 0
+    assert refused(world, net, counts) == ""  # as in a loop written by hand; it is said
+    (record,) = [record for record in caplog.records if "adds to model.seen" in record.message]
+    assert "this counts micro-batches" in record.message
+    assert "changes average, an average of the weights" in refused(world, fresh_net(), averages)
+    assert "changes the optimizer's options itself (lr)" in refused(world, fresh_net(), sets_rates)
+    assert refused(world, fresh_net(), loss_of) == ""
 
 
 COUNTED = {"steps": 0}
@@ -261,6 +292,23 @@ def test_changes_that_raise_no_version_are_refused(world: World) -> None:
         model.optimizer.step()
         return loss
 
+    def there_and_back(model: Any, x: Any, y: Any) -> Any:
+        """After the groups that are compared in any case."""
+        calls.append(1)
+        model.optimizer.zero_grad()
+        loss = take(model, x, y, ["backward"])
+        if len(calls) > 2 * CALLS:
+            far = 0.5 * model[0].weight.grad
+            model[0].weight.data.add_(far)
+            other = ((model(x) - y) ** 2).mean()
+            if len(calls) % 2:
+                model[0].weight.data.sub_(far)
+            other.backward()
+            if not len(calls) % 2:
+                model[0].weight.data.sub_(far)
+        model.optimizer.step()
+        return loss
+
     def by_setting(model: Any, x: Any, y: Any) -> Any:
         loss = take(model, x, y, PLAIN)
         model[0].weight.data = model[0].weight.data * 0.9
@@ -273,6 +321,11 @@ def test_changes_that_raise_no_version_are_refused(world: World) -> None:
         clipped = ["zero", "backward", "clip by data", "step"]
         return take(model, x, y, clipped if len(calls) > 4 * CALLS else PLAIN)
 
+    for begun in (0, 1):
+        calls = [0] * begun
+        assert "changes the weights by itself (0.weight)" in refused(world, fresh_net(), there_and_back, epochs=4)
+        assert len(calls) == 2 * CALLS + 1
+    calls = []
     assert "changes the gradients after backward()" in refused(world, fresh_net(), by_numpy)
     assert "changes the weights by itself" in _changed(world, by_setting)
     net = fresh_net()

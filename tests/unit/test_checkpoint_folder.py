@@ -18,27 +18,20 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain.checkpoint.folder import (
-    all_saved,
-    name_of,
-    named,
-    remove_leftovers,
-    set_aside,
-    verify,
-    write_checkpoint,
-)
-from dtrain.checkpoint.keeping import Keeping
+from dtrain.checkpoint.folder import all_saved, remove_leftovers, set_aside, verify, write_checkpoint
+from dtrain.checkpoint.locate import FILES, find_good, read
+from dtrain.checkpoint.retention import RetentionPolicy
+from dtrain.checkpoint.saver import Checkpointer
 from dtrain.checkpoint.tensors import pieces
 from dtrain.checkpoint.weights import WEIGHTS
 from dtrain.checkpoint.writer import Snapshot, Writer
 from dtrain.config.schema import CheckpointConfig
-from dtrain.engine import Engine
+from dtrain.distributed.world import bring_up
+from dtrain.engine.loop import Engine
+from dtrain.engine.train_step import Task
 from dtrain.errors import CheckpointError, UsageError
-from dtrain.learning import Task
-from dtrain.memory import Memory
-from dtrain.resuming.finding import FILES, find_good, read
-from dtrain.resuming.keeper import Keeper
-from dtrain.world import bring_up
+from dtrain.launch.env.memory import Memory
+from dtrain.layout import checkpoint_name, checkpoints_in
 
 # What a save and the pruning after it ask of the system.
 CALLS = ("mkdir", "open", "write", "fsync", "rename", "unlink", "rmdir", "close")
@@ -52,8 +45,8 @@ def files_of(number: int) -> dict[str, Any]:
 def save(folder: Path, epoch: int, step: int | None = None, **values: float) -> Path:
     row = None if step is not None else {"epoch": epoch, **values}
     facts = {"format": 1, "row": row, "ranks": 1}
-    path = write_checkpoint(folder, name_of(epoch, step), files_of(epoch), facts)
-    Keeping(last=1, best=0).prune(folder)
+    path = write_checkpoint(folder, checkpoint_name(epoch, step), files_of(epoch), facts)
+    RetentionPolicy(last=1, best=0).prune(folder)
     return path
 
 
@@ -93,14 +86,14 @@ def test_killed_at_each_system_call_of_a_save(tmp_path: Path) -> None:
         save(folder, 1, loss=1.0)
         killed = dies_at(number, lambda: save(folder, 2, loss=0.5))
         found = find_good(folder)
-        assert found is not None, f"no good checkpoint after a kill at call {number}"
+        assert found is not None, f"no valid checkpoint after a kill at call {number}"
         assert found.words == (), f"something bad has a checkpoint's name after a kill at call {number}"
         assert verify(found.saved.path)["row"]["epoch"] == found.saved.epoch
         assert found.saved.epoch == 2 or (folder / "epoch-1").exists()
         remove_leftovers(folder)
         if found.saved.epoch == 1:
             save(folder, 2, loss=0.5)
-        Keeping(last=1, best=0).prune(folder)
+        RetentionPolicy(last=1, best=0).prune(folder)
         assert [path.name for path in folder.iterdir()] == ["epoch-2"], f"left after a kill at call {number}"
     assert number > 40, "the calls of a save were counted"
 
@@ -128,7 +121,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two") / "checkpoints"
     for epoch in (1, 2):
         facts = {"format": 1, "row": {"epoch": epoch, "loss": 1.0}, "config": {"train": {"seed": 1}}}
-        write_checkpoint(folder, name_of(epoch, None), files_of(epoch), facts)
+        write_checkpoint(folder, checkpoint_name(epoch, None), files_of(epoch), facts)
     return folder
 
 
@@ -196,17 +189,17 @@ def check_fallback(folder: Path, name: str) -> None:
 
 def test_all_damaged_is_an_error_that_names_each(tmp_path: Path) -> None:
     for epoch in (1, 2):
-        write_checkpoint(tmp_path, name_of(epoch, None), files_of(epoch), {"format": 1})
+        write_checkpoint(tmp_path, checkpoint_name(epoch, None), files_of(epoch), {"format": 1})
         (tmp_path / f"epoch-{epoch}" / WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match=r"no good checkpoint.*epoch-2/model.*epoch-1/model"):
+    with pytest.raises(CheckpointError, match=r"no valid checkpoint.*epoch-2/model.*epoch-1/model"):
         find_good(tmp_path)
-    assert len(named(tmp_path)) == 2, "left as it is"
+    assert len(checkpoints_in(tmp_path)) == 2, "left unchanged"
     assert find_good(tmp_path / "nothing") is None
 
 
 def test_weights_alone_are_nothing_to_go_on_from(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "epoch-1", {WEIGHTS: pieces({"a": torch.ones(1)})}, {"row": {"epoch": 1}})
-    with pytest.raises(CheckpointError, match="no state to go on from"):
+    with pytest.raises(CheckpointError, match="no state to resume from"):
         find_good(tmp_path)
 
 
@@ -242,8 +235,8 @@ def test_the_last_and_the_best_are_kept_by_the_monitor(tmp_path: Path) -> None:
     for epoch, accuracy in rows.items():
         for step in (None, 7):
             row = {"epoch": epoch, "val_acc": accuracy} if step is None else None
-            write_checkpoint(tmp_path, name_of(epoch, step), {}, {"row": row})
-    Keeping(last=3, best=2, monitor="val_acc", mode="max").prune(tmp_path)
+            write_checkpoint(tmp_path, checkpoint_name(epoch, step), {}, {"row": row})
+    RetentionPolicy(last=3, best=2, monitor="val_acc", mode="max").prune(tmp_path)
     assert [one.path.name for one in all_saved(tmp_path)] == [
         "epoch-2",
         "epoch-3",
@@ -251,23 +244,23 @@ def test_the_last_and_the_best_are_kept_by_the_monitor(tmp_path: Path) -> None:
         "epoch-5-step-7",
         "epoch-5",
     ]
-    Keeping(last=1, best=0).prune(tmp_path)
+    RetentionPolicy(last=1, best=0).prune(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["epoch-5"]
 
 
 def test_the_last_epochs_end_is_kept_among_many_steps(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, name_of(1, None), {}, {"row": {"epoch": 1, "loss": 1.0}})
+    write_checkpoint(tmp_path, checkpoint_name(1, None), {}, {"row": {"epoch": 1, "loss": 1.0}})
     for step in (1, 2, 3):
-        write_checkpoint(tmp_path, name_of(2, step), {}, {"row": None})
-    Keeping(last=1, best=0).prune(tmp_path)
+        write_checkpoint(tmp_path, checkpoint_name(2, step), {}, {"row": None})
+    RetentionPolicy(last=1, best=0).prune(tmp_path)
     assert [one.path.name for one in all_saved(tmp_path)] == ["epoch-1", "epoch-2-step-3"]
 
 
 def test_a_damaged_one_is_never_pruned(tmp_path: Path) -> None:
     for epoch in (1, 2, 3):
-        write_checkpoint(tmp_path, name_of(epoch, None), {}, {"row": {"epoch": epoch, "loss": 1.0}})
+        write_checkpoint(tmp_path, checkpoint_name(epoch, None), {}, {"row": {"epoch": epoch, "loss": 1.0}})
     (tmp_path / "epoch-2" / "manifest.json").write_text("{}")
-    Keeping(last=1, best=0).prune(tmp_path)
+    RetentionPolicy(last=1, best=0).prune(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-2", "epoch-3"]
     aside = [set_aside(tmp_path / "epoch-2").name]
     shutil.copytree(tmp_path / "epoch-3", tmp_path / "epoch-2")
@@ -279,13 +272,13 @@ def test_a_damaged_one_is_never_pruned(tmp_path: Path) -> None:
 
 def test_an_unknown_monitor_is_told_with_the_columns() -> None:
     with pytest.raises(UsageError, match=r"checkpoint\.monitor = 'val_los'.*Did you mean 'val_loss'"):
-        Keeping(monitor="val_los").check({"epoch": 1, "loss": 1.0, "val_loss": 2.0})
+        RetentionPolicy(monitor="val_los").check({"epoch": 1, "loss": 1.0, "val_loss": 2.0})
 
 
 def test_one_of_this_name_is_never_overwritten(tmp_path: Path) -> None:
     save(tmp_path, 1, loss=1.0)
     before = json.loads((tmp_path / "epoch-1" / "manifest.json").read_text())
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         save(tmp_path, 1, loss=2.0)
     assert json.loads((tmp_path / "epoch-1" / "manifest.json").read_text()) == before
 
@@ -320,11 +313,11 @@ def test_a_later_checkpoint_needs_no_more_memory_than_the_first(
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     task = Task(net, lambda model, x: model(x).square().mean(), loader, optimizer=optimizer)
     engine = Engine(task, bring_up(cpu=True), epochs=3)
-    keeper = Keeper(engine, tmp_path, CheckpointConfig(keep_last=3), dict)
+    keeper = Checkpointer(engine, tmp_path, CheckpointConfig(keep_last=3), dict)
     keeper.attach()
     engine.fit()
-    keeper.close()
-    assert len(copies) == len(all_saved(tmp_path)) == 3 and "too little memory" not in caplog.text
+    keeper.on_train_end()
+    assert len(copies) == len(all_saved(tmp_path)) == 3 and "not enough memory" not in caplog.text
 
 
 def test_what_a_thread_raises_is_raised_where_the_training_is() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dtrain.config import load_settings
 from dtrain.errors import ConfigError
@@ -35,7 +39,7 @@ def test_later_sources_win_and_each_value_knows_its_place(tmp_path: Path) -> Non
         ("batch=local", ["train.batch = 'local'", "per_rank", "global"]),
         ("run.name=a/b", ["run.name = 'a/b'", "folder name"]),
         ("run.name=a\nb", ["run.name", "control characters"]),
-        ("track.wandb.mode=offline", ["track.wandb.project is needed"]),
+        ("track.wandb.mode=offline", ["track.wandb.project is required"]),
         ("epochs=010", ["train.epochs = '010'"]),
         ("train.seed=[1", ["train.seed = [1", "command line"]),
     ],
@@ -47,16 +51,27 @@ def test_a_bad_value_is_named_with_place_and_remedy(override: str, expected: lis
         assert part in str(caught.value)
 
 
+NESTED = "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("train:\n  epochs: 1\n  epochs: 2\n", [":3: train.epochs is given twice", "line 2"]),
-        ("train.epochs: 1\ntrain:\n  epochs: 2\n", [":3: train.epochs is given twice"]),
+        ("train:\n  epochs: 1\n  epochs: 2\n", [":3: train.epochs is set twice", "line 2"]),
+        ("train.epochs: 1\ntrain:\n  epochs: 2\n", [":3: train.epochs is set twice"]),
         ("? [a]\n: 1\n", ["not a list or a mapping"]),
         ("- a\n- b\n", [":1:", "mapping"]),
-        ("train:\n\tepochs: 1\n", ["YAML"]),
+        ("train:\n\tepochs: 1\n", ["indent with spaces"]),
         ("train:\n  epochs: x\n", ["train.epochs = 'x'", ":2)"]),
         ("no_such: 1\n", ["no_such = 1", "recipe=dtrain.recipes.digits"]),
+        ("model:\n  a: &x {b: *x}\n", [":2:", "*x refers to itself"]),
+        ("a0: &a0 [1,1,1,1,1,1,1,1,1,1]\n" + NESTED, [":5:", "more than 100,000 values"]),
+        ("model:\n  a: " + "[" * 100 + "]" * 100, [":2:", "nested more than 64 levels deep"]),
+        ("model:\n  a: " + "{b: " * 3000 + "1" + "}" * 3000, [":2:", "nested more than 64 levels deep"]),
+        ("model:\n  a: " + "9" * 5000, [":2:", "a number has more than 1,000 digits"]),
+        ("model:\n  a: !!timestamp x\n", [":2: model.a: cannot be read as YAML"]),
+        ("model:\n  a: !!python/object:os.system {}\n", [":2: model.a: cannot be read as YAML"]),
+        ("model: " + "x" * (1 << 20), ["larger than the limit of 1,048,576 bytes"]),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, expected: list[str]) -> None:
@@ -66,6 +81,43 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, expected: 
         load_settings(str(file), [], {})
     for part in expected:
         assert part in str(caught.value)
+
+
+def test_aliases_within_bounds_mean_what_they_name(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("\ufeffmodel:\n  a: &x [1, 2]\n  b: *x\n", encoding="utf-8")
+    assert load_settings(str(file), [], {}).config.model == {"a": [1, 2], "b": [1, 2]}
+    (tmp_path / "linked.yaml").symlink_to(file)
+    assert load_settings(str(tmp_path / "linked.yaml"), [], {}).config.model["b"] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "loop"])
+def test_a_config_that_is_no_file_is_named(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "run.yaml"
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(file)
+    with pytest.raises(ConfigError, match=r"run\.yaml: cannot read the config: "):
+        load_settings(str(file), [], {})
+
+
+@given(st.text(st.sampled_from("&*ab:[]{}-,!\"'?|> \n\t%@`0123456789._~#<=eE+"), max_size=60))
+def test_whatever_is_typed_is_a_value_or_one_clear_error(text: str) -> None:
+    with contextlib.suppress(ConfigError):
+        load_settings(None, [f"model.x={text}"], {})
+
+
+@given(st.text(st.sampled_from("&*ab:[]{}-,!\"'? \n%0123456789.~#<="), max_size=80))
+def test_whatever_a_file_holds_is_a_config_or_one_clear_error(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.yaml"
+    file.write_text(f"model:\n  x: {text}")
+    with contextlib.suppress(ConfigError):
+        load_settings(str(file), [], {})
 
 
 def test_a_config_that_is_not_text_is_refused(tmp_path: Path) -> None:
@@ -132,7 +184,7 @@ def test_a_bare_key_that_nobody_has_lists_what_is_there() -> None:
 
 
 def test_a_key_that_an_older_dtrain_did_not_have_counts_as_its_default() -> None:
-    from dtrain.resuming.fitting import config_differences
+    from dtrain.checkpoint.compat import config_differences
 
     settings = load_settings("digits", [], {})
     there = settings.plain()

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain.engine import Engine
-from dtrain.learning import Task
-from dtrain.passes import Place, shares_on_device
-from dtrain.world import World, bring_up
+from dtrain.distributed.world import World, bring_up
+from dtrain.engine.loop import Engine
+from dtrain.engine.passes import batches_on_device
+from dtrain.engine.position import TrainPosition
+from dtrain.engine.train_step import Task
 
 # Calls of Python and C functions a step, those within the user's step and the optimizer not counted. Measured: 68
 # (imperative), 116 (declarative, torch's own backward() included), 67 (validation), 102 (fetching, the DataLoader's own
@@ -93,7 +94,7 @@ def calls_a_step(engine: Engine, counter: Counter, kind: str, batches: list[Any]
         counter.on()
         try:
             if kind == "valid":
-                fresh.valid.run(2, Place(0), fresh.progress)
+                fresh.valid.run(2, TrainPosition(0), fresh.callbacks)
             else:
                 fresh.train_pass(2)
         finally:
@@ -114,10 +115,10 @@ def test_the_engine_adds_few_calls_to_a_step(world: World, kind: str) -> None:
 def test_fetching_whole_batches_takes_few_calls(world: World) -> None:
     counter = Counter()
     engine = engine_of(world, counter, "imperative")
-    place = Place(0)
+    place = TrainPosition(0)
     place.enter("train", 2)
     counter.on()
-    count = sum(1 for _ in shares_on_device(engine.train_loader, world, place))
+    count = sum(1 for _ in batches_on_device(engine.train_loader, world, place))
     counter.off()
     assert count == 100
     assert counter.calls / count <= BOUNDS["loader"], f"{counter.calls / count} calls a step"

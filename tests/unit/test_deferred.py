@@ -22,7 +22,7 @@ def loaded():
     return "torch._dynamo.eval_frame" in sys.modules
 
 if {defer}:
-    from dtrain.deferred import defer_dynamo
+    from dtrain.distributed.lazy_dynamo import defer_dynamo
     defer_dynamo()
 net = Net(3, 1)
 optimizer = torch.optim.Adam(net.parameters(), lr=0.1)

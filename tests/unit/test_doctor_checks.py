@@ -22,12 +22,12 @@ import torch
 from helpers.commands import clean_environment
 from typer.testing import CliRunner
 
-from dtrain.checkpoint.writer import fits_beside
+from dtrain.checkpoint.writer import fits_on_disk
 from dtrain.cli.app import app
-from dtrain.doctor import cluster, cores, folder, gpus, network, ranks, versions
-from dtrain.doctor.finding import Finding, State, guarded, passed
-from dtrain.doctor.report import json_text, lines_of, summary
 from dtrain.errors import WorldError
+from dtrain.tools.doctor import cluster, cores, folder, gpus, network, ranks, versions
+from dtrain.tools.doctor.finding import Finding, State, guarded, passed
+from dtrain.tools.doctor.report import json_text, lines_of, summary
 
 
 def has(found: Finding, state: State, words: str = "", remedy: str = "") -> None:
@@ -65,10 +65,10 @@ def test_memory_of_the_tightest_cgroup(monkeypatch: pytest.MonkeyPatch, tmp_path
     has(cores.check_memory(1), "pass", "free of")
     (tmp_path / "memory.max").write_text(f"{1 << 30}\n")
     (tmp_path / "memory.current").write_text(f"{900 << 20}\n")
-    monkeypatch.setattr("dtrain.memory._group_folders", lambda: [tmp_path])
-    has(cores.check_memory(1), "warn", "124 MiB left of this cgroup's 1 GiB", "ask for more memory")
-    assert fits_beside({"a": torch.empty(60 << 20, dtype=torch.uint8, device="meta")})
-    assert not fits_beside({"a": torch.empty(64 << 20, dtype=torch.uint8, device="meta")}), "more than half of it"
+    monkeypatch.setattr("dtrain.launch.env.memory.own_folders", lambda _: [tmp_path])
+    has(cores.check_memory(1), "warn", "124 MiB left of this cgroup's 1 GiB", "request more memory")
+    assert fits_on_disk({"a": torch.empty(60 << 20, dtype=torch.uint8, device="meta")})
+    assert not fits_on_disk({"a": torch.empty(64 << 20, dtype=torch.uint8, device="meta")}), "more than half of it"
 
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     has(cores.check_shared_memory(tmp_path / "none"), "warn", "there is no", "mount a tmpfs")
     monkeypatch.setattr(os, "posix_fallocate", failing(errno.ENOSPC))
-    has(cores.check_shared_memory(tmp_path), "fail", "16 MiB cannot be had")
+    has(cores.check_shared_memory(tmp_path), "fail", "16 MiB cannot be allocated")
     monkeypatch.setattr(os, "posix_fallocate", failing(errno.EACCES))
     has(cores.check_shared_memory(tmp_path), "fail", "Permission denied", "chmod 1777")
 
@@ -98,7 +98,7 @@ def test_a_run_folder_that_is_well_is_left_as_it_was(tmp_path: Path) -> None:
     room, speed, locks = folder.check_folder(runs)
     assert room.state in ("pass", "warn")
     assert (speed.name, "synced" in speed.measured) == ("disk speed", True)
-    has(locks, "pass", "holds a second opener off")
+    has(locks, "pass", "excludes a second process")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -115,7 +115,7 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return lambda _: os.statvfs_result([*real[:4], free_blocks, real[5], real[6], free_files, *real[8:10]])
 
     for free_blocks, free_files, state, words in (
-        (1, 1000, "fail", "no room for checkpoints"),
+        (1, 1000, "fail", "too little space for checkpoints"),
         ((1 << 30) // real[1], 1000, "warn", "1 GiB free"),
         (1 << 40, 0, "fail", "inodes"),
     ):
@@ -124,7 +124,7 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_slow_disk_and_one_that_a_quota_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(folder, "measure_writes", lambda _: folder.Written(5e6, 0.4))
+    monkeypatch.setattr(folder, "measure_writes", lambda _: folder.WriteSpeed(5e6, 0.4))
     has(folder.check_folder(tmp_path)[1], "warn", "5 MB/s synced, 4e+02 ms", "save less often")
     monkeypatch.setattr(folder, "measure_writes", failing(errno.EDQUOT))
     has(folder.check_folder(tmp_path)[1], "fail", "quota", "quota")
@@ -132,9 +132,9 @@ def test_a_slow_disk_and_one_that_a_quota_ends(monkeypatch: pytest.MonkeyPatch, 
 
 def test_file_systems_without_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
-    has(folder.check_folder(tmp_path)[2], "warn", "has none", "signs of life")
+    has(folder.check_folder(tmp_path)[2], "warn", "has no locks", "heartbeats")
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    has(folder.check_folder(tmp_path)[2], "warn", "let a second opener in", "mount")
+    has(folder.check_folder(tmp_path)[2], "warn", "does not exclude a second process", "mount")
 
 
 def test_the_kind_of_a_file_system() -> None:
@@ -145,7 +145,7 @@ def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     has(network.check_port(), "pass", "opened and reached")
 
     def refuse(*_: object) -> socket.socket:
-        raise WorldError("port 5 cannot be listened on: Operation not permitted.")
+        raise WorldError("port 5 cannot be opened: Operation not permitted.")
 
     monkeypatch.setattr(network, "listen_on", refuse)
     has(network.check_port(), "fail", "not permitted", "firewall")
@@ -159,7 +159,7 @@ def test_a_host_name_that_leads_nowhere_or_elsewhere(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(network, "is_own_address", lambda _: False)
     monkeypatch.setattr(network, "_addresses", lambda _: "192.0.2.7")
     found = network.check_host_name(lambda *_, **__: None)
-    has(found, "warn", "192.0.2.7, which is no address of this machine", "correct /etc/hosts")
+    has(found, "warn", "192.0.2.7, which is not an address of this machine", "fix /etc/hosts")
 
 
 def test_a_name_server_that_does_not_answer_is_not_waited_for() -> None:
@@ -224,7 +224,7 @@ TASK = {
     ("more", "nodes", "per_node", "state", "words"),
     [
         ({}, 2, 4, "pass", "task 1 of 2 on n[1-2], 4 CPUs, 4 ranks"),
-        ({}, 3, 4, "fail", "there should be 3"),
+        ({}, 3, 4, "fail", "expected 3"),
         ({}, 2, 8, "warn", "8 ranks"),
         ({"SLURMD_NODENAME": "other"}, 2, 1, "warn", "SLURM calls this node other"),
     ],
@@ -257,7 +257,7 @@ def test_partitions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program(tmp_path, "sinfo", case, monkeypatch)
     version, first, second, nodes = cluster.check_slurm()
     has(version, "pass", "slurm 99")
-    has(first, "pass", "8 nodes of 64 CPUs, 500 GiB, gpu:8, time limit 1-00:00:00, 1:00:00 where none is asked for")
+    has(first, "pass", "8 nodes of 64 CPUs, 500 GiB, gpu:8, time limit 1-00:00:00, default 1:00:00")
     assert (first.name, second.name) == ("partition gpu", "partition old")
     has(second, "warn", "down: 2 nodes of 8+ CPUs", "another partition")
     has(nodes, "pass", "1 of 1 up")
@@ -277,7 +277,7 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for rows, env, state, words in (
         (f"{free_one}; {free_one}", {}, "pass", "2 x NVIDIA H100, driver 550.54"),
         (f"{free_one}; {busy}", {}, "warn", "in use already: GPU 1: 39.1 GiB of 79.6 GiB"),
-        (f"{free_one}; {barred}", {}, "fail", "GPU 1 takes no work"),
+        (f"{free_one}; {barred}", {}, "fail", "GPU 1 is in compute mode"),
         (f"{free_one}; {free_one}", {"CUDA_VISIBLE_DEVICES": "1"}, "pass", "1 visible"),
         (f"{free_one}; {free_one}", {"CUDA_VISIBLE_DEVICES": ""}, "warn", "0 visible"),
         ("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18", {}, "fail", "mismatch"),
@@ -302,7 +302,7 @@ def test_torch_against_what_is_there() -> None:
 
 def test_ranks_that_compute_wrongly_are_named() -> None:
     one = {"backend": "gloo", "bytes": 1 << 24, "wrong": [], "speed": 1.5e9, "latency": 2e-4}
-    has(ranks.judge_reduce(one, 4), "pass", "right, 1.5 GB/s bus bandwidth (16 MiB), 0.2 ms for 8 numbers")
+    has(ranks.judge_reduce(one, 4), "pass", "correct, 1.5 GB/s bus bandwidth (16 MiB), 0.2 ms for 8 numbers")
     has(ranks.judge_reduce({**one, "wrong": [1, 3]}, 4), "fail", "wrong sums on rank 1, 3", "do not train")
     well, ill = [0, "n1", "cpu", 5e10, True], [1, "n2", "cpu", 5e10, False]
     has(ranks.judge_compute([well, ill]), "fail", "wrong on rank 1 (cpu of n2)", "do not train")
@@ -326,21 +326,21 @@ def test_a_check_that_cannot_be_made_is_a_failure_and_the_others_go_on() -> None
 def test_report() -> None:
     found = [Finding("a", "pass", "one"), Finding("long name", "warn", "two", "do it"), Finding("c", "skip", "none")]
     assert lines_of(found[1], 9) == ["warn  long name  two", "                 remedy: do it"]
-    assert summary(found) == "1 passed, 1 to look at, 0 failed, 1 not looked at"
+    assert summary(found) == "1 passed, 1 warning, 0 failed, 1 skipped"
     told = json.loads(json_text(found))
     assert (told["worst"], told["exit_code"], told["findings"][1]["remedy"]) == ("warn", 0, "do it")
 
 
 @pytest.mark.parametrize(("state", "code"), [("pass", 0), ("skip", 0), ("warn", 0), ("fail", 1)])
 def test_exit_code_says_whether_a_check_failed(monkeypatch: pytest.MonkeyPatch, state: State, code: int) -> None:
-    monkeypatch.setattr("dtrain.doctor.local.check_machine", lambda _: [Finding("a", state, "b", "c")])
+    monkeypatch.setattr("dtrain.tools.doctor.local.check_machine", lambda _: [Finding("a", state, "b", "c")])
     done = CliRunner().invoke(app, ["doctor"])
     assert (done.exit_code, "remedy: c" in done.output) == (code, True), done.output
 
 
 def test_nothing_loads_torch_but_the_ranks() -> None:
     names = ["local", "report", "ranks", "nodes.whole", "nodes.host", "nodes.task", "nodes.verdict"]
-    code = f"import sys\nfor n in {names}: __import__('dtrain.doctor.' + n)\nprint('torch' in sys.modules)"
+    code = f"import sys\nfor n in {names}: __import__('dtrain.tools.doctor.' + n)\nprint('torch' in sys.modules)"
     argv = [sys.executable, "-c", code]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True, env=clean_environment(), timeout=60)
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, env=clean_environment(), timeout=120)
     assert done.stdout == "False\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,29 +12,30 @@ from typing import Any
 
 import pytest
 
-from dtrain.doctor.finding import Finding, State
-from dtrain.doctor.nodes.echo import Echo, Peer, reach
-from dtrain.doctor.nodes.fitting import fit_together
-from dtrain.doctor.nodes.guests import Guests
-from dtrain.doctor.nodes.host import ended_tasks
-from dtrain.doctor.nodes.job import Order, checked_options, chosen, script_text
-from dtrain.doctor.nodes.seen import Seen
-from dtrain.doctor.nodes.verdict import judge, merged, table
-from dtrain.doctor.pairing import best_pairs, rounds_of_pairs, slowest
 from dtrain.errors import UsageError
-from dtrain.launch.ports import listen_on
-from dtrain.launch.wire import Wire
+from dtrain.launch.env.ports import listen_on
+from dtrain.launch.nodes.handshake import prove
+from dtrain.launch.nodes.wire import Wire
+from dtrain.tools.doctor.finding import Finding, State
+from dtrain.tools.doctor.nodes.cluster_report import ClusterReport
+from dtrain.tools.doctor.nodes.echo import Echo, Peer, reach
+from dtrain.tools.doctor.nodes.fitting import fit_together
+from dtrain.tools.doctor.nodes.followers import NodeConnections
+from dtrain.tools.doctor.nodes.host import ended_tasks
+from dtrain.tools.doctor.nodes.job import DoctorJob, checked_options, chosen, script_text
+from dtrain.tools.doctor.nodes.verdict import judge, merged, table
+from dtrain.tools.doctor.pairing import best_pairs, rounds_of_pairs, slowest
 
 NODES = ["n1", "n2", "n3"]
 WELL = Finding("cores", "pass", "4 usable")
 
 
-def seen(**more: Any) -> Seen:
+def seen(**more: Any) -> ClusterReport:
     """Three nodes that are all well."""
     versions = {"python": "3.11", "dtrain": "0.1, code a", "torch": "2.13"}
     facts = {"versions": versions, "visible": 0, "models": "", "trouble": "", "cores": 4}
     way = {"by": "name", "seconds": 0.001, "error": ""}
-    well = Seen(
+    well = ClusterReport(
         NODES,
         facts={node: {"node": node, **facts} for node in NODES},
         skew=dict.fromkeys(NODES, (0.0, 0.0001)),
@@ -67,7 +69,7 @@ def test_nodes_that_are_well() -> None:
     assert len({len(row) for row in rows}) == 1
 
 
-def broken(field: str, *path: object, value: object) -> Seen:
+def broken(field: str, *path: object, value: object) -> ClusterReport:
     """Three nodes, of which one is not well: in one place something else was seen."""
     made = seen()
     place: Any = getattr(made, field)
@@ -80,26 +82,26 @@ def broken(field: str, *path: object, value: object) -> Seen:
 @pytest.mark.parametrize(
     ("what", "name", "state", "words"),
     [
-        (broken("lost", "n2", value="ranks (the connection was closed)"), "nodes", "fail", "n2 was lost, asked for: ranks"),
+        (broken("lost", "n2", value="ranks (the connection was closed)"), "nodes", "fail", "n2 was lost during: ranks"),
         (broken("facts", "n3", "versions", value={"torch": "2.9"}), "same versions", "fail", "n3 has .*torch 2.9; the others"),
         (broken("facts", "n3", "models", value="8 x H100"), "same GPUs", "warn", "none on n1, n2; 8 x H100 on n3"),
         (broken("skew", "n2", value=(-5.0, 0.1)), "clocks", "warn", "n2 is -5.0 s from n1"),
         (broken("skew", "n2", value=(-5.0, 4.5)), "clocks", None, "within 9.5 s"),
         (broken("files", "n2", "error", value="no space left"), "shared folder", "fail", "n2 cannot write there: no space"),
-        (broken("read", "n2", ".host", value=None), "shared folder", "fail", "n2 does not see what others write"),
-        (broken("read", "n2", "n3", value=None), "shared folder", "fail", "n2 does not see what n3 wrote"),
+        (broken("read", "n2", ".host", value=None), "shared folder", "fail", "n2 does not see files that others write"),
+        (broken("read", "n2", "n3", value=None), "shared folder", "fail", "n2 does not see the files of n3"),
         (broken("read", "n2", "n3", value=4.0), "shared folder", None, "within 4 s"),
         (broken("locks", "n2", value="taken"), "shared locks", "warn", "n2 got a lock that another machine holds"),
         (broken("reach", "n1", "n3", value={"by": "", "seconds": None, "error": "timed out"}), "names and ports", "fail", r"n1 cannot reach n3 \(timed out"),
         (broken("reach", "n1", "n3", value={"by": "address", "seconds": 1, "error": "no such name"}), "names and ports", "warn", "n3: no such name"),
         (broken("measured", "reduces", 0, "wrong", value=[2]), "all-reduce", "fail", "wrong sums on rank 2"),
-        (broken("measured", "ranks", 1, 3, value=1e10), "slowest node", "warn", "n2: 10 GFLOP/s a rank, 20% of"),
+        (broken("measured", "ranks", 1, 3, value=1e10), "slowest node", "warn", "n2: 10 GFLOP/s per rank, 20% of"),
         (broken("measured", "pairs", value=[[0, 1, 1e8], [0, 2, 1e9], [1, 2, 1.2e8]]), "slowest network", "warn", "n2: 120 MB/s"),
         (seen(measured=None, trouble="n1: it broke"), "all-reduce", "fail", "not measured: n1: it broke"),
-        (seen(left_out={"n9": "it is odd"}), "all-reduce", "warn", "n9 took no part: it is odd"),
+        (seen(left_out={"n9": "it is odd"}), "all-reduce", "warn", "n9 did not take part: it is odd"),
     ],
 )  # fmt: skip
-def test_a_fault_is_named(what: Seen, name: str, state: State | None, words: str) -> None:
+def test_a_fault_is_named(what: ClusterReport, name: str, state: State | None, words: str) -> None:
     found = judge(what, "runs")
     assert states(found) == ({} if state is None else {name: state})
     (one,) = [one for one in found if one.name == name]
@@ -112,16 +114,16 @@ def test_a_node_that_does_not_come_is_named() -> None:
     facts = {node: one for node, one in seen().facts.items() if node != "n3"}
     what = seen(facts=facts, absent={"n3": "execve(): No such file"}, joined=["n1", "n2"])
     found = judge(what, "runs")
-    assert "2 of 3 nodes came: n1, n2; n3 did not come: execve(): No such file" in found[0].measured
+    assert "2 of 3 nodes started: n1, n2; n3 did not start: execve(): No such file" in found[0].measured
     assert [row[1] for row in table(what)] == ["came", "yes", "yes", "no"]
-    nobody = Seen(NODES, absent=dict.fromkeys(NODES, "no word"))
+    nobody = ClusterReport(NODES, absent=dict.fromkeys(NODES, "no word"))
     assert states(judge(nobody, "runs")) == {"nodes": "fail"}
 
 
 def test_a_check_that_is_not_well_on_some_nodes_is_told_for_those() -> None:
-    ill = Finding("cores", "warn", "1 usable", "ask for more")
+    ill = Finding("cores", "warn", "1 usable", "request more")
     found = merged({"n1": [vars(WELL)], "n2": [vars(ill)], "n3": [vars(ill)]})
-    assert found == [Finding("cores", "warn", "n2: 1 usable; n3 likewise", "ask for more")]
+    assert found == [Finding("cores", "warn", "n2: 1 usable; n3 likewise", "request more")]
 
 
 def test_nodes_that_cannot_take_part_are_left_out() -> None:
@@ -129,10 +131,10 @@ def test_nodes_that_cannot_take_part_are_left_out() -> None:
     assert fit_together(seen()) == (NODES, {})
     assert fit_together(broken("facts", "n2", "versions", value={"torch": "2.9"}))[0] == ["n1", "n3"]
     joined, out = fit_together(broken("reach", "n2", "n3", value=cut))
-    assert (joined, out) == (["n1", "n2"], {"n3": "it and n2 do not reach each other"})
+    assert (joined, out) == (["n1", "n2"], {"n3": "it and n2 cannot reach each other"})
     alone = broken("reach", "n1", value={"n2": cut, "n3": cut})
     assert fit_together(alone)[0] == ["n2", "n3"]
-    assert fit_together(seen(lost={"n1": "read (no answer)"}))[0] == ["n2", "n3"]
+    assert fit_together(seen(lost={"n1": "read (no response)"}))[0] == ["n2", "n3"]
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 4, 5, 8, 9])
@@ -150,15 +152,15 @@ def test_pairs(nodes: int) -> None:
 
 def test_what_is_given_to_sbatch(tmp_path: Path) -> None:
     folder = tmp_path / "a folder's $(touch x)"
-    text = script_text(Order(2, ["-n", "3"], [], 1.0), folder)
+    text = script_text(DoctorJob(2, ["-n", "3"], [], 1.0), folder)
     assert text.startswith("#!/bin/bash\n")
     assert text.endswith(f"doctor -n 3 --nodes 2 --into '{tmp_path}/a folder'\"'\"'s $(touch x)'\n")
     assert checked_options(["--exclude=n7"]) == ["--exclude=n7"]
     for word in ("job.sh", "--", "-x", "--a=\nb"):
-        with pytest.raises(UsageError, match="should be a long option of sbatch"):
+        with pytest.raises(UsageError, match="should be a long sbatch option"):
             checked_options([word])
     assert chosen(("n1", "n2"), 1) == ("n1",)
-    with pytest.raises(UsageError, match=r"--nodes 3, but the allocation .* has 2: n1, n2"):
+    with pytest.raises(UsageError, match=r"--nodes 3, but this shell is in an allocation .* of 2: n1, n2"):
         chosen(("n1", "n2"), 3)
 
 
@@ -179,20 +181,25 @@ def test_a_node_is_reached_by_its_name_or_its_address_and_a_wrong_one_is_told() 
 
 def test_a_node_that_is_silent_or_gone_is_lost_and_strangers_are_not_met() -> None:
     listener = listen_on("127.0.0.1", port := free())
-    guests = Guests(listener, "word")
-    wires = [Wire(socket.create_connection(("127.0.0.1", port))) for _ in range(3)]
-    for node, nonce, wire in zip(NODES, ("word", "word", "other"), wires, strict=True):
-        wire.send({"hello": {"node": node}, "nonce": nonce})
-    came = guests.gather(NODES, 0.5, lambda _: False)
+    followers = NodeConnections(listener, b"word")
+    wires = [Wire(socket.create_connection(("127.0.0.1", port))) for _ in range(4)]
+    came: dict[str, Any] = {}
+    gathering = threading.Thread(target=lambda: came.update(followers.gather(NODES, 5, lambda _: False)))
+    gathering.start()
+    known = [prove(wire, key, 5) for wire, key in zip(wires, (b"word", b"word", b"other", b"word"), strict=True)]
+    assert known == [True, True, False, True]
+    for node, wire in zip((*NODES[:2], "n3", "n1"), wires, strict=True):  # the last one takes another's name
+        wire.send({"hello": {"node": node}})
+    gathering.join()
     assert {node: facts["address"] for node, facts in came.items()} == {"n1": "127.0.0.1", "n2": "127.0.0.1"}
     wires[1].close()
     began = time.monotonic()
-    assert guests.ask("clock", seconds=0.3) == {}
-    assert time.monotonic() - began < 5
-    assert guests.lost["n1"] == "clock (no answer within 0.3 s)"
-    assert guests.lost["n2"].startswith("clock (")
-    assert guests.ask("clock", seconds=30) == {}, "the lost ones are not asked again"
-    guests.close()
+    assert followers.ask("clock", seconds=0.3) == {}
+    assert time.monotonic() - began < 30
+    assert followers.lost["n1"] == "clock (no answer within 0.3 s)"
+    assert followers.lost["n2"].startswith("clock (")
+    assert followers.ask("clock", seconds=30) == {}, "the lost ones are not asked again"
+    followers.close()
     for wire in wires:
         wire.close()
 

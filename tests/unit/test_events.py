@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtrain.cli.speaking import LogFormat, LogLevel, Manner, Prefixed, asked_for_events, set_up_log
+from dtrain.callbacks.progress.events import Events, emit_end
+from dtrain.cli.console import Console, LogFormat, LogLevel, Prefixed, asked_for_events, set_up_log
 from dtrain.errors import UsageError
-from dtrain.events import Events, tell_end
-from dtrain.launch.local import Ending
+from dtrain.launch.supervisor import JobEnd
 
 
 @pytest.fixture
@@ -59,11 +59,11 @@ def test_each_event_is_one_write_and_names_its_rank(pipe: tuple[int, int]) -> No
 
 def test_whatever_else_is_printed_goes_to_standard_error() -> None:
     code = (
-        "import os, subprocess, sys\nfrom dtrain.events import Events\n"
+        "import os, subprocess, sys\nfrom dtrain.callbacks.progress.events import Events\n"
         "print('before')\nevents = Events()\nevents.take_stdout()\n"
         "print('words')\nos.write(1, b'of C\\n')\nsubprocess.run(['echo', 'of a child'], check=True)\nevents.tell('it')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     before, event = done.stdout.splitlines()
     assert before == "before"
     assert json.loads(event)["event"] == "it"
@@ -72,13 +72,13 @@ def test_whatever_else_is_printed_goes_to_standard_error() -> None:
 
 @pytest.mark.parametrize(("code", "event"), [(75, "stopped"), (1, "failed"), (130, "failed")])
 def test_how_a_job_ended(pipe: tuple[int, int], code: int, event: str) -> None:
-    tell_end(Events(pipe[1]), Ending(code, "why"))
+    emit_end(Events(pipe[1]), JobEnd(code, "why"))
     assert told(pipe)[0] | {"at": 0} == {"event": event, "at": 0, "exit_code": code, "text": "why"}
 
 
 def test_one_that_ended_well_has_told_so_itself(pipe: tuple[int, int]) -> None:
-    tell_end(Events(pipe[1]), Ending(0))
-    tell_end(None, Ending(1, "why"))
+    emit_end(Events(pipe[1]), JobEnd(0))
+    emit_end(None, JobEnd(1, "why"))
     os.set_blocking(pipe[0], False)
     with pytest.raises(BlockingIOError):
         os.read(pipe[0], 1)
@@ -100,9 +100,9 @@ def test_a_launcher_sees_what_it_passes_on(words: list[str], asked: bool) -> Non
 
 
 def test_bars_of_several_ranks_are_refused() -> None:
-    Manner(LogFormat.PLAIN, all_ranks=True).check()
-    with pytest.raises(UsageError, match="Leave one of the two out"):
-        Manner(LogFormat.RICH, all_ranks=True).check()
+    Console(LogFormat.PLAIN, all_ranks=True).check()
+    with pytest.raises(UsageError, match="Use only one of the two"):
+        Console(LogFormat.RICH, all_ranks=True).check()
 
 
 class Writes(io.StringIO):
@@ -152,7 +152,7 @@ def as_in_a_process_of_its_own() -> Iterator[None]:
 
 
 def say() -> None:
-    for name in ("dtrain.run", "other"):
+    for name in ("dtrain.trainer.train", "other"):
         for level in ("info", "warning"):
             getattr(logging.getLogger(name), level)("%s of %s", level, name)
 
@@ -160,27 +160,37 @@ def say() -> None:
 @pytest.mark.parametrize(
     ("level", "rank", "all_ranks", "lines"),
     [
-        (None, 0, False, ["warning of dtrain.run", "warning of other"]),
-        (None, 1, False, ["warning of dtrain.run", "warning of other"]),  # what a rank warns of is seen, as ever
+        (None, 0, False, ["warning of dtrain.trainer.train", "warning of other"]),
+        (
+            None,
+            1,
+            False,
+            ["warning of dtrain.trainer.train", "warning of other"],
+        ),  # what a rank warns of is seen, as ever
         (LogLevel.ERROR, 0, False, ["warning of other"]),
         (
             LogLevel.INFO,
             0,
             False,
             [
-                "INFO dtrain.run: info of dtrain.run",
-                "WARNING dtrain.run: warning of dtrain.run",
+                "INFO dtrain.trainer.train: info of dtrain.trainer.train",
+                "WARNING dtrain.trainer.train: warning of dtrain.trainer.train",
                 "WARNING other: warning of other",
             ],
         ),
-        (LogLevel.INFO, 1, False, ["WARNING dtrain.run: warning of dtrain.run", "WARNING other: warning of other"]),
+        (
+            LogLevel.INFO,
+            1,
+            False,
+            ["WARNING dtrain.trainer.train: warning of dtrain.trainer.train", "WARNING other: warning of other"],
+        ),
         (
             LogLevel.INFO,
             1,
             True,
             [
-                "INFO dtrain.run: info of dtrain.run",
-                "WARNING dtrain.run: warning of dtrain.run",
+                "INFO dtrain.trainer.train: info of dtrain.trainer.train",
+                "WARNING dtrain.trainer.train: warning of dtrain.trainer.train",
                 "WARNING other: warning of other",
             ],
         ),
@@ -199,7 +209,11 @@ def test_records_are_events(pipe: tuple[int, int], capsys: Any) -> None:
         say()
         warnings.warn("be warned", UserWarning, stacklevel=1)
     first, second, third = told(pipe)
-    assert (first["logger"], first["level"], first["text"]) == ("dtrain.run", "warning", "warning of dtrain.run")
+    assert (first["logger"], first["level"], first["text"]) == (
+        "dtrain.trainer.train",
+        "warning",
+        "warning of dtrain.trainer.train",
+    )
     assert (second["logger"], second["of_rank"]) == ("other", 1)
     assert third["text"].endswith("UserWarning: be warned")
     assert capsys.readouterr().err == ""
@@ -211,15 +225,15 @@ def test_a_users_own_set_up_has_the_records_once(capsys: Any) -> None:
         set_up_log(LogLevel.INFO, 0, None)
         logging.basicConfig(stream=mine, format="mine: %(message)s")
         say()
-    lines = ["info of dtrain.run", "warning of dtrain.run", "warning of other"]
+    lines = ["info of dtrain.trainer.train", "warning of dtrain.trainer.train", "warning of other"]
     assert mine.getvalue().splitlines() == [f"mine: {line}" for line in lines]
     assert capsys.readouterr().err == ""
 
 
 def test_importing_dtrain_sets_no_logging_up() -> None:
     code = (
-        "import logging, dtrain, dtrain.training, dtrain.keras\n"
+        "import logging, dtrain, dtrain.api.function, dtrain.api.keras\n"
         "assert not logging.getLogger().handlers and not logging.getLogger('dtrain').handlers\n"
         "assert logging.getLogger('dtrain').level == logging.NOTSET\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, TensorDataset, random_split
 
-from dtrain.dealing import Dealing
-from dtrain.fetching import RowsOf, fetched_by_batch
-from dtrain.sharding import ShardedLoader
+from dtrain.data.fetch import RowsOf, fetched_by_batch, row_batches
+from dtrain.data.loader import ShardedLoader
+from dtrain.data.partition import ShardSpec
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
 LAYOUTS = ["plain", "transposed", "every second", "channels last", "expanded"]
@@ -38,9 +38,9 @@ def properties(batches: Any) -> list[Any]:
     ]
 
 
-def shares(loader: DataLoader, fetch_batches: bool) -> list[Any]:
-    view = ShardedLoader(loader, Dealing(0, 1, "global", fill=True), 1, "train", fetch_batches=fetch_batches)
-    return [share.batch for share in view.shares(1)]
+def iter_batches(loader: DataLoader, fetch_batches: bool) -> list[Any]:
+    view = ShardedLoader(loader, ShardSpec(0, 1, "global", fill=True), 1, "train", fetch_batches=fetch_batches)
+    return [rank_batch.batch for rank_batch in view.iter_batches(1)]
 
 
 @given(
@@ -62,32 +62,32 @@ def test_batches_are_equal_in_every_property(n, batch_size, parts, subset, shuff
         options |= {"shuffle": True}
     loader = DataLoader(data, **options)
     assert type(fetched_by_batch(loader)[0]) is RowsOf
-    assert properties(shares(loader, True)) == properties(shares(loader, False))
+    assert properties(iter_batches(loader, True)) == properties(iter_batches(loader, False))
     if not shuffle:
-        assert properties(shares(loader, True)) == properties(loader)
+        assert properties(iter_batches(loader, True)) == properties(loader)
 
 
 def test_negative_and_odd_indices_of_a_sampler() -> None:
     data = TensorDataset(torch.arange(10.0))
     for sampler in ([-1, 3, -10], [torch.tensor(2), torch.tensor(0)], [[1, 2], [3, 4]], [slice(0, 2), slice(2, 4)]):
         loader = DataLoader(data, batch_size=2, sampler=sampler)
-        assert properties(shares(loader, True)) == properties(loader)
+        assert properties(iter_batches(loader, True)) == properties(loader)
     with pytest.raises(IndexError, match="99"):
-        shares(DataLoader(data, batch_size=2, sampler=[1, 99]), True)
+        iter_batches(DataLoader(data, batch_size=2, sampler=[1, 99]), True)
 
 
 def test_what_the_user_changes_between_epochs_counts() -> None:
     data = TensorDataset(torch.zeros(4))
-    view = ShardedLoader(DataLoader(data, batch_size=2), Dealing(0, 1, "global", fill=True), 1, "train")
-    assert [share.batch[0].sum().item() for share in view.shares(1)] == [0, 0]
+    view = ShardedLoader(DataLoader(data, batch_size=2), ShardSpec(0, 1, "global", fill=True), 1, "train")
+    assert [rank_batch.batch[0].sum().item() for rank_batch in view.iter_batches(1)] == [0, 0]
     data.tensors = (torch.ones(4),)
-    assert [share.batch[0].sum().item() for share in view.shares(2)] == [2, 2]
+    assert [rank_batch.batch[0].sum().item() for rank_batch in view.iter_batches(2)] == [2, 2]
 
 
 def test_workers_and_random_split() -> None:
     part, _ = random_split(TensorDataset(torch.arange(11.0), torch.arange(11)), [7, 4])
     loader = DataLoader(part, batch_size=3, num_workers=2)
-    assert properties(shares(loader, True)) == properties(loader)
+    assert properties(iter_batches(loader, True)) == properties(loader)
 
 
 class Own(TensorDataset):
@@ -111,3 +111,27 @@ class Own(TensorDataset):
 )
 def test_whatever_may_differ_keeps_the_loaders_own_way(loader: DataLoader) -> None:
     assert fetched_by_batch(loader) == (loader.dataset, loader.collate_fn)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_of_many_batches_is_cut_some_at_a_time(shuffle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the order takes some 600 bytes: those of 5 million batches would take 3 GB."""
+    rows = RowsOf(TensorDataset(torch.zeros(50_003)))
+    loader = DataLoader(rows.dataset, 4, shuffle=shuffle, generator=torch.Generator().manual_seed(1))
+    batches = row_batches(loader.batch_sampler, rows)
+    made = []
+    split = torch.split
+    monkeypatch.setattr(torch, "split", lambda *given: made.append(parts := split(*given)) or parts)
+    found = [next(batches)]
+    assert sum(len(parts) for parts in made) < 3_000
+    found += list(batches)
+    assert loader.generator is not None
+    loader.generator.manual_seed(1)
+    assert [part.tolist() for part in found] == list(loader.batch_sampler)
+
+
+def test_a_sampler_of_other_data_keeps_its_indices() -> None:
+    rows = RowsOf(TensorDataset(torch.zeros(5)))
+    batches = BatchSampler(RandomSampler(range(9)), 4, drop_last=True)  # type: ignore[arg-type]
+    assert sorted(index for batch in row_batches(batches, rows) for index in batch)[-1] > 4
+    assert list(row_batches(BatchSampler([], 4, drop_last=False), rows)) == []

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.finding.search import Tried, estimate, largest
+from dtrain.tools.find.search import BatchTrial, estimate, largest
 
 
 @given(limit=st.integers(0, 5000), start=st.integers(1, 600), most=st.integers(1, 4000))
@@ -38,9 +38,10 @@ def test_the_estimate_is_the_slope_of_the_largest_batches() -> None:
     """The small ones lie on a floor, as a program's own memory does."""
     sizes = [8, 16, 32, 64, 128, 256]
     tries = [
-        Tried(n, True, "", max(400 * MIB, 300 * MIB + 2 * MIB * n), 1.0, 10 * MIB, 10 * MIB, 20 * MIB) for n in sizes
+        BatchTrial(n, True, "", max(400 * MIB, 300 * MIB + 2 * MIB * n), 1.0, 10 * MIB, 10 * MIB, 20 * MIB)
+        for n in sizes
     ]
-    found = estimate([*tries, Tried(512, False, "out of memory", 900 * MIB)])
+    found = estimate([*tries, BatchTrial(512, False, "out of memory", 900 * MIB)])
     assert found is not None and found.per_sample is not None and found.rest is not None
     assert found.per_sample == pytest.approx(2 * MIB, rel=0.1)
     assert found.rest == pytest.approx((300 - 40) * MIB, rel=0.1)
@@ -48,8 +49,8 @@ def test_the_estimate_is_the_slope_of_the_largest_batches() -> None:
 
 
 def test_there_is_no_slope_of_one_batch_or_of_a_floor() -> None:
-    one = Tried(8, True, "", 5 * MIB)
-    for tries in ([one], [one, Tried(16, True, "", 5 * MIB)]):
+    one = BatchTrial(8, True, "", 5 * MIB)
+    for tries in ([one], [one, BatchTrial(16, True, "", 5 * MIB)]):
         found = estimate(tries)
         assert found is not None and found.per_sample is None and found.rest is None
-    assert estimate([Tried(8, False, "out of memory", 5 * MIB)]) is None
+    assert estimate([BatchTrial(8, False, "out of memory", 5 * MIB)]) is None

@@ -11,11 +11,11 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 import dtrain as library
+from dtrain.api.prepared import PROCESS
+from dtrain.distributed.fsdp_settings import Sharding
+from dtrain.distributed.world import bring_up
 from dtrain.errors import UsageError
-from dtrain.fsdp.replica import check_net, optimizers_of, refuse_others
-from dtrain.fsdp.settings import Sharding
-from dtrain.prepared import PROCESS
-from dtrain.world import bring_up
+from dtrain.model.fsdp import check_net, optimizers_of, refuse_others
 
 
 def net_with(**parts: nn.Module | nn.Parameter) -> nn.Module:
@@ -30,7 +30,7 @@ def net_with(**parts: nn.Module | nn.Parameter) -> nn.Module:
     [
         (
             net_with(scale=nn.Parameter(torch.tensor(1.0))),
-            r"the parameter scale has no dimension to cut.*torch.zeros\(1",
+            r"the parameter scale has no dimension to shard.*torch.zeros\(1",
         ),
         (
             net_with(table=nn.Embedding(3, 2, sparse=True)),
@@ -57,14 +57,14 @@ def test_all_optimizers_of_the_net_are_found_and_checked() -> None:
     assert sorted(map(id, optimizers_of(names))) == sorted(map(id, own)) and foreign
     for kind in (torch.optim.LBFGS, torch.optim.Adafactor, torch.optim.Rprop):
         kept = kind(net.parameters())
-        with pytest.raises(UsageError, match=f"^{kind.__name__} cannot step on a sharded net"):
+        with pytest.raises(UsageError, match=f"^{kind.__name__} cannot step on a sharded model"):
             optimizers_of(names)
         del kept
 
 
 def test_an_average_with_whole_weights_is_refused_with_the_remedy() -> None:
     refuse_others([("average", torch.amp.GradScaler("cpu"))])
-    with pytest.raises(UsageError, match=r"average \(AveragedModel\) is a net of its own.*train.ema_decay"):
+    with pytest.raises(UsageError, match=r"average \(AveragedModel\) is a separate model.*train.ema_decay"):
         refuse_others([("average", AveragedModel(nn.Linear(2, 2)))])
 
 
@@ -74,9 +74,9 @@ def test_the_styles_that_hand_the_net_back_say_that_they_do_not_shard(monkeypatc
     net = nn.Linear(2, 1)
     net.optimizer = torch.optim.SGD(net.parameters(), lr=0.1)  # type: ignore[assignment]
     loader = DataLoader(TensorDataset(torch.ones(4, 2), torch.ones(4, 1)), batch_size=2)
-    with pytest.raises(UsageError, match=r"^train_model does not shard nets.*launch/multi_gpu.yaml"):
+    with pytest.raises(UsageError, match=r"^train_model does not support FSDP.*launch/multi_gpu.yaml"):
         library.train_model(net, 1, loader, train_step=lambda m, x, y: (m(x) - y).mean(), world=world)
-    with pytest.raises(UsageError, match=r"^KerasModel.fit does not shard nets"):
+    with pytest.raises(UsageError, match=r"^KerasModel.fit does not support FSDP"):
         library.KerasModel(net, loss_fn=nn.functional.mse_loss).fit(1, loader, world=world)
-    with pytest.raises(UsageError, match=r"^dtrain.prepare does not shard nets"):
+    with pytest.raises(UsageError, match=r"^dtrain.prepare does not support FSDP"):
         library.prepare(net, loader)

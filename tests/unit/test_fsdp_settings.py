@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.building import configured_engine, load_task
 from dtrain.config import load_settings
 from dtrain.config.schema import TrainConfig
+from dtrain.distributed.fsdp_settings import Sharding, chosen_sharding, launched_sharding, refuse_sharding
+from dtrain.distributed.world import bring_up
 from dtrain.errors import UsageError, WorldError
-from dtrain.fsdp.parts import parts_of
-from dtrain.fsdp.settings import Sharding, chosen_sharding, launched_sharding, refuse_sharding
-from dtrain.world import bring_up
+from dtrain.model.fsdp_parts import parts_of
+from dtrain.trainer.setup import configured_engine, load_task
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -79,7 +79,7 @@ def test_a_world_knows_that_it_was_launched_to_shard(monkeypatch: pytest.MonkeyP
     world = bring_up(cpu=True)
     assert world.sharding == Sharding(())
     refuse_sharding(world.sharding, 1, "train_model")  # one rank shards nothing
-    with pytest.raises(UsageError, match=r"^train_model does not shard nets.*launch/multi_gpu.yaml"):
+    with pytest.raises(UsageError, match=r"^train_model does not support FSDP.*launch/multi_gpu.yaml"):
         refuse_sharding(world.sharding, 2, "train_model")
 
 
@@ -88,9 +88,9 @@ def test_the_config_comes_before_the_profile() -> None:
     assert chosen_sharding(TrainConfig(), None) is None
     assert chosen_sharding(TrainConfig(), launched) == launched
     assert chosen_sharding(TrainConfig(shard="fsdp"), None) == Sharding()
-    own = TrainConfig(shard_modules=["Block"], reshard_after_forward=True, validate_whole=False)
+    own = TrainConfig(shard_modules=["Block"], reshard_after_forward=True, gather_for_validation=False)
     assert chosen_sharding(own, launched) == Sharding(("Block",), None, True, validate_whole=False)
-    with pytest.raises(UsageError, match=r"train.shard_modules says how a net is sharded, and it is not: give train"):
+    with pytest.raises(UsageError, match=r"train.shard_modules has no effect without train"):
         chosen_sharding(TrainConfig(shard_modules=["Block"]), None)
 
 
@@ -121,4 +121,4 @@ def test_a_name_of_no_part_is_refused_before_anything_is_set_up() -> None:
     settings = load_settings("digits", ["train.shard=fsdp", "train.shard_modules=[Conv3d]"], {})
     with pytest.raises(UsageError, match=r"'Conv3d' is neither the class .* Did you mean 'Conv2d'") as refused:
         configured_engine(load_task(settings), bring_up(cpu=True), settings, epochs=1)
-    assert refused.value.agreed
+    assert refused.value.on_all_ranks

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.ending import leave_word
+from dtrain.callbacks.param_norms import NormsFile
+from dtrain.distributed.world import bring_up
+from dtrain.engine.position import TrainPosition
 from dtrain.errors import notes_of
-from dtrain.launch.reports import part_of, write_whole
-from dtrain.norms import NormsFile
-from dtrain.passes import Place
-from dtrain.world import bring_up
+from dtrain.launch.monitor.exit_report import part_of, write_whole
+from dtrain.trainer.ending import report_exception
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def full(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "replace", refuse)
-    monkeypatch.setattr("dtrain.norms.os.write", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr("dtrain.callbacks.param_norms.os.write", refuse)
 
 
 @pytest.mark.usefixtures("full")
@@ -35,7 +35,7 @@ def test_what_cannot_be_written_whole_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("full")
 def test_an_error_is_not_hidden_by_that_of_its_report(tmp_path: Path) -> None:
     error = ValueError("the user's own")
-    leave_word(tmp_path, Place(0, 1, "train", 2), bring_up(cpu=True), error)
+    report_exception(tmp_path, TrainPosition(0, 1, "train", 2), bring_up(cpu=True), error)
     assert any("failure.json could not be written: No space left on device" in note for note in notes_of(error))
     assert list(tmp_path.iterdir()) == []
 

@@ -18,8 +18,8 @@ from helpers.slurm_fakes import Slurm
 from helpers.sweep import some
 
 from dtrain.config.variables import ignored_variables
-from dtrain.launch.requests import STOP_SIGNALS
-from dtrain.slurm.record import Record, write_record
+from dtrain.launch.signals.stop_request import STOP_SIGNALS
+from dtrain.rundir.job_record import JobRecord, write_record
 
 _GROUPS = {"": root()} | {name: command for name, command in root().commands.items() if hasattr(command, "commands")}
 
@@ -55,7 +55,7 @@ def test_every_option_has_words_and_none_are_lost_as_markup(verb: str) -> None:
 def test_the_help_is_shown_whole(dtrain: Dtrain) -> None:
     done = dtrain("train", "--help", COLUMNS="120")
     assert done.code == 0
-    assert "each line after [rank N]." in done.out
+    assert "each line prefixed with [rank N]." in done.out
     assert "Examples: dtrain train" in done.out
 
 
@@ -77,15 +77,15 @@ def handlers_kept() -> Iterator[None]:
         ("trian", "Did you mean 'train'?"),
         ("check partiy", "Did you mean 'parity'?"),
         ("train --rnaks 2", "--ranks"),
-        ("train --epochs 5", "No such option: --epochs. Values are written without dashes: epochs=5"),
-        ("train --batch-size=64 -n 2", "written without dashes: batch_size=64"),
-        ("train there.py --depth -3", "written without dashes: depth=-3"),
-        ("train --optimizer.lr --cpu", "written without dashes: optimizer.lr=..."),
-        ("train --nothing", "Values of the config and the recipe are written without dashes"),
-        ("submit --train.seed 3", "written without dashes: train.seed=3"),
-        ("find lr there.py --depth 3", "written without dashes: depth=3"),
-        ("check parity --epochs 5", "written without dashes: epochs=5"),
-        ("evaluate runs/third --depth 3", "written without dashes: depth=3"),
+        ("train --epochs 5", "No such option: --epochs. Write values without dashes: epochs=5"),
+        ("train --batch-size=64 -n 2", "without dashes: batch_size=64"),
+        ("train there.py --depth -3", "without dashes: depth=-3"),
+        ("train --optimizer.lr --cpu", "without dashes: optimizer.lr=..."),
+        ("train --nothing", "Write config and recipe values without dashes"),
+        ("submit --train.seed 3", "without dashes: train.seed=3"),
+        ("find lr there.py --depth 3", "without dashes: depth=3"),
+        ("check parity --epochs 5", "without dashes: epochs=5"),
+        ("evaluate runs/third --depth 3", "without dashes: depth=3"),
         ("train train.epoch=5", "Did you mean 'epochs'?"),
         ("train epoch=5", "Did you mean 'epochs'?"),
         ("train trian.epochs=5", "Did you mean 'train'?"),
@@ -149,7 +149,7 @@ def test_a_variable_that_nothing_reads_is_told_once(dtrain: Dtrain, tmp_path: Pa
 def test_the_variable_that_was_meant(name: str, meant: str) -> None:
     (told,) = ignored_variables({name: "1", meant: "1", "DTRAIN_REPORT_DIR": "x", "DTRAIN_SUPERVISOR_PID": "7"})
     assert told == f"{name} is ignored: dtrain has no such variable. Did you mean {meant!r}?"
-    assert "set by DTRAIN_SECTION__KEY" in ignored_variables({"DTRAIN_XYZZY": "1"})[0]
+    assert "DTRAIN_SECTION__KEY" in ignored_variables({"DTRAIN_XYZZY": "1"})[0]
 
 
 def test_what_a_verb_writes_is_named_alike_and_the_old_name_is_heard() -> None:
@@ -183,7 +183,7 @@ def test_completion_offers_names_and_loads_nothing_heavy(words: str, offered: st
     number = len(words.split()) - 1
     env = clean_environment(_DTRAIN_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(number))
     argv = [sys.executable, "-c", f"import sys; sys.argv[0] = 'dtrain'\n{_COMPLETE}"]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120, check=False)
     *names, loaded = done.stdout.splitlines()
     assert names == [offered], done.stderr
     assert loaded == "loaded:"
@@ -193,7 +193,7 @@ def test_the_shell_s_function_can_be_shown() -> None:
     """For the shell that dtrain was started by."""
     env = clean_environment(_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     argv = [str(BIN / "dtrain"), "--show-completion", "bash"]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "_DTRAIN_COMPLETE=complete_bash" in done.stdout
 
@@ -203,7 +203,7 @@ def test_a_reader_that_has_gone_is_no_failure(line: str, tmp_path: Path, monkeyp
     """As in `dtrain jobs | head -1`, at its worst: nobody reads at all."""
     Slurm(tmp_path, monkeypatch)
     run = tmp_path / "runs" / "one"
-    write_record(run, Record(job="7", submitted=time.time()))
+    write_record(run, JobRecord(job="7", submitted=time.time()))
     (run / "history.csv").write_text("epoch,loss\n1,0.5\n")
     env = clean_environment()
     env["PATH"] = f"{tmp_path / 'bin'}:{env['PATH']}"

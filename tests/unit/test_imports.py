@@ -1,141 +1,66 @@
-"""What is loaded when, and who may import whom."""
+"""What is loaded when, and who may import whom.
+
+python tests/unit/test_imports.py    # counts of parts, layers, arrows and circles, and the longest functions
+"""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from helpers.commands import clean_environment
 
 import dtrain
+from dtrain import layout
 
 PACKAGE = Path(dtrain.__file__).parent
 HEAVY = ("torch", "pandas", "wandb", "accelerate", "sklearn", "numpy")
 
-# Lower layers never import higher ones. A module belongs to the longest prefix that names it.
+# The parts of dtrain, lowest first: each imports only what stands in a line above its own, or itself.
 LAYERS = [
-    ["dtrain", "dtrain.errors", "dtrain.arguments"],
-    [
-        "dtrain.share",
-        "dtrain.scaffold",
-        "dtrain.templates",
-        "dtrain.config",
-        "dtrain.launch",
-        "dtrain.here",
-        "dtrain.recipe_file",
-        "dtrain.failures",
-        "dtrain.seeding",
-        "dtrain.deferred",
-        "dtrain.fsdp.settings",
-        "dtrain.fsdp.tensors",
-        "dtrain.events",
-        "dtrain.columns",
-        "dtrain.memory",
-        "dtrain.forwards",
-        "dtrain.forks",
-        "dtrain.optimizers",
-        "dtrain.sources",
-        "dtrain.attributes",
-        "dtrain.rowwise",
-        "dtrain.waiting",
-        "dtrain.hooks",
-    ],
-    ["dtrain.identity", "dtrain.profiles", "dtrain.lock", "dtrain.slurm", "dtrain.starts"],
-    ["dtrain.arrival"],
-    ["dtrain.world"],
-    ["dtrain.precision", "dtrain.compiling", "dtrain.recomputing", "dtrain.import_steps"],
-    ["dtrain.spawn", "dtrain.stopping"],
-    [
-        "dtrain.batch_kinds",
-        "dtrain.batch_tree",
-        "dtrain.batches",
-        "dtrain.collating",
-        "dtrain.constants",
-        "dtrain.dealing",
-        "dtrain.fetching",
-        "dtrain.fingerprints",
-        "dtrain.samplers",
-        "dtrain.streams",
-    ],
-    [
-        "dtrain.synced",
-        "dtrain.metrics",
-        "dtrain.history",
-        "dtrain.workers",
-        "dtrain.worker_start",
-        "dtrain.loaders",
-        "dtrain.sharding",
-        "dtrain.ddp",
-        "dtrain.ddp_fit",
-        "dtrain.drift",
-        "dtrain.flat_average",
-        "dtrain.gradient_averaging",
-        "dtrain.meeting",
-        "dtrain.step_guard",
-        "dtrain.watched",
-        "dtrain.fsdp",
-        "dtrain.checks",
-        "dtrain.batchnorm",
-        "dtrain.draws",
-    ],
-    [
-        "dtrain.steps",
-        "dtrain.bounds",
-        "dtrain.checkpoint",
-        "dtrain.tracking",
-        "dtrain.progress",
-        "dtrain.signatures",
-        "dtrain.clipping",
-        "dtrain.averaging",
-    ],
-    ["dtrain.finite", "dtrain.report"],
-    ["dtrain.kinds", "dtrain.untouched"],
-    [
-        "dtrain.accumulation",
-        "dtrain.counting",
-        "dtrain.descent",
-        "dtrain.learning",
-        "dtrain.own_counts",
-        "dtrain.passes",
-        "dtrain.rates",
-        "dtrain.rows",
-        "dtrain.switching",
-    ],
-    ["dtrain.agreed_steps"],
-    ["dtrain.validating"],
-    ["dtrain.engine", "dtrain.prepared"],
-    ["dtrain.parameters", "dtrain.schedules", "dtrain.norms", "dtrain.profiling"],
-    ["dtrain.best"],
-    ["dtrain.plateau"],
-    ["dtrain.inference", "dtrain.training", "dtrain.recipe", "dtrain.export", "dtrain.summary"],
-    ["dtrain.building"],
-    ["dtrain.resuming"],
-    ["dtrain.run_folder"],
-    ["dtrain.telling", "dtrain.ending"],
-    ["dtrain.keras", "dtrain.fit_forms", "dtrain.run", "dtrain.plan", "dtrain.script"],
-    ["dtrain.check", "dtrain.bench", "dtrain.evaluation", "dtrain.doctor", "dtrain.finding", "dtrain.fast_dev"],
-    ["dtrain.cli"],
-    ["dtrain.__main__"],
+    ["errors", "version", "files", "masking", "layout"],
+    ["launch", "provenance"],
+    ["config"],
+    ["rundir"],
+    ["distributed"],
+    ["data"],
+    ["model", "slurm", "report"],
+    ["engine"],
+    ["checkpoint", "recipe"],
+    ["callbacks"],
+    ["trainer", "api"],
+    ["tools"],
+    ["cli"],
+    ["__main__"],
 ]
 BUNDLED = ("dtrain.recipes", "dtrain.templates.")  # what users run and copy
 WITHOUT_TORCH = (
     "dtrain.config",
     "dtrain.launch",
     "dtrain.slurm",
-    "dtrain.here",
     "dtrain.errors",
-    "dtrain.events",
-    "dtrain.share",
-    "dtrain.scaffold",
-    "dtrain.recipe_file",
-    "dtrain.columns",
-    "dtrain.memory",
-    "dtrain.starts",
+    "dtrain.version",
+    "dtrain.files",
+    "dtrain.masking",
+    "dtrain.layout",
+    "dtrain.provenance",
     "dtrain.report",
+    "dtrain.rundir.columns",
+    "dtrain.rundir.job_record",
+    "dtrain.rundir.lock",
+    "dtrain.rundir.starts",
+    "dtrain.api.here",
+    "dtrain.callbacks.progress.events",
+    "dtrain.cli.scaffold",
 )
 
 
@@ -147,16 +72,15 @@ def modules() -> dict[str, Path]:
     return {name: path for name, path in found.items() if not name.startswith(BUNDLED)}
 
 
-def layer_of(module: str) -> int:
-    ranked = [
-        (len(prefix), i)
-        for i, layer in enumerate(LAYERS)
-        for prefix in layer
-        if (module + ".").startswith(prefix + ".")
-    ]
-    length, index = max(ranked)
-    assert length > len("dtrain") or module == "dtrain", f"{module} has no layer: give it one in LAYERS"
-    return index
+def part_of(module: str) -> str:
+    """The package, or the module at the top, that a module belongs to; the top itself is "dtrain"."""
+    return (module + ".").split(".")[1] or "dtrain"
+
+
+def layer_of(part: str) -> int:
+    found = [number for number, layer in enumerate(LAYERS) if part in layer]
+    assert found, f"dtrain.{part} has no layer: give it one in LAYERS"
+    return found[0]
 
 
 def imports_of(path: Path, *, lazy: bool) -> set[str]:
@@ -172,12 +96,63 @@ def imports_of(path: Path, *, lazy: bool) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
-def test_imports_go_one_way(name: str) -> None:
+def arrows() -> dict[tuple[str, str], set[str]]:
+    """(part, part that it imports) -> the modules that do; the lazy exports of `dtrain` itself are left out."""
+    known, found = modules(), dict[tuple[str, str], set[str]]()
+    for name in known:
+        for imported in imports_of(known[name], lazy=True) & set(known):
+            pair = part_of(name), part_of(imported)
+            if pair[0] != pair[1] and "dtrain" not in pair:
+                found.setdefault(pair, set()).add(f"{name} imports {imported}")
+    return found
+
+
+def runs(tree: ast.AST) -> list[ast.AST]:
+    """What is run of a module, now or when a function is called: all but what is there for type checkers alone."""
+    found = [tree]
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            found += runs(node)
+    return found
+
+
+def circles() -> list[list[str]]:
+    """Modules that import each other, directly or through others, at their top or in a function."""
     known = modules()
-    for imported in imports_of(known[name], lazy=True) & set(known):
-        if name != "dtrain":  # whose lazy exports name all layers
-            assert layer_of(imported) <= layer_of(name), f"{name} imports {imported}, which is above it"
+    graph = {
+        name: {
+            one if one in known else one.rpartition(".")[0]
+            for node in runs(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom)
+            for one in (f"{node.module}.{alias.name}" for alias in node.names)
+        }
+        & (known.keys() - {name, "dtrain"})  # whose exports are lazy
+        for name, path in known.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [error.args[1]]
+    return []
+
+
+def longest_functions() -> list[tuple[int, str]]:
+    """(lines of the body without its docstring, name) of each function, the longest first."""
+    found = []
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+                found.append((lines, f"{name}.{node.name}"))
+    return sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize("part", sorted({part_of(name) for name in modules()} - {"dtrain"}))
+def test_imports_go_one_way(part: str) -> None:
+    for (importer, imported), which in arrows().items():
+        if importer == part:
+            assert layer_of(imported) < layer_of(part), f"dtrain.{imported} is not below dtrain.{part}: {sorted(which)}"
 
 
 @pytest.mark.parametrize("name", sorted(n for n in modules() if n.startswith(WITHOUT_TORCH)))
@@ -192,7 +167,7 @@ def test_light_modules_never_import_heavy_ones(name: str) -> None:
 def test_help_and_import_load_nothing_heavy(statement: str) -> None:
     code = f"import sys, json; sys.argv = ['dtrain', '--help']\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean_environment(), timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean_environment(), timeout=120
     )
     loaded = json.loads(done.stdout.splitlines()[-1])
     assert [name for name in loaded if name.partition(".")[0] in HEAVY] == []
@@ -208,3 +183,45 @@ def test_every_public_name_loads() -> None:
 def test_files_stay_small() -> None:
     long = {str(p): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
     assert long == {}
+
+
+def test_names_in_a_runs_folder_stand_in_one_module() -> None:
+    names = {value for name, value in vars(layout).items() if name.isupper() and isinstance(value, str)}
+    names -= {"slurm", "code", "profile", "tracking", "media"}  # which are words of other kinds, too
+    found = {
+        f"{name}: {node.value!r}"
+        for name, path in modules().items()
+        if name not in ("dtrain.layout", "dtrain.cli.scaffold")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert found == set()
+
+
+def test_an_error_says_by_its_argument_that_all_ranks_raise_it() -> None:
+    """An attribute of another name would be taken for nothing, and each rank would print the error."""
+    old = [name for name, path in modules().items() if ".agreed = " in path.read_text()]
+    assert old == [], "raise it with on_all_ranks=True"
+
+
+def test_functions_stay_short() -> None:
+    assert [one for one in longest_functions() if one[0] >= 60] == []
+
+
+def test_no_module_imports_one_that_imports_it() -> None:
+    assert circles() == []
+
+
+def test_every_package_says_what_it_is() -> None:
+    packages = [path for path in modules().values() if path.name == "__init__.py"]
+    assert [str(path) for path in packages if not ast.get_docstring(ast.parse(path.read_text()))] == []
+
+
+if __name__ == "__main__":
+    up = [pair for pair in arrows() if layer_of(pair[1]) >= layer_of(pair[0])]
+    parts = {part_of(name) for name in modules()}
+    print(f"{len(parts) - 1} parts, {len(LAYERS)} layers, {len(arrows())} arrows between them, {len(up)} of them up")
+    print(f"{len(modules())} modules, {len(circles())} circles of imports between them")
+    print("longest functions, in lines of their bodies:")
+    for lines, name in longest_functions()[:5]:
+        print(f"  {lines:>3}  {name}")

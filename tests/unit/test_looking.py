@@ -10,16 +10,23 @@ import pytest
 from helpers.runs import COLUMNS, a_start, aged, an_end, make_run, rows
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
-from dtrain.columns import metrics_of, mode_of, monitored, paired
 from dtrain.errors import UsageError
-from dtrain.history import FILE_NAME, History, read_cells, read_history, value_of
-from dtrain.lock import owned
+from dtrain.layout import HISTORY
 from dtrain.report.compare import as_plain, compare
 from dtrain.report.finding import find_runs
 from dtrain.report.runs import Run, read_run
-from dtrain.report.tables import comparison_grid, history_grid, shortened
+from dtrain.report.tables import Grid, comparison_grid, history_grid, shortened
 from dtrain.report.words import duration, printable, rounded
+from dtrain.rundir.columns import metrics_of, mode_of, monitored, paired
+from dtrain.rundir.history import History, read_history, read_table, value_of
+from dtrain.rundir.lock import owned
+
+
+def width_of(grid: Grid) -> int:
+    """Of a table's widest line."""
+    return max(map(cell_len, grid.lines()))
 
 
 def read(folder: Path) -> Run:
@@ -73,11 +80,11 @@ def test_which_end_is_best(name: str, mode: str) -> None:
 def test_a_number_comes_back_to_its_last_bit(
     tmp_path_factory: pytest.TempPathFactory, floats: list[float], whole: list[int]
 ) -> None:
-    file = tmp_path_factory.mktemp("history") / FILE_NAME
+    file = tmp_path_factory.mktemp("history") / HISTORY
     history = History(file)
     for x, n in zip(floats, whole, strict=False):
         history.append({"epoch": n, "loss": x})
-    found = [[value_of(cell) for cell in row] for row in read_cells(file)[1]]
+    found = [[value_of(cell) for cell in row] for row in read_table(file).rows]
     for row, x, n in zip(found, floats, whole, strict=False):
         assert row[0] == n
         assert isinstance(row[1], float)
@@ -87,7 +94,7 @@ def test_a_number_comes_back_to_its_last_bit(
 @given(st.binary(max_size=400))
 def test_reading_takes_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     folder = tmp_path_factory.mktemp("any")
-    (folder / FILE_NAME).write_bytes(data)
+    (folder / HISTORY).write_bytes(data)
     run = read(folder)
     assert all(len(row) == len(run.columns) for row in run.cells)
     history_grid(run, metric=None, mode=None, width=80)
@@ -114,7 +121,7 @@ def test_a_cell(cell: str, value: object) -> None:
 
 def test_a_torn_last_line_and_rows_of_other_widths(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", rows(2))
-    with (folder / FILE_NAME).open("a") as file:
+    with (folder / HISTORY).open("a") as file:
         file.write("3,0.5\n4,1,2,3,4,5,6,7,8,9\n5,0.12345")
     run = read(folder)
     assert run.epochs == [1, 2, 3, 4]
@@ -168,7 +175,7 @@ def test_what_is_meant(runs: Path, names: list[str], found: list[str]) -> None:
     [
         ("odl", "Did you mean 'old'?"),
         ("nothing", "Runs in runs: empty, new, old."),
-        ("runs/no-run", "is no run's folder"),
+        ("runs/no-run", "is neither a run's folder nor a folder of runs"),
     ],
 )
 def test_what_is_not_there(runs: Path, name: str, words: str) -> None:
@@ -277,7 +284,7 @@ def test_runs_that_do_not_say_how_long_they_took(tmp_path: Path) -> None:
 def test_a_metric_that_no_run_has(tmp_path: Path) -> None:
     run = of(tmp_path, "one", epoch=[1], loss=[1.0], lr=[0.1])
     with pytest.raises(
-        UsageError, match=r"--metric los: there is no such column. Did you mean 'loss'\? There are: loss, epoch, lr"
+        UsageError, match=r"--metric los: no such column. Did you mean 'loss'\? Columns: loss, epoch, lr"
     ):
         compare([run], "los")
 
@@ -300,9 +307,9 @@ def test_a_narrow_terminal_misses_what_matters_least(tmp_path: Path) -> None:
     assert widths[40].head == ("", "epoch", "loss", "accuracy", "val_loss")
     assert widths[10].head == ("", "epoch", "val_loss")
     for width, grid in widths.items():
-        assert width == 10 or grid.width <= width
+        assert width == 10 or width_of(grid) <= width
         left = [name for name in COLUMNS if name not in grid.head]
-        told = [line for line in grid.under if line.startswith("columns left out")]
+        told = [line for line in grid.under if line.startswith("columns not shown")]
         assert bool(told) == bool(left)
         assert all(name in told[0] for name in left)
 
@@ -330,11 +337,11 @@ def test_a_comparison_misses_its_spare_columns_where_it_is_narrow(tmp_path: Path
     runs = [read(make_run(tmp_path / name, rows(4, seed))) for seed, name in enumerate(("one", "a" * 30))]
     grid = comparison_grid(compare(runs))
     spare = ("STARTS", "STATE", "EPOCHS")
-    assert grid.fitted(None, spare) == grid.fitted(grid.width, spare) == grid
-    narrow = grid.fitted(grid.width - 1, spare)
+    assert grid.fitted(None, spare) == grid.fitted(width_of(grid), spare) == grid
+    narrow = grid.fitted(width_of(grid) - 1, spare)
     assert (narrow.head, narrow.under[-1]) == (
         tuple(n for n in grid.head if n != "STARTS"),
-        "columns left out: STARTS (--all)",
+        "columns not shown: STARTS (--all)",
     )
     assert grid.fitted(10, spare).head == tuple(name for name in grid.head if name not in spare)
     assert [row[0] for row in grid.fitted(10, spare).rows] == ["one", "a" * 30]

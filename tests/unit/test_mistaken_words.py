@@ -11,11 +11,11 @@ from torch import nn
 
 from dtrain.cli.train import read_target
 from dtrain.config import load_settings
+from dtrain.engine.train_step import Task
 from dtrain.errors import ConfigError, RecipeError, UsageError
-from dtrain.failures import describe, explain
-from dtrain.learning import Task
-from dtrain.recipe import bind, load_recipe
-from dtrain.run_folder import make_folder
+from dtrain.launch.monitor.describe import describe, explain
+from dtrain.recipe.loader import bind, load_recipe
+from dtrain.trainer.folder import make_folder
 
 FILES = {
     "nb.ipynb": "{}",
@@ -29,21 +29,21 @@ FILES = {
 }
 TOLD = {
     "nb.ipynb": "nb.ipynb is a notebook: `jupyter nbconvert --to script nb.ipynb`, then `dtrain train nb.py`",
-    "a.txt": "recipe a.txt is no .py file. A recipe is one, or a module; a config ends in .yaml.",
-    "old": "recipe old is a folder. It is a run's: dtrain evaluate old",
+    "a.txt": "recipe a.txt is not a .py file. A recipe is a .py file or a module; a config ends in .yaml.",
+    "old": "recipe old is a folder. It is a run's folder: dtrain evaluate old",
     "some": "recipe some is a folder. Name a .py file or a .yaml config in it: train.yaml.",
     "nothing": "recipe nothing is a folder. Name a .py file or a .yaml config.",
-    "nul.py": "nul.py:2: there is a NUL byte",
+    "nul.py": "nul.py:2: the file contains a NUL byte",
     "tabs.yaml": "tabs.yaml:3: indent with spaces, not tabs",
-    "list.yaml": "list.yaml:1: a config is a mapping of sections, such as 'train:', not a list.",
-    "open.yaml": "open.yaml:2: not readable as YAML: while parsing a flow mapping: expected ',' or '}'",
+    "list.yaml": "list.yaml:1: a config should be a mapping of sections, such as 'train:', not a list.",
+    "open.yaml": "open.yaml:2: not valid YAML: while parsing a flow mapping: expected ',' or '}'",
     "named.yaml": "named.yaml:3: recipe nope.py: no such file",
     "notebook.yaml": "notebook.yaml:1: nb.ipynb is a notebook",
     "track.wandb=true": "track.wandb = True (command line): should be a section: track.wandb.project=NAME.",
     "model=3": "model = 3 (command line): should be a section: model.KEY=VALUE.",
     "train=3": "train = 3 (command line): should be a section: train.epochs=3.",
-    f"run.name={'a' * 256}": "(command line): should be a folder's name, of at most 255 bytes",
-    f"run.name={'é' * 128}": "(command line): should be a folder's name, of at most 255 bytes",
+    f"run.name={'a' * 256}": "(command line): should be a folder name of at most 255 bytes",
+    f"run.name={'é' * 128}": "(command line): should be a folder name of at most 255 bytes",
 }
 RECIPE = """
 import torch
@@ -94,9 +94,9 @@ def test_what_is_right_stays_so(here: Path) -> None:
 
 
 def test_a_folder_of_runs_that_is_a_file_is_told_without_the_name_that_nobody_gave(here: Path) -> None:
-    with pytest.raises(UsageError, match=r"^run\.dir = 'a.txt' \(command line\): cannot make a.txt/digits-"):
+    with pytest.raises(UsageError, match=r"^run\.dir = 'a.txt' \(command line\): cannot create a.txt/digits-"):
         make_folder(load_settings(None, ["run.dir=a.txt"], {}))
-    named = re.escape("run.dir = 'a.txt' (command line), run.name = 'it' (command line): cannot make a.txt/it")
+    named = re.escape("run.dir = 'a.txt' (command line), run.name = 'it' (command line): cannot create a.txt/it")
     with pytest.raises(UsageError, match=named):
         make_folder(load_settings(None, ["run.dir=a.txt", "run.name=it"], {}))
 

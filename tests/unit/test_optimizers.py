@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 import dtrain
-from dtrain.learning import Learner, Task
-from dtrain.prepared import PROCESS
-from dtrain.world import World, bring_up
+from dtrain.api.prepared import PROCESS
+from dtrain.distributed.world import World, bring_up
+from dtrain.engine.options import RunOptions
+from dtrain.engine.train_step import Learner, Task
 
 KINDS: dict[str, Callable[[Any], Optimizer]] = {
     "made at once": torch.optim.Adagrad,
@@ -87,12 +88,12 @@ def prepared_without(net: nn.Module, optimizer: Optimizer, world: World) -> None
 
 
 def learning(net: nn.Module, optimizer: Optimizer, world: World) -> None:
-    Learner(Task(net, print, [], optimizer=optimizer), world, accumulates=False).close()
+    Learner(Task(net, print, [], optimizer=optimizer), world, RunOptions()).close()
 
 
 def learning_with_several(net: nn.Module, optimizer: Optimizer, world: World) -> None:
     net.optimizer = [optimizer]  # type: ignore[assignment]
-    Learner(Task(net, print, []), world, accumulates=False).close()
+    Learner(Task(net, print, []), world, RunOptions()).close()
 
 
 MOVES = (prepared, prepared_without, learning, learning_with_several)

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dtrain.cli.app import app
-from dtrain.cli.train import read_target, settings_to_train, split_words, tell_own_config, with_own_config
+from dtrain.cli.train import log_own_config, read_target, settings_to_train, split_words, with_own_config
 from dtrain.errors import UsageError
 
 
@@ -48,8 +48,8 @@ def test_without_it_the_bundled_digits_are_trained(own: Path) -> None:
 def test_it_is_said_once_to_people_alone(
     own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tell_own_config([], as_words=False)
-    tell_own_config(["digits"], as_words=True)
+    log_own_config([], as_words=False)
+    log_own_config(["digits"], as_words=True)
     with monkeypatch.context() as launched:
         for name, value in {
             "RANK": "1",
@@ -59,9 +59,9 @@ def test_it_is_said_once_to_people_alone(
             "MASTER_PORT": "1",
         }.items():
             launched.setenv(name, value)
-        tell_own_config([], as_words=True)
+        log_own_config([], as_words=True)
     assert capsys.readouterr().out == ""
-    tell_own_config([], as_words=True)
+    log_own_config([], as_words=True)
     assert capsys.readouterr().out == "config: train.yaml\n"
 
 
@@ -81,7 +81,7 @@ def test_a_run_that_is_named_to_be_gone_on_with_has_its_own_config(
     assert settings_to_train(["other.yaml"], "runs/it", as_words=False).config.train.epochs == 8
     assert settings_to_train([], "auto", as_words=False).config.train.epochs == 7
     assert capsys.readouterr().out == ""
-    with pytest.raises(UsageError, match=r"runs/ti: there is no such run\. Runs in runs: it"):
+    with pytest.raises(UsageError, match=r"runs/ti: no such run\. Runs in runs: it"):
         settings_to_train([], "runs/ti", as_words=False)
 
 
@@ -89,7 +89,10 @@ def test_a_run_that_is_named_to_be_gone_on_with_has_its_own_config(
     ("command", "shown"),
     [
         (["launch", "-n", "2", "--cpu", "--dry-run", "--", "train", "epochs=1"], "config: train.yaml\n"),
-        (["submit", "--dry-run", "--no-check", "--time", "10", "--cpu", "-n", "2", "epochs=1"], "\n    train.yaml\n"),
+        (
+            ["submit", "--dry-run", "--no-check", "--no-freeze", "--time", "10", "--cpu", "epochs=1"],
+            "\n    train.yaml\n",
+        ),
     ],
 )
 def test_what_starts_ranks_elsewhere_names_it(own: Path, command: list[str], shown: str) -> None:

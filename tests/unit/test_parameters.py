@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from dtrain.config import load_settings
+from dtrain.engine.train_step import Task
 from dtrain.errors import ConfigError
-from dtrain.learning import Task
-from dtrain.recipe import bind, load_recipe
+from dtrain.recipe.loader import bind, load_recipe
 
 RECIPE = """
 import torch
@@ -90,9 +90,9 @@ def test_frozen_parameters_keep_their_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("freeze=['7.*']", r"parameters.freeze = '7.\*' \(command line\): no parameter of the net has such a name"),
+        ("freeze=['7.*']", r"parameters.freeze = '7.\*' \(command line\): no parameter of the model has this name"),
         ("freeze=['0.weigt']", "Did you mean '0.weight'"),
-        ("freeze=['*']", "no parameter of the net would learn"),
+        ("freeze=['*']", "no parameter of the model would be trained"),
         ("no_decay=[normz]", "Did you mean 'norms'"),
         ("parameters.groups=[{match: '0.*', rate: 1}]", "AdamW has no option 'rate'. It has lr, betas"),
         ("parameters.groups=[{lr: 1}]", "a group is {match: PATTERN"),
@@ -106,7 +106,7 @@ def test_what_matches_nothing_is_told(tmp_path: Path, word: str, told: str) -> N
 
 def test_a_net_without_a_known_optimizer_has_no_groups(tmp_path: Path) -> None:
     from dtrain.config.schema import ParametersConfig
-    from dtrain.parameters import regroup
+    from dtrain.recipe.param_groups import regroup
 
-    with pytest.raises(ConfigError, match="need an optimizer that dtrain knows"):
+    with pytest.raises(ConfigError, match="need an optimizer"):
         regroup(None, nn.Linear(1, 1), ParametersConfig(no_decay=["biases"]), {})

@@ -26,7 +26,7 @@ from dtrain.report.curves import Panel, make_panels
 from dtrain.report.finding import find_runs
 from dtrain.report.picture import COLOURS, draw, picture
 from dtrain.report.runs import Run, read_run
-from dtrain.report.textplot import Look, legend, text_panel
+from dtrain.report.textplot import PlotStyle, legend, text_panel
 
 
 def read(*folders: Path) -> list[Run]:
@@ -46,7 +46,7 @@ def pixels(image: bytes, colour: str) -> int:
 
 
 def text_of(panel: Panel, **look: Any) -> list[str]:
-    how = Look(**({"x": "epoch", "log": False, "width": 60} | look))
+    how = PlotStyle(**({"x": "epoch", "log": False, "width": 60} | look))
     return ["".join(text for text, _ in line) for line in text_panel(panel, how)]
 
 
@@ -164,9 +164,9 @@ def test_runs_of_different_metrics_and_without_rows() -> None:
         (
             ["los"],
             "epoch",
-            "--metric los: no run has such a column. Did you mean 'loss'? There are: epoch, loss, accuracy",
+            "--metric los: no run has this column. Did you mean 'loss'? Columns: epoch, loss, accuracy",
         ),
-        ([], "tme", "--x tme: no run has such a column. Did you mean 'time'?"),
+        ([], "tme", "--x tme: no run has this column. Did you mean 'time'?"),
     ],
 )
 def test_what_is_not_there(tmp_path: Path, metrics: list[str], x: str, words: str) -> None:
@@ -279,7 +279,7 @@ def test_a_history_on_a_terminal_fits(two: Dtrain) -> None:
         table = [line for line in lines if line.startswith(("   ", "*  "))]
         assert max(map(cell_len, table)) <= width
         assert len(table) == 18, "a head, four rows, a gap, and twelve, the best among them"
-        assert "11 of 30 epochs" in text or "of 30 epochs are left out (--all)" in text
+        assert "11 of 30 epochs" in text or "of 30 epochs not shown (--all)" in text
 
 
 def on_a_terminal(dtrain: Dtrain, width: int, *words: str) -> str:
@@ -310,9 +310,9 @@ def on_a_terminal(dtrain: Dtrain, width: int, *words: str) -> str:
     ("words", "told"),
     [
         (["old", "-o", "a.gif"], "-o a.gif: should end in .png, .svg, .pdf."),
-        (["old", "-o", "nowhere/a.png"], "-o nowhere/a.png: there is no folder nowhere."),
-        (["old", "--metric", "f1"], "--metric f1: no run has such a column."),
-        (["empty"], "there is nothing to plot yet: no row in runs/empty."),
+        (["old", "-o", "nowhere/a.png"], "-o nowhere/a.png: no such folder: nowhere."),
+        (["old", "--metric", "f1"], "--metric f1: no run has this column."),
+        (["empty"], "nothing to plot yet: no epochs in runs/empty."),
     ],
 )
 def test_what_cannot_be_is_one_message(two: Dtrain, words: list[str], told: str) -> None:

@@ -10,17 +10,14 @@ import pytest
 from helpers.clock import Now, stopped
 from helpers.screens import Screen
 
-from dtrain.progress import (
+from dtrain.callbacks.progress import (
     LiveBar,
     PassFacts,
     PlainLines,
     RunFacts,
-    Several,
-    Silent,
     bar,
     choose_progress,
     paced,
-    together,
 )
 
 RUN = RunFacts(3, 1, lambda: 0.001)
@@ -59,11 +56,11 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
 
 
 def a_pass(live: LiveBar, now: Now, table: Table, steps: int, seconds: float, split: str = "train") -> None:
-    live.begin(PassFacts(split, 1, steps, samples=lambda: 10 * table.steps, run=RUN))
+    live.on_pass_start(PassFacts(split, 1, steps, samples=lambda: 10 * table.steps, run=RUN))
     for _ in range(steps):
         now.seconds += seconds / steps
         table.steps += 1
-        live.step(table)  # type: ignore[arg-type]
+        live.on_progress(table)  # type: ignore[arg-type]
 
 
 def test_a_thousand_steps_a_second_are_drawn_ten_times(screen: Screen, now: Now) -> None:
@@ -102,7 +99,7 @@ def test_a_whole_epoch(screen: Screen, now: Now, monkeypatch: pytest.MonkeyPatch
     assert third == "loss 0.5000  acc 0.2500  lr 0.001"
     a_pass(live, now, Table(), 10, 1.0, "valid")
     assert screen.lines[1].startswith("valid 10/10")
-    live.end_epoch(ROW)
+    live.on_epoch_end(ROW)
     assert screen.lines[0] == "epoch 1  loss 0.5000  acc 0.2500  val_loss 0.7500  val_acc 0.1250  2.0s"
     print("and the user's")
     assert screen.lines[1:3] == ["and the user's", ""]
@@ -130,7 +127,7 @@ def test_a_terminal_of_another_size(screen: Screen, now: Now) -> None:
         drawn = screen.lines[screen.emulator.cursor.y + 1 :]  # the cursor waits above them
         assert all(len(line) < columns for line in drawn)
         assert bool(drawn) == (columns > 1 and rows > 1)
-        live.end_epoch(ROW)
+        live.on_epoch_end(ROW)
     live.close()
     assert "━" not in "".join(screen.lines)
 
@@ -140,7 +137,7 @@ def test_no_colour_and_no_utf8(screen: Screen, now: Now, monkeypatch: pytest.Mon
     monkeypatch.setattr(screen, "encoding", "iso-8859-1", raising=False)
     live = LiveBar(screen)  # type: ignore[arg-type]
     a_pass(live, now, Table(), 4, 1.0)
-    live.end_epoch(ROW)
+    live.on_epoch_end(ROW)
     assert screen.written.isascii()
     assert "####" in screen.written
     assert "\x1b[" in screen.written  # to move
@@ -174,44 +171,4 @@ def test_who_gets_which_view(
     monkeypatch.setenv("TERM", term)
     monkeypatch.setattr(screen, "isatty", lambda: tty)
     assert type(choose_progress(is_main=True, log_step_freq=1, view=view)) is kind
-    assert type(choose_progress(is_main=False, log_step_freq=1, view=view)) is Silent
-
-
-class Noted:
-    """Notes what it is told."""
-
-    def __init__(self, fails: bool = False) -> None:
-        self.told: list[str] = []
-        self.fails = fails
-
-    def begin(self, facts: PassFacts) -> None:
-        self.told.append(f"begin {facts.split}")
-
-    def step(self, table: Any) -> None:
-        self.told.append(f"step {table.steps}")
-
-    def end_epoch(self, row: Any) -> None:
-        self.told.append(f"end {row['epoch']}")
-
-    def close(self) -> None:
-        self.told.append("close")
-        if self.fails:
-            raise OSError("cannot be closed")
-
-
-def test_several_hear_the_same_and_all_are_closed() -> None:
-    parts = [Noted(fails=True), Noted()]
-    both = together(Silent(), *parts)
-    assert isinstance(both, Several)
-    both.begin(PassFacts("train", 1))
-    both.step(Table())  # type: ignore[arg-type]
-    both.end_epoch(ROW)
-    with pytest.raises(OSError, match="cannot be closed"):
-        both.close()
-    assert [part.told for part in parts] == [["begin train", "step 0", "end 1", "close"]] * 2
-
-
-def test_one_alone_is_itself() -> None:
-    one = Noted()
-    assert together(Silent(), one, Silent()) is one
-    assert isinstance(together(), Silent)
+    assert choose_progress(is_main=False, log_step_freq=1, view=view) is None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dtrain.progress import PassFacts, RunFacts
-from dtrain.progress.clock import Clock, short_number, short_time
+from dtrain.callbacks.progress import PassFacts, RunFacts
+from dtrain.callbacks.progress.clock import Clock, short_number, short_time
 
 
 def facts(split: str, epoch: int, steps: int | None, *, epochs: int = 4, ranks: int = 1, **more: object) -> PassFacts:

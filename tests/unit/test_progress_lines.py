@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from dtrain.progress import PassFacts, RunFacts
-from dtrain.progress.clock import Clock
-from dtrain.progress.lines import ASCII, FINE, epoch_parts, lines_of, short_value
+from dtrain.callbacks.progress import PassFacts, RunFacts
+from dtrain.callbacks.progress.clock import Clock
+from dtrain.callbacks.progress.lines import ASCII, FINE, epoch_parts, lines_of, short_value
 
 VALUES = {"loss": 0.31212, "accuracy": 0.9, "f1": 0.25}
 

@@ -13,10 +13,11 @@ import IPython.display
 import pytest
 from helpers.clock import Now, stopped
 
-from dtrain.progress import PassFacts, PlainLines, RunFacts, choose, choose_progress, notebook, paced
-from dtrain.progress.curve import curves_svg
-from dtrain.progress.feed import FeedReader, FeedWriter, fed
-from dtrain.progress.notebook import NotebookView, table_html
+from dtrain.callbacks.progress import PassFacts, PlainLines, RunFacts, choose, choose_progress, notebook, paced
+from dtrain.callbacks.progress.curve import curves_svg
+from dtrain.callbacks.progress.feed import FeedReader, FeedWriter, fed
+from dtrain.callbacks.progress.notebook import NotebookView, table_html
+from dtrain.engine.callback import EngineCallback
 
 
 def row(epoch: int, **more: Any) -> dict[str, Any]:
@@ -135,12 +136,12 @@ def test_one_output_is_updated_twice_a_second_and_stays(now: Now, pages: list[di
     view, table = NotebookView(), Table()
     for epoch in range(1, 11):
         run = RunFacts(10, 1, lambda: 0.001)
-        view.begin(PassFacts("train", epoch, 1000, run=run))
+        view.on_pass_start(PassFacts("train", epoch, 1000, run=run))
         for step in range(1, 1001):
             now.seconds += 0.001
             table.steps = step
-            view.step(table)  # type: ignore[arg-type]
-        view.end_epoch(row(epoch))
+            view.on_progress(table)  # type: ignore[arg-type]
+        view.on_epoch_end(row(epoch))
     assert 15 <= len(pages) <= 21  # in 10 s
     middle = pages[len(pages) // 2]["text/html"]
     assert re.search(r'<progress max="1000" value="\d+"', middle)
@@ -153,7 +154,7 @@ def test_one_output_is_updated_twice_a_second_and_stays(now: Now, pages: list[di
 
 def test_one_that_fails_in_its_first_epoch_shows_how_far_it_came(now: Now, pages: list[dict[str, str]]) -> None:
     view = NotebookView()
-    view.begin(PassFacts("train", 1, 10))
+    view.on_pass_start(PassFacts("train", 1, 10))
     view.close()
     assert "train 0/10" in pages[-1]["text/html"]
 
@@ -161,22 +162,22 @@ def test_one_that_fails_in_its_first_epoch_shows_how_far_it_came(now: Now, pages
 # --- ranks of another process -----------------------------------------------------------------------------
 
 
-class Noted:
+class Noted(EngineCallback):
     """Notes what it is told, with what it could ask for then."""
 
     def __init__(self) -> None:
         self.told: list[Any] = []
         self.closed = 0
 
-    def begin(self, facts: PassFacts) -> None:
+    def on_pass_start(self, facts: PassFacts) -> None:
         self.facts = facts
         known = (facts.split, facts.epoch, facts.steps, facts.skipped, facts.epochs, facts.run.ranks)
         self.told.append((*known, facts.samples(), facts.lr()))
 
-    def step(self, table: Any) -> None:
+    def on_progress(self, table: Any) -> None:
         self.told.append((table.steps, table.running(), self.facts.samples(), self.facts.lr()))
 
-    def end_epoch(self, row: Any) -> None:
+    def on_epoch_end(self, row: Any) -> None:
         self.told.append(row)
 
     def close(self) -> None:
@@ -187,12 +188,12 @@ def test_what_a_rank_tells_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shown, path, table, samples = Noted(), tmp_path / "feed", Table(), [40]
     writer, reader = FeedWriter(path), FeedReader(path, shown)
     reader.poll()  # before there is anything
-    writer.begin(PassFacts("train", 2, None, 4, 1.5, lambda: samples[0], RunFacts(3, 2, lambda: 0.01)))
+    writer.on_pass_start(PassFacts("train", 2, None, 4, 1.5, lambda: samples[0], RunFacts(3, 2, lambda: 0.01)))
     reader.poll()
     table.steps, samples[0] = 5, 50
-    writer.step(table)  # type: ignore[arg-type]
-    writer.step(table)  # type: ignore[arg-type]  # too soon to be told
-    writer.end_epoch(row(2, loss=0.1 + 0.2, acc=math.inf))
+    writer.on_progress(table)  # type: ignore[arg-type]
+    writer.on_progress(table)  # type: ignore[arg-type]  # too soon to be told
+    writer.on_epoch_end(row(2, loss=0.1 + 0.2, acc=math.inf))
     with path.open("a") as file:
         file.write('{"what": "end_')  # the next line is on its way
     reader.poll()
@@ -213,9 +214,9 @@ def test_ranks_print_their_lines_where_there_is_nothing_better(capsys: Any) -> N
 
 def test_what_came_before_a_failure_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Noted()
-    monkeypatch.setattr("dtrain.progress.feed.choose_progress", lambda **_: shown)
+    monkeypatch.setattr("dtrain.callbacks.progress.feed.choose_progress", lambda **_: shown)
     with pytest.raises(OSError, match="a rank failed"), fed(True, log_step_freq=1) as (writer, _):
-        writer.end_epoch(row(1))  # type: ignore[union-attr]
+        writer.on_epoch_end(row(1))  # type: ignore[union-attr]
         raise OSError("a rank failed")
     assert (shown.told, shown.closed) == ([row(1)], 1)
 
@@ -223,7 +224,9 @@ def test_what_came_before_a_failure_is_shown(monkeypatch: pytest.MonkeyPatch) ->
 # --- where it is chosen -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("pid", "is_one"), [(os.getpid(), True), (1, False), (None, False)])
+@pytest.mark.parametrize(
+    ("pid", "is_one"), [(os.getpid(), True), (1, False), (None, False)], ids=["own", "another's", "none"]
+)
 def test_a_process_that_was_forked_off_a_notebook_is_none(
     monkeypatch: pytest.MonkeyPatch, pid: int | None, is_one: bool
 ) -> None:

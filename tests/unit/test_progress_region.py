@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from helpers.screens import Screen
 
-from dtrain.launch.ranklog import RankLog
-from dtrain.launch.screen import Screen as Shared
-from dtrain.progress.region import Above, Region, Surrounded
+from dtrain.callbacks.progress.region import Region, StdoutProxy, StdoutRedirect
+from dtrain.launch.terminal.rank_log import RankLog
+from dtrain.launch.terminal.screen import Screen as Shared
 
 BARS = ["bar one ━━━━━━", "bar two ━━━"]
 
@@ -30,8 +30,8 @@ def region(screen: Screen) -> Region:
     return Region(screen, lambda: screen.emulator.columns)  # type: ignore[arg-type]
 
 
-def above(region: Region, screen: Screen) -> Above:
-    return Above(region, screen)  # type: ignore[arg-type]
+def above(region: Region, screen: Screen) -> StdoutProxy:
+    return StdoutProxy(region, screen)  # type: ignore[arg-type]
 
 
 def test_what_is_printed_stays_above_and_the_bars_below(screen: Screen, region: Region) -> None:
@@ -133,7 +133,7 @@ def test_fewer_lines_than_before(screen: Screen, region: Region) -> None:
 
 def test_a_rank_that_draws_nothing_makes_way(screen: Screen, region: Region) -> None:
     region.draw(BARS)
-    other = Above(Region(screen, own=False), screen)  # type: ignore[arg-type]
+    other = StdoutProxy(Region(screen, own=False), screen)  # type: ignore[arg-type]
     other.write("one\ntwo\nthree\n")
     assert screen.lines == ["one", "two", "three"]
     region.draw(BARS)
@@ -180,7 +180,7 @@ def test_only_a_terminal_is_stood_for(region: Region, screen: Screen, monkeypatc
     file = File()
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setattr(sys, "stderr", file)
-    around = Surrounded(region)
+    around = StdoutRedirect(region)
     around.begin()
     print("to the terminal")
     print("to the file", file=sys.stderr)

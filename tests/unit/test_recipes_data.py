@@ -49,12 +49,12 @@ def test_mnist_is_read_as_it_was_written(folder: Path) -> None:
 
 GOOD = idx(0x803, PIXELS.shape, PIXELS.tobytes())
 BROKEN = {
-    "another kind": (idx(0x801, (5,), LABELS), "magic number is 0x00000801 and not 0x00000803"),
-    "another size": (idx(0x803, (5, 32, 32), bytes(5 * 1024)), r"says that it has \[5, 32, 32\]"),
-    "none": (idx(0x803, (0, 28, 28), b""), r"says that it has \[0, 28, 28\]"),
-    "too many": (idx(0x803, (4_000_000_000, 28, 28), b""), r"says that it has \[4000000000, 28, 28\]"),
-    "cut off": (GOOD[:-1], "3920 bytes should follow its head, and 3919 do"),
-    "too long": (GOOD + b"x", "3920 bytes should follow its head, and more do"),
+    "another kind": (idx(0x801, (5,), LABELS), "magic number is 0x00000801, not 0x00000803"),
+    "another size": (idx(0x803, (5, 32, 32), bytes(5 * 1024)), r"header says \[5, 32, 32\]"),
+    "none": (idx(0x803, (0, 28, 28), b""), r"header says \[0, 28, 28\]"),
+    "too many": (idx(0x803, (4_000_000_000, 28, 28), b""), r"header says \[4000000000, 28, 28\]"),
+    "cut off": (GOOD[:-1], "3920 bytes should follow its header, but there are 3919"),
+    "too long": (GOOD + b"x", "3920 bytes should follow its header, but there are more"),
     "no head": (GOOD[:7], "cannot be read"),
     "a pickle": (b"\x80\x04\x95" + bytes(13), "magic number is 0x80049500"),
 }

@@ -22,7 +22,7 @@ from dtrain.report.data import page_data, run_data
 from dtrain.report.finding import find_runs
 from dtrain.report.render import embedded, render
 from dtrain.report.runs import Run, read_run
-from dtrain.starts import Start
+from dtrain.rundir.starts import RunStart
 
 TEXTS = st.text() | st.sampled_from(
     ["</script>", "<!--", "<script>", "]]>", "&lt;", "\u2028", "{{script}}", "\\u003c", "</ScRiPt "]
@@ -76,7 +76,7 @@ def test_data_comes_out_as_it_went_in(data: Any) -> None:
 
 @given(NESTED, NESTED, TEXTS)
 def test_no_run_adds_an_element_to_the_page(config: Any, fact: Any, text: str) -> None:
-    start = Start(1.0, {"host": fact, "versions": {"torch": text}, "epoch": fact}, text=text)
+    start = RunStart(1.0, {"host": fact, "versions": {"torch": text}, "epoch": fact}, text=text)
     failure = {"at": 2.0, "traceback": text, "exception": fact, "others": config, "rank": fact}
     run = Run(text, Path("runs/x"), (text, "loss"), ((text, "0.5"),), {"model": config}, (start,), (failure,))
     page = Elements(render(page_data([run], live=False)))
@@ -138,12 +138,12 @@ def test_every_value_is_the_histories(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["-o", "nowhere/a.html"], "-o nowhere/a.html: there is no folder nowhere."),
+        (["-o", "nowhere/a.html"], "-o nowhere/a.html: no such folder: nowhere."),
         (["-o", "runs"], "-o runs: is a folder."),
-        (["-o", "a.html", "--serve"], "-o and --serve: choose one"),
-        (["--port", "80"], "--port 80: goes with --serve."),
-        (["nobody", "-o", "b.html"], "nobody: there is no such run"),
-        ([], "report.html is there already and is kept as it is. Name it with -o report.html to replace it."),
+        (["-o", "a.html", "--serve"], "-o and --serve: use only one"),
+        (["--port", "80"], "--port 80: needs --serve."),
+        (["nobody", "-o", "b.html"], "nobody: no such run"),
+        ([], "report.html already exists and is not overwritten. To replace it, use -o report.html."),
     ],
 )
 def test_what_cannot_be_is_one_message(dtrain: Dtrain, words: list[str], told: str) -> None:

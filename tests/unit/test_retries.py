@@ -11,10 +11,11 @@ import pytest
 
 from dtrain.errors import WorldError
 from dtrain.launch import retries
-from dtrain.launch.local import Ending
+from dtrain.launch.nodes.base import MissingNodesError
 from dtrain.launch.retries import goes_on, may_try_again, progress, run_with_retries
+from dtrain.launch.supervisor import JobEnd
 
-FAILED = Ending(1, "a rank failed")
+FAILED = JobEnd(1, "a rank failed")
 
 
 @pytest.fixture(autouse=True)
@@ -25,13 +26,13 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return noted
 
 
-def attempts(endings: list[Ending | Callable[[], Ending]], runs: list[Path | None]) -> Callable[[Path | None], Ending]:
+def attempts(endings: list[JobEnd | Callable[[], JobEnd]], runs: list[Path | None]) -> Callable[[Path | None], JobEnd]:
     left = iter(endings)
 
-    def attempt(run: Path | None) -> Ending:
+    def attempt(run: Path | None) -> JobEnd:
         runs.append(run)
         ending = next(left)
-        return ending if isinstance(ending, Ending) else ending()
+        return ending if isinstance(ending, JobEnd) else ending()
 
     return attempt
 
@@ -39,12 +40,37 @@ def attempts(endings: list[Ending | Callable[[], Ending]], runs: list[Path | Non
 @pytest.mark.parametrize("code", [1, 76, 7, 139])
 def test_failures_are_tried_again_until_one_ends_well(code: int, pauses: list[float]) -> None:
     runs: list[Path | None] = []
-    ending = run_with_retries(attempts([Ending(code), Ending(code), Ending(0)], runs), 2)
+    ending = run_with_retries(attempts([JobEnd(code), JobEnd(code), JobEnd(0)], runs), 2)
     assert (ending.exit_code, len(runs), pauses) == (0, 3, [1.0, 2.0])
 
 
-@pytest.mark.parametrize("ending", [Ending(0), Ending(2), Ending(75), Ending(130), Ending(143, "", signal.SIGTERM)])
-def test_what_is_no_failure_is_not_tried_again(ending: Ending) -> None:
+def raises() -> JobEnd:
+    raise MissingNodesError("node 1 of 2 did not come to n1:29500 within 7 s.")
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_node_that_does_not_come_back_is_one_more_failure(pauses: list[float], follows: bool) -> None:
+    runs: list[Path | None] = []
+    steps = [FAILED, raises, raises, JobEnd(0)]
+    assert run_with_retries(attempts(steps, runs), 3, follows=follows).exit_code == 0
+    assert (len(runs), pauses) == (4, [1, 2, 4])
+
+
+def test_a_node_that_never_comes_back_is_given_up_on_with_the_reason() -> None:
+    runs: list[Path | None] = []
+    ending = run_with_retries(attempts([FAILED, *[raises] * 9], runs), 3)
+    assert len(runs) == 4
+    assert ending.exit_code == 1
+    assert ending.text.startswith("dtrain: error: node 1 of 2 did not come to n1:29500 within 7 s.\ndtrain: giving up")
+
+
+def test_nodes_that_have_never_met_are_an_error_at_once() -> None:
+    with pytest.raises(WorldError, match="did not come"):
+        run_with_retries(attempts([raises], []), 3)
+
+
+@pytest.mark.parametrize("ending", [JobEnd(0), JobEnd(2), JobEnd(75), JobEnd(130), JobEnd(143, "", signal.SIGTERM)])
+def test_what_is_no_failure_is_not_tried_again(ending: JobEnd) -> None:
     runs: list[Path | None] = []
     assert not may_try_again(ending)
     assert run_with_retries(attempts([ending], runs), 5) is ending
@@ -57,7 +83,7 @@ def test_given_up_after_so_many_without_progress(pauses: list[float], capsys: py
     assert len(runs) == 8
     assert pauses == [1, 2, 4, 8, 16, 32, 60]
     assert ending.exit_code == 1
-    assert ending.text == "a rank failed\ndtrain: given up after 8 failures without progress in between."
+    assert ending.text == "a rank failed\ndtrain: giving up after 8 failures without progress."
     assert capsys.readouterr().err.count("a rank failed\ndtrain: attempt ") == 7
 
 
@@ -65,13 +91,13 @@ def test_progress_begins_the_count_anew_and_each_failure_is_kept(tmp_path: Path,
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "failure-2.json").write_text("of an earlier start")
 
-    def fails(number: int, *saved: str, rows: int = 0) -> Callable[[], Ending]:
-        def attempt() -> Ending:
+    def fails(number: int, *saved: str, rows: int = 0) -> Callable[[], JobEnd]:
+        def attempt() -> JobEnd:
             for name in saved:
                 (tmp_path / "checkpoints" / name).mkdir()
             (tmp_path / "history.csv").write_text("row\n" * rows)
             (tmp_path / "failure.json").write_text(json.dumps(number))
-            return Ending(1, run=tmp_path)
+            return JobEnd(1, run=tmp_path)
 
         return attempt
 
@@ -98,7 +124,7 @@ def test_progress_begins_the_count_anew_and_each_failure_is_kept(tmp_path: Path,
 def test_another_node_follows_the_first(pauses: list[float]) -> None:
     runs: list[Path | None] = []
 
-    def gone() -> Ending:
+    def gone() -> JobEnd:
         raise WorldError("node 0 did not come")
 
     ending = run_with_retries(attempts([FAILED, FAILED, FAILED, gone], runs), 1, follows=True)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from pytest import TempPathFactory
 
 from dtrain.cli.history import _csv
-from dtrain.history import History, read_history
 from dtrain.report.compare import as_plain, compare
 from dtrain.report.curves import make_panels
 from dtrain.report.data import page_data
@@ -24,6 +23,7 @@ from dtrain.report.finding import find_runs
 from dtrain.report.runs import read_run
 from dtrain.report.tables import history_grid
 from dtrain.report.words import rounded
+from dtrain.rundir.history import History, read_history
 
 COLUMNS = ("epoch", "loss", "acc", "val_loss", "val_acc", "lr", "seconds", "samples_per_second")
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from helpers.first_minutes import TEMPLATES, read_promise
 
-from dtrain import scaffold, share
+from dtrain.cli import scaffold
+from dtrain.config import bundled as share
 from dtrain.config import load_settings
 from dtrain.config.flat import flatten
 from dtrain.errors import UsageError
@@ -60,7 +61,7 @@ def test_a_copy_of_a_bundled_config_holds_its_values(name: str, config: str, tmp
 
 def test_a_file_that_is_there_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("mine")
-    with pytest.raises(UsageError, match=r"train\.yaml is there already; nothing was written.*dtrain init DIR"):
+    with pytest.raises(UsageError, match=r"train\.yaml is already there; nothing was written.*dtrain init DIR"):
         scaffold.write(scaffold.named("function"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["train.yaml"]
     assert (tmp_path / "train.yaml").read_text() == "mine"
@@ -68,7 +69,7 @@ def test_a_file_that_is_there_is_named_and_nothing_is_written(tmp_path: Path) ->
 
 def test_a_link_to_nowhere_is_no_free_place(tmp_path: Path) -> None:
     (tmp_path / "recipe.py").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match=r"recipe\.py is there already"):
+    with pytest.raises(UsageError, match=r"recipe\.py is already there"):
         scaffold.write(scaffold.named("function"), tmp_path)
     assert not (tmp_path / "elsewhere").exists()
     assert not (tmp_path / "train.yaml").exists()

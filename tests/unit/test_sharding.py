@@ -22,10 +22,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from dtrain.batches import BatchReader
-from dtrain.dealing import Dealing, Share, part_of
+from dtrain.data.batches import BatchReader
+from dtrain.data.loader import ShardedLoader
+from dtrain.data.partition import RankBatch, ShardSpec, part_of
 from dtrain.errors import DataError, UsageError
-from dtrain.sharding import ShardedLoader
 
 
 class Stream(IterableDataset):
@@ -58,22 +58,22 @@ def numbers(n: int) -> TensorDataset:
     return TensorDataset(torch.arange(n).float())
 
 
-def shares_of(loader, size: int, mode: str, fill: bool, epoch: int = 1, seed: int = 5) -> list[list[Share]]:
+def shares_of(loader, size: int, mode: str, fill: bool, epoch: int = 1, seed: int = 5) -> list[list[RankBatch]]:
     """Each rank's shares; each rank has a global random state of its own, as in a run."""
     found = []
     for rank in range(size):
         torch.manual_seed(1000 + rank)
         made = loader() if callable(loader) else loader
-        found.append(list(ShardedLoader(made, Dealing(rank, size, mode, fill), seed, "train").shares(epoch)))
+        found.append(list(ShardedLoader(made, ShardSpec(rank, size, mode, fill), seed, "train").iter_batches(epoch)))
     return found
 
 
-def values(share: Share) -> list[float]:
-    batch = share.batch[0] if isinstance(share.batch, (list, tuple)) else share.batch
+def values(rank_batch: RankBatch) -> list[float]:
+    batch = rank_batch.batch[0] if isinstance(rank_batch.batch, (list, tuple)) else rank_batch.batch
     return batch.tolist()
 
 
-def global_order(ranks: list[list[Share]], mode: str) -> list[list[float]]:
+def global_order(ranks: list[list[RankBatch]], mode: str) -> list[list[float]]:
     """The global batches: at each step, the real samples of rank 0, then rank 1, and so on."""
     steps = max(map(len, ranks), default=0)
     return [
@@ -100,15 +100,15 @@ def test_each_sample_is_dealt_once_with_weights_that_add_up(n, batch, size, mode
     if fill:
         assert len({len(rank) for rank in ranks}) == 1, "every rank takes part in every step"
         for step in zip(*ranks, strict=True):
-            total = sum(share.count for share in step)
-            assert all(share.total == total for share in step)
-            assert sum(share.scale for share in step) == pytest.approx(size)
-            assert all(share.scale == pytest.approx(share.count * size / total) for share in step)
+            total = sum(rank_batch.count for rank_batch in step)
+            assert all(rank_batch.total == total for rank_batch in step)
+            assert sum(rank_batch.scale for rank_batch in step) == pytest.approx(size)
+            assert all(rank_batch.scale == pytest.approx(rank_batch.count * size / total) for rank_batch in step)
     else:
-        assert all(share.count > 0 for rank in ranks for share in rank)
+        assert all(rank_batch.count > 0 for rank in ranks for rank_batch in rank)
     for rank in ranks:
-        for share in rank:
-            assert share.count in (0, len(values(share)))
+        for rank_batch in rank:
+            assert rank_batch.count in (0, len(values(rank_batch)))
 
 
 @pytest.mark.parametrize("mode", ["per_rank", "global"])
@@ -141,14 +141,14 @@ def test_random_order_is_the_same_on_any_number_of_ranks_and_new_each_epoch(load
 
 def test_drawing_the_order_leaves_the_users_random_stream_alone() -> None:
     for loader in (DataLoader(numbers(9), batch_sampler=OddBatches(9)), DataLoader(Stream(9, shuffled=True), 2)):
-        sharded = ShardedLoader(loader, Dealing(0, 1, "per_rank", True), 0, "train")
+        sharded = ShardedLoader(loader, ShardSpec(0, 1, "per_rank", True), 0, "train")
         torch.manual_seed(3)
         expected = torch.rand(3)
         torch.manual_seed(3)
-        shares = sharded.shares(1)
-        next(shares)
+        iter_batches = sharded.iter_batches(1)
+        next(iter_batches)
         seen = torch.rand(3)
-        list(shares)
+        list(iter_batches)
         # A map-style DataLoader draws its workers' base seed from the global stream, as it always does.
         assert isinstance(loader.dataset, TensorDataset) or torch.equal(seen, expected)
 
@@ -157,9 +157,9 @@ def test_workers_and_persistent_workers_keep_the_counts_straight() -> None:
     loader = DataLoader(
         numbers(11), batch_sampler=BatchSampler(range(11), 3, False), num_workers=2, persistent_workers=True
     )
-    sharded = ShardedLoader(loader, Dealing(1, 2, "per_rank", True), 0, "train")
+    sharded = ShardedLoader(loader, ShardSpec(1, 2, "per_rank", True), 0, "train")
     for epoch in (1, 2):
-        assert [(values(s), s.count, s.total) for s in sharded.shares(epoch)] == [
+        assert [(values(s), s.count, s.total) for s in sharded.iter_batches(epoch)] == [
             ([3.0, 4.0, 5.0], 3, 6),
             ([9.0, 10.0], 2, 5),
         ]
@@ -169,12 +169,12 @@ def test_workers_and_persistent_workers_keep_the_counts_straight() -> None:
 def test_an_iteration_within_another_one_takes_nothing_from_it(workers: int) -> None:
     """A batch to look at, as in next(iter(loader)), in the body of a loop over the same loader."""
     data = list(torch.arange(40.0).split(1))
-    sharded = ShardedLoader(DataLoader(data, 16, num_workers=workers), Dealing(0, 1, "per_rank", True), 0, "train")
+    sharded = ShardedLoader(DataLoader(data, 16, num_workers=workers), ShardSpec(0, 1, "per_rank", True), 0, "train")
     seen = []
-    for share in sharded.shares(1):
-        peeked = next(sharded.shares(2, skip=1))
+    for rank_batch in sharded.iter_batches(1):
+        peeked = next(sharded.iter_batches(2, skip=1))
         assert (peeked.count, peeked.start, len(peeked.batch)) == (16, 16, 16)
-        seen.append([share.count, share.start, share.batch.flatten().tolist(), share.indices])
+        seen.append([rank_batch.count, rank_batch.start, rank_batch.batch.flatten().tolist(), rank_batch.indices])
     assert seen == [
         [stop - start, start, [float(number) for number in range(start, stop)], list(range(start, stop))]
         for start, stop in ((0, 16), (16, 32), (32, 40))
@@ -184,10 +184,10 @@ def test_an_iteration_within_another_one_takes_nothing_from_it(workers: int) -> 
 def test_with_persistent_workers_the_outer_iteration_says_that_its_batches_are_gone() -> None:
     """torch has one iterator for such a loader, which begins anew for both."""
     loader = DataLoader(list(range(40)), 16, num_workers=1, persistent_workers=True)
-    sharded = ShardedLoader(loader, Dealing(0, 1, "per_rank", True), 0, "train")
-    outer = sharded.shares(1)
+    sharded = ShardedLoader(loader, ShardSpec(0, 1, "per_rank", True), 0, "train")
+    outer = sharded.iter_batches(1)
     next(outer)
-    assert next(sharded.shares(2)).count == 16
+    assert next(sharded.iter_batches(2)).count == 16
     with pytest.raises(UsageError, match="persistent_workers"):
         next(outer)
 
@@ -258,9 +258,9 @@ def test_the_same_batches_in_each_epoch_whatever_draws_their_order() -> None:
     seeded: dict[str, Any] = {"shuffle": True, "generator": torch.Generator().manual_seed(1)}
     for how in (seeded, {"sampler": Permuting()}):
         loader = DataLoader(data, 4, **how)
-        sharded = ShardedLoader(loader, Dealing(0, 1, "global", fill=True, limit=2), 1, "train", same_order=True)
-        epochs = [[share.batch[0].tolist() for share in sharded.shares(epoch)] for epoch in (1, 2, 3)]
-        again = ShardedLoader(loader, Dealing(0, 1, "global", fill=True, limit=2), 1, "train", same_order=True)
+        sharded = ShardedLoader(loader, ShardSpec(0, 1, "global", fill=True, limit=2), 1, "train", same_order=True)
+        epochs = [[rank_batch.batch[0].tolist() for rank_batch in sharded.iter_batches(epoch)] for epoch in (1, 2, 3)]
+        again = ShardedLoader(loader, ShardSpec(0, 1, "global", fill=True, limit=2), 1, "train", same_order=True)
         again.sources.load(sharded.sources.after_epoch())  # as a run that is resumed after the third
-        epochs.append([share.batch[0].tolist() for share in again.shares(4)])
+        epochs.append([rank_batch.batch[0].tolist() for rank_batch in again.iter_batches(4)])
         assert epochs == epochs[:1] * 4

@@ -40,14 +40,14 @@ def test_what_can_be_imported_is_copied_with_the_small_files_beside_it(project: 
     assert sorted(str(p.relative_to(tmp_path / "to")) for p in (tmp_path / "to").rglob("*") if p.is_file()) == sorted(
         map(str, code.files)
     )
-    assert "frozen: 8 files" in code.told()
+    assert "copied: 8 files" in code.told()
     assert "not copied: big.txt, data" in code.told()
 
 
 def test_a_recipe_that_looks_for_its_place_is_told(project: Path) -> None:
     assert "__file__" not in find_code(project / "mine.py").told()
     write(project, "nets/cnn.py", text="here = __file__\n")
-    assert "nets/cnn.py may look for files by __file__" in find_code(project / "mine.py").told()
+    assert "nets/cnn.py may look up files by __file__" in find_code(project / "mine.py").told()
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,18 @@ def test_a_linked_recipe_is_copied_from_where_it_lies(project: Path, tmp_path: P
     code = find_code(tmp_path / "elsewhere/link.py")
     assert code.recipe == (project / "mine.py").resolve()
     assert Path("util.py") in code.files
+
+
+def test_a_copy_finds_data_by_its_own_place(project: Path, tmp_path: Path) -> None:
+    """Beside the recipe, and above it in its project; the folder of runs, in which the copy is, is no part of it."""
+    write(project, "src/train/mine.py", text="here = __file__\n")
+    write(project, "src/common/net.py", "src/train/data/a.bin", "pyproject.toml")
+    code = find_code(project / "src/train/mine.py")
+    to = project / "runs/new/slurm/code"
+    copy = code.copy_to(to)
+    assert copy == to / "src/train/mine.py" and not copy.is_symlink()
+    assert (
+        (copy.parent / "data/a.bin").exists() and (to / "data/b.csv").exists() and (to / "src/common/net.py").exists()
+    )
+    assert (to / "data").is_symlink() and not (to / "runs").exists() and not (to / "venv/runs").exists()
+    assert code.name == "src/train/mine.py"

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from dtrain.cli import jobs_table
 from dtrain.cli.app import app
 from dtrain.errors import SlurmError, UsageError
+from dtrain.rundir.job_record import JobAttempt, JobRecord, read_record, write_record
 from dtrain.slurm import following, orders, runs
-from dtrain.slurm.record import Incarnation, Record, read_record, write_record
 from dtrain.slurm.runs import RunJob, find, look
 
 HISTORY = "epoch,loss,acc,val_loss,val_acc,lr,seconds\n1,0.5,0.8,0.4,0.85,0.1,2.0\n2,0.3,0.9,0.25,0.9125,0.1,2.0\n3,0."
@@ -34,17 +34,17 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     return Slurm(tmp_path / "slurm", monkeypatch)
 
 
-def make_run(name: str, job: str, *starts: Incarnation, **more: Any) -> Path:
+def make_run(name: str, job: str, *starts: JobAttempt, **more: Any) -> Path:
     run = Path("runs", name)
-    write_record(run, Record(job, time.time(), None, None, name, starts, **more))
+    write_record(run, JobRecord(job, time.time(), None, None, name, starts, **more))
     (run / "slurm/train.sbatch").write_text("#!/bin/bash\n")
     (run / "history.csv").write_text(HISTORY)
     (run / "config.yaml").write_text("train:\n  epochs: 5\n")
     return run
 
 
-def start(number: int, job: str, rows: int, **more: Any) -> Incarnation:
-    return Incarnation(number, job, "n1", time.time() - 60, progress=(0.0, 0.0, rows), **more)
+def start(number: int, job: str, rows: int, **more: Any) -> JobAttempt:
+    return JobAttempt(number, job, "n1", time.time() - 60, progress=(0.0, 0.0, rows), **more)
 
 
 def dtrain(*words: str, code: int = 0) -> str:
@@ -67,22 +67,22 @@ class TestJobs:
             "2/5",
             "00:29:59",
             "2",
-            "(1 in vain)  val_loss 0.25 val_acc 0.9125",
+            "(1 without progress)  val_loss 0.25 val_acc 0.9125",
         ]
         assert (
             lines[1].split(maxsplit=6)[-1]
-            == "waits: JobArrayTaskLimit (so many tasks run at once); val_loss 0.25 val_acc 0.9125"
+            == "waits: JobArrayTaskLimit (limit of array tasks running at once); val_loss 0.25 val_acc 0.9125"
         )
 
     def test_programs_get_all_of_it(self, slurm: Slurm) -> None:
-        make_run("b", "7", start(0, "7", 0, ended=time.time(), code=75, why="stopped ahead of a limit"))
+        make_run("b", "7", start(0, "7", 0, ended=time.time(), code=75, why="stopped before the time limit"))
         slurm.answers("squeue", "")
         (row,) = json.loads(dtrain("jobs", "--json"))
         assert (row["job"], row["state"], row["told_by"], row["reason"]) == (
             "7",
             "ended",
             "folder",
-            "stopped ahead of a limit",
+            "stopped before the time limit",
         )
         assert (row["epoch"], row["epochs"], row["row"]["val_acc"], row["in_vain"]) == (2, 5, 0.9125, 0)
 
@@ -95,8 +95,8 @@ class TestJobs:
 
     def test_those_that_ended_long_ago_are_shown_on_request(self, slurm: Slurm) -> None:
         long_ago = time.time() - 90_000
-        make_run("old", "6", Incarnation(0, "6", "n1", long_ago, long_ago, 0, "complete"))
-        assert "1 that ended more than a day ago: --all" in dtrain("jobs")
+        make_run("old", "6", JobAttempt(0, "6", "n1", long_ago, long_ago, 0, "complete"))
+        assert "1 that ended more than a day ago: show with --all" in dtrain("jobs")
         assert "complete" in dtrain("jobs", "--all")
         assert "complete" in dtrain("jobs", "old")
 
@@ -113,7 +113,7 @@ class TestJobs:
         make_run("c", "8")
         Path("runs/b/slurm/job.json").write_text("{")
         told = dtrain("jobs")
-        assert "runs/b/slurm/job.json: is no record of a job" in told
+        assert "runs/b/slurm/job.json: is not a job record" in told
         assert "\n8 " in told
 
     def test_a_script_submitted_by_hand_is_its_runs_job(self, slurm: Slurm) -> None:
@@ -124,8 +124,8 @@ class TestJobs:
 
     def test_a_job_of_another_folder_of_runs_is_found_in_the_queue(self, slurm: Slurm) -> None:
         for task in range(2):
-            write_record(Path("far away", f"g-{task}"), Record(f"8_{task}"))
-        write_record(Path("far away", "over"), Record("3"))
+            write_record(Path("far away", f"g-{task}"), JobRecord(f"8_{task}"))
+        write_record(Path("far away", "over"), JobRecord("3"))
         states = ("COMPLETED", "PENDING", "PENDING")
         script = str(Path("far away/g-0/slurm/train.sbatch").resolve())
         slurm.answers("squeue", "".join(queue_line(f"8_{i}", state, script=script) for i, state in enumerate(states)))
@@ -156,7 +156,7 @@ class TestNames:
         assert ids("7") == ids("12") == ids("one") == ["12"]  # what it was before
         assert ids("30") == ["30"]  # no run of ours
         assert "as job 7" in dtrain("logs", "7")
-        with pytest.raises(UsageError, match=r"gird-1: there is no such job or run\. Did you mean 'grid-1'\?"):
+        with pytest.raises(UsageError, match=r"gird-1: no such job or run\. Did you mean 'grid-1'\?"):
             find("gird-1", known)
         Path("runs/plain").mkdir()
         with pytest.raises(UsageError, match=r"has no slurm/job\.json"):
@@ -181,7 +181,7 @@ class TestCancel:
 
     @pytest.mark.parametrize("starts", [[], [start(0, "7", 0, ended=1.0)], [start(1, "7", 0)], [start(0, "6", 0)]])
     def test_one_that_has_only_just_started_would_die_of_the_request(
-        self, slurm: Slurm, starts: list[Incarnation]
+        self, slurm: Slurm, starts: list[JobAttempt]
     ) -> None:
         run = make_run("b", "7", *starts)
         slurm.answers("squeue", queue_line("7", "RUNNING"))
@@ -208,7 +208,7 @@ class TestCancel:
         )
         told = dtrain("cancel", "8")
         assert slurm.calls("scancel") == ["scancel 8_1 8_2", "scancel --batch --signal=USR1 8_0"]
-        assert "8_3 (run g-3): is over already (COMPLETED)" in told
+        assert "8_3 (run g-3): has already ended (COMPLETED)" in told
 
     def test_slurm_may_pass_a_tasks_signal_on_and_deny_it(self, slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(orders, "_SIGNAL_SECONDS", 0.2)
@@ -217,14 +217,14 @@ class TestCancel:
         slurm.answers("squeue", queue_line("8_1", "RUNNING") + queue_line("7", "RUNNING"))
         slurm.hangs("scancel")
         assert "asked to save" in dtrain("cancel", "8_1")
-        assert "scancel gave no answer" in dtrain("cancel", "7", code=1)
+        assert "scancel did not answer" in dtrain("cancel", "7", code=1)
 
     def test_at_once(self, slurm: Slurm) -> None:
         make_run("b", "7")
         slurm.answers("squeue", queue_line("7", "RUNNING") + queue_line("9", "RUNNING"))
         dtrain("cancel", "7", "9", "--now")
         assert slurm.calls("scancel") == ["scancel 7 9"]
-        assert "Give --now" in dtrain("cancel", "9", code=2)  # no run of ours: nothing would save
+        assert "Use --now" in dtrain("cancel", "9", code=2)  # no run of ours: nothing would save
 
     def test_nothing_is_done_where_slurm_does_not_answer(self, slurm: Slurm) -> None:
         make_run("b", "7")
@@ -277,7 +277,7 @@ class TestRequeue:
     def test_refusals(self, slurm: Slurm) -> None:
         run = make_run("b", "7")
         slurm.answers("squeue", queue_line("7", "PENDING", reason="Resources"))
-        assert "waits already: Resources (no free nodes)" in dtrain("requeue", "b")
+        assert "is already pending: Resources (no free nodes)" in dtrain("requeue", "b")
         slurm.answers("squeue", queue_line("7", "CANCELLED"))
         (run / "config.yaml").write_text("train:\n  epochs: 2\n")
         assert "is complete" in dtrain("requeue", "b", code=2)
@@ -306,7 +306,7 @@ class TestLogs:
             "traceback": "Traceback:\n  mine.py, line 3",
         }
         (run / "failure.json").write_text(
-            json.dumps(failure | {"others": {"0": "ended by dtrain", "2": "ended by dtrain"}})
+            json.dumps(failure | {"others": {"0": "terminated by dtrain", "2": "terminated by dtrain"}})
         )
         return run
 
@@ -319,7 +319,7 @@ class TestLogs:
             "mine.py, line 3\n",
             "rank 1: ValueError: boom\n",
             "epoch 2, train step 7, on n2",
-            "ranks 0, 2: ended",
+            "ranks 0, 2: terminated",
         ):
             assert words in told
         slurm.answers("squeue", queue_line("7", "COMPLETED"))
@@ -329,7 +329,7 @@ class TestLogs:
         self.failed()
         slurm.answers("squeue", queue_line("7", "RUNNING"))
         assert "of rank 1" in dtrain("logs", "b", "--rank", "1")
-        assert "those of ranks 1." in dtrain("logs", "b", "--rank", "4", code=2)
+        assert "logs of ranks 1." in dtrain("logs", "b", "--rank", "4", code=2)
 
     def test_one_that_waits_says_why(self, slurm: Slurm) -> None:
         make_run("b", "7")
@@ -369,11 +369,11 @@ class TestLogs:
         thread.start()
         wait_for(lambda: told == ["job 7 (run b) waits: Resources (no free nodes)"], "why it waits")
         path.write_bytes(b"one\n")
-        assert came.wait(20)
+        assert came.wait(60)
         slurm.fails("squeue", "Socket timed out")
         wait_for(lambda: any("Socket timed out" in words for words in told), "a word on it")
         slurm.answers("squeue", queue_line("7", "COMPLETED"))
-        thread.join(20)
+        thread.join(60)
         assert (bytes(written), ended[0].state) == (b"one\ntwo", "COMPLETED")
 
 

@@ -61,7 +61,7 @@ def test_squeue_is_read() -> None:
     assert (jobs["4_1"].number, jobs["4_1"].runs, jobs["4_1"].reason) == ("6", True, "")
     assert jobs["4_1"].time_left == 86400 + 29 * 3600 + 59 * 60
     assert (jobs["8"].name, jobs["1"].name) == ("nl\nx", 'a b "q" é')
-    again = jobs["10"]  # it waits to start again: what SLURM tells of its end is not to be believed
+    again = jobs["10"]  # it is queued to restart: what SLURM tells of its end is not to be believed
     assert (again.restarts, again.folder, again.ended, again.code) == (1, "/w/new\nline", None, None)
 
 

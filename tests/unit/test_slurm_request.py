@@ -9,7 +9,7 @@ import pytest
 
 from dtrain.errors import UsageError
 from dtrain.slurm.grid import read_grid
-from dtrain.slurm.request import Request, seconds_of
+from dtrain.slurm.request import JobRequest, seconds_of
 
 
 @pytest.mark.parametrize(
@@ -20,12 +20,12 @@ from dtrain.slurm.request import Request, seconds_of
         ({"cpus_per_task": 0}, "--cpus-per-task 0: should be"),
         ({"requeues": -1}, "--requeues -1: should be"),
         ({"tasks": 3, "at_once": 0}, "--at-once 0: should be"),
-        ({"at_once": 2}, "--at-once 2: goes with --array"),
+        ({"at_once": 2}, "--at-once 2: needs --array"),
         ({"gpus_per_node": "0"}, "--gpus-per-node '0': should be a number"),
         ({"gpus_per_node": "8\n#SBATCH -x"}, r"--gpus-per-node '8\\n#SBATCH -x': should be"),
         ({"gpus_per_node": "a100:4", "ranks": 8}, "-n 8 with --gpus-per-node a100:4: should be at most 4"),
-        ({"gpus_per_node": "4", "cpu": True}, "--gpus-per-node 4 with --cpu: should be one of them"),
-        ({"retries": 1, "per_rank": True}, "--retries 1 with --per-rank: should be one of them"),
+        ({"gpus_per_node": "4", "cpu": True}, "--gpus-per-node 4 with --cpu: use only one of them"),
+        ({"retries": 1, "per_rank": True}, "--retries 1 with --per-rank: use only one of them"),
         ({"mem": "64 G"}, "--mem '64 G': should be a number with K, M, G or T"),
         ({"mem": "1G\n"}, "--mem '1G\\\\n': should be"),
         ({"partition": ""}, "--partition '': should not be empty"),
@@ -40,28 +40,28 @@ from dtrain.slurm.request import Request, seconds_of
         ({"time": "2"}, "--stop-before 120: should be less than --time 2, which is 120 seconds"),
         ({"stop_before": 70_000}, "--stop-before 70000: should be at most 65535 seconds"),
         ({"env_setup": Path("/no/such")}, "--env-setup '/no/such': should be a shell file"),
-        ({"sbatch_args": ("-x node1",)}, "--sbatch-arg '-x node1': should be a long option of sbatch"),
+        ({"sbatch_args": ("-x node1",)}, "--sbatch-arg '-x node1': should be a long sbatch option"),
         ({"sbatch_args": ("--comment=a\nb",)}, r"--sbatch-arg '--comment=a\\nb': should be text without"),
-        ({"sbatch_args": ("--output=x",)}, "--sbatch-arg '--output=x': the script needs its own --output"),
-        ({"sbatch_args": ("--sig=x",)}, "--sbatch-arg '--sig=x': should be given to dtrain as --stop-before"),
-        ({"srun_args": ("python",)}, "--srun-arg 'python': should be an option of srun"),
+        ({"sbatch_args": ("--output=x",)}, "--sbatch-arg '--output=x': the script sets --output itself"),
+        ({"sbatch_args": ("--sig=x",)}, "--sbatch-arg '--sig=x': use the dtrain option --stop-before"),
+        ({"srun_args": ("python",)}, "--srun-arg 'python': should be an srun option"),
     ],
 )
 def test_a_wrong_value_is_named(asked: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words.replace("(", r"\(")) as refusal:
-        Request(**{"job_name": "n"} | asked).check()
+        JobRequest(**{"job_name": "n"} | asked).check()
     assert len(str(refusal.value).splitlines()) == 1
 
 
 def test_all_wrong_values_are_told_at_once() -> None:
     with pytest.raises(UsageError) as refusal:
-        Request("n", nodes=0, time="x", mem="y", sbatch_args=("z",)).check()
+        JobRequest("n", nodes=0, time="x", mem="y", sbatch_args=("z",)).check()
     assert len(str(refusal.value).splitlines()) == 4
 
 
 def test_what_is_right_passes(tmp_path: Path) -> None:
     (tmp_path / "setup.sh").touch()
-    Request(
+    JobRequest(
         "größe $(x) 'y'",
         nodes=2,
         gpus_per_node="a100:8",
@@ -76,10 +76,13 @@ def test_what_is_right_passes(tmp_path: Path) -> None:
 
 def test_a_start_without_time_to_train_is_remarked_on() -> None:
     assert (
-        Request("n", time="4:0:0").remarks() == Request("n").remarks() == Request("n", time="UNLIMITED").remarks() == []
+        JobRequest("n", time="4:0:0").remarks()
+        == JobRequest("n").remarks()
+        == JobRequest("n", time="UNLIMITED").remarks()
+        == []
     )
-    assert "leaves 0 s of each start" in Request("n", time="1", stop_before=30).remarks()[0]
-    assert "leaves 40 s of each start" in Request("n", time="2", stop_before=20).remarks()[0]
+    assert "leaves 0 s per start" in JobRequest("n", time="1", stop_before=30).remarks()[0]
+    assert "leaves 40 s per start" in JobRequest("n", time="2", stop_before=20).remarks()[0]
 
 
 @pytest.mark.parametrize(
@@ -105,10 +108,10 @@ def test_what_is_no_time(text: str) -> None:
 
 
 def test_ranks_are_as_many_as_gpus_or_one() -> None:
-    assert Request("n", nodes=2, gpus_per_node="a100:8").world_size == 16
-    assert Request("n", nodes=2, gpus_per_node="8", ranks=2).world_size == 4
-    assert (Request("n", cpu=True).world_size, Request("n").world_size) == (1, 1)
-    assert (Request("n", ranks=4).task_cpus, Request("n", ranks=4, per_rank=True).task_cpus) == (4, 1)
+    assert JobRequest("n", nodes=2, gpus_per_node="a100:8").world_size == 16
+    assert JobRequest("n", nodes=2, gpus_per_node="8", ranks=2).world_size == 4
+    assert (JobRequest("n", cpu=True).world_size, JobRequest("n").world_size) == (1, 1)
+    assert (JobRequest("n", ranks=4).task_cpus, JobRequest("n", ranks=4, per_rank=True).task_cpus) == (4, 1)
 
 
 class TestGrid:
@@ -130,11 +133,11 @@ class TestGrid:
             ("=1", "'=1' should be key=value,value"),
             ("lr=", "a value of lr is missing"),
             ("lr=1,,2", "a value of lr is missing"),
-            ("lr=1 lr=2", "lr should be given once"),
-            ("lr=1,1", "lr=1 should be given once"),
-            ("a=[1,2", "a bracket is opened or closed once too often"),
-            ("a=1]", "a bracket is opened or closed once too often"),
-            ("a='1,2", "' is opened or closed once too often"),
+            ("lr=1 lr=2", "lr should appear once"),
+            ("lr=1,1", "lr=1 should appear once"),
+            ("a=[1,2", "a bracket is not balanced"),
+            ("a=1]", "a bracket is not balanced"),
+            ("a='1,2", "' is not balanced"),
             ("run.name=a,b", "run.name should be the same for all runs"),
             ("recipe=a.py,b.py", "recipe should be the same for all runs"),
         ],

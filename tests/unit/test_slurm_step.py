@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.errors import WorldError
-from dtrain.launch.facts import read_rank_facts
-from dtrain.launch.options import Asked, among_tasks
-from dtrain.launch.slurm_step import Step, expand_counts, first_host, rank_variables, read_step
+from dtrain.launch.env.rank_env import read_rank_facts
+from dtrain.launch.env.slurm_env import Step, expand_counts, first_host, rank_variables, read_step
+from dtrain.launch.options import LaunchOptions, among_tasks
 
 # Of the fourth of five tasks on three nodes, as srun 22.05 sets them.
 TASK = {
@@ -78,9 +78,7 @@ def test_what_a_shell_left_behind_is_not_believed() -> None:
 
 @pytest.mark.parametrize("program", ["print(rank_facts())", "os.execv(sys.executable, [sys.executable, '-c', CODE])"])
 def test_a_task_and_what_it_starts_are_believed(program: str) -> None:
-    code = (
-        "import os; from dtrain.launch.facts import read_rank_facts as f; print(f().rank, f().size, os.environ['RANK'])"
-    )
+    code = "import os; from dtrain.launch.env.rank_env import read_rank_facts as f; print(f().rank, f().size, os.environ['RANK'])"
     # The task itself; and a shell of it that starts dtrain.
     mine = f"import os, subprocess, sys\nos.environ['SLURM_TASK_PID'] = str(os.getpid())\nCODE = {code!r}\n"
     run = "subprocess.run([sys.executable, '-c', CODE], check=True)" if "print" in program else program
@@ -90,7 +88,7 @@ def test_a_task_and_what_it_starts_are_believed(program: str) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.stdout.split() == ["3", "5", "3"]
 
@@ -133,20 +131,20 @@ class TestLaunchers:
 
     def test_nodes_and_meeting_place_come_from_slurm(self) -> None:
         step = step_of(self.env)
-        asked = among_tasks(Asked(ranks=4), step, {})
+        asked = among_tasks(LaunchOptions(ranks=4), step, {})
         assert (asked.ranks, asked.nodes, asked.node_rank) == (4, 3, 1)
         assert (asked.rdzv, asked.job_id) == (f"node07:{step.port}", "slurm-812.3.0")
 
     def test_what_the_user_says_besides_must_fit(self) -> None:
         step = step_of(self.env)
-        assert among_tasks(Asked(nodes=3, rdzv="node07:29500"), step, {}).rdzv == "node07:29500"
+        assert among_tasks(LaunchOptions(nodes=3, rdzv="node07:29500"), step, {}).rdzv == "node07:29500"
         with pytest.raises(WorldError, match=r"--nodes 2, but srun .* node 1 of 3"):
-            among_tasks(Asked(nodes=2), step, {})
+            among_tasks(LaunchOptions(nodes=2), step, {})
 
     def test_more_than_one_a_node_is_refused(self) -> None:
         with pytest.raises(WorldError, match=r"5 launchers on 3 nodes, 2 on this one: .*--ntasks-per-node=1"):
-            among_tasks(Asked(), step_of(TASK), {})
+            among_tasks(LaunchOptions(), step_of(TASK), {})
 
     def test_alone_it_is_as_without_slurm(self) -> None:
         alone = TASK | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0"}
-        assert among_tasks(Asked(), step_of(alone | {"SLURM_NODEID": "0"}), {}) == Asked()
+        assert among_tasks(LaunchOptions(), step_of(alone | {"SLURM_NODEID": "0"}), {}) == LaunchOptions()

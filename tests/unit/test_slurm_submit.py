@@ -15,10 +15,10 @@ from helpers.commands import BIN, Dtrain
 from dtrain.cli.submit import _checked
 from dtrain.config import load_settings
 from dtrain.errors import ConfigError, SlurmError, UsageError
-from dtrain.resuming.fitting import recipe_facts
+from dtrain.provenance.code import content_hash
+from dtrain.rundir.job_record import JobAttempt, JobRecord, read_record, write_record
 from dtrain.slurm.freeze import find_code
-from dtrain.slurm.record import Incarnation, Record, read_record, write_record
-from dtrain.slurm.submission import Run, check_folders, code_of, frozen_words, plan_runs, submit_runs, word
+from dtrain.slurm.submission import PlannedRun, check_folders, code_of, frozen_words, plan_runs, submit_runs, word
 
 RECIPE = """\
 def build_model(width: int = 1): ...
@@ -104,7 +104,7 @@ class TestCommand:
         assert call["argv"][1:] == ["--parsable", str(script)]
         assert (call["cwd"], call["script"]) == (str(Path.cwd()), script.read_text())
         assert "SBATCH_QOS" not in call["names"]
-        assert "note: SBATCH_QOS in the environment: not used" in done.err
+        assert "note: SBATCH_QOS in the environment is ignored" in done.err
         assert '#SBATCH --comment="a b"' in call["script"]
         assert "    'run.name=ø $(x)'\n" in call["script"]
         assert "2 nodes x 2 ranks = 4 on CPUs" in done.out
@@ -124,24 +124,42 @@ class TestCommand:
         assert done.code == 0, done.text
         assert done.out.startswith("#!/bin/bash\n")
         assert "#SBATCH --array=0-3%2" in done.out
-        assert "frozen: 2 files" in done.err
+        assert "copied: 2 files" in done.err
         assert (files(Path.cwd()), slurm.calls()) == (["mine.py", "mine.yaml"], [])
 
     def test_what_sbatch_refuses_leaves_nothing_behind(self, slurm: Slurm) -> None:
         slurm.answers("sbatch", "sbatch: error: invalid partition specified: gpu", 1)
         done = Dtrain(Path.cwd())("submit", "mine.py", "run.dir=a/b", "--no-check", PATH=slurm.path)
-        assert (done.code, done.out.count("\n")) == (1, 1)
+        assert (done.code, done.out.count("\n")) == (1, 2)
         assert "invalid partition specified: gpu" in done.err
         assert files(Path.cwd()) == ["mine.py", "mine.yaml"]
         assert not Path("a").exists()
+
+    def test_a_job_runs_a_copy_unless_it_is_not_wanted(self, slurm: Slurm) -> None:
+        dtrain, options = Dtrain(Path.cwd()), ["run.name=it", "--no-check"]
+        text = Path("mine.py").read_text()
+        done = dtrain("submit", "mine.py", *options, PATH=slurm.path)
+        assert done.code == 0 and "copied: 2 files" in done.out, done.text
+        copy = Path("runs/it/slurm/code/mine.py").resolve()
+        assert f"    {copy}\n" in slurm.calls()[-1]["script"]
+        Path("mine.py").write_text(text + "changed = 1\n")
+        assert copy.read_text() == text
+        done = dtrain("submit", copy, *options, PATH=slurm.path)  # as its config.yaml would name it
+        assert done.code == 0 and copy.read_text() == text, done.text
+        done = dtrain("submit", "mine.py", *options, "--no-freeze", PATH=slurm.path)
+        assert "    mine.py\n" in slurm.calls()[-1]["script"] and "frozen" not in done.text
+        Path("pkg").mkdir()
+        Path("pkg/mine.py").write_text(text)
+        done = dtrain("submit", "recipe=pkg.mine", "run.name=other", "--no-check", PATH=slurm.path)
+        assert done.code == 0 and "note: the code is not copied, so the job runs it as it is at its start" in done.err
 
     def test_the_recipe_is_built_first(self, slurm: Slurm) -> None:
         Path("mine.py").write_text(BUILT)
         options = ["--nodes", 2, "-n", 2, "--cpu", "--array", "width=1,2"]
         done = Dtrain(Path.cwd())("submit", "mine.py", *options, PATH=slurm.path)
         assert done.code == 0, done.text
-        assert "batch: 4 per rank, 16 in all (of mine-" in done.out
-        assert "steps: 2 an epoch, 6 of the optimizer in 3 epochs (of mine-" in done.out
+        assert "batch: 4 per rank, 16 global (of mine-" in done.out
+        assert "steps: 2 per epoch, 6 optimizer steps in 3 epochs (of mine-" in done.out
         assert "submitted: job 123" in done.out
         first, second = sorted(Path("runs").iterdir())
         assert (first.name[-2:], second.name[-2:]) == ("-0", "-1")
@@ -161,7 +179,12 @@ class TestCommand:
         (run,) = runs = planned("mine.py", "run.name=it")
         settings = [load_settings("mine.py", ["run.name=it", "width=1"], environ={})]
         _checked(runs, settings, 4)
-        before = {"config": settings[0].plain(), "recipe": recipe_facts(settings[0]), "data": {}, "ranks": 4}
+        before = {
+            "config": settings[0].plain(),
+            "recipe": {"name": "mine.py", "content": content_hash(BUILT.encode())},
+            "data": {},
+            "ranks": 4,
+        }
         manifest = run.folder / "checkpoints/epoch-2/manifest.json"
         manifest.parent.mkdir(parents=True)
         manifest.write_text(json.dumps(before | {"dtrain": "", "torch": "", "device": "cuda"}))
@@ -176,7 +199,7 @@ class TestCommand:
             _checked(runs, [load_settings("mine.py", ["run.name=it", "width=2"], environ={})], 4)
 
 
-def planned(*words: str, grid: list[list[str]] | None = None) -> list[Run]:
+def planned(*words: str, grid: list[list[str]] | None = None) -> list[PlannedRun]:
     return plan_runs(words, load_settings(words[0], words[1:], environ={}), grid)
 
 
@@ -203,7 +226,7 @@ class TestRuns:
 
     def test_a_run_whose_job_is_in_the_queue_is_refused(self, slurm: Slurm) -> None:
         runs = planned("mine.py", "run.name=it", grid=[["lr=1"], ["lr=2"]])
-        write_record(runs[1].folder, Record("77_1", name="it-1"))
+        write_record(runs[1].folder, JobRecord("77_1", name="it-1"))
         check_folders(runs)
         slurm.answers("squeue", "77_0 RUNNING\n77_1 PENDING\n771 RUNNING")
         with pytest.raises(UsageError, match=r"run it-1: its job 77_1 is in the queue \(pending\).*dtrain cancel 77_1"):
@@ -216,22 +239,22 @@ class TestRuns:
         runs[0].folder.mkdir(parents=True)
         check_folders(runs)
         (runs[0].folder / "else.txt").touch()
-        with pytest.raises(UsageError, match="it holds no run"):
+        with pytest.raises(UsageError, match="it contains no run"):
             check_folders(runs)
         (runs[0].folder / "config.yaml").touch()
         check_folders(runs)
         (runs[0].folder / "STOP").touch()
-        with pytest.raises(UsageError, match="somebody ended this run"):
+        with pytest.raises(UsageError, match="this run was stopped for good"):
             check_folders(runs)
-        with pytest.raises(UsageError, match="it is no folder"):
-            check_folders([Run("mine.py", Path("mine.py"), ())])
+        with pytest.raises(UsageError, match="it is not a folder"):
+            check_folders([PlannedRun("mine.py", Path("mine.py"), ())])
 
 
 class TestWriting:
     def test_a_run_that_is_submitted_again_keeps_its_past(self, slurm: Slurm) -> None:
         (run,) = planned("mine.py", "run.name=it")
-        past = Incarnation(0, "77", "n1", 1.0, 2.0, 1, "failed", (1.0, 2.0, 3))
-        write_record(run.folder, Record("77", 1.0, "old", "old", "it", (past,)))
+        past = JobAttempt(0, "77", "n1", 1.0, 2.0, 1, "failed", (1.0, 2.0, 3))
+        write_record(run.folder, JobRecord("77", 1.0, "old", "old", "it", (past,)))
         (run.folder / "slurm/cancel").touch()
         assert submit_runs([run], "#!/bin/sh\n", None, None) == "123"
         record = read_record(run.folder)
@@ -257,8 +280,8 @@ class TestWriting:
         assert files(run.folder) == ["slurm/job.json", "slurm/train.sbatch"]
 
     def test_a_folder_that_cannot_be_made_is_named(self, slurm: Slurm) -> None:
-        with pytest.raises(UsageError, match=r"mine\.py/it/slurm: cannot be written"):
-            submit_runs([Run("it", Path("mine.py/it"), ())], "", None, None)
+        with pytest.raises(UsageError, match=r"mine\.py/it: cannot be written"):
+            submit_runs([PlannedRun("it", Path("mine.py/it"), ())], "", None, None)
 
 
 class TestFrozen:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.commands import clean_environment
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dtrain.errors import UsageError
-from dtrain.slurm.request import Request
+from dtrain.slurm.request import JobRequest
 from dtrain.slurm.text import PER_NODE_END, PER_RANK_END, Script, output_file, output_pattern, quoted, script_text
 
 BASH, SHELLCHECK = shutil.which("bash") or "/bin/bash", shutil.which("shellcheck") or ""
@@ -91,7 +93,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     return Shell(tmp_path_factory.mktemp("shell"))
 
 
-def text_of(shell: Shell, request: Request, runs: Sequence[Sequence[str]], output: str = "/o") -> str:
+def text_of(shell: Shell, request: JobRequest, runs: Sequence[Sequence[str]], output: str = "/o") -> str:
     return script_text(request, Script(runs, output, str(shell.python), "rank python", "about\nit"))
 
 
@@ -126,14 +128,33 @@ def _argument(line: str) -> str:
     return kept
 
 
+# How a batch script runs dtrain: not by -m, which puts the present folder first.
+DTRAIN = [
+    "-c",
+    "import sys; sys.path[:1] = filter(None, sys.path[:1]); from dtrain.cli import main; main()",
+]
+
+
+def test_files_beside_the_recipe_do_not_take_the_place_of_pythons_own(tmp_path: Path) -> None:
+    for name in ("random", "types", "utils", "queue", "contextlib"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('the user file ' + __file__)\n")
+    argv = [sys.executable, *DTRAIN, "train", "digits", "--help"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False, env=clean_environment())
+    assert done.returncode == 0, done.stderr
+    by_module = subprocess.run(
+        [sys.executable, "-m", "dtrain", "--version"], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert by_module.returncode != 0, "what this guards against"
+
+
 @settings(max_examples=40)
 @given(words=st.lists(ARGUMENTS, max_size=4), extra=ARGUMENTS, retries=st.sampled_from([0, 2]))
 @example(words=[word for word in AWKWARD if word != "\ud834"], extra="", retries=0)
 def test_every_word_arrives_unchanged(shell: Shell, words: list[str], extra: str, retries: int) -> None:
-    asked = Request("n", ranks=3, cpu=True, retries=retries, srun_args=(f"--x={extra}",), container=("in", extra))
+    asked = JobRequest("n", ranks=3, cpu=True, retries=retries, srun_args=(f"--x={extra}",), container=("in", extra))
     again = ["--retries", "2"] if retries else []
-    srun = ["srun", "--kill-on-bad-exit=0", "--wait=0", f"--x={extra}", "in", extra, "rank python", "-m", "dtrain"]
-    job = ["-m", "dtrain", "slurm-job", "--requeues", "3", *words, "--"]
+    srun = ["srun", "--kill-on-bad-exit=0", "--wait=0", f"--x={extra}", "in", extra, "rank python", *DTRAIN]
+    job = [*DTRAIN, "slurm-job", "--requeues", "3", *words, "--"]
     argv = shell.argv(text_of(shell, asked, [words]))
     assert argv == [*job, *srun, "launch", "-n", "3", "--cpu", *again, "--", "train", *words]
     srun[2] = "--wait=20"
@@ -144,7 +165,7 @@ def test_every_word_arrives_unchanged(shell: Shell, words: list[str], extra: str
 @settings(max_examples=40)
 @given(name=LINES, value=LINES)
 def test_every_option_reaches_sbatch_unchanged(shell: Shell, name: str, value: str) -> None:
-    asked = Request(
+    asked = JobRequest(
         name, nodes=2, gpus_per_node="a100:4", time="1-2", account=value, sbatch_args=(f"--comment={value}",)
     )
     asked.check()
@@ -177,32 +198,32 @@ def test_a_script_is_one_that_sbatch_takes() -> None:
 
 
 def test_an_array_task_finds_its_own_words(shell: Shell) -> None:
-    asked = Request("n", tasks=2, at_once=1)
+    asked = JobRequest("n", tasks=2, at_once=1)
     text = text_of(shell, asked, [["c.yaml", "lr=1 2"], ["c.yaml", "lr=$(touch pwned)"]], "/o")
     assert read_directives(text)["--array"] == "0-1%1"
     assert shell.argv(text, SLURM_ARRAY_TASK_ID="1")[-2:] == ["c.yaml", "lr=$(touch pwned)"]
     for env in ({"SLURM_ARRAY_TASK_ID": "2"}, {}):
         done = shell.run(text, **env)
         assert done.returncode == 2
-        assert b"no run for task" in done.stderr
+        assert b"no run for array task" in done.stderr
 
 
 def test_the_environment_is_readied_first(shell: Shell, tmp_path: Path) -> None:
     file = tmp_path / "set $(touch pwned) up.sh"
-    text = text_of(shell, Request("n", env_setup=file), [["c.yaml"]])
+    text = text_of(shell, JobRequest("n", env_setup=file), [["c.yaml"]])
     file.write_text("export SLURM_CPUS_PER_TASK=7$NOT_SET\n: ${NOT_SET}\n")
     assert shell.argv(text)[-1] == "c.yaml"
     assert "\nset -u\n" in text.partition("up.sh")[2]
     file.write_text("export HALF=done\nfalse\n")
     done = shell.run(text)
     assert done.returncode == 2
-    assert "up.sh ended with status 1" in done.stderr.decode()
+    assert "up.sh exited with status 1" in done.stderr.decode()
 
 
 def test_cpus_are_handed_on_to_srun(shell: Shell) -> None:
     shell.python.with_name("show").write_text('#!/bin/sh\nprintf "%s" "$SRUN_CPUS_PER_TASK"\n')
     shell.python.with_name("show").chmod(0o755)
-    text = script_text(Request("n"), Script([[]], "/o", str(shell.python.with_name("show")), "p"))
+    text = script_text(JobRequest("n"), Script([[]], "/o", str(shell.python.with_name("show")), "p"))
     assert shell.run(text, SLURM_CPUS_PER_TASK="8").stdout == b"8"
     assert shell.run(text).stdout == b"1"
 
@@ -225,7 +246,7 @@ class TestTemplates:
         text = (TEMPLATES / f"{name}.sbatch").read_text(encoding="utf-8")
         assert text.endswith(f"\n\n{end}")
         theirs = read_directives(text)
-        mine = read_directives(text_of(shell, Request("n", time="1:0:0", per_rank="rank" in name), [["c"]]))
+        mine = read_directives(text_of(shell, JobRequest("n", time="1:0:0", per_rank="rank" in name), [["c"]]))
         assert list(theirs) == list(mine)
         for option in ("--open-mode", "--requeue", "--signal"):
             assert theirs[option] == mine[option]
@@ -234,14 +255,14 @@ class TestTemplates:
         words = [word for word in AWKWARD if word != "\ud834"]
         text = (TEMPLATES / "train.sbatch").read_text(encoding="utf-8")
         argv = shell.argv(text, *words, PYTHON=str(shell.python), SLURM_GPUS_ON_NODE="8")
-        assert argv[:5] == ["-m", "dtrain", "slurm-job", "--requeues", "3"]
+        assert argv[:5] == [*DTRAIN, "slurm-job", "--requeues", "3"]
         assert argv[5 : 5 + len(words)] == words
         assert argv[-len(words) - 5 :] == ["launch", "-n", "8", "--", "train", *words]
         assert shell.argv(text, PYTHON=str(shell.python), RANKS="2", SLURM_GPUS_ON_NODE="8")[-3] == "2"
 
     @pytest.mark.skipif(not SHELLCHECK, reason="shellcheck is not installed")
     def test_shellcheck_finds_nothing(self, shell: Shell, tmp_path: Path) -> None:
-        asked = Request("a b", tasks=2, env_setup=tmp_path / "it's", srun_args=("--x=a b",))
+        asked = JobRequest("a b", tasks=2, env_setup=tmp_path / "it's", srun_args=("--x=a b",))
         for name, per_rank in (("array", False), ("per_rank", True)):
             # It would remark on $ in single quotes, which is as meant.
             text = script_text(replace(asked, per_rank=per_rank), Script([["it's", "a\nb"], ["ø"]], "/o", "p", "p"))

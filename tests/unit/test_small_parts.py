@@ -15,19 +15,20 @@ from torch import nn
 import dtrain
 from dtrain.checkpoint import save_epoch
 from dtrain.checkpoint.folder import all_saved
+from dtrain.engine.metrics import Mean, MeanTable
+from dtrain.engine.passes import batches_on_device
+from dtrain.engine.position import TrainPosition
+from dtrain.engine.step_contract import StepValues, kind_of
 from dtrain.errors import StepError, UsageError, WorldError
-from dtrain.fsdp.replica import refuse_averaging
-from dtrain.history import History, best_row, read_history
-from dtrain.hooks import warn_of_gradient_hooks
-from dtrain.launch import threads
-from dtrain.launch.facts import read_rank_facts
-from dtrain.launch.heartbeat import Beat, Heartbeat, read_beat
-from dtrain.launch.postmortem import _how
-from dtrain.launch.reports import Report, Told
-from dtrain.metrics import Mean, MeanTable
-from dtrain.passes import Place, shares_on_device
-from dtrain.signatures import Builder
-from dtrain.steps import StepValues, kind_of
+from dtrain.launch.env import cgroups, threads
+from dtrain.launch.env.rank_env import read_rank_facts
+from dtrain.launch.monitor.exit_report import ExceptionInfo, Report
+from dtrain.launch.monitor.heartbeat import Beat, Heartbeat, read_beat
+from dtrain.launch.monitor.postmortem import _how
+from dtrain.model.fsdp import refuse_averaging
+from dtrain.model.hooks import warn_of_gradient_hooks
+from dtrain.recipe.signature import Builder
+from dtrain.rundir.history import History, best_row, read_history
 
 
 class TestHistory:
@@ -48,7 +49,7 @@ class TestHistory:
 
     def test_nothing_is_overwritten(self, tmp_path: Path) -> None:
         (tmp_path / "history.csv").write_text("mine\n")
-        with pytest.raises(UsageError, match="is kept"):
+        with pytest.raises(UsageError, match="is not overwritten"):
             History(tmp_path / "history.csv")
         assert (tmp_path / "history.csv").read_text() == "mine\n"
 
@@ -56,7 +57,7 @@ class TestHistory:
         with pytest.raises(UsageError, match=r"history\.csv"):
             read_history(tmp_path)
         (tmp_path / "history.csv").write_text("")
-        with pytest.raises(UsageError, match="no whole row"):
+        with pytest.raises(UsageError, match="no complete row"):
             read_history(tmp_path)
 
     def test_best_is_the_lowest_validation_loss(self) -> None:
@@ -155,8 +156,10 @@ class TestSteps:
             ({}, "dict"),
             ({3: 1.0}, "the key 3"),
             ((1.0, torch.tensor(1j)), "complex64"),
-            ({"loss": 1.0, "epoch": 3.0}, "'epoch', which is the name of a column"),
-            ({"loss": 1.0, "val_loss": 3.0}, "'val_loss', which is the name of a column"),
+            ({"loss": 1.0, "epoch": 3.0}, "'epoch', which is reserved for a column"),
+            ({"loss": 1.0, "val_loss": 3.0}, "'val_loss', which is reserved for a column"),
+            ({"loss": 1.0, "a\rb": 3.0}, r"'a\\rb', which contains a line break or another control character"),
+            ({"loss": 1.0, "a\udc80": 3.0}, "which contains a line break or another control character"),
         ],
     )
     def test_anything_else_is_refused_by_name(self, returned: object, told: str) -> None:
@@ -226,7 +229,8 @@ class TestThreads:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, expected: int
     ) -> None:
         (tmp_path / "cpu.max").write_text(limit)
-        monkeypatch.setattr(threads, "_CGROUP", tmp_path)
+        monkeypatch.setattr(cgroups, "ROOT", tmp_path)
+        monkeypatch.setattr(cgroups, "OWN", tmp_path / "none")
         monkeypatch.setattr(threads, "_CPUS", tmp_path / "none")
         monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
         assert threads.usable_cores() == expected
@@ -237,7 +241,8 @@ class TestThreads:
             folder.mkdir(parents=True)
             (folder / "thread_siblings_list").write_text(f"{cpu % 2},{cpu % 2 + 2}\n")
         monkeypatch.setattr(threads, "_CPUS", tmp_path)
-        monkeypatch.setattr(threads, "_CGROUP", tmp_path)
+        monkeypatch.setattr(cgroups, "ROOT", tmp_path)
+        monkeypatch.setattr(cgroups, "OWN", tmp_path / "none")
         monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
         assert threads.usable_cores() == 2
 
@@ -271,20 +276,21 @@ def test_manifests_are_json(tmp_path: Path) -> None:
 
 def test_a_pass_ends_at_its_last_step(tmp_path: Path) -> None:
     """What is found at an epoch's end is not told of a step that there never was."""
-    shares = [SimpleNamespace(batch=torch.ones(1)) for _ in range(3)]
-    loader, world = SimpleNamespace(shares=lambda epoch: iter(shares)), SimpleNamespace(device=torch.device("cpu"))
-    place = Place(0, heartbeat=Heartbeat(tmp_path / "rank-0.beat"))
+    iter_batches = [SimpleNamespace(batch=torch.ones(1)) for _ in range(3)]
+    loader, world = (
+        SimpleNamespace(iter_batches=lambda epoch: iter(iter_batches)),
+        SimpleNamespace(device=torch.device("cpu")),
+    )
+    place = TrainPosition(0, heartbeat=Heartbeat(tmp_path / "rank-0.beat"))
     place.enter("valid", 2)
-    assert len(list(shares_on_device(loader, world, place))) == 3
+    assert len(list(batches_on_device(loader, world, place))) == 3
     assert str(place) == "rank 0, epoch 2, valid step 3"
     assert str(read_beat(tmp_path, 0)) == "epoch 2, valid step 3"
 
 
-@pytest.mark.parametrize(
-    ("kind", "trace", "told"), [("StepError", "", "stopped with an error"), ("OSError", "...", "OSError")]
-)
+@pytest.mark.parametrize(("kind", "trace", "told"), [("StepError", "", "failed"), ("OSError", "...", "OSError")])
 def test_how_another_rank_ended_is_told_without_classes_of_dtrain_s(kind: str, trace: str, told: str) -> None:
-    report = Report(1, 1, "", 0.0, Told("exception", kind, "words", trace))
+    report = Report(1, 1, "", 0.0, ExceptionInfo("exception", kind, "words", trace))
     assert _how(report, 1, Beat(5, "train", 1, 3)) == f"{told} in epoch 1, train step 3"
 
 
@@ -299,5 +305,5 @@ def test_gradient_hooks_of_the_users_own_are_named(caplog: pytest.LogCaptureFixt
 
 def test_ddp_averages_no_sharded_net() -> None:
     refuse_averaging("auto")
-    with pytest.raises(UsageError, match=r"train\.average = ddp: the net is sharded"):
+    with pytest.raises(UsageError, match=r"train\.average = ddp: the model is sharded"):
         refuse_averaging("ddp")

@@ -23,11 +23,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from dtrain.api.spawn.parcel import SYS_PATH, read_parcel, write_parcel
+from dtrain.api.spawn.results import check_returnable, read_results, write_results
+from dtrain.api.spawn.surroundings import Surroundings
 from dtrain.errors import UsageError
-from dtrain.launch.relay import Relay
-from dtrain.spawn.parcel import SYS_PATH, read_parcel, write_parcel
-from dtrain.spawn.results import check_returnable, read_results, write_results
-from dtrain.spawn.surroundings import Surroundings
+from dtrain.launch.terminal.notebook_relay import Relay
 
 THIS = sys.modules[__name__]
 
@@ -136,8 +136,8 @@ def test_tensors_that_share_memory_are_sent_once_and_stay_so(tmp_path: Path) -> 
 
 
 def test_loaders_are_sent_whatever_they_have_begun(tmp_path: Path) -> None:
-    from dtrain.dealing import Dealing
-    from dtrain.sharding import ShardedLoader
+    from dtrain.data.loader import ShardedLoader
+    from dtrain.data.partition import ShardSpec
 
     own = torch.Generator().manual_seed(3)
     mine = DataLoader(TensorDataset(torch.arange(8)), 2, shuffle=True, generator=own)
@@ -145,7 +145,7 @@ def test_loaders_are_sent_whatever_they_have_begun(tmp_path: Path) -> None:
     next(iter(begun))
     assert begun._iterator is not None
     dealt = DataLoader(TensorDataset(torch.arange(8)), 2, shuffle=True)
-    list(ShardedLoader(dealt, Dealing(0, 1, "global", fill=False), 0, "valid").shares(1))
+    list(ShardedLoader(dealt, ShardSpec(0, 1, "global", fill=False), 0, "valid").iter_batches(1))
     try:
         got, there, here = sent(tmp_path, mine=mine, begun=begun, dealt=dealt)
     finally:
@@ -191,7 +191,9 @@ class Odd(torch.optim.lr_scheduler.LRScheduler):
 def test_a_state_that_cannot_come_back_is_refused_by_name() -> None:
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     check_returnable([optimizer, nn.Linear(1, 1)])
-    with pytest.raises(UsageError, match=r"Odd\.state_dict\(\)\['shape'\]\[0\] is a function, which cannot come back"):
+    with pytest.raises(
+        UsageError, match=r"Odd\.state_dict\(\)\['shape'\]\[0\] is a function, which cannot be returned"
+    ):
         check_returnable([Odd(optimizer)])
 
 
@@ -255,7 +257,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "slots": (Slotted, "arg.lock is a _thread.lock, which"),
     "class": (ClassLock, "arg, through its class ClassLock.lock is a _thread.lock, which"),
     "getstate": (Secretive, "arg.kept[0] is a generator, which"),
-    "reduce": (Refusing, "test_spawn.Refusing, which cannot be sent to the ranks (not me). Make it where"),
+    "reduce": (Refusing, "test_spawn.Refusing, which cannot be sent to the ranks (not me). Create it where"),
     "dataset": (
         lambda: DataLoader(with_lock(TensorDataset(torch.ones(2))), 2),
         "arg.dataset.lock is a _thread.lock, which",
@@ -269,7 +271,7 @@ def test_what_cannot_be_sent_is_named_with_the_way_to_it(tmp_path: Path, case: s
     with pytest.raises(UsageError) as caught:
         write_parcel(tmp_path, dict, {"fine": nn.Linear(1, 1), "arg": make()})
     assert told in str(caught.value)
-    assert "or leave num_processes out" in str(caught.value)
+    assert "or omit num_processes" in str(caught.value)
 
 
 def test_a_closure_is_named(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import dtrain
+from dtrain.api.spawn import call
+from dtrain.api.spawn.call import call_on_ranks, starts_ranks
+from dtrain.api.spawn.parcel import read_parcel
+from dtrain.api.spawn.results import write_results
 from dtrain.errors import RankError, UsageError
-from dtrain.launch.local import Ending
-from dtrain.spawn import call
-from dtrain.spawn.call import call_on_ranks, starts_ranks
-from dtrain.spawn.parcel import read_parcel
-from dtrain.spawn.results import write_results
+from dtrain.launch.supervisor import JobEnd
 
 # --- what a call may be -------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ def test_what_is_no_number_of_processes_is_refused(number: Any) -> None:
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_rank_and_a_given_world_are_refused(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=r"world= gives a rank of a world that is up \(1 of 3\)"):
+    with pytest.raises(UsageError, match=r"world= is a rank of a running world \(1 of 3\)"):
         starts_ranks(number, SimpleNamespace(rank=1, size=3))  # type: ignore[arg-type]
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -51,12 +51,12 @@ def test_a_rank_and_a_given_world_are_refused(number: int, monkeypatch: pytest.M
 class Ranks:
     """Stands in for the ranks: notes that they were started, and ends as told."""
 
-    def __init__(self, ending: Ending) -> None:
+    def __init__(self, ending: JobEnd) -> None:
         self.ending = ending
         self.folder: Path | None = None
         self.mode = 0
 
-    def __call__(self, argv: list[str], size: int, *, relayed: bool, hang_seconds: float) -> Ending:
+    def __call__(self, argv: list[str], size: int, *, relayed: bool, hang_seconds: float) -> JobEnd:
         assert relayed and hang_seconds > 0
         self.folder = Path(argv[1])
         self.mode = self.folder.stat().st_mode & 0o777
@@ -65,14 +65,14 @@ class Ranks:
         return self.ending
 
 
-def started(monkeypatch: pytest.MonkeyPatch, ending: Ending) -> Ranks:
+def started(monkeypatch: pytest.MonkeyPatch, ending: JobEnd) -> Ranks:
     ranks = Ranks(ending)
     monkeypatch.setattr(call, "run_local_ranks", ranks)
     return ranks
 
 
 def test_the_folder_is_private_and_goes_with_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = started(monkeypatch, Ending(0))
+    ranks = started(monkeypatch, JobEnd(0))
     assert call_on_ranks(dict, {"net": nn.Linear(1, 1)}, 3, cpu=True).to_dict("list") == {"epoch": [1], "size": [3]}
     assert ranks.mode == 0o700
     assert ranks.folder is not None
@@ -80,18 +80,18 @@ def test_the_folder_is_private_and_goes_with_the_call(monkeypatch: pytest.Monkey
 
 
 def test_a_failure_and_signals_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = started(monkeypatch, Ending(3, "dtrain: error: too bad\n  at rank 1"))
+    ranks = started(monkeypatch, JobEnd(3, "dtrain: error: too bad\n  at rank 1"))
     with pytest.raises(RankError, match=r"training on 2 ranks failed; .*\n\ntoo bad\n  at rank 1$"):
         call_on_ranks(dict, {}, 2, cpu=True)
     assert ranks.folder is not None
     assert not ranks.folder.exists()
-    started(monkeypatch, Ending(130, "stopped", signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt, match="all 2 ranks are ended"):
+    started(monkeypatch, JobEnd(130, "stopped", signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match="all 2 ranks were terminated"):
         call_on_ranks(dict, {}, 2, cpu=True)
     seen: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
     try:
-        started(monkeypatch, Ending(143, "stopped by SIGTERM", signal.SIGTERM))
+        started(monkeypatch, JobEnd(143, "stopped by SIGTERM", signal.SIGTERM))
         with pytest.raises(RankError, match="stopped by SIGTERM"):
             call_on_ranks(dict, {}, 2, cpu=True)
     finally:
@@ -105,7 +105,7 @@ class Odd(torch.optim.SGD):
 
 
 def test_what_could_not_come_back_and_too_few_devices_are_told_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = started(monkeypatch, Ending(0))
+    ranks = started(monkeypatch, JobEnd(0))
     with pytest.raises(UsageError, match=r"Odd\.state_dict\(\)\['what'\] is a object"):
         call_on_ranks(dict, {"optimizer": Odd(nn.Linear(1, 1).parameters())}, 2, cpu=True)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
@@ -120,9 +120,9 @@ def test_what_could_not_come_back_and_too_few_devices_are_told_first(monkeypatch
 
 
 def test_fit_tells_what_is_missing_and_makes_the_default_optimizer_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    started(monkeypatch, Ending(0))
+    started(monkeypatch, JobEnd(0))
     model = dtrain.KerasModel(nn.Linear(1, 1))
-    with pytest.raises(UsageError, match="there is no loss"):
+    with pytest.raises(UsageError, match="no loss: pass"):
         model.fit(1, [], num_processes=2, cpu=True)
     model.compile(loss_func=nn.MSELoss())
     model.fit(1, [], num_processes=2, cpu=True)
@@ -133,7 +133,7 @@ def test_fit_tells_what_is_missing_and_makes_the_default_optimizer_here(monkeypa
 
 
 def test_train_model_tells_what_is_missing_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = started(monkeypatch, Ending(0))
+    ranks = started(monkeypatch, JobEnd(0))
     with pytest.raises(UsageError, match="no train_step was given"):
         dtrain.train_model(nn.Linear(1, 1), 1, [], num_processes=2, cpu=True)
     with pytest.raises(UsageError, match="epochs = 0"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import getpass
 import json
 import logging
@@ -15,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.errors import StopRequested
-from dtrain.lock import living_owner, owned
-from dtrain.starts import FILE_NAME, commit_of, here, noted, read_starts
+from dtrain.layout import STARTS
+from dtrain.rundir.claims import living_owner
+from dtrain.rundir.lock import owned
+from dtrain.rundir.starts import commit_of, here, noted, read_starts
 
 
 def play(folder: Path, how: BaseException | None, epochs: list[int]) -> None:
@@ -53,14 +56,14 @@ def test_a_start_without_an_end_was_killed_and_the_next_one_is_its_own(tmp_path:
         a_start(2.0, epoch=4),
         {"event": "end", "at": 3.0, "why": "complete", "epoch": 9, "text": ""},
     ]
-    (tmp_path / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / STARTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     first, second = read_starts(tmp_path)
     assert (first.ended, first.why, first.epoch) == (None, "", None)
     assert (second.before, second.ended, second.why) == (4, 3.0, "complete")
 
 
 def test_a_line_after_a_torn_one_stands_for_itself(tmp_path: Path) -> None:
-    (tmp_path / FILE_NAME).write_text(json.dumps(a_start(1.0)) + '\n{"event": "end", "at": 2')
+    (tmp_path / STARTS).write_text(json.dumps(a_start(1.0)) + '\n{"event": "end", "at": 2')
     play(tmp_path, None, [0])
     assert [one.why for one in read_starts(tmp_path)] == ["", "complete"]
 
@@ -68,18 +71,18 @@ def test_a_line_after_a_torn_one_stands_for_itself(tmp_path: Path) -> None:
 @given(st.binary(max_size=300))
 def test_reading_takes_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     folder = tmp_path_factory.mktemp("any")
-    (folder / FILE_NAME).write_bytes(data)
+    (folder / STARTS).write_bytes(data)
     assert read_starts(folder) == []
 
 
 def test_reading_takes_a_file_cut_anywhere(tmp_path: Path) -> None:
     play(tmp_path, None, [0])
     play(tmp_path, None, [3])
-    whole = (tmp_path / FILE_NAME).read_bytes()
+    whole = (tmp_path / STARTS).read_bytes()
     all_of_them = read_starts(tmp_path)
     counts = []
     for length in range(len(whole)):
-        (tmp_path / FILE_NAME).write_bytes(whole[:length])
+        (tmp_path / STARTS).write_bytes(whole[:length])
         found = read_starts(tmp_path)
         counts.append(len(found))
         assert [one.at for one in found] == [one.at for one in all_of_them[: len(found)]]
@@ -91,16 +94,21 @@ def test_reading_takes_a_file_cut_anywhere(tmp_path: Path) -> None:
     "line", ["[]", "3", '{"event": "start"}', '{"event": "start", "at": "now"}', '{"at": 1}', "null"]
 )
 def test_lines_of_another_kind_are_left_out(tmp_path: Path, line: str) -> None:
-    (tmp_path / FILE_NAME).write_text(f"{line}\n{json.dumps(a_start(7.0))}\n{line}\n")
+    (tmp_path / STARTS).write_text(f"{line}\n{json.dumps(a_start(7.0))}\n{line}\n")
     assert [one.at for one in read_starts(tmp_path)] == [7.0]
 
 
-def test_a_full_disk_is_a_warning_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / FILE_NAME).symlink_to("/dev/full")
+def test_a_full_disk_is_a_warning_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("dtrain.rundir.starts.os.write", full)
     with caplog.at_level(logging.WARNING):
         play(tmp_path, None, [0])
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / FILE_NAME}: a line could not be written: No space left on device"
+        f"{tmp_path / STARTS}: a line could not be written: No space left on device"
     ] * 2
 
 

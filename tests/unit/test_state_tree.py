@@ -118,7 +118,7 @@ class Foreign:
     "value", [Foreign(), lambda: 0, Foreign, np.array([Foreign()]), np.array(["a"]), torch.zeros(2).to_sparse()]
 )
 def test_what_cannot_be_held_is_named(value: Any) -> None:
-    with pytest.raises(CheckpointError, match=r"state/outer/1 is a .* a checkpoint cannot hold"):
+    with pytest.raises(CheckpointError, match=r"state/outer/1 is a .* a checkpoint cannot contain"):
         flatten({"outer": [1, value]}, "state")
 
 

@@ -1,42 +1,26 @@
-"""What the first train steps show, which optimizer is stepped, and what is told where that cannot be."""
+"""What the first train steps show, and what is told where that cannot be."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from helpers.step_programs import BATCH, CALLS, SAMPLES, by_hand, data, flat, fresh_net
+from helpers.step_programs import BATCH, CALLS, SAMPLES, by_hand, data, flat, fresh_net, loss_of, told_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain.engine import Engine
-from dtrain.errors import CheckpointError, StepError
-from dtrain.learning import Task
-from dtrain.resuming.roles import role_of, told_apart
-from dtrain.training import train_model
-from dtrain.world import World, bring_up
+from dtrain.api.function import train_model
+from dtrain.distributed.world import World, bring_up
+from dtrain.engine.loop import Engine
+from dtrain.engine.train_step import Task
+from dtrain.errors import StepError
 
 
 @pytest.fixture(scope="module")
 def world() -> World:
     return bring_up(cpu=True)
-
-
-def train(world: World, net: Any, step: Any, epochs: int = 1, **more: Any) -> str:
-    """Returns what a step was told."""
-    loader = DataLoader(TensorDataset(*data()), BATCH)
-    try:
-        train_model(net, epochs, loader, train_step=step, verbose=False, world=world, **more)
-    except StepError as error:
-        return str(error)
-    return ""
-
-
-def loss_of(model: Any, x: Any, y: Any) -> Any:
-    return ((model(x) - y) ** 2).mean()
 
 
 def test_first_batches_that_are_left_out_do_not_decide_the_kind(world: World) -> None:
@@ -56,13 +40,137 @@ def test_first_batches_that_are_left_out_do_not_decide_the_kind(world: World) ->
             return loss.detach()
 
         net, expected = fresh_net(), fresh_net()
-        assert train(world, net, step) == ""
+        assert told_of(world, net, step) == ""
         x, y = data()
         for start in range(3 * BATCH, SAMPLES, BATCH):
             expected.optimizer.zero_grad()
             loss_of(expected, x[start : start + BATCH], y[start : start + BATCH]).backward()
             expected.optimizer.step()
         assert flat(net) == flat(expected)
+
+
+def test_a_step_that_changes_its_kind_is_told_and_loses_no_batch(world: World) -> None:
+    def stepping(m: Any, loss: Any) -> Any:
+        m.optimizer.zero_grad()
+        loss.backward()
+        m.optimizer.step()
+        return loss  # with what is left of its graph
+
+    def declared_later(m: Any, x: Any, y: Any, calls: list[int]) -> Any:
+        loss = loss_of(m, x, y)
+        return stepping(m, loss) if len(calls) < 5 else loss
+
+    def imperative_later(m: Any, x: Any, y: Any, calls: list[int]) -> Any:
+        loss = loss_of(m, x, y)
+        return loss if len(calls) < 5 else stepping(m, loss)
+
+    def another_steps(m: Any, x: Any, y: Any, calls: list[int]) -> Any:
+        m.second.zero_grad()
+        loss_of(m, x, -y).backward()
+        m.second.step()
+        return loss_of(m, x, y)
+
+    for step, told, at in (
+        (declared_later, "on which backward() was not called", 5),
+        (imperative_later, "called model.optimizer.step() itself for this batch", 5),
+        (another_steps, "on which backward() was not called", 1),
+    ):
+        calls: list[int] = []
+        net = fresh_net()
+        net.second = torch.optim.SGD(net[0].parameters(), lr=0.1)
+
+        def counted(m: Any, x: Any, y: Any, step: Any = step, calls: Any = calls) -> Any:
+            calls.append(1)
+            return step(m, x, y, calls)
+
+        assert told in told_of(world, net, counted), step.__name__
+        assert len(calls) == at
+
+
+def test_losses_without_a_step_that_were_learnt_from_are_not_told(world: World) -> None:
+    """A step that accumulates by itself, and returns its loss as it is; one of weights; one that leaves NaN out."""
+
+    def accumulates(m: Any, x: Any, y: Any) -> Any:
+        m.count += 1
+        loss = loss_of(m, x, y) / 2
+        loss.backward()
+        if m.count % 2 == 0:
+            m.optimizer.step()
+            m.optimizer.zero_grad()
+        return loss
+
+    def of_weights(m: Any, x: Any, y: Any) -> Any:
+        m.count += 1
+        loss = sum(p.sum() for p in m.parameters())
+        loss.backward()
+        if m.count % 2 == 0:
+            m.optimizer.step()
+        return loss
+
+    def leaves_out(m: Any, x: Any, y: Any) -> Any:
+        m.count += 1
+        loss = loss_of(m, x, y) * (float("nan") if m.count == 4 else 1.0)
+        if loss.isnan():
+            return loss
+        m.optimizer.zero_grad()
+        loss.backward()
+        m.optimizer.step()
+        return loss
+
+    for step in (accumulates, of_weights, leaves_out):
+        net = fresh_net()
+        net.count = 0
+        assert told_of(world, net, step) == ""
+
+
+def test_weights_that_are_moved_by_hand_have_their_remedy(world: World) -> None:
+    def by_hand_alone(model: Any, x: Any, y: Any) -> Any:
+        model.zero_grad()
+        loss = loss_of(model, x, y)
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(0.05 * parameter.grad)
+        return loss.detach()
+
+    assert "moves the weights itself does so through an optimizer" in told_of(world, fresh_net(), by_hand_alone)
+
+
+@pytest.mark.parametrize("imperative", [True, False])
+def test_a_sum_over_the_samples_is_refused_where_losses_are_averaged(world: World, imperative: bool) -> None:
+    mse = nn.functional.mse_loss
+    sums = {
+        "sum": lambda m, x, y: (m(x) - y).square().sum(),
+        "reduction": lambda m, x, y: mse(m(x), y, reduction="sum"),
+        "one of two": lambda m, x, y: mse(m(x), y) + (m(x) - y).abs().sum(),
+        "times a constant": lambda m, x, y: 0.01 * (m(x) - y).square().sum(),
+        "over all": lambda m, x, y: -(-(m(x) - y).square()).sum((0, 1)),
+    }
+    means = {
+        "mean": lambda m, x, y: mse(m(x), y),
+        "sum of parts": lambda m, x, y: torch.stack([mse(m(x), y)] * len(x)).sum(),
+        "divided": lambda m, x, y: (m(x) - y).square().sum() / len(x),
+        "of weights": lambda m, x, y: mse(m(x), y) + m[0].weight.square().sum(),
+        "inner": lambda m, x, y: (m(x) - y).square().sum(1).mean(),
+    }
+
+    def told(loss_of: Any, **more: Any) -> str:
+        def step(m: Any, x: Any, y: Any) -> Any:
+            loss = loss_of(m, x, y)
+            if not imperative:
+                return loss
+            m.optimizer.zero_grad()
+            loss.backward()
+            m.optimizer.step()
+            return loss
+
+        return told_of(world, fresh_net(), step, **more)
+
+    for name, loss in sums.items():
+        assert "the loss is a sum over the batch's samples" in told(loss, accumulation=2), name
+        assert told(loss) == "", name
+    for name, loss in means.items():
+        assert told(loss, accumulation=2) == "", name
 
 
 def test_a_step_that_never_learns_is_told_soon(world: World) -> None:
@@ -72,12 +180,12 @@ def test_a_step_that_never_learns_is_told_soon(world: World) -> None:
         calls.append(1)
         return {"lose": loss_of(model, x, y).item()}
 
-    told = train(world, fresh_net(), dead)
-    assert "never learns: for its first 5 batches" in told
+    told = told_of(world, fresh_net(), dead)
+    assert "does not train: for its first 5 batches" in told
     assert "it returned 'lose', and no value named 'loss'" in told
     assert len(calls) == 5
     few = TensorDataset(*(part[:BATCH] for part in data()))
-    with pytest.raises(StepError, match=r"never learns: for its first batch it called .*returned 'lose', and no"):
+    with pytest.raises(StepError, match=r"does not train: for its first batch it called .*returned 'lose', and no"):
         train_model(fresh_net(), 1, DataLoader(few, BATCH), train_step=dead, verbose=False, world=world)
 
 
@@ -91,102 +199,10 @@ def test_a_slip_in_the_name_of_the_loss_is_told_at_once(world: World) -> None:
 
     for late in (False, True):
         calls.clear()
-        told = train(world, fresh_net(), slip)
+        told = told_of(world, fresh_net(), slip)
         assert "returned 'los', 'accuracy', and no value named 'loss'" in told
         assert "Is 'los' a typo?" in told
         assert len(calls) == 1 + late
-
-
-def test_an_optimizer_that_needs_a_closure_is_refused_for_a_loss(world: World) -> None:
-    net = fresh_net()
-    net.optimizer = torch.optim.LBFGS(net.parameters())
-    before = flat(net)
-    assert "def closure()" in train(world, net, loss_of)
-    assert flat(net) == before
-
-    def by_closure(model: Any, x: Any, y: Any) -> Any:  # as the message says
-        def closure() -> Any:
-            model.optimizer.zero_grad()
-            loss = loss_of(model, x, y)
-            loss.backward()
-            return loss
-
-        loss = model.optimizer.step(closure)
-        return loss.detach()
-
-    engine = Engine(Task(net, by_closure, DataLoader(TensorDataset(*data()), BATCH)), world, 1)
-    engine.fit()
-    assert engine.place.updates == CALLS, "one step, however often its closure is called"
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_optimizer_of_the_model_is_followed(world: World, accumulation: int) -> None:
-    def other(net: Any) -> Any:
-        return torch.optim.Adam(net.parameters(), lr=0.01)
-
-    net, expected = fresh_net(), fresh_net()
-    calls: list[int] = []
-
-    def step(model: Any, x: Any, y: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2 * accumulation + 1:
-            model.optimizer = other(model)
-        return loss_of(model, x, y)
-
-    assert train(world, net, step, accumulation=accumulation) == ""
-    x, y = data()
-    size = BATCH * accumulation
-    for number, start in enumerate(range(0, SAMPLES, size)):
-        if number == 2:
-            expected.optimizer = other(expected)
-        expected.optimizer.zero_grad()
-        loss_of(expected, x[start : start + size], y[start : start + size]).backward()
-        expected.optimizer.step()
-    np.testing.assert_allclose(flat(net), flat(expected), rtol=1e-9)
-
-
-def test_what_the_models_optimizer_cannot_become(world: World) -> None:
-    def becomes(what: Any) -> Any:
-        def step(model: Any, x: Any, y: Any) -> Any:
-            model.optimizer = what(model)
-            return loss_of(model, x, y)
-
-        return step
-
-    net = fresh_net()
-    scheduler = torch.optim.lr_scheduler.StepLR(net.optimizer, 1)
-    adam = becomes(lambda model: torch.optim.Adam(model.parameters()))
-    told = train(world, net, adam, scheduler=scheduler, scheduler_interval="step")
-    assert (
-        "replaced (by Adam), and the scheduler (StepLR) still sets the learning rates of the previous one (SGD)" in told
-    )
-    outside = torch.nn.Linear(1, 1)
-    assert "none of the net's parameters" in train(
-        world, fresh_net(), becomes(lambda _: torch.optim.Adam(outside.parameters()))
-    )
-    assert "model.optimizer was set to str" in train(world, fresh_net(), becomes(lambda _: "adam"))
-    assert "def closure()" in train(world, fresh_net(), becomes(lambda m: torch.optim.LBFGS(m.parameters())))
-
-
-def test_an_optimizer_of_no_parameter_of_the_net_never_counts(world: World) -> None:
-    other = torch.nn.Parameter(torch.ones(1))
-    foreign = torch.optim.SGD([other], lr=0.1)
-
-    def step(model: Any, x: Any, y: Any) -> Any:
-        other.grad = torch.ones(1)
-        foreign.step()
-        if float(y[0]) < 0.5:
-            return 0.0
-        model.optimizer.zero_grad()
-        loss = loss_of(model, x, y)
-        loss.backward()
-        model.optimizer.step()
-        return loss.detach()
-
-    engine = Engine(Task(fresh_net(), step, DataLoader(TensorDataset(*data()), BATCH)), world, 1)
-    engine.fit()
-    _, y = data()
-    assert engine.place.updates == sum(float(part[0]) >= 0.5 for part in y.split(BATCH))
 
 
 def test_a_limit_that_is_not_reached_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -222,42 +238,3 @@ def test_plain_runs_save_no_gradients_and_watch_none(world: World) -> None:
     assert waiting.found(engine.learner.optimizers()) == {}
     assert all(not p._post_accumulate_grad_hooks for p in net.parameters())
     assert flat(net) == by_hand(fresh_net(), [["zero", "backward", "step"]], BATCH)[-1]
-
-
-def test_optimizers_that_a_resumed_run_could_not_tell_apart(world: World) -> None:
-    net = fresh_net()
-    engine = Engine(Task(net, loss_of, DataLoader(TensorDataset(*data()), BATCH)), world, 1)
-    two = [torch.optim.SGD(net.parameters(), lr=rate) for rate in (0.1, 0.2)]
-    assert role_of(net.optimizer, engine) == {"first": True, "at": []}
-    with pytest.raises(CheckpointError, match=r"several SGD optimizers of the same parameters.*model\.second = "):
-        role_of(two[0], engine)
-    net.second, net.more = two[0], {"third": two[1]}  # as the message says
-    saved = [role_of(one, engine) | {"own": False} for one in two]
-    assert [one["at"] for one in saved] == [["second"], ["more['third']"]]
-    for one, was in zip(two, saved, strict=True):
-        assert told_apart([net.optimizer, *two], was, engine.task) == [one]
-
-
-def test_several_optimizers_may_be_kept_in_a_mapping_on_the_net(world: World) -> None:
-    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def made() -> Any:
-        torch.manual_seed(3)
-        net: Any = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double()
-        net.optimizer = {n: torch.optim.SGD(net[i].parameters(), lr=0.1) for i, n in enumerate(("one", "two"))}
-        return net
-
-    def step(model: Any, x: Any) -> Any:
-        for optimizer in model.optimizer.values():
-            model.zero_grad()
-            loss = model(x).square().mean()
-            loss.backward()
-            optimizer.step()
-        return loss.detach()
-
-    net, other = made(), made()
-    train_model(net, 2, DataLoader(TensorDataset(x), 4), train_step=step, verbose=False, world=world)
-    for part in (*x.split(4), *x.split(4)):
-        step(other, part)
-    assert torch.equal(net[1].weight, other[1].weight)
-    assert isinstance(net.optimizer, dict)

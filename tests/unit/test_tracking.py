@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,22 @@ from typing import Any
 import pytest
 import torch
 
+from dtrain.callbacks.progress import PassFacts, RunFacts
+from dtrain.callbacks.tracking import tracking, wanted
+from dtrain.callbacks.tracking.base import RunEnd
+from dtrain.callbacks.tracking.files import STEPS, StepLog, Tail, read_json, read_lines
+from dtrain.callbacks.tracking.gpu import GpuGauge
+from dtrain.callbacks.tracking.tracking import Tracking
+from dtrain.callbacks.tracking.values import Values
+from dtrain.callbacks.tracking.wandb_tracker import environment
 from dtrain.config.schema import MlflowConfig, TrackConfig
+from dtrain.engine.metrics import MeanTable
 from dtrain.errors import UsageError
-from dtrain.metrics import MeanTable
-from dtrain.progress import PassFacts, RunFacts
-from dtrain.tracking import threaded, tracking, wanted
-from dtrain.tracking.base import End
-from dtrain.tracking.files import FOLDER, STEPS, StepLog, Tail, read_json, read_lines
-from dtrain.tracking.gpu import GpuGauge
-from dtrain.tracking.threaded import Threaded
-from dtrain.tracking.tracking import Tracking
-from dtrain.tracking.values import Values
-from dtrain.tracking.wandb_tracker import environment
+from dtrain.layout import TRACKING
 
 
 def written(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "at"} for line in read_lines(run / FOLDER / STEPS)]
+    return [{k: v for k, v in line.items() if k != "at"} for line in read_lines(run / TRACKING / STEPS)]
 
 
 def history(run: Path, epochs: int, torn: str = "") -> None:
@@ -46,13 +45,12 @@ def test_a_run_that_goes_on_keeps_what_its_checkpoint_holds(tmp_path: Path) -> N
     for line in lines:
         log.add(line)
     log.close()
-    with (tmp_path / FOLDER / STEPS).open("a") as file:
+    with (tmp_path / TRACKING / STEPS).open("a") as file:
         file.write('{"updates": 10, "step/lo')  # a kill
     again = StepLog(tmp_path, epochs=2, updates=7)
     again.add({"updates": 8, "step/loss": 0.4})
     again.close()
     assert written(tmp_path) == [*lines[:6], {"updates": 8, "step/loss": 0.4}]
-    assert again.told == 2
     StepLog(tmp_path, epochs=1, updates=3).close()
     assert written(tmp_path) == lines[:3]
 
@@ -112,7 +110,7 @@ class Recorder:
     def __init__(self) -> None:
         self.steps: list[tuple[int, dict[str, float]]] = []
         self.epochs: list[int] = []
-        self.ends: list[End] = []
+        self.ends: list[RunEnd] = []
 
     def run_id(self) -> str:
         return "r1"
@@ -123,7 +121,7 @@ class Recorder:
     def log_epoch(self, row: Mapping[str, Any]) -> None:
         self.epochs.append(row["epoch"])
 
-    def finish(self, end: End) -> None:
+    def finish(self, end: RunEnd) -> None:
         self.ends.append(end)
         raise RuntimeError("a tracker's own trouble")
 
@@ -167,28 +165,28 @@ def test_between_two_moments_a_step_is_a_look_at_the_clock(tmp_path: Path, clock
     table = Asked("train")
     updates = iter(range(7, 100))
     run = RunFacts(epochs=1, ranks=2, lr=lambda: 0.5, updates=lambda: next(updates))
-    found.begin(PassFacts("train", 1, samples=lambda: table.samples, run=run))
+    found.on_pass_start(PassFacts("train", 1, samples=lambda: table.samples, run=run))
     for second in (0.0, 0.5, 0.99, 2.0, 2.5, 2.9, 3.0):
         clock.now = 100.0 + second
         table.add({"loss": second}, 4)
-        found.step(table)
+        found.on_progress(table)
     assert table.times == 2
     assert [step for step, _ in recorder.steps] == [7, 8]
     first, second = (values for _, values in recorder.steps)
     assert first == {"step/loss": (0.5 + 0.99 + 2.0) / 4, "step/lr": 0.5, "step/samples_per_second": 16 * 2 / 2.0}
     assert second["step/samples_per_second"] == 12 * 2 / 1.0
     assert written(tmp_path) == [{"updates": step, **values} for step, values in recorder.steps]
-    found.begin(PassFacts("valid", 1, samples=lambda: table.samples))
+    found.on_pass_start(PassFacts("valid", 1, samples=lambda: table.samples))
     clock.now += 10
-    found.step(table)
+    found.on_progress(table)
     assert table.times == 2, "validation's means are told with the epoch's row"
-    assert read_json(tmp_path / FOLDER / "ids.json") == {"recorder": "r1"}
+    assert read_json(tmp_path / TRACKING / "ids.json") == {"recorder": "r1"}
 
 
 def test_a_step_calls_the_clock_and_nothing_else(tmp_path: Path) -> None:
     found, _ = tracked(tmp_path, every=1000.0)
     table = MeanTable("train")
-    found.begin(PassFacts("train", 1))
+    found.on_pass_start(PassFacts("train", 1))
     calls: list[str] = []
 
     def note(frame: Any, event: str, arg: Any) -> None:
@@ -196,9 +194,9 @@ def test_a_step_calls_the_clock_and_nothing_else(tmp_path: Path) -> None:
             calls.append(arg.__name__ if event == "c_call" else frame.f_code.co_name)
 
     sys.setprofile(note)
-    found.step(table)
+    found.on_progress(table)
     sys.setprofile(None)
-    assert calls == ["step", "monotonic", "setprofile"]
+    assert calls == ["on_progress", "monotonic", "setprofile"]
 
 
 def test_a_gpu_is_read_as_far_as_it_tells(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -221,9 +219,9 @@ def test_a_gpu_is_read_as_far_as_it_tells(monkeypatch: pytest.MonkeyPatch, caplo
 
 def test_with_epochs_alone_no_step_tells_anything(tmp_path: Path, clock: Clock) -> None:
     found, recorder = tracked(tmp_path, every=0.0)
-    found.begin(PassFacts("train", 1))
+    found.on_pass_start(PassFacts("train", 1))
     clock.now += 1e6
-    found.step(Asked("train"))
+    found.on_progress(Asked("train"))
     assert recorder.steps == written(tmp_path) == []
 
 
@@ -231,18 +229,18 @@ def test_a_row_waits_for_the_checkpoint_that_holds_it(tmp_path: Path, clock: Clo
     found, recorder = tracked(tmp_path)
     writing = True
     found.settled = lambda: not writing
-    found.begin(PassFacts("train", 1, run=RunFacts(updates=lambda: 3)))
-    found.end_epoch({"epoch": 1, "loss": 0.5})
-    found.begin(PassFacts("train", 2))
+    found.on_pass_start(PassFacts("train", 1, run=RunFacts(updates=lambda: 3)))
+    found.on_epoch_end({"epoch": 1, "loss": 0.5})
+    found.on_pass_start(PassFacts("train", 2))
     assert recorder.epochs == []
     assert written(tmp_path) == [{"row": 1, "updates": 3}]
     writing = False
     clock.now += 1
-    found.step(Asked("train"))
+    found.on_progress(Asked("train"))
     assert recorder.epochs == [1]
     writing = True
-    found.end_epoch({"epoch": 2, "loss": 0.4})
-    found.finish(End())  # and whatever a tracker makes of it, the run ends well
+    found.on_epoch_end({"epoch": 2, "loss": 0.4})
+    found.finish(RunEnd())  # and whatever a tracker makes of it, the run ends well
     assert recorder.epochs == [1, 2]
     assert len(recorder.ends) == 1
     assert written(tmp_path)[-1] == {"firm": 2}
@@ -257,79 +255,14 @@ def test_a_full_disk_is_told_of_once_and_ends_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(StepLog, "add", lambda _self, line: full(line))
-    found.begin(PassFacts("train", 1))
-    found.end_epoch({"epoch": 1})
-    found.end_epoch({"epoch": 2})
-    found.finish(End())
+    found.on_pass_start(PassFacts("train", 1))
+    found.on_epoch_end({"epoch": 1})
+    found.on_epoch_end({"epoch": 2})
+    found.finish(RunEnd())
     assert recorder.epochs == [1, 2]
-    assert [r.message for r in caplog.records if "cannot be kept" in r.message] == [
-        "values for the trackers cannot be kept: [Errno 28] No space left on device"
+    assert [r.message for r in caplog.records if "cannot be saved" in r.message] == [
+        "values for the trackers cannot be saved: [Errno 28] No space left on device"
     ]
-
-
-# --- a thread of its own ------------------------------------------------------------------------------------
-
-
-class Slow:
-    name = "slow"
-
-    def __init__(self, at: str = "", error: Exception | None = None) -> None:
-        self.at, self.error = at, error
-        self.go = threading.Event()
-        self.seen: list[Any] = []
-
-    def _do(self, what: str) -> None:
-        if what == self.at:
-            if self.error is not None:
-                raise self.error
-            self.go.wait(30)
-        self.seen.append(what)
-
-    def start(self) -> str:
-        self._do("start")
-        return "id-1"
-
-    def log(self, values: Mapping[str, Any], step: int) -> None:
-        self._do(f"log {step}")
-
-    def finish(self, end: End) -> None:
-        self._do("finish")
-
-
-def test_a_thread_gets_all_in_order_and_not_what_it_was_told_before() -> None:
-    backend = Slow()
-    tracker = Threaded(backend, told=2)
-    for epoch in (2, 3):
-        tracker.log_epoch({"epoch": epoch})
-    tracker.log_steps({"step/loss": 1.0}, 40)
-    tracker.finish(End())
-    assert (backend.seen, tracker.run_id()) == (["start", "log 3", "log 40", "finish"], "id-1")
-
-
-@pytest.mark.parametrize("at", ["start", "log 1", "finish"])
-def test_a_tracker_that_fails_is_told_of_once(at: str, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = Threaded(Slow(at, OSError("no route to host\nand more")))
-    for epoch in (1, 2):
-        tracker.log_epoch({"epoch": epoch})
-    tracker.finish(End())
-    (record,) = caplog.records
-    assert record.message == (
-        "slow: not tracked from here on, since OSError: no route to host. Training goes on; history.csv has all."
-    )
-
-
-def test_a_tracker_that_hangs_keeps_the_end_for_a_bounded_time(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(threaded, "_FINISH_SECONDS", 0.1)
-    monkeypatch.setattr(threaded, "_MOST", 4)
-    backend = Slow("log 1")
-    tracker = Threaded(backend)
-    for epoch in range(1, 20):
-        tracker.log_epoch({"epoch": epoch})  # never waits, and fills no memory
-    tracker.finish(End())
-    assert any("it does not answer" in r.message or "did not answer" in r.message for r in caplog.records)
-    backend.go.set()
 
 
 # --- what leaves --------------------------------------------------------------------------------------------

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.tracking import wandb_tracker
-from dtrain.tracking.base import End
-from dtrain.tracking.files import FOLDER
-from dtrain.tracking.wandb_tracker import WandbTracker
+from dtrain.callbacks.tracking import wandb_tracker
+from dtrain.callbacks.tracking.base import RunEnd
+from dtrain.callbacks.tracking.wandb_tracker import WandbTracker
+from dtrain.layout import TRACKING
 
 TELL = "import json, sys, time\ndef tell(event, **more): print(json.dumps({'event': event, **more}), flush=True)\n"
 
 
 def tracker_beside(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: float = 60.0) -> WandbTracker:
     """A tracker whose other process runs this code."""
-    (tmp_path / FOLDER).mkdir()
+    (tmp_path / TRACKING).mkdir()
     script = tmp_path / "other.py"
     script.write_text(TELL + code)
     stand_in = tmp_path / "python"
@@ -28,7 +28,7 @@ def tracker_beside(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
     return WandbTracker(tmp_path, "abc", patience)
 
 
-REMEDY = "All values are kept; send them later: dtrain sync"
+REMEDY = "All values are kept; send them later with: dtrain sync"
 
 
 @pytest.mark.parametrize(
@@ -37,11 +37,11 @@ REMEDY = "All values are kept; send them later: dtrain sync"
         ("tell('up'); tell('online', url='http://w/r'); sys.stdin.readline(); tell('done', sent=True, why='')", []),
         ("tell('up'); tell('offline', why=''); sys.stdin.readline(); tell('done', sent=False, why='')", []),
         ("tell('up'); tell('offline', why='it is gone'); sys.stdin.readline(); tell('done', sent=False, why='')",
-         [f"W&B: offline, since it is gone. {REMEDY}"]),
+         [f"W&B: offline: it is gone. {REMEDY}"]),
         ("tell('up'); tell('online', url='u'); sys.stdin.readline(); tell('done', sent=False, why='it went')",
-         [f"W&B: not all is sent, since it went. {REMEDY}"]),
-        ("tell('up'); tell('failed', why='KeyError: x')", [f"W&B: not tracked, since KeyError: x. {REMEDY}"]),
-        ("tell('up'); tell('online', url='u'); sys.exit(1)", [f"W&B: not all is sent, since its process ended, see IT/tracking/wandb.log. {REMEDY}"]),
+         [f"W&B: not everything was sent: it went. {REMEDY}"]),
+        ("tell('up'); tell('failed', why='KeyError: x')", [f"W&B: not tracked: KeyError: x. {REMEDY}"]),
+        ("tell('up'); tell('online', url='u'); sys.exit(1)", [f"W&B: not everything was sent: its process ended, see IT/tracking/wandb.log. {REMEDY}"]),
     ],
 )  # fmt: skip
 def test_a_person_reads_one_line_at_most(
@@ -50,7 +50,7 @@ def test_a_person_reads_one_line_at_most(
     tracker = tracker_beside(code, tmp_path, monkeypatch)
     tracker.log_steps({"step/loss": 1.0}, 3)
     tracker.log_epoch({"epoch": 1})
-    tracker.finish(End())
+    tracker.finish(RunEnd())
     assert [
         record.message.removesuffix(f" {tmp_path}").replace(str(tmp_path), "IT") for record in caplog.records
     ] == warnings
@@ -70,10 +70,10 @@ def test_one_that_does_not_end_is_waited_for_as_long_as_was_said_and_ended(
         assert time.monotonic() < until
         time.sleep(0.02)
     began = time.monotonic()
-    tracker.finish(End())
+    tracker.finish(RunEnd())
     assert time.monotonic() - began < 30  # two seconds, on a machine with nothing else to do
     assert [r.message for r in caplog.records] == [
-        f"W&B: not all is sent, since it did not end in time. {REMEDY} {tmp_path}"
+        f"W&B: not everything was sent: it did not finish in time. {REMEDY} {tmp_path}"
     ]
     assert capsys.readouterr().out == "W&B: http://w/r\nW&B: sending the last values, for 1 s at most\n"
     assert tracker._process.returncode == -9

@@ -13,17 +13,18 @@ import torch
 from helpers.clock import stopped
 from helpers.screens import Screen
 
+from dtrain.callbacks.progress import LiveBar, PassFacts, PlainLines, RunFacts, bar, paced
+from dtrain.callbacks.progress.clock import Clock
+from dtrain.callbacks.progress.events import Events
+from dtrain.callbacks.progress.feed import FeedReader, FeedWriter
+from dtrain.callbacks.progress.jsonl import JsonLines
+from dtrain.callbacks.progress.lines import FINE, validation_parts
+from dtrain.callbacks.tracking import tracking
+from dtrain.callbacks.tracking.files import STEPS, StepLog, read_lines
+from dtrain.callbacks.tracking.tracking import Tracking
+from dtrain.engine.position import TrainPosition
 from dtrain.errors import StopRequested
-from dtrain.events import Events
-from dtrain.passes import Place
-from dtrain.progress import LiveBar, PassFacts, PlainLines, RunFacts, bar, paced
-from dtrain.progress.clock import Clock
-from dtrain.progress.feed import FeedReader, FeedWriter
-from dtrain.progress.jsonl import JsonLines
-from dtrain.progress.lines import FINE, validation_parts
-from dtrain.tracking import tracking
-from dtrain.tracking.files import FOLDER, STEPS, StepLog, read_lines
-from dtrain.tracking.tracking import Tracking
+from dtrain.layout import TRACKING
 
 ROW = {"epoch": 1, "step": 20, "val_loss": 0.75, "val_acc": 0.125, "seconds": 2.0}
 RUN = RunFacts(3, 2, lambda: 0.001, lambda: 20)
@@ -41,13 +42,13 @@ class Table:
 
 def played(view: Any) -> None:
     """Two train steps, a validation within the epoch, a third train step."""
-    view.begin(TRAIN)
+    view.on_pass_start(TRAIN)
     for steps in (1, 2):
-        view.step(Table(steps))
-    view.begin(WITHIN)
-    view.step(Table(1))
-    view.validated(ROW)
-    view.step(Table(3))
+        view.on_progress(Table(steps))
+    view.on_pass_start(WITHIN)
+    view.on_progress(Table(1))
+    view.on_validation_end(ROW)
+    view.on_progress(Table(3))
 
 
 def test_plain_lines_have_one_for_it_and_go_on() -> None:
@@ -70,8 +71,8 @@ def test_values_of_one_rank_are_marked_where_there_are_several_and_their_lines_a
     ):
         out = io.StringIO()
         view = PlainLines(1, out, **how)
-        view.begin(facts)
-        view.step(Table(1))
+        view.on_pass_start(facts)
+        view.on_progress(Table(1))
         assert out.getvalue().splitlines()[1:] == [told]
 
 
@@ -96,18 +97,18 @@ def test_the_bar_shows_it_and_then_the_train_pass_again(monkeypatch: pytest.Monk
     screen = Screen(80, 10)
     view = LiveBar(screen)
     monkeypatch.setattr(view, "_size", lambda: os.terminal_size((80, 10)))
-    view.begin(TRAIN)
+    view.on_pass_start(TRAIN)
     now.seconds += 5
-    view.step(Table(20))
-    view.begin(WITHIN)
+    view.on_progress(Table(20))
+    view.on_pass_start(WITHIN)
     now.seconds += 5
-    view.step(Table(3))
+    view.on_progress(Table(3))
     shown = screen.lines
     assert any(line.startswith("valid 3/5") for line in shown)
     assert not any("epoch 1/3" in line for line in shown), "a validation within it is no share of the run"
-    view.validated(ROW)
+    view.on_validation_end(ROW)
     now.seconds += 5
-    view.step(Table(21))
+    view.on_progress(Table(21))
     shown = screen.lines
     assert shown[0].startswith("step 20  val_loss 0.7500  val_acc 0.1250  2.0s")
     assert any(line.startswith("train 21/40") for line in shown) and any("epoch 1/3" in line for line in shown)
@@ -145,19 +146,19 @@ def test_trackers_get_it_as_values_of_its_step(tmp_path: Path, monkeypatch: pyte
     one = Tracking(tmp_path, StepLog(tmp_path), every=10.0, device=torch.device("cpu"))
     one.trackers.append(Listener())  # type: ignore[arg-type]
     aside = [0.0]
-    one.begin(PassFacts("train", 1, 40, samples=lambda: 60, aside=lambda: aside[0], run=RUN))
-    one.begin(WITHIN)
+    one.on_pass_start(PassFacts("train", 1, 40, samples=lambda: 60, aside=lambda: aside[0], run=RUN))
+    one.on_pass_start(WITHIN)
     now.seconds += 100
     aside[0] = 100.0
-    one.step(Table(3))  # type: ignore[arg-type] - of the validation
+    one.on_progress(Table(3))  # type: ignore[arg-type] - of the validation
     assert told == []
-    one.validated(ROW)
+    one.on_validation_end(ROW)
     assert told == [({"step/val_loss": 0.75, "step/val_acc": 0.125}, 20)]
     now.seconds += 20
     one._facts = PassFacts("train", 1, 40, samples=lambda: 160, aside=lambda: aside[0], run=RUN)
-    one.step(Table(4))  # type: ignore[arg-type]
+    one.on_progress(Table(4))  # type: ignore[arg-type]
     assert told[1][0]["step/samples_per_second"] == pytest.approx((160 - 60) * 2 / 20.0, rel=0.01)
-    kept = read_lines(tmp_path / FOLDER / STEPS)
+    kept = read_lines(tmp_path / TRACKING / STEPS)
     assert [line["updates"] for line in kept] == [20, 20] and kept[0]["step/val_loss"] == 0.75
     one._log.close()
 
@@ -195,7 +196,7 @@ class Beats:
 
 def test_who_watches_for_hangs_is_told_of_both_passes() -> None:
     beats = Beats()
-    place = Place(0, heartbeat=beats)  # type: ignore[arg-type]
+    place = TrainPosition(0, heartbeat=beats)  # type: ignore[arg-type]
     place.enter("train", 2)
     place.step = 6
     place.advance()

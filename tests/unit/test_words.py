@@ -11,7 +11,7 @@ from torch import nn
 
 import dtrain
 from dtrain.errors import NotFiniteError, add_place
-from dtrain.failures import cause_of, explain
+from dtrain.launch.monitor.describe import cause_of, explain
 
 
 class OutOfMemoryError(RuntimeError):

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from dtrain.dealing import Dealing
+from dtrain.data.loader import ShardedLoader
+from dtrain.data.partition import ShardSpec
 from dtrain.errors import UsageError
-from dtrain.launch.requests import STOP_SIGNALS, StopRequest, hear_signals
-from dtrain.recipe import load_recipe
-from dtrain.sharding import ShardedLoader
+from dtrain.launch.signals.stop_request import STOP_SIGNALS, StopRequest, hear_signals
+from dtrain.recipe.loader import load_recipe
 
 RECIPE = """
 import os, sys
@@ -68,7 +68,7 @@ def own_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def sharded(loader: DataLoader[Any]) -> ShardedLoader:
-    return ShardedLoader(loader, Dealing(0, 1, "per_rank", fill=False), 5, "train")
+    return ShardedLoader(loader, ShardSpec(0, 1, "per_rank", fill=False), 5, "train")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -85,19 +85,19 @@ def test_workers_are_forked_where_nobody_chose(newer_python: None, stream: bool)
     data = Local()
     loader = DataLoader(Stream(data) if stream else data, batch_size=1, num_workers=1)
     for _ in range(2):  # the first time did not make a choice of it
-        assert [int(share.batch) for share in sharded(loader).shares(1)] == [os.getpid()] * 3
+        assert [int(rank_batch.batch) for rank_batch in sharded(loader).iter_batches(1)] == [os.getpid()] * 3
     assert loader.multiprocessing_context is None and multiprocessing.get_start_method(allow_none=True) is None
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_workers_of_all_loaders_are_shielded(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
-    monkeypatch.setattr("dtrain.launch.shield._obey_parent", lambda parent: None)
+    monkeypatch.setattr("dtrain.launch.signals.shield._obey_parent", lambda parent: None)
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     hear_signals(StopRequest())
     try:
         data = Blocked()
         loader = DataLoader(Stream(data) if stream else data, batch_size=1, num_workers=1)
-        assert [bool(share.batch) for share in sharded(loader).shares(1)] == [True]
+        assert [bool(rank_batch.batch) for rank_batch in sharded(loader).iter_batches(1)] == [True]
         assert loader.worker_init_fn is None
     finally:
         for number, handler in before.items():

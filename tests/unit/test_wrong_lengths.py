@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.engine import Engine
-from dtrain.learning import Task
-from dtrain.world import World, bring_up
+from dtrain.distributed.world import World, bring_up
+from dtrain.engine.loop import Engine
+from dtrain.engine.options import RunOptions
+from dtrain.engine.train_step import Task
 
 BATCHES = 8
 
@@ -51,7 +52,7 @@ def test_a_due_validation_is_run_once(world: World, said: int | None, every: int
 
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
     task = Task(net, train_step, Stream(said), valid_step, [torch.ones(2, 1)], optimizer)
-    engine = Engine(task, world, epochs=2, accumulation=accumulation, val_every_steps=every)
+    engine = Engine(task, world, epochs=2, val_every_steps=every, options=RunOptions(accumulation=accumulation))
     engine.fit()
     a_pass = BATCHES // accumulation
     ends = {a_pass, 2 * a_pass}

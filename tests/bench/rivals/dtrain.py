@@ -61,21 +61,27 @@ _MEANS = ("loss", "accuracy", "val_loss", "val_accuracy")
 def _fit(problem: Any, epochs: int, between: Any, net: Any, train_step: Any, valid_step: Any) -> None:
     """As `dtrain train` does it, without its checkpoints: exact means, history file, plain lines every ten steps, an
     ear for requests to stop."""
-    from dtrain.engine import Engine
-    from dtrain.history import History
-    from dtrain.launch.requests import StopRequest
-    from dtrain.learning import Task
-    from dtrain.progress import choose_progress
-    from dtrain.stopping import Stopping
-    from dtrain.world import bring_up
+    from dtrain.callbacks.progress import choose_progress
+    from dtrain.callbacks.stop import StopOnRequest
+    from dtrain.distributed.stopping import Stopping
+    from dtrain.distributed.world import bring_up
+    from dtrain.engine.callback import Callbacks, EngineCallback
+    from dtrain.engine.loop import Engine
+    from dtrain.engine.train_step import Task
+    from dtrain.launch.signals.stop_request import StopRequest
+    from dtrain.rundir.history import History
 
     world = bring_up(cpu=True)
     task = Task(net, train_step, problem.train_loader(), valid_step, problem.valid_loader())
-    shown = choose_progress(is_main=world.is_main, log_step_freq=10)
-    engine = Engine(task, world, epochs=epochs, history=History("history.csv"), progress=shown)
-    engine.after_epoch.append(lambda row: between(**{name: row[name] for name in _MEANS}))
+
+    class Between(EngineCallback):
+        def on_epoch_end(self, row: Any) -> None:
+            between(**{name: row[name] for name in _MEANS})
+
+    callbacks = Callbacks(choose_progress(is_main=world.is_main, log_step_freq=10), Between())
+    engine = Engine(task, world, epochs=epochs, history=History("history.csv"), callbacks=callbacks)
     with Stopping(world, StopRequest()) as stopping:
-        engine.heed(stopping)
+        engine.callbacks.add(StopOnRequest(stopping))
         engine.fit()
 
 

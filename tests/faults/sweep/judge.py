@@ -42,7 +42,7 @@ class Verdict:
     def entry(self) -> dict[str, Any]:
         """The same as JSON; the screen only where it is needed."""
         case = self.case
-        found = {"fault": case.fault, "ranks": case.ranks, "load": case.load, "seed": case.seed}
+        found = {"fault": case.fault, "ranks": case.ranks, "load": case.load, "seed": case.seed, "under": case.under}
         found |= {"seconds": round(self.seconds, 2), "said": self.said, "problems": self.problems}
         return found | ({"place": case.place, "screen": self.screen[-4000:]} if self.problems else {})
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from faults.sweep.judge import MARK, Verdict, judge_failure, judge_screen, judge_time, wait_for_end
-from faults.sweep.table import Case
+from faults.sweep.table import DTRAIN, EPOCHS, SRUN, TORCHRUN, Case
+from helpers.cluster import Cluster, Plan, cluster, missing, need
 from helpers.commands import BIN, clean_environment
 from helpers.hosts import Host, two_hosts
+
+from dtrain.rundir.history import read_history
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "faults.py"
 _START_SECONDS, _END_SECONDS = 120.0, 60.0
@@ -24,6 +30,25 @@ _FOREIGN = (
     "import socket\ns = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True)\n"
     "while True:\n    c, _ = s.accept(); c.sendall(b'220 a foreign service\\r\\n')\n"
 )
+# A rank that has another training as a subprocess.
+_RANK = (
+    "import subprocess, sys\nfrom dtrain.launch.env.inherited import joined, mark_rank\nmark_rank()\n"
+    "sys.exit(subprocess.run(sys.argv[1:]).returncode)\n"
+)
+_cluster: list[Cluster] = []
+
+
+@contextlib.contextmanager
+def cluster_for_srun(under: Sequence[str]) -> Iterator[None]:
+    """Has a cluster up for what is started by its srun."""
+    if SRUN not in under:
+        yield
+        return
+    need(missing())
+    with cluster(Plan(nodes=1)) as made:
+        _cluster.append(made)
+        yield
+        _cluster.clear()
 
 
 class Stage:
@@ -34,18 +59,56 @@ class Stage:
         self.mark = folder / "mark"
         self.verdict = Verdict(case)
 
-    def start(self, *words: object, folder: Path | None = None, host: Host | None = None, **env: str) -> Screened:
+    def start(
+        self,
+        *words: object,
+        folder: Path | None = None,
+        host: Host | None = None,
+        stdout: int | None = None,
+        before: Sequence[str] = (),
+        **env: str,
+    ) -> Screened:
+        """Starts `dtrain WORDS`, by the words `before` it, with its output on the screen or in a pipe."""
         folder = folder or self.folder
-        argv = [str(BIN / "dtrain"), *map(str, words)]
+        argv = [*before, str(BIN / "dtrain"), *map(str, words)]
         env |= {MARK: self.token}
         with (folder / "screen.txt").open("w") as output:
             if host is not None:
                 return Screened(host.start(*words, output=output, **env), folder)
             environment = clean_environment(**env)
             process = subprocess.Popen(
-                argv, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True
+                argv,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output if stdout is None else stdout,
+                stderr=output if stdout is None else stdout,
+                text=True,
             )
         return Screened(process, folder)
+
+    def train(self, *words: object, stdout: int | None = None, **env: str) -> Screened:
+        """Starts `dtrain train WORDS` on as many ranks as the case has, by the launcher that it has."""
+        ranks = self.case.ranks
+        if self.case.under == DTRAIN:
+            return self.start(*words, "-n", ranks, "--cpu", stdout=stdout, **env)
+        env |= {MARK: self.token, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        if self.case.under == TORCHRUN:
+            launch = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks), "-m", "dtrain"]
+            environment = clean_environment(**env)
+        else:
+            (slurm,) = _cluster
+            launch = slurm.login.entered(
+                "srun", f"--ntasks={ranks}", str(BIN / "dtrain"), processes=False, cwd=self.folder
+            )
+            environment = slurm.environment(**env)
+        with (self.folder / "screen.txt").open("w") as output:
+            process = subprocess.Popen(
+                [*launch, *map(str, words), "--cpu"],
+                **{"cwd": self.folder, "env": environment, "stdin": subprocess.DEVNULL, "text": True},
+                **{"stdout": output, "stderr": output},
+            )
+        return Screened(process, self.folder)
 
     def await_mark(self, *processes: Screened) -> float:
         """When the place of the fault was reached; now, where that did not happen."""
@@ -93,11 +156,16 @@ def play(case: Case) -> Verdict:
             "spread": _spread,
             "meeting": _meeting,
             "healthy": _healthy,
+            "output": _output,
+            "inherited": _inherited,
         }[case.kind.how](stage)
 
 
 def _check_code(stage: Stage, one: Screened, expected: int) -> None:
-    stage.verdict.check(one.code() == expected, f"exit code {one.code()}, should be {expected}")
+    code = one.code()
+    # Other launchers end with a code of their own where a rank does not end with 0.
+    right = code == expected if expected <= 0 or stage.case.under == DTRAIN else code not in (0, None)
+    stage.verdict.check(right, f"exit code {code}, should be {expected}")
 
 
 def _train(stage: Stage, does: str, *more: object) -> list[object]:
@@ -110,7 +178,7 @@ def _train(stage: Stage, does: str, *more: object) -> list[object]:
 
 
 def _recipe(stage: Stage) -> Verdict:
-    one = stage.start(*_train(stage, str(stage.case.place["does"])), "-n", stage.case.ranks, "--cpu")
+    one = stage.train(*_train(stage, str(stage.case.place["does"])))
     since = stage.await_mark(one)
     verdict = stage.finish(since, one)
     _check_code(stage, one, stage.case.kind.code)
@@ -119,8 +187,11 @@ def _recipe(stage: Stage) -> Verdict:
 
 
 def _healthy(stage: Stage) -> Verdict:
-    words = _train(stage, str(stage.case.place["does"]), "hang_seconds=5", "-n", stage.case.ranks, "--cpu")
-    one = stage.start(*words)
+    env = {}
+    if stage.case.fault == "long TMPDIR":
+        (stage.folder / ("t" * 100)).mkdir()
+        env = {"TMPDIR": str(stage.folder / ("t" * 100))}
+    one = stage.train(*_train(stage, str(stage.case.place["does"]), "hang_seconds=5"), **env)
     with contextlib.suppress(subprocess.TimeoutExpired):
         one.process.wait(_START_SECONDS)
     wait_for_end(stage.token, stage.verdict, time.time())
@@ -133,12 +204,65 @@ def _healthy(stage: Stage) -> Verdict:
 
 
 def _launcher(stage: Stage) -> Verdict:
-    one = stage.start(*_train(stage, "go on", "epochs=100000"), "-n", stage.case.ranks, "--cpu")
+    one = stage.train(*_train(stage, "go on", "epochs=100000"))
     stage.await_mark(one)
     since = time.time()
     one.process.send_signal(signal.Signals[str(stage.case.place["does"])])
     verdict = stage.finish(since, one)
     _check_code(stage, one, stage.case.kind.code)
+    return verdict
+
+
+def _complete(stage: Stage) -> None:
+    """Looks whether the run came to its end, with all its rows."""
+    rows = len(read_history(stage.folder / "runs/it")) if (stage.folder / "runs/it/history.csv").exists() else 0
+    stage.verdict.check(rows == EPOCHS, f"the history has {rows} rows of {EPOCHS}")
+
+
+def _output(stage: Stage) -> Verdict:
+    """Whoever reads the output goes, at the place of the fault or before a Ctrl-C."""
+    ctrl_c = stage.case.place["does"] == "SIGINT"
+    reading, writing = os.pipe()
+    try:
+        one = stage.train(*_train(stage, "go on", *(["epochs=100000"] if ctrl_c else [])), stdout=writing)
+    finally:
+        os.close(writing)
+    reader = threading.Thread(target=_read_until, args=(reading, stage.mark, one), daemon=True)
+    reader.start()  # else a full pipe would hold the run up
+    stage.await_mark(one)
+    reader.join()
+    os.close(reading)
+    since = time.time()
+    if ctrl_c:
+        one.process.send_signal(signal.SIGINT)
+    verdict = stage.finish(since, one)
+    _check_code(stage, one, stage.case.kind.code)
+    log = stage.folder / "runs/it/logs/rank-0.log"
+    if ctrl_c:  # after which there may have been nothing to write
+        saved = list((stage.folder / "runs/it/checkpoints").glob("epoch-*"))
+        verdict.check(bool(saved), "there is no checkpoint")
+    else:
+        verdict.check(log.exists() and "cannot be written" in log.read_text(), "the run's log does not say so")
+        _complete(stage)
+    return verdict
+
+
+def _read_until(file: int, mark: Path, one: Screened) -> None:
+    while not mark.exists() and one.process.poll() is None:
+        if select.select([file], [], [], 0.01)[0] and not os.read(file, 65536):
+            return
+
+
+def _inherited(stage: Stage) -> Verdict:
+    """A rank of another job starts the training as a subprocess, which is no rank of that job."""
+    before = (sys.executable, "-c", _RANK)
+    words = [*_train(stage, "go on"), "-n", stage.case.ranks, "--cpu"]
+    since = time.time()
+    one = stage.start(*words, before=before, **_rank_variables(1, 3, 1))
+    verdict = stage.finish(since, one)
+    verdict.seconds = 0.0  # it is a whole run
+    _check_code(stage, one, 0)
+    _complete(stage)
     return verdict
 
 

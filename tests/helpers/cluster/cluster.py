@@ -55,15 +55,15 @@ class Cluster:
             text=True,
         )
 
-    def run(self, *argv: object, cwd: Path, timeout: float = 60, **env: str) -> Done:
+    def run(self, *argv: object, cwd: Path, timeout: float = 120, **env: str) -> Done:
         """Runs a command on the login node."""
         return self._run(self.login.entered(*map(str, argv), processes=False, cwd=cwd), cwd, timeout, env)
 
-    def dtrain(self, *words: object, cwd: Path, timeout: float = 60, **env: str) -> Done:
+    def dtrain(self, *words: object, cwd: Path, timeout: float = 120, **env: str) -> Done:
         """Runs `dtrain WORDS` on the login node."""
         return self.run(BIN / "dtrain", *words, cwd=cwd, timeout=timeout, **env)
 
-    def on(self, name: str, *argv: object, cwd: Path, timeout: float = 60) -> Done:
+    def on(self, name: str, *argv: object, cwd: Path, timeout: float = 120) -> Done:
         """Runs a command on a node, outside of any job."""
         return self._run(self.nodes[name].entered(*map(str, argv), processes=True, cwd=cwd), cwd, timeout, {})
 
@@ -101,7 +101,7 @@ class Cluster:
         lines = self.told("squeue", "--noheader", "--format=%i %T").splitlines()
         return dict(line.split() for line in lines)
 
-    def wait(self, job: str, *states: str, seconds: float = 60, restarts: int = 0) -> Job:
+    def wait(self, job: str, *states: str, seconds: float = 150, restarts: int = 0) -> Job:
         """Waits until a job is in one of some states, and was requeued so often; fails as soon as that cannot come.
 
         Args:
@@ -129,7 +129,7 @@ class Cluster:
         lines = self.told("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T").splitlines()
         return dict(line.split() for line in lines)
 
-    def wait_until_idle(self, seconds: float = 60) -> None:
+    def wait_until_idle(self, seconds: float = 150) -> None:
         """Waits until nothing runs and all nodes that are on can be had."""
 
         def idle() -> bool:

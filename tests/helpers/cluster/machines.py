@@ -19,7 +19,7 @@ from helpers.cluster.settings import LOGIN, address
 
 _FIRST_PROCESS = Path(__file__).with_name("machine.py")
 _SHARED = ("--net", "--uts", "--ipc", "--mount")
-_BOOT_SECONDS, _END_SECONDS = 20.0, 10.0
+_BOOT_SECONDS, _END_SECONDS = 60.0, 30.0
 
 
 def started(pid: int) -> str | None:
@@ -86,7 +86,7 @@ class Machine:
                 start_new_session=True,
             )
 
-    def ask(self, *argv: str, seconds: float = 20) -> str:
+    def ask(self, *argv: str, seconds: float = 60) -> str:
         """What a command prints here; nothing where it fails."""
         done = subprocess.run(
             self.entered(program(argv[0]), *argv[1:], processes=False),

@@ -18,6 +18,7 @@ const live = {
       const headers = this.tag ? { "If-None-Match": `"${this.tag}"` } : {};
       const answer = await fetch(`data.json?since=${this.tag || ""}`, { cache: "no-store", headers });
       if (answer.status === 200) update(this.take(await answer.json()));
+      else if (answer.status === 403) return this.say("the server was started anew: open the address that it printed");
       else if (answer.status !== 304) throw new Error(String(answer.status));
       this.say(`live; looked at ${moment(Date.now() / 1000).slice(11)}`);
     } catch {

@@ -5,12 +5,14 @@ function drawAll() {
   charts.draw();
   table.draw();
   facts.draw();
+  media.draw();
   timeline.draw();
 }
 
 function drawCurves() {
   legend.draw(drawCurves);
   charts.draw();
+  media.draw();
 }
 
 function take(data) {
@@ -39,7 +41,7 @@ function start() {
   byId("pan-right").addEventListener("click", () => charts.pan(0.25));
   byId("reset").addEventListener("click", () => charts.range(null));
   byId("all-keys").addEventListener("change", () => facts.config());
-  table.start(drawCurves);
+  table.start(drawCurves, drawAll);
   drawAll();
   if (data.live) {
     live.say("live");

@@ -5,11 +5,13 @@ const COLOURS = {
   light: ["#0072b2", "#d55e00", "#008a64", "#b8578f", "#a87000", "#3a8fc4", "#4d4d4d"],
   dark: ["#3d9bdc", "#f0803c", "#2bbf92", "#dd94bd", "#e6a93a", "#8accf2", "#e8e27a"],
 };
+const MOST_RUNS = 100; // drawn at a time: more lines cannot be told apart, and would take minutes
 const DASHES = [[], [2, 3], [9, 3, 2, 3]]; // of the first runs, and of those whose colours come again
 
 class Run {
   constructor(data, place) {
     Object.assign(this, data);
+    this.source = data;
     this.place = place; // its colour
     this.parsed = new Map();
   }
@@ -43,7 +45,9 @@ class Run {
 }
 
 const model = {
-  runs: [],
+  all: [],
+  runs: [], // those that are drawn: all, or of very many the first ones that the filter finds
+  words: "",
   hidden: new Set(), // names of runs
   shown: new Set(), // panels
   splits: new Set(["train", "valid"]),
@@ -54,11 +58,37 @@ const model = {
 
   take(data) {
     for (const run of data.runs) if (!this.places.has(run.name)) this.places.set(run.name, this.places.size);
+    const before = new Map(this.all.map((run) => [run.name, run]));
+    this.all = data.runs.map((run) => {
+      const old = before.get(run.name);
+      return old && old.source === run ? old : new Run(run, this.places.get(run.name));
+    });
+    this.choose(this.words);
+  },
+
+  // Of very many runs, those that the filter finds are drawn.
+  choose(words) {
+    this.words = words;
     const known = new Set(this.panels());
-    this.runs = data.runs.map((run) => new Run(run, this.places.get(run.name)));
+    this.runs = this.many() ? this.found(MOST_RUNS) : this.all;
     const fresh = this.panels().filter((base) => !known.has(base));
     const metrics = fresh.filter((base) => !NO_METRICS.includes(base)).slice(0, 8);
     [...metrics, ...fresh.filter((base) => base === "samples_per_second")].forEach((base) => this.shown.add(base));
+  },
+
+  many() {
+    return this.all.length > MOST_RUNS;
+  },
+
+  // The first runs that the words of the filter are in.
+  found(most) {
+    const words = this.words.toLowerCase().split(/\s+/).filter(Boolean);
+    const found = [];
+    for (const run of this.all) {
+      if (found.length === most) break;
+      if (words.every((word) => run.searched().includes(word))) found.push(run);
+    }
+    return found;
   },
 
   // What the columns are called without their split, metrics first.

@@ -3,7 +3,6 @@
 const table = {
   metric: null,
   sort: null, // [column, 1 or -1]; null as the runs come
-  words: "",
 
   columns() {
     const metric = this.metric;
@@ -18,7 +17,7 @@ const table = {
     const plain = (text, key = text) => ({ text: text === null || text === undefined || text === "" ? "–" : String(text), key });
     return [
       ["Run", (run) => plain(run.name)],
-      ["State", (run) => ({ ...plain(run.state), state: run.state })],
+      ["State", (run) => ({ ...plain(run.state), state: run.state, title: run.damage.join("; ") })],
       ["Epochs", (run) => plain(run.planned === null ? run.epoch || "" : `${run.epoch}/${run.planned}`, run.epoch)],
       ["Best", (run) => ofEpoch(run, run.best(metric))],
       ["Final", (run) => value(run, run.epochs.length - 1)],
@@ -45,11 +44,6 @@ const table = {
     return all.length && all.every((run) => run.seconds) ? Math.min(...all.map((run) => run.seconds[run.seconds.length - 1])) : null;
   },
 
-  found() {
-    const words = this.words.toLowerCase().split(/\s+/).filter(Boolean);
-    return model.runs.filter((run) => words.every((word) => run.searched().includes(word)));
-  },
-
   sorted(rows) {
     if (!this.sort) return rows;
     const [column, way] = this.sort;
@@ -67,13 +61,14 @@ const table = {
     this.options();
     const columns = this.columns();
     this.head(columns);
-    const rows = this.sorted(this.found());
+    const rows = this.sorted(model.many() ? model.runs : model.found(Infinity));
     byId("runs").tBodies[0].replaceChildren(...rows.map((run) => el("tr", { "data-run": run.name }, ...columns.map(([, of], i) => {
       const { text, title, state } = of(run);
       if (i === 0) return el("th", { scope: "row" }, swatch(run), text);
       return el("td", { class: state ? `state ${state}` : "number", title: title && title !== text ? title : null }, text);
     }))));
-    byId("count").textContent = rows.length === model.runs.length ? `${rows.length} runs` : `${rows.length} of ${model.runs.length} runs`;
+    byId("count").textContent = rows.length === model.all.length ? `${rows.length} runs` : `${rows.length} of ${model.all.length} runs`;
+    byId("many").textContent = model.many() ? `This page shows ${MOST_RUNS} runs at a time, those first that changed last; the filter finds others.` : "";
     const mode = model.runs.map((run) => run.modes[this.metric]).find(Boolean);
     byId("runs-hint").textContent = this.metric === null ? "" : `${this.metric}, ${mode === "max" ? "highest" : "lowest"} is best; (n): of epoch n. Training: the sum of the epochs' seconds. Samples/s: of the median epoch.`;
   },
@@ -108,17 +103,19 @@ const table = {
     select.value = this.metric || "";
   },
 
-  start(changed) {
+  // `found`: other runs are drawn; `changed`: other lines are.
+  start(changed, found) {
     byId("filter").addEventListener("input", (event) => {
-      this.words = event.target.value;
-      this.draw();
+      model.choose(event.target.value);
+      if (model.many()) found();
+      else this.draw();
     });
     byId("metric").addEventListener("change", (event) => {
       this.metric = event.target.value;
       this.draw();
     });
     byId("only-these").addEventListener("click", () => {
-      const shown = new Set(this.found().map((run) => run.name));
+      const shown = new Set(model.found(Infinity).map((run) => run.name));
       model.hidden = new Set(model.runs.map((run) => run.name).filter((name) => !shown.has(name)));
       changed();
     });

@@ -42,7 +42,8 @@ const timeline = {
     }
     const times = `${lives.length} start${lives.length === 1 ? "" : "s"}`;
     const failed = run.failures.length ? `; ${run.failures.length} failure${run.failures.length === 1 ? "" : "s"}: ${run.failures.map((one) => one.cause).join(", ")}` : "";
-    const words = `${lives.length ? `${times}: ${lives.map((one) => one.how).join(", ")}` : "no start is noted"}${failed}`;
+    const damaged = run.damage.length ? `; damaged: ${run.damage.join("; ")}` : "";
+    const words = `${lives.length ? `${times}: ${lives.map((one) => one.how).join(", ")}` : "no start is noted"}${failed}${damaged}`;
     return el("details", { class: "life", "data-run": run.name, open },
       el("summary", {}, el("span", { class: "title" }, swatch(run), run.name), track, el("span", { class: "words" }, words)),
       el("ol", {}, ...lives.map((one) => el("li", {}, el("span", { class: `state ${one.how}` }, one.how), ` ${this.words(one)}`))),

@@ -1,0 +1,1 @@
+"""What listens to the engine: early stopping, norms, the profiler, progress views and trackers."""

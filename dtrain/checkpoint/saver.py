@@ -1,0 +1,355 @@
+"""When a run is saved, and how: gathered from the ranks, copied, written beside the training."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dtrain.checkpoint.extra import extra_metadata
+from dtrain.checkpoint.folder import make_way, write_checkpoint
+from dtrain.checkpoint.locate import LINES, RANKS, ROWS, RUN
+from dtrain.checkpoint.retention import RetentionPolicy
+from dtrain.checkpoint.rows import RowLines
+from dtrain.checkpoint.sources import UnsavedState, check_keepable
+from dtrain.checkpoint.state import State, rank_state, run_state, weights_state
+from dtrain.checkpoint.tensors import check_storable, pieces, read_tensors
+from dtrain.checkpoint.trainable import beginning_of
+from dtrain.checkpoint.tree import flatten
+from dtrain.checkpoint.weights import WEIGHTS
+from dtrain.checkpoint.writer import Snapshot, Writer, fits_on_disk
+from dtrain.config.schema import CheckpointConfig
+from dtrain.distributed.dtensor import gathered
+from dtrain.distributed.time_limit import AgreedClock
+from dtrain.engine.callback import EngineCallback, Order
+from dtrain.engine.loop import Engine
+from dtrain.engine.nan_guard import check_weights
+from dtrain.engine.position import FinishedPass, TrainPosition
+from dtrain.errors import CheckpointError, StopRequested
+from dtrain.launch.signals.stop_request import is_ctrl_c
+from dtrain.layout import checkpoint_name
+from dtrain.model.fsdp import ShardedReplica
+
+logger = logging.getLogger(__name__)
+
+
+class _GlobalState(NamedTuple):
+    """What is the same on all ranks.
+
+    Attributes:
+        structure: what JSON holds of it.
+        tensors: its tensors.
+        metadata: what the file of weights has as text.
+        rows: files of rows, by name.
+    """
+
+    structure: Any
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    rows: dict[str, bytes]
+
+
+# Rank 0 writes all, also what the others have of their own: it comes through the process group, a few kilobytes a
+# rank. So nodes need no file system in common, and no rank's file can be missing when the checkpoint is sealed.
+
+
+class Checkpointer(EngineCallback):
+    """Saves an engine's state where the policy says so; every rank has one.
+
+    Args:
+        engine: what is saved.
+        folder: of all checkpoints; rank 0 writes there.
+        policy: when, and what is kept.
+        facts: what the manifests say of the run; asked once it has begun.
+    """
+
+    order = Order.CHECKPOINT
+
+    def __init__(self, engine: Engine, folder: Path, policy: CheckpointConfig, facts: Callable[[], Mapping[str, Any]]):
+        self.stalls: list[float] = []
+        self.guard: Callable[[], None] = lambda: None  # raises where the run's folder is no longer this process's
+        self._engine = engine
+        self._folder = folder
+        self._policy = policy
+        self._facts = facts
+        self._keeping = RetentionPolicy(policy.keep_last, policy.keep_best, policy.monitor, policy.mode)
+        self._writer = Writer(beside=policy.asynchronous)
+        self._snapshot = Snapshot()
+        self._clock = None if policy.every_minutes is None else AgreedClock(policy.every_minutes * 60, engine.world)
+        self._saved: tuple[int, int | None] | None = None
+        self._trained: tuple[FinishedPass, State] | None = None  # the epoch's train pass, and the rank's state after it
+        self._trained_epoch = 0
+        self._told_no_room = False
+        self._unkept: UnsavedState | None = None
+        self._rows = {name: RowLines() for name in ROWS}
+        self._passed: int | None = None  # samples of the newest whole train pass
+        self.passed_before: int | None = None  # of the run that is resumed
+
+    def attach(self) -> None:
+        """From now on the engine's steps and epochs are followed.
+
+        Raises:
+            UsageError, CheckpointError: something has a state that no checkpoint can hold; it is named.
+        """
+        beginning_of(self._engine)
+        check_keepable(self._engine)
+        self._unkept = UnsavedState(self._engine)
+        self._engine.callbacks.add(self)
+        if self._policy.every_steps is not None:
+            self._engine.counts.every.append(self._policy.every_steps)
+        start = self._engine.start
+        if start.trained is not None:
+            self._saved = start.epoch, start.trained.steps
+        if self._clock is not None:
+            self._clock.restart(self._engine.place.updates)
+
+    def on_save_point(self, position: TrainPosition) -> None:
+        """Saves where it is due.
+
+        Raises:
+            NotFiniteError: the weights are not finite, and `train.nan` does not ignore that.
+            OSError: the checkpoint before could not be written, and the policy says stop.
+        """
+        self._check()
+        if self._due(position):
+            self._save(position)
+
+    def on_train_pass_end(self, trained: FinishedPass) -> None:
+        """Keeps what a stop in validation needs: that is left in its midst, and done again by the run that goes on."""
+        self._trained = trained, rank_state(self._engine)
+        self._trained_epoch = self._engine.place.epoch or self._engine.start.epoch
+        if not self._engine.spent:
+            self._passed = trained.result.samples
+            self._compare_passes()
+
+    def _compare_passes(self) -> None:
+        """Warns, once, where a loader without a length gives another number of samples since the run was resumed."""
+        before, self.passed_before = self.passed_before, None
+        known = "train batches" in beginning_of(self._engine).lengths
+        if self._engine.world.is_main and not known and before not in (None, self._passed):
+            logger.warning(
+                "an epoch had %d training samples before the run was resumed and "
+                "now has %d: has the data changed? (The "
+                "loader has no length to compare.)",
+                *(before, self._passed),
+            )
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._writer.busy
+
+    def save_now(self) -> None:
+        """Saves where the engine is, and returns once that is on the disk.
+
+        Raises:
+            OSError: it cannot be written, whatever the policy says of errors.
+        """
+        if self._saved == self._position():
+            self._writer.wait()
+            return
+        self._save(self._engine.place, beside=False)
+
+    def save_trained(self) -> None:
+        """Saves the train pass of an epoch whose validation failed, as a stop within it would, and as it can be alone.
+
+        Several ranks save together, and the others do not know of one's failure: there nothing is done.
+
+        Raises:
+            Exception: it could not be saved.
+        """
+        place = self._engine.place
+        within = self._trained is None or self._trained_epoch != place.epoch
+        if place.split == "valid" and not within and self._engine.world.size == 1:
+            self.save_now()
+
+    def on_train_end(self) -> None:
+        """Waits until the last one is on the disk.
+
+        Raises:
+            OSError: it could not be written, and the policy says stop.
+        """
+        self._tolerating(self._writer.wait)
+
+    def on_exception(self, error: BaseException) -> None:
+        """Saves where a run is that was asked to stop; of one that failed, what can be saved.
+
+        Raises:
+            OSError: the run that was asked to stop cannot be saved.
+        """
+        if isinstance(error, StopRequested):
+            self.save_now()
+        elif not is_ctrl_c(error):
+            for attempt in (self.save_trained, self.on_train_end):
+                with contextlib.suppress(Exception):  # what ended the run is told, not this
+                    attempt()
+
+    def weights(self, which: Literal["best", "last"]) -> Path | None:
+        """Returns the file with the best or the last saved epoch's weights; None where there is none."""
+        saved = self._keeping.chosen(self._folder, which)
+        return None if saved is None else saved.path / WEIGHTS
+
+    def _due(self, place: TrainPosition) -> bool:
+        policy, engine = self._policy, self._engine
+        minutes = self._clock is not None and self._clock.due(place.updates)
+        if place.split != "train":
+            ends = place.epoch == engine.epochs or engine.stopping
+            return minutes or ends or (policy.every_epochs > 0 and place.epoch % policy.every_epochs == 0)
+        return minutes or (policy.every_steps is not None and place.passed(policy.every_steps))
+
+    def _save(self, place: TrainPosition, *, beside: bool | None = None) -> None:
+        engine, world = self._engine, self._engine.world
+        started = time.perf_counter()
+        position = self._position()
+        if engine.learner.finite.when != "ignore":
+            check_weights(engine.task.module, world, _told(position))
+        mine = _packed(self._rank_state(), world.rank)
+        ranks = world.gather_tensors(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
+        whole = self._gathered() if isinstance(engine.learner.replica, ShardedReplica) else None
+        if self._unkept is not None:
+            self._unkept.warn()
+        if world.is_main:
+            if position[1] is None:
+                self._keeping.check(engine.history.rows[-1])
+            write = lambda: self._write(ranks, position, started, beside, whole)  # noqa: E731
+            self._tolerating(write, always=beside is False)
+        self._saved = position
+        if self._clock is not None:
+            self._clock.restart(place.updates)
+
+    def _write(
+        self,
+        ranks: list[Tensor | None],
+        position: tuple[int, int | None],
+        started: float,
+        beside: bool | None,
+        whole: _GlobalState | None,
+    ) -> None:
+        self._writer.wait()  # the copy's memory is in use until then
+        structure, named, metadata, rows = whole or self._state()
+        if whole is not None:  # a copy already
+            beside, copied = self._writer.beside if beside is None else beside, named
+        else:
+            beside = self._writer.beside and self._has_room(named) if beside is None else beside
+            copied = self._snapshot.take(named) if beside else {name: _plain(tensor) for name, tensor in named.items()}
+        row = self._engine.history.rows[-1] if position[1] is None else None
+        stall = time.perf_counter() - started
+        facts = {**self._facts(), "epoch": position[0], "step": position[1], "row": row, "stall_seconds": stall}
+        facts["epoch_samples"] = self._passed
+        self.stalls.append(stall)
+
+        def job() -> None:
+            begun = time.perf_counter()
+            files = _files(_GlobalState(structure, copied, metadata, rows), ranks)
+            make_way(self._folder / checkpoint_name(*position))
+            path = write_checkpoint(self._folder, checkpoint_name(*position), files, facts)
+            self._keeping.prune(self._folder)
+            spent = time.perf_counter() - begun
+            logger.info("%s: training waited %.3f s, written in %.3f s", path.name, stall, spent)
+
+        self._writer.submit(job, beside=beside)
+        if not beside:
+            self.stalls[-1] = time.perf_counter() - started
+
+    def _state(self) -> _GlobalState:
+        """Returns all that is the same on all ranks, its tensors where they are."""
+        state = self._run_state()
+        rows = {f"{name}{LINES}": self._rows[name].of(state.pop(name)) for name in ROWS}
+        structure, tensors = flatten(state, RUN)
+        weights = weights_state(self._engine)
+        check_storable(weights, "the net's ")
+        named = {f"{WEIGHTS}:{name}": tensor for name, tensor in weights.items()} | tensors
+        return _GlobalState(structure, named, extra_metadata(self._engine.task.module.state_dict()), rows)
+
+    def _gathered(self) -> _GlobalState:
+        """The same of a sharded net, gathered by all ranks and kept by rank 0; there, one copy at a time."""
+        self._writer.settle()
+        replica = self._engine.learner.replica
+        if isinstance(replica, ShardedReplica):
+            replica.apart()
+        whole = self._state()
+        return whole._replace(tensors=gathered(whole.tensors, keep=self._engine.world.is_main))
+
+    def _position(self) -> tuple[int, int | None]:
+        """Returns the epoch, and the train steps of it that are done; None for all that belongs to it."""
+        place = self._engine.place
+        if place.split == "valid" and self._trained is not None:
+            return place.epoch, self._trained[0].steps
+        return place.epoch, place.step if place.split == "train" else None
+
+    def _rank_state(self) -> State:
+        if self._engine.place.split == "valid" and self._trained is not None:
+            return self._trained[1]
+        return rank_state(self._engine)
+
+    def _run_state(self) -> State:
+        state = run_state(self._engine)
+        if self._engine.place.split != "valid" or self._trained is None:
+            return state
+        trained = self._trained[0]
+        return state | {"step": trained.steps, "trained": asdict(trained)}
+
+    def _has_room(self, tensors: Mapping[str, Tensor]) -> bool:
+        room = fits_on_disk(self._snapshot.lacking(tensors))  # what the last copy took is taken from what is free
+        if not room and not self._told_no_room:
+            self._told_no_room = True
+            logger.warning("not enough memory to copy the state: training waits while the checkpoint is written")
+        return room
+
+    def _check(self) -> None:
+        self._tolerating(self._writer.check)
+
+    def _tolerating(self, attempt: Callable[[], None], *, always: bool = False) -> None:
+        """Runs something that may fail to write; by policy that is a warning."""
+        try:
+            attempt()
+        except (OSError, CheckpointError) as error:
+            self.guard()
+            if always or self._policy.on_error == "stop":
+                raise
+            logger.warning("a checkpoint could not be written; training continues: %s", error)
+
+
+def _told(position: tuple[int, int | None]) -> str:
+    epoch, step = position
+    return f"after epoch {epoch}" if step is None else f"after train step {step} of epoch {epoch}"
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").contiguous()
+
+
+def _packed(state: Any, rank: int) -> bytes:
+    """One rank's state as bytes that travel: the length of its JSON, the JSON, its tensors."""
+    structure, tensors = flatten(state, f"rank-{rank}")
+    text = json.dumps(structure).encode()
+    plain = {name: _plain(tensor) for name, tensor in tensors.items()}
+    return b"".join([len(text).to_bytes(8, "little"), text, *pieces(plain)])
+
+
+def _files(whole: _GlobalState, ranks: list[Tensor | None]) -> dict[str, Any]:
+    structure, tensors, metadata, rows = whole
+    structures: list[Any] = []
+    of_ranks: dict[str, Tensor] = {}
+    for packed in ranks:
+        data = b"" if packed is None else packed.cpu().numpy().tobytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        structures.append(json.loads(data[8:end]))
+        of_ranks |= read_tensors(data[end:])[0]
+    prefix = f"{WEIGHTS}:"
+    return {
+        WEIGHTS: pieces({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, metadata),
+        f"{RUN}.json": [json.dumps(structure).encode()],
+        f"{RUN}.safetensors": pieces({n: t for n, t in tensors.items() if not n.startswith(prefix)}),
+        f"{RANKS}.json": [json.dumps({"list": structures}).encode()],
+        f"{RANKS}.safetensors": pieces(of_ranks),
+        **{name: [lines] for name, lines in rows.items()},
+    }

@@ -1,0 +1,346 @@
+"""What shows in a loss's graph: whether it is a mean over the samples, as averaging the ranks' losses takes it to be.
+
+::
+
+    loss.mean(), cross_entropy(x, y), loss.sum() / len(x)       a mean: the ranks' average is one process's
+    loss.sum(), 0.01 * loss.sum(), reduction="sum"              a sum: refused
+    cross_entropy(x, y, weight=w), loss[mask].mean(),
+    loss.mean() over what is padded to the longest sample,
+    loss.sum() / mask.sum(), mse.sqrt(), 1 - dice               neither: a warning says so
+
+Looked at once, and again when a batch of another size comes, since `loss.sum() / 100` is a mean of 100 samples only.
+What mixes the samples before they are summed up: `dtrain.engine.sample_mixing`; ranks with means over different numbers
+of values: `dtrain.engine.value_counts`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from dtrain.data.partition import RankBatch
+from dtrain.engine.loss_graph import Divisor, constant_of, is_one, kind_of, nodes_below, saved_of, shape_of, signed_of
+from dtrain.engine.metrics import Mean
+from dtrain.engine.sample_mixing import SampleMixing
+from dtrain.engine.value_counts import ValueCounts
+from dtrain.errors import StepError
+
+logger = logging.getLogger(__name__)
+
+_MEAN, _SUM = 1, 2  # torch's reductions
+_MOST_LOOKS = 2
+_MOST_NOTED = 10  # steps whose outputs are noted, whether or not there is a loss to look at
+_MOST_NODES = 1000  # of a graph that are looked at
+_MOST_BELOW = 12
+_NOTHING = contextlib.nullcontext()
+
+_PASSED_ON = frozenset(
+    ("Add", "Sub", "Neg", "Rsub", "Squeeze", "Unsqueeze", "View", "UnsafeView", "ReshapeAlias", "ToCopy", "Clone")
+)
+_FUNCTIONS = {
+    "Sqrt": "the square root",
+    "Rsqrt": "the square root",
+    "Pow": "a power",
+    "Log": "the logarithm",
+    "Log1P": "the logarithm",
+    "Exp": "the exponential",
+    "Abs": "the absolute value",
+    "Reciprocal": "the reciprocal",
+}
+_STATISTICS = {
+    "Std": "the standard deviation",
+    "Var": "the variance",
+    "LinalgVectorNorm": "the norm",
+    "Norm": "the norm",
+    "Max": "the maximum",
+    "Min": "the minimum",
+    "Median": "the median",
+    "Logsumexp": "a log-sum-exp",
+}
+
+_AVERAGED = "The losses of several ranks or micro-batches are averaged with the weights of their samples"
+_COUNT = (
+    "Return dtrain.Mean(total, count), with the sum of these as the count, and leave backward() and the optimizer's "
+    "step to dtrain."
+)
+_MIXED = "What a part of the batch gives for it is another value than the whole batch gives."
+_BETWEEN_SAMPLES = (
+    "what a sample adds to it depends on other samples of the batch, as in x - x.mean(0), softmax(0) or z @ z.T"
+)
+_DIFFERING = (
+    "it is the mean over %g values for each sample on the first rank and over %g on the last one, as where batches are "
+    "padded to their longest sample"
+)
+_LEAVE_OUT = (
+    "Return dtrain.Mean(total, count) of the values that count, without padding, and leave backward() and the "
+    "optimizer's step to dtrain; or give all samples equally many."
+)
+_ALONE = "One rank without accumulation computes it of the whole batch; `dtrain check parity` shows the difference."
+
+
+class LossForm:
+    """Looks at the losses of a run's first train step, and of the first one with a batch of another size.
+
+    Args:
+        module: the net.
+        averaged: whether a loss is one of several that are averaged; nothing is looked at where it is not.
+        warns: whether this rank warns.
+        eager: whether the net is a whole one that is not compiled, whose outputs can be noted.
+        counts: has several ranks compare how many values their means go over.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        averaged: bool,
+        warns: bool,
+        eager: bool = True,
+        counts: ValueCounts | None = None,
+    ) -> None:
+        self._shapes = {tuple(parameter.shape) for parameter in module.parameters()} if averaged else set()
+        self._warns = warns
+        self._mixing = SampleMixing(module) if averaged and warns and eager else None
+        self._counts = counts
+        self._left, self._notes_left = _MOST_LOOKS if averaged else 0, _MOST_NOTED
+        self._sizes: set[int] = set()
+
+    def look_at(self, loss: Any, rank_batch: RankBatch) -> None:
+        """Looks at a loss that was returned with its graph, where that is due; see `look`."""
+        if self._left and rank_batch.rows not in self._sizes:
+            self.look(loss, rank_batch.rows, varied=rank_batch.varied, step=rank_batch.whole_start)
+            self._forget()
+
+    def of_step(self, rank_batch: RankBatch) -> AbstractContextManager[None]:
+        """While inside, a step is watched: what the net returns, and each loss, before `backward()` is called on it."""
+        if self._counts is not None and self._warns and (differing := self._counts.differing()) is not None:
+            self._warn(_Form(_DIFFERING % differing, _LEAVE_OUT))
+        return self._watching(rank_batch) if self._left and rank_batch.rows not in self._sizes else _NOTHING
+
+    def _forget(self) -> None:
+        if self._mixing is not None:
+            self._mixing.forget()
+
+    @contextlib.contextmanager
+    def _watching(self, rank_batch: RankBatch) -> Iterator[None]:
+        own, mixing = torch.autograd.backward, self._mixing if self._warns and self._notes_left else None
+        self._notes_left -= mixing is not None
+
+        def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+            losses = (tensors,) if isinstance(tensors, (Tensor, GradientEdge)) else tuple(tensors)
+            for one in losses:
+                self.look(one, rank_batch.rows, varied=rank_batch.varied, step=rank_batch.whole_start)
+            own(losses, *args, **kwargs)
+
+        torch.autograd.backward = backward
+        try:
+            with _NOTHING if mixing is None else mixing.noting(rank_batch.batch, rank_batch.rows):
+                yield
+        finally:
+            torch.autograd.backward = own
+            if rank_batch.rows in self._sizes:  # else the loss is returned with its graph, and looked at then
+                self._forget()
+
+    def look(self, loss: Any, rows: int, *, varied: bool = False, step: int = 0) -> None:
+        """Refuses a loss that is a sum over the samples, and warns of one that is no mean over them.
+
+        Args:
+            loss: with its graph, also as `dtrain.Mean`, whose total need be no mean; what else it is is let by.
+            rows: samples that it was computed of.
+            varied: whether the ranks have different numbers of them.
+            step: where the whole batch begins in the epoch.
+
+        Raises:
+            StepError: it is a sum.
+        """
+        total = loss.total if isinstance(loss, Mean) else loss
+        if not isinstance(total, Tensor) or total.grad_fn is None or total.numel() != 1:
+            return
+        if rows not in self._sizes:
+            self._sizes.add(rows)
+            self._left -= 1
+        walk = _Walk(rows, self._shapes, varied)
+        found = None if total is not loss else walk.of(total.grad_fn)
+        if self._counts is not None:
+            self._counts.say(step, rows, walk.values)
+        if found is None and self._warns and self._mixing is not None and self._mixing.found(total, rows):
+            found = _Form(_BETWEEN_SAMPLES, f"{_MIXED} {_ALONE}")
+        if found is None:
+            return
+        if found.is_sum:
+            raise StepError(
+                f"the loss is a sum over the batch's samples ({found.what}). {_AVERAGED}, so the result would differ "
+                "from that of a single process. Return the mean over the samples (times the "
+                "batch size, as a constant, for steps as "
+                "long as the sum's), or dtrain.Mean(total, count) where another count is right."
+            )
+        if self._warns:
+            self._warn(found)
+
+    def _warn(self, found: _Form) -> None:
+        self._warns = False
+        logger.warning(
+            "the loss is no mean over the batch's samples: %s. %s, so that gradients and history are not those of "
+            "one process. %s",
+            *(found.what, _AVERAGED, found.remedy),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What a loss is, where it is no mean over the samples."""
+
+    what: str
+    remedy: str = ""
+    is_sum: bool = False
+
+
+class _Walk:
+    """Goes from a loss down to where samples are reduced to one number, through what is linear in it.
+
+    Attributes:
+        values: how many each mean that was found goes over.
+    """
+
+    def __init__(self, rows: int, shapes: set[tuple[int, ...]], varied: bool) -> None:
+        self.values: list[float] = []
+        self._rows, self._shapes, self._varied = rows, shapes, varied
+        self._left = _MOST_NODES
+
+    def of(self, root: Any) -> _Form | None:
+        """Returns what the loss is; a sum first, None for what seems a mean."""
+        found: list[_Form] = []
+        nodes: list[tuple[Any, tuple[Divisor, ...]]] = [(root, ())]
+        while nodes and self._left > 0:
+            node, divisors = nodes.pop()
+            self._left -= 1
+            if node is None:
+                continue
+            kind = kind_of(node)
+            if kind in _PASSED_ON:
+                nodes += [(below, divisors) for below in nodes_below(node)]
+            elif kind in {"Mul", "Div"} and (known := constant_of(node, kind)) is not None:
+                if known.value:  # a loss times 0 has gradients for the sake of them
+                    nodes += [(below, (*divisors, known)) for below in nodes_below(node)]
+            elif kind in {"Mul", "Div"}:
+                reducing = [below for below in nodes_below(node) if self._reduces(below)]
+                divided_by = kind == "Div" and node.next_functions[1][0] in reducing
+                if divided_by or len(reducing) > 1:
+                    found.append(_Form("a ratio or product of several sums over the batch", _MIXED))
+                else:  # as of a loss and its learnt weight
+                    nodes += [(below, divisors) for below in reducing]
+            elif (form := self._form(node, kind, divisors)) is not None:
+                found.append(form)
+        return next((form for form in found if form.is_sum), found[0] if found else None)
+
+    def _form(self, node: Any, kind: str, divisors: tuple[Divisor, ...]) -> _Form | None:
+        """What the end of the linear part is."""
+        if (kind == "Sum" and self._is_over_rows(node)) or saved_of(node, "reduction") == _SUM:
+            return self._sum(divisors)
+        if kind in _FUNCTIONS and is_one(node) and any(map(self._reduces, nodes_below(node))):
+            return _Form(f"it is {_FUNCTIONS[kind]} of a mean over them", _MIXED)
+        if kind in _STATISTICS and is_one(node) and self._is_of_rows(shape_of(node)):
+            return _Form(f"it is {_STATISTICS[kind]} over them", _MIXED)
+        if kind.startswith("NllLoss") and saved_of(node, "reduction") == _MEAN:
+            return self._likelihood(node)
+        if kind == "Mean" or saved_of(node, "reduction") == _MEAN:
+            return self._selection(node)
+        return None
+
+    def _sum(self, divisors: tuple[Divisor, ...]) -> _Form | None:
+        if counting := [divisor.value for divisor in divisors if divisor.counts(self._rows)]:
+            self.values.append(counting[0])
+            return None
+        computed = [divisor.value for divisor in divisors if divisor.computed]
+        if computed:
+            given = f"{computed[0]:g} where the batch has {self._rows} samples"
+            return _Form(f"it is a sum divided by a number that the batch gives ({given}: tokens, positives?)", _COUNT)
+        said = [divisor.words for divisor in divisors if divisor.value != 1.0]
+        return _Form(", ".join([".sum(), or reduction='sum'", *said]), is_sum=True)
+
+    def _likelihood(self, node: Any) -> _Form | None:
+        """Of `cross_entropy` and `nll_loss`."""
+        scores, weight, target = (saved_of(node, name) for name in ("self", "weight", "target"))
+        if isinstance(weight, Tensor) and bool((weight != weight.reshape(-1)[0]).any()):
+            return _Form("classes have weights, by whose sum it is divided", _COUNT)
+        ignored = saved_of(node, "ignore_index")
+        if isinstance(target, Tensor) and ignored is not None:
+            ignored -= (ignored >= 1 << 63) << 64  # torch tells it without its sign
+            if bool((target == ignored).any()):
+                return _Form(f"labels of {ignored} are left out, and it is divided by the number of the others", _COUNT)
+        shape = () if scores is None else tuple(scores.shape)
+        if self._varied and shape == (self._rows, self._rows):
+            return _Form("it compares each of them with all others of the batch", _MIXED)
+        return self._selection(node)
+
+    def _reduces(self, node: Any) -> bool:
+        """Whether samples are reduced to one number below, before anything else is made of them."""
+        nodes, left = [node], _MOST_BELOW
+        while nodes and left:
+            node, left = nodes.pop(), left - 1
+            if node is None:
+                continue
+            kind = kind_of(node)
+            over = kind in {"Sum", "Mean"} and self._is_of_rows(shape_of(node))
+            if over or saved_of(node, "reduction") in {_MEAN, _SUM}:
+                return True
+            if kind in _PASSED_ON or kind in {"Mul", "Div"} or (kind in _FUNCTIONS and is_one(node)):
+                nodes += nodes_below(node)
+        return False
+
+    def _is_over_rows(self, node: Any) -> bool:
+        """Whether a sum goes over the samples; not where it adds up the losses of a list."""
+        shape = shape_of(node)
+        dims = saved_of(node, "dim")
+        if dims is not None and 0 not in [d % max(1, len(shape)) for d in map(signed_of, dims)]:
+            return False
+        below = [kind_of(one) for one in nodes_below(node)]
+        if {"Stack", "Cat"} & set(below):
+            return False
+        if self._is_of_rows(shape):
+            return True
+        flat = len(shape) == 1 and below[:1] in (["View"], ["UnsafeView"], ["ReshapeAlias"])
+        return flat and self._is_of_rows(shape_of(nodes_below(node)[0]))
+
+    def _is_of_rows(self, shape: tuple[int, ...]) -> bool:
+        return shape[:1] == (self._rows,) and shape not in self._shapes
+
+    def _selection(self, node: Any) -> _Form | None:
+        """Where a mean goes over values that a mask or indices picked, and not as many for each sample."""
+        shape = shape_of(node)
+        self.values.append(_values(node))
+        if not shape or shape[0] % self._rows == 0 or self._rows in shape[:2] or not _picks(node):
+            return None
+        return _Form(f"it is the mean over {shape[0]} that are selected from {self._rows} samples", _COUNT)
+
+
+def _values(node: Any) -> int:
+    """How many values a mean goes over, with those of a mean below it."""
+    target = saved_of(node, "target") if kind_of(node).startswith("NllLoss") else None
+    count = target.numel() if isinstance(target, Tensor) else math.prod(shape_of(node))
+    below = nodes_below(node)
+    while kind_of(node) == "Mean" and below and kind_of(below[0]) in _PASSED_ON | {"Mean"}:
+        if kind_of(below[0]) == "Mean":
+            count = max(count, math.prod(shape_of(below[0])))
+        below = nodes_below(below[0])
+    return count
+
+
+def _picks(node: Any) -> bool:
+    """Whether what is averaged was picked by a mask or by indices."""
+    nodes, left = nodes_below(node), _MOST_BELOW
+    while nodes and left:
+        node, left = nodes.pop(), left - 1
+        if kind_of(node) in {"Index", "MaskedSelect", "IndexSelect"}:
+            return True
+        nodes += nodes_below(node)
+    return False

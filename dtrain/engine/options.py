@@ -1,0 +1,77 @@
+"""How a run computes: the options that a config, `train_model` and `KerasModel.fit` have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, get_args
+
+from dtrain.data.partition import BatchMode
+from dtrain.engine.arguments import check_positive, check_share, check_switch, check_whole
+from dtrain.errors import UsageError
+from dtrain.model.clip import Limit
+from dtrain.model.compile import Compile, check_compile
+from dtrain.model.gradients.averaging import Way, check_way
+from dtrain.model.precision import Precision, check_precision
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run computes. The names are those of a config's section `train`.
+
+    Attributes:
+        seed: the order of samples, and each rank's random stream, are derived from it.
+        batch: whose batch size the loaders' is: "per_rank", or "global", the whole world's.
+        same_draws: whether random numbers within steps are one process's; None: with batch "global".
+        accumulation: micro-batches that make one optimizer step.
+        average: how gradients are averaged over several ranks; see `dtrain.model.gradients.averaging`.
+        sync_batchnorm: whether BatchNorm takes its statistics over all ranks while it trains.
+        fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.data.fetch`.
+        precision: in which the net's forward computes; None for that of Accelerate's settings.
+        compile: whether, or in which mode of torch.compile, the net is compiled; None for what Accelerate's say.
+        clip_norm: the largest 2-norm of all gradients of an optimizer together; None for any.
+        clip_value: the largest magnitude of each number of a gradient; None for any.
+        ema_decay: of an average of the weights, with which is validated; None for no average.
+
+    Raises:
+        UsageError: a value is wrong; its name is that of the argument.
+    """
+
+    seed: int = 42
+    batch: BatchMode = "per_rank"
+    same_draws: bool | None = None
+    accumulation: int = 1
+    average: Way = "auto"
+    sync_batchnorm: bool = False
+    fetch_batches: bool = True
+    precision: Precision | None = None
+    compile: Compile | None = None
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise UsageError(f"seed = {self.seed!r}: should be a whole number of at least 0.")
+        if self.batch not in get_args(BatchMode):
+            raise UsageError(f"batch = {self.batch!r}: should be 'per_rank' or 'global'.")
+        if self.same_draws not in (True, False, None):
+            raise UsageError(f"same_draws = {self.same_draws!r}: should be True, False or None.")
+        check_switch(sync_batchnorm=self.sync_batchnorm, fetch_batches=self.fetch_batches)
+        check_whole(accumulation=self.accumulation)
+        check_way(self.average)
+        check_precision(self.precision)
+        check_compile(self.compile)
+        check_positive(clip_norm=self.clip_norm, clip_value=self.clip_value)
+        check_share(ema_decay=self.ema_decay)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> RunOptions:
+        """Returns the options among a call's arguments, or the keys of a config's section; all of them are there."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+    @property
+    def clip(self) -> Limit:
+        """How long a gradient may be."""
+        return Limit(self.clip_norm, self.clip_value)

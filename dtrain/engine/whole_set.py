@@ -1,0 +1,250 @@
+"""Metrics of the whole set as plain functions: called once a pass, with the values of all samples in the data's order.
+
+A step returns their arguments for its batch, one row of a tensor or one entry of a list for each sample::
+
+    def build_metrics():
+        return {"f1": lambda predictions, labels: f1_score(labels, predictions, average="macro")}
+
+    def valid_step(model, x, y):
+        logits = model(x)
+        return {"loss": cross_entropy(logits, y), "f1": (logits.argmax(1), y)}
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtrain.errors import DataError, StepError, add_remark
+
+if TYPE_CHECKING:
+    from dtrain.distributed.world import World
+
+_CPU = torch.device("cpu")
+_SIMPLE = (bool, int, float, str, type(None))
+
+
+class WholeSet:
+    """A function, and what this rank's steps have returned for it.
+
+    Args:
+        name: of the metric.
+        function: the user's.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self._name, self._function = name, function
+        self._entries: list[tuple[int, int, Any]] = []  # where its first sample is, how many, and the arguments
+
+    def reset(self) -> None:
+        """Forgets what was added."""
+        self._entries = []
+
+    def add(self, start: int, count: int, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+        """Adds a batch.
+
+        Args:
+            start: where its first sample is in the data's order.
+            count: its samples.
+            arguments, keywords: of the function; each has a row or an entry for each sample.
+
+        Raises:
+            StepError: one has another length.
+        """
+        for key, value in (*enumerate(arguments), *keywords.items()):
+            length = len(value) if hasattr(value, "__len__") and getattr(value, "shape", None) != () else None
+            if length != count or isinstance(value, (str, Mapping)):
+                what = f"shape {tuple(value.shape)}" if hasattr(value, "shape") else f"type {type(value).__name__}"
+                what += f" and length {length}" if length is not None and not hasattr(value, "shape") else ""
+                which = f"argument {key + 1}" if isinstance(key, int) else f"argument {key!r}"
+                raise StepError(
+                    f"metric {self._name!r}: the step returned {which} with {what} for a batch of {count} samples. It "
+                    "is computed from all samples: return a row of a tensor, or an entry of a list, for each."
+                )
+        self._entries.append((start, count, [list(arguments), dict(keywords)]))
+
+    def compute(self, world: World) -> dict[str, float]:
+        """Calls the function with all ranks' values, on rank 0.
+
+        Returns:
+            columns, equal on all ranks: the metric's name, or, where the function returns a mapping, NAME_KEY.
+
+        Raises:
+            StepError: it returns no number, or a value cannot be sent to other ranks.
+            DataError: the ranks do not have all samples, or some twice.
+        """
+        entries = self._entries if world.size == 1 else gather_entries(self._entries, world, f"metric {self._name!r}")
+        found = self._called(sorted(entries, key=lambda entry: entry[0])) if world.is_main else {}
+        return dict(world.gather_json(found)[0])
+
+    def state(self) -> list[Any]:
+        """Returns what was added so far, for a checkpoint within an epoch."""
+        return [[start, count, _as_tensors(values)] for start, count, values in self._entries]
+
+    def load(self, state: list[Any]) -> None:
+        """Goes on from what `state` returned."""
+        self._entries = [(start, count, values) for start, count, values in state]
+
+    def _called(self, entries: Sequence[tuple[int, int, Any]]) -> dict[str, float]:
+        position = 0
+        for start, count, _ in entries:
+            if start != position:
+                raise DataError(
+                    f"metric {self._name!r}: the ranks read different data: some samples came twice, or not at all."
+                )
+            position += count
+        if not entries:
+            raise DataError(f"metric {self._name!r}: no step returned a value for it.")
+        arguments = [_joined(parts) for parts in zip(*(values[0] for _, _, values in entries), strict=True)]
+        names = list(entries[0][2][1])
+        keywords = {name: _joined([values[1][name] for _, _, values in entries]) for name in names}
+        try:
+            with torch.no_grad():
+                returned = self._function(*arguments, **keywords)
+        except Exception as error:
+            add_remark(
+                error, f"in metric {self._name!r} ({_place(self._function)}), called with all {position} samples"
+            )
+            raise
+        if isinstance(returned, Mapping):
+            return {f"{self._name}_{key}": self._number(value) for key, value in returned.items()}
+        return {self._name: self._number(returned)}
+
+    def _number(self, value: Any) -> float:
+        try:
+            if isinstance(value, str):
+                raise TypeError
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise StepError(
+                f"metric {self._name!r} ({_place(self._function)}) returned {type(value).__name__}. It should return a "
+                "number, or a mapping of names to numbers, each of which becomes a column."
+            ) from None
+
+
+def _place(function: Callable[..., Any]) -> str:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return (
+        getattr(function, "__name__", "?") if code is None else f"{Path(code.co_filename).name}:{code.co_firstlineno}"
+    )
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Returns one argument for all samples: a tensor or an array where all rows have one shape, else a list."""
+    if all(isinstance(part, Tensor) for part in parts):
+        alike = len({(part.shape[1:], part.dtype) for part in parts}) == 1
+        rows = [part.detach().to(_CPU) for part in parts]
+        return torch.cat(rows) if alike else [row for part in rows for row in part]
+    if all(isinstance(part, np.ndarray) for part in parts) and len({part.shape[1:] for part in parts}) == 1:
+        return np.concatenate(parts)
+    return [row for part in parts for row in part]
+
+
+# --- between ranks --------------------------------------------------------------------------------------
+
+
+def gather_entries(entries: Sequence[tuple[int, int, Any]], world: World, whose: str) -> list[tuple[int, int, Any]]:
+    """Returns all ranks' entries, tensors on the CPU. No pickle is involved: JSON, and one tensor of each type.
+
+    Args:
+        entries: where the first sample of each is, how many samples, and values: tensors, arrays, numbers, texts, and
+            lists, tuples and mappings of these.
+        world: the ranks.
+        whose: they are, for messages.
+
+    Raises:
+        StepError: a value is of another kind.
+    """
+    packed = _Packed(whose)
+    mine = [[start, count, packed.pack(values)] for start, count, values in entries]
+    told = world.gather_json([mine, sorted(packed.numbers)])
+    types = sorted({kind for _, kinds in told for kind in kinds})
+    flat = {kind: world.gather_tensors(packed.flat(kind), _CPU) for kind in types}
+    found = []
+    for rank, (theirs, _) in enumerate(told):
+        unpacked = _Unpacked({kind: parts[rank] for kind, parts in flat.items()})
+        found += [(start, count, unpacked.unpack(values)) for start, count, values in theirs]
+    return found
+
+
+class _Packed:
+    """Nested values as JSON, with the numbers of their tensors in a row, by type."""
+
+    def __init__(self, whose: str) -> None:
+        self._whose = whose
+        self.numbers: dict[str, list[Tensor]] = {}
+
+    def pack(self, value: Any) -> Any:
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            return {"array": self.pack(torch.from_numpy(np.ascontiguousarray(value)))["tensor"]}
+        if isinstance(value, Tensor):
+            kind = str(value.dtype).removeprefix("torch.")
+            self.numbers.setdefault(kind, []).append(value.detach().to(_CPU).reshape(-1))
+            return {"tensor": [kind, list(value.shape)]}
+        if isinstance(value, Mapping):
+            return {"mapping": [[self.pack(key), self.pack(part)] for key, part in value.items()]}
+        if isinstance(value, tuple):
+            return {"tuple": [self.pack(part) for part in value]}
+        if isinstance(value, (list, np.ndarray)):
+            return [self.pack(part) for part in value]
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, _SIMPLE):
+            return value
+        raise StepError(
+            f"{self._whose}: a step returned a {type(value).__name__} for it, which cannot be sent to other ranks. "
+            "Return tensors, arrays, numbers, texts, and lists, tuples and mappings of these."
+        )
+
+    def flat(self, kind: str) -> Tensor | None:
+        parts = self.numbers.get(kind)
+        return None if parts is None else torch.cat(parts)
+
+
+class _Unpacked:
+    """Undoes `_Packed`, in the same order.
+
+    Args:
+        flat: a rank's numbers, by type.
+    """
+
+    def __init__(self, flat: Mapping[str, Tensor | None]) -> None:
+        self._flat = flat
+        self._used = dict.fromkeys(flat, 0)
+
+    def unpack(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self.unpack(part) for part in value]
+        if not isinstance(value, dict):
+            return value
+        ((what, held),) = value.items()
+        if what == "mapping":
+            return {self.unpack(key): self.unpack(part) for key, part in held}
+        if what == "tuple":
+            return tuple(self.unpack(part) for part in held)
+        tensor = self._next(*held)
+        return tensor.numpy() if what == "array" else tensor
+
+    def _next(self, kind: str, shape: list[int]) -> Tensor:
+        whole, used = self._flat[kind], self._used[kind]
+        assert whole is not None  # noqa: S101 - a rank that names a type has numbers of it
+        count = int(np.prod(shape, dtype=np.int64))
+        self._used[kind] = used + count
+        return whole[used : used + count].reshape(shape)
+
+
+def _as_tensors(value: Any) -> Any:
+    """Returns nested values without arrays, which a checkpoint keeps as tensors."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, Mapping):
+        return {key: _as_tensors(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_as_tensors(part) for part in value) if type(value) in (list, tuple) else list(value)
+    return value

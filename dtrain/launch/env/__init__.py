@@ -1,0 +1,1 @@
+"""What a machine and its schedulers say: ranks, cores, GPUs, memory, ports."""

@@ -1,0 +1,1 @@
+"""Requests to stop, escalation, and the ends of processes."""

@@ -1,0 +1,1 @@
+"""Gradients averaged over the ranks, and known to have been."""

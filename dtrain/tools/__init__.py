@@ -1,0 +1,1 @@
+"""Programs that use the trainer: find, check, bench and doctor."""

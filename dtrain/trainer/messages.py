@@ -1,0 +1,125 @@
+"""What rank 0 says of a run before its first step and after its last one: words, and events where they are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dtrain.callbacks.progress import ConsoleOptions
+from dtrain.checkpoint.folder import all_saved
+from dtrain.checkpoint.locate import Loaded
+from dtrain.config import Settings
+from dtrain.engine.loop import Engine
+from dtrain.layout import CHECKPOINTS, CONFIG
+from dtrain.rundir.columns import watched
+from dtrain.rundir.history import best_row
+from dtrain.trainer.folder import OpenRun
+from dtrain.trainer.setup import loader_batch, step_samples
+
+
+def log_resumed(opened: OpenRun | None, loaded: Loaded, *, complete: bool = False) -> None:
+    """Says what a run goes on from, and what it does not go on from; on rank 0, which alone has opened its folder.
+
+    One that is complete goes on from nothing; what comes next says so.
+    """
+    if opened is None or opened.found is None:
+        return
+    for word in opened.found.words:
+        print(f"skipped checkpoint: {word}")  # noqa: T201
+    if not complete:
+        print(f"resuming from {loaded.path}")  # noqa: T201
+
+
+def log_start(engine: Engine, settings: Settings, folder: Path, came_from: Path | None, voice: ConsoleOptions) -> None:
+    """Tells that training begins, or goes on: by an event, since the first line of progress says the same.
+
+    Ranks that make the batch another one than the loader's are told of in words, too.
+    """
+    ranks, train, batch = engine.world.size, settings.config.train, loader_batch(engine.task)
+    samples = None if batch is None else step_samples(batch, ranks, train)
+    if batch is not None and samples is not None and ranks > 1 and train.batch == "per_rank":
+        times = f" x accumulation {train.accumulation}" if train.accumulation > 1 else ""
+        print(  # noqa: T201
+            f"{ranks} ranks x batch {batch}{times} = {samples} samples per step; "
+            f"train.batch=global keeps {samples // ranks}"
+        )
+    voice.tell(
+        "start",
+        run=str(folder),
+        config=str(folder / CONFIG),
+        recipe=settings.config.recipe,
+        ranks=ranks,
+        samples=samples,
+        device=str(engine.world.device),
+        epochs=engine.epochs,
+        epoch=engine.start.epoch,
+        step=engine.start.skip,
+        checkpoint=None if came_from is None else str(came_from),
+    )
+
+
+_TO_GO_ON = {
+    "early_stopping.patience": "Increase early_stopping.patience",
+    "early_stopping.target": "Change early_stopping.target",
+}
+
+
+def log_complete(engine: Engine, settings: Settings, folder: Path, voice: ConsoleOptions) -> None:
+    """Says that there is nothing left to do, and what would give it something."""
+    done = len(engine.history.rows)
+    more = "Increase train.epochs, or choose another run.name."
+    if engine.spent:
+        more = f"train.max_steps = {engine.max_steps} is reached. Choose another run.name."
+    elif done < engine.epochs:
+        more = f"It was {engine.ended or 'stopped early'}. "
+        more += f"{_TO_GO_ON.get(engine.ended_by, 'Set another train.epochs')}, or choose another run.name."
+    print(f"{folder} is complete: {done} {'epoch' if done == 1 else 'epochs'}. {more}")  # noqa: T201
+    sum_up(engine, settings, folder.absolute(), voice, shown=folder, again=True)
+
+
+def _saved_rows(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Returns the rows of the epochs at whose end a checkpoint was saved that is still there."""
+    saved = {one.epoch for one in all_saved(folder / CHECKPOINTS) if one.step is None}
+    return [row for row in rows if row["epoch"] in saved]
+
+
+def sum_up(  # noqa: PLR0913 - keyword-only
+    engine: Engine, settings: Settings, folder: Path, voice: ConsoleOptions, *, shown: Path, again: bool = False
+) -> None:
+    """Says why training ended early, if it did, which epoch was best, and where the run is.
+
+    Args:
+        engine: has trained.
+        settings: the run's.
+        folder: the run's, absolute.
+        voice: tells the same as an event.
+        shown: what the folder is called.
+        again: whether there was nothing left to do, which was said already.
+    """
+    if engine.ended is not None and not again:
+        print(engine.ended)  # noqa: T201
+    asked = settings.config.checkpoint
+    rows = engine.history.rows
+    best, monitor = best_row(_saved_rows(rows, folder) if asked.on_error == "warn" else rows, asked.monitor, asked.mode)
+    none = f"{' or '.join(watched(asked.monitor))} is never finite"
+
+    def words(row: Mapping[str, Any]) -> str:
+        return (
+            f"{row['epoch']} ({monitor} = {row[monitor]:.4f})" if monitor else f"{row['epoch']} (the last one: {none})"
+        )
+
+    if best is not None:
+        print(f"best epoch: {words(best)}")  # noqa: T201
+    better = best_row(rows, asked.monitor, asked.mode)[0]
+    if better is not None and better is not best:
+        print(f"epoch {words(better)} was better, but has no checkpoint (not due, or not written)")  # noqa: T201
+    print(f"run: {shown}")  # noqa: T201
+    voice.tell(
+        "complete",
+        run=str(shown),
+        epochs=len(engine.history.rows),
+        best=best and best["epoch"],
+        monitor=monitor,
+        ended=engine.ended,
+    )

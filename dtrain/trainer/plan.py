@@ -1,0 +1,95 @@
+"""What a run would do, without doing it: `dtrain train --dry-run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dtrain.config import BUILDER_SECTIONS, Settings
+from dtrain.config.schema import leaves
+from dtrain.distributed.fsdp_settings import Sharding
+from dtrain.engine.train_step import Task
+from dtrain.masking import masked
+from dtrain.model.fsdp_parts import parts_of
+from dtrain.recipe.loader import Recipe
+from dtrain.recipe.supplied import rank_steps
+from dtrain.trainer.setup import loader_batch, run_epochs, step_samples
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a run.
+
+    Attributes:
+        ranks: number of ranks.
+        batch_per_rank: samples per rank takes per step, None where the loader cannot tell.
+        batch_in_all: samples of an optimizer step.
+        steps_per_epoch: train steps (micro-batches) of each rank per epoch, None where the loader cannot tell.
+        epochs: at most so many.
+        optimizer_steps: of the whole run.
+    """
+
+    ranks: int
+    batch_per_rank: int | None
+    batch_in_all: int | None
+    steps_per_epoch: int | None
+    epochs: int
+    optimizer_steps: int | None
+
+
+def make_plan(task: Task, settings: Settings, ranks: int) -> Plan:
+    """Works out a run's sizes from its loaders.
+
+    Raises:
+        UsageError: how long it is cannot be known; or a part of the net that `train.shard_modules` names is not there.
+    """
+    train = settings.config.train
+    if train.shard_modules is not None:
+        parts_of(task.module, Sharding(tuple(train.shard_modules)))
+    steps, epochs = rank_steps(task.dl_train, ranks, train), run_epochs(task, ranks, settings)
+    size = loader_batch(task)
+    per_rank = in_all = None
+    if size is not None:
+        per_rank = size if train.batch == "per_rank" else -(-size // ranks)
+        in_all = step_samples(size, ranks, train)
+    total = None if steps is None else -(-steps // train.accumulation) * epochs
+    bounds = [bound for bound in (total, train.max_steps) if bound is not None]
+    return Plan(ranks, per_rank, in_all, steps, epochs, min(bounds, default=None))
+
+
+def value_rows(settings: Settings, recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Returns every value of a run as (key, value, where it came from), defaults of the recipe included."""
+    rows = []
+    for key in leaves():
+        node: Any = settings.config
+        for part in key.split("."):
+            node = getattr(node, part, None)
+        if node is not None or key in settings.places:
+            rows.append((key, str(masked(key, node)), settings.place_of(key)))
+    for section in BUILDER_SECTIONS:
+        given = getattr(settings.config, section)
+        builder = recipe.builders.get(section)
+        defaults = builder.defaults() if builder is not None else {}
+        for name in [*defaults, *(n for n in given if n not in defaults)]:
+            place = settings.place_of(f"{section}.{name}")
+            if name not in given and builder is not None:
+                place = f"default of {builder.name}"
+            value = masked(f"{section}.{name}", given.get(name, defaults.get(name)))
+            rows.append((f"{section}.{name}", str(value), place))
+    return rows
+
+
+def plan_text(plan: Plan, rows: list[tuple[str, str, str]]) -> str:
+    """Returns a plan and the values as a table for a person."""
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = [f"{key:<{widths[0]}}  {value:<{widths[1]}}  {place}" for key, value, place in rows]
+    sizes = [
+        ("ranks", plan.ranks),
+        ("batch per rank", plan.batch_per_rank),
+        ("global batch size", plan.batch_in_all),
+        ("steps per epoch", plan.steps_per_epoch),
+        ("epochs", plan.epochs),
+        ("total optimizer steps", plan.optimizer_steps),
+    ]
+    lines += ["", *(f"{name:<24}  {'unknown: the loader has no length' if n is None else n}" for name, n in sizes)]
+    return "\n".join([*lines, "", "Nothing was started (--dry-run)."])
