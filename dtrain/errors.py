@@ -138,12 +138,13 @@ def _merge(failures: list[Failure]) -> str:
     return "\n".join(f"on rank {', '.join(map(str, ranks))}: {text}" for text, ranks in by_text.items())
 
 
-def add_place(error: BaseException, place: str) -> None:
+def add_place(error: BaseException, place: object) -> None:
     """Notes on an exception where it happened, once; Python 3.11 and later print the note.
 
     Args:
         error: the exception; it is changed in place.
-        place: words such as "rank 1, epoch 2, train step 7".
+        place: what is "rank 1, epoch 2, train step 7" as a string. It is made into one here, since that takes memory,
+            of which there is none left before `make_room` where this is a MemoryError.
     """
     make_room(error)
     if place_of(error) is not None:
@@ -160,10 +161,16 @@ def keep_reserve() -> None:
 
 
 def make_room(error: BaseException) -> None:
-    """Gives back the reserve, and what the failed calls hold, where memory has run out."""
+    """Gives back the reserve, and what the failed calls hold, where memory has run out.
+
+    Most of it may be held by the calls of the first error of several: whatever was tried after it failed in turn.
+    """
     if ran_out_of_memory(error):
         _reserve.clear()
-        traceback.clear_frames(error.__traceback__)
+        first: BaseException | None = error
+        while isinstance(first, BaseException) and ran_out_of_memory(first):
+            traceback.clear_frames(first.__traceback__)
+            first = first.__context__
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

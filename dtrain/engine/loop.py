@@ -170,7 +170,7 @@ class Engine:
             self._run_epochs()
         except BaseException as error:
             if not isinstance(error, StopRequested):
-                add_place(error, str(self.place))
+                add_place(error, self.place)
             self.callbacks.fail(error)
             raise
         finally:

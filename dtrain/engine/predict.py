@@ -73,7 +73,7 @@ def evaluate_task(
             validation.draws = draws_of(task.module, world, *drawn, compiled=how is not None)
             return validation.run(epoch, place, calls)
     except (Exception, SystemExit) as error:
-        add_place(error, str(place))
+        add_place(error, place)
         raise
     finally:
         calls.close()
@@ -128,7 +128,7 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
                 mine.add(_predicted(predict_step or _call, module, rank_batch), rank_batch)
         return mine.gather(world)
     except (Exception, SystemExit) as error:
-        add_place(error, str(place))
+        add_place(error, place)
         raise
     finally:
         calls.close()

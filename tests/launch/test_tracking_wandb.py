@@ -155,6 +155,13 @@ def made_run(run: Path, epochs: int, **options: Any) -> Path:
     return run
 
 
+def more_of(run: Path, *lines: dict[str, Any], row: str = "") -> None:
+    """What a training that was resumed adds to that."""
+    with (run / TRACKING / STEPS).open("a") as steps, (run / "history.csv").open("a") as history:
+        history.write(row)
+        steps.writelines(json.dumps(line) + "\n" for line in lines)
+
+
 def beside(run: Path, env: dict[str, str], end: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Runs the process that sends, to its end; what it has told."""
     done = subprocess.run(
@@ -351,6 +358,34 @@ def test_a_killed_training_leaves_what_is_not_computed_anew(tmp_path: Path, serv
     assert [row["epoch"] for row in server.the_run().rows()] == [1]
     assert server.the_run().exit_code == 1
     assert "history.table.json" not in server.the_run().files
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_run_stopped_between_an_epochs_last_step_and_its_row_sends_both(
+    mode: str, tmp_path: Path, server: WandbServer
+) -> None:
+    """Both have the same optimizer step, and W&B takes nothing at a step that an earlier process has sent."""
+    run, env = made_run(tmp_path / "it", epochs=1, mode=mode), server.environment()
+    more_of(run, {"updates": 20, "at": 1e9 + 2, "step/loss": 0.5})
+    beside(run, env, {"failed": False, "complete": False})
+    more_of(run, {"row": 2, "updates": 20, "at": 1e9 + 2.5}, {"firm": 2}, row="2,0.25,0.125\n")
+    more_of(run, {"updates": 21, "at": 1e9 + 3, "step/loss": 0.4})
+    beside(run, env, {"failed": False, "complete": False})
+    more_of(run, {"row": 3, "updates": 30, "at": 1e9 + 3.5}, {"firm": 3}, row="3,0.125,0.5\n")
+    for _ in range(2):  # a start that has nothing new sends nothing again
+        beside(run, env, {"failed": False, "complete": True})
+    sent = server.the_run().rows() if mode == "online" else offline_rows(run)
+    assert plain(sent) == plain(truth(run))
+    if mode == "online":
+        losses = [line["step/loss"] for _, line in sorted(server.the_run().lines.items()) if "step/loss" in line]
+        assert losses == [1.0, 0.5, 0.4]
+    else:  # what lies in several parts is sent as one
+        synced = subprocess.run(
+            [BIN / "dtrain", "sync", run], capture_output=True, check=True, text=True, timeout=120,
+            env=clean_environment(**env), stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert "sent, 3 epochs" in synced.stdout
+        assert plain(server.the_run().rows()) == plain(truth(run))
 
 
 # --- what cannot be sent ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 import dtrain
-from dtrain.errors import NotFiniteError, add_place
+from dtrain import errors
+from dtrain.errors import NotFiniteError, add_place, keep_reserve, make_room, place_of
 from dtrain.launch.monitor.describe import cause_of, explain
 
 
@@ -70,3 +72,45 @@ def test_of_memory_errors_that_follow_one_another_the_first_tells_whose_it_is() 
     assert found.told.cause == "out_of_memory"
     assert "users" in found.told.traceback
     assert found.text.count("MemoryError") == 3, "the line that raises it, its own, and the summary"
+
+
+class Place:
+    """One whose words take memory that is there only once some was given back."""
+
+    def __str__(self) -> str:
+        if errors._reserve:
+            raise MemoryError
+        return "rank 1, epoch 2, train step 3"
+
+
+def test_the_place_of_a_memory_error_is_put_into_words_once_there_is_memory_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(errors, "_reserve", [])
+    keep_reserve()
+    error = MemoryError()
+    add_place(error, Place())
+    assert place_of(error) == "rank 1, epoch 2, train step 3"
+
+
+def test_what_the_calls_of_the_first_memory_error_hold_is_given_back() -> None:
+    class Held:
+        pass
+
+    def users() -> None:
+        held = Held()
+        there.append(weakref.ref(held))
+        raise MemoryError
+
+    def cleans_up() -> None:
+        try:
+            users()
+        finally:
+            raise MemoryError  # as clean-up does where there is no memory
+
+    there: list[weakref.ref[Held]] = []
+    with pytest.raises(MemoryError) as caught:
+        cleans_up()
+    assert there[0]() is not None
+    make_room(caught.value)
+    assert there[0]() is None

@@ -111,9 +111,11 @@ class WandbRun:
             raise NotSentError(_first_line(error)) from error
         self._run.define_metric("epoch", hidden=True)
         self._columns: set[str] = {"epoch"}
-        self._at = time.time()  # of the last values
+        self._step = -1  # of the last values
+        self._at = time.time()  # and their time
         # What the server has, or what lies in the folder from before, is not sent twice.
         self._first = self._run.starting_step if online else self._state.get("written", -1) + 1
+        self._epoch = self._run.summary.get("epoch", 0) if online else self._state.get("epoch", math.inf)
 
     @property
     def url(self) -> str:
@@ -121,10 +123,15 @@ class WandbRun:
         return str(self._run.url or "")
 
     def send(self, entries: Iterable[Entry]) -> None:
-        """Logs values, each at its own time; those that W&B has are left out."""
+        """Logs values, each at its own time; those that W&B has are left out.
+
+        A row may be new at a step that is not: values of that step came before a run was stopped, and its epoch's end
+        after it was resumed. W&B takes nothing at a step that it has, so that such a row gets the next one.
+        """
         for entry in entries:
-            if entry.step < self._first:
+            if entry.step < self._first and not (entry.is_row and entry.values["epoch"] > self._epoch):
                 continue
+            self._step = max(self._step, entry.step, self._first)
             values = dict(entry.values)
             if entry.is_row:
                 for name in values.keys() - self._columns:
@@ -132,7 +139,7 @@ class WandbRun:
                 self._columns |= values.keys()
             if entry.at:
                 values["_timestamp"] = self._at = entry.at
-            self._run.log(values, step=entry.step)
+            self._run.log(values, step=self._step)
 
     def finish(self, values: Values, end: Mapping[str, Any]) -> None:
         """Ends W&B's run, and notes what it has.
@@ -151,7 +158,7 @@ class WandbRun:
         problems: list[Exception] = []
         try:
             if end.get("complete") and values.rows:
-                self._run.log({"history": _table(values.rows), "_timestamp": self._at}, step=values.last)
+                self._run.log({"history": _table(values.rows), "_timestamp": self._at}, step=max(self._step, values.last))
             if end.get("artifact"):
                 self._log_artifact(Path(end["artifact"]))
         except Exception as error:  # noqa: BLE001 - it is told below; the values matter more
@@ -160,7 +167,7 @@ class WandbRun:
             self._run.finish(exit_code=int(end.get("failed", True)))
         except Exception as error:  # noqa: BLE001 - it is told below
             problems.append(error)
-        missing = "" if problems or not self._online else self._missing(values.last)
+        missing = "" if problems or not self._online else self._missing(max(self._step, values.last))
         self._note(values, end, sent=self._online and not problems and not missing)
         if missing:
             raise NotSentError(missing)
@@ -209,7 +216,8 @@ class WandbRun:
             logged.wait(timeout=max(1, round(self._patience)))
 
     def _note(self, values: Values, end: Mapping[str, Any], *, sent: bool) -> None:
-        now = {"written": values.last, "end": dict(end)}
+        epoch = values.rows[-1]["epoch"] if values.rows else 0
+        now = {"written": max(self._step, values.last), "epoch": epoch, "end": dict(end)}
         if sent:
             now |= {"sent": values.last, "rows": len(values.rows)}
         write_json(self.folder / TRACKING / STATE, {**self._state, **now})
