@@ -158,7 +158,9 @@ class WandbRun:
         problems: list[Exception] = []
         try:
             if end.get("complete") and values.rows:
-                self._run.log({"history": _table(values.rows), "_timestamp": self._at}, step=max(self._step, values.last))
+                self._run.log(
+                    {"history": _table(values.rows), "_timestamp": self._at}, step=max(self._step, values.last)
+                )
             if end.get("artifact"):
                 self._log_artifact(Path(end["artifact"]))
         except Exception as error:  # noqa: BLE001 - it is told below; the values matter more
