@@ -56,6 +56,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     parallel.in_order(items)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One of several processes hands on how it started commands."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["starts"] = dict(STARTS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """Adds up how several processes started commands."""
+    for kind, number in getattr(node, "workeroutput", {}).get("starts", {}).items():
+        STARTS[kind] += number
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says how commands were started: many that could not be warm make the tests slow."""
     if any(STARTS.values()):
