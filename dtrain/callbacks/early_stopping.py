@@ -16,6 +16,7 @@ from dtrain.checkpoint.extra import extra_of, load_extra
 from dtrain.checkpoint.tensors import read_file
 from dtrain.checkpoint.weights import weights_file
 from dtrain.engine.callback import EngineCallback, Order
+from dtrain.engine.hooks import adds_columns
 from dtrain.engine.loop import Engine
 from dtrain.errors import UsageError
 from dtrain.files import written_whole
@@ -36,6 +37,8 @@ class EarlyStopping:
         section: of the config, "early_stopping.", for messages; empty for a call's arguments.
         place: where the column is named, in words, for messages; may be empty.
         target: a value that is good enough, at which training ends; None for none.
+        may_lack: whether the column need not be there in each epoch, since a hook adds it. An epoch without it counts
+            as one without a new best, as one where it is NaN does: a resumed run cannot tell the two apart.
     """
 
     def __init__(  # noqa: PLR0913 - the section of the config
@@ -47,7 +50,9 @@ class EarlyStopping:
         place: str = "",
         *,
         target: float | None = None,
+        may_lack: bool = False,
     ) -> None:
+        self._may_lack = may_lack
         self._monitor = monitor
         self._mode = mode
         self._patience = patience
@@ -64,7 +69,9 @@ class EarlyStopping:
         """
         if self._monitor is None:
             self._monitor = next((name for name in watched(None) if name in row), "loss")
-        check_monitor(self._monitor, row, f"{self._section}monitor", self._place)
+        if not check_monitor(self._monitor, row, f"{self._section}monitor", self._place, may_lack=self._may_lack):
+            self._since += 1
+            return False
         if self._mode is None:
             self._mode = mode_of(self._monitor)
         value = row[self._monitor] if self._mode == "min" else -row[self._monitor]
@@ -144,7 +151,7 @@ class BestKeeper(EngineCallback):
     ) -> None:
         self._engine = engine
         self._monitor = monitor
-        self._stopping = EarlyStopping(monitor, mode, patience)
+        self._stopping = EarlyStopping(monitor, mode, patience, may_lack=adds_columns(engine.task.hooks))
         self._path = path
         self._weights: dict[str, Any] | None = None
 

@@ -58,13 +58,20 @@ class RetentionPolicy:
         ends = [one for one in saved if one.step is None]
         return next(iter(self.ranked(saved) if which == "best" else ends[-1:]), None)
 
-    def check(self, row: dict[str, Any]) -> None:
+    def check(self, row: dict[str, Any], *, may_lack: bool = False) -> bool:
         """Compares the monitor with a row of the history.
+
+        Args:
+            row: it has all columns that are known.
+            may_lack: whether a hook may add the column later.
+
+        Returns:
+            whether it is there.
 
         Raises:
             UsageError: no such column in the history.
         """
-        check_monitor(self.monitor, row, "checkpoint.monitor")
+        return check_monitor(self.monitor, row, "checkpoint.monitor", may_lack=may_lack)
 
 
 def _number(value: Any) -> bool:

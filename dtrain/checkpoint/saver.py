@@ -30,6 +30,7 @@ from dtrain.config.schema import CheckpointConfig
 from dtrain.distributed.dtensor import gathered
 from dtrain.distributed.time_limit import AgreedClock
 from dtrain.engine.callback import EngineCallback, Order
+from dtrain.engine.hooks import adds_columns
 from dtrain.engine.loop import Engine
 from dtrain.engine.nan_guard import check_weights
 from dtrain.engine.position import FinishedPass, TrainPosition
@@ -87,7 +88,7 @@ class Checkpointer(EngineCallback):
         self._saved: tuple[int, int | None] | None = None
         self._trained: tuple[FinishedPass, State] | None = None  # the epoch's train pass, and the rank's state after it
         self._trained_epoch = 0
-        self._told_no_room = False
+        self._told_no_room = self._lacked = False
         self._unkept: UnsavedState | None = None
         self._rows = {name: RowLines() for name in ROWS}
         self._passed: int | None = None  # samples of the newest whole train pass
@@ -218,12 +219,26 @@ class Checkpointer(EngineCallback):
             self._unkept.warn()
         if world.is_main:
             if position[1] is None:
-                self._keeping.check(engine.history.rows[-1])
+                self._check_monitor(engine.history.rows[-1])
             write = lambda: self._write(ranks, position, started, beside, whole)  # noqa: E731
             self._tolerating(write, always=beside is False)
         self._saved = position
         if self._clock is not None:
             self._clock.restart(place.updates)
+
+    def _check_monitor(self, row: dict[str, Any]) -> None:
+        """Looks for the monitored column in a row; where a hook may add it later, that it lacks it is a warning.
+
+        Raises:
+            UsageError: there is none.
+        """
+        there = self._keeping.check(row, may_lack=adds_columns(self._engine.task.hooks))
+        if not there and not self._lacked:
+            logger.warning(
+                "checkpoint.monitor = %r: no such column in the history yet. An epoch without it is never the best.",
+                self._keeping.monitor,
+            )
+        self._lacked = not there
 
     def _write(
         self,

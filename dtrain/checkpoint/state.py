@@ -28,6 +28,7 @@ from dtrain.checkpoint.tensors import storable
 from dtrain.checkpoint.trainable import beginning_of, changed_learning, held_at_first, holds, regroup, set_learning
 from dtrain.distributed.dtensor import cut_like, cut_state
 from dtrain.distributed.seeding import derive, load_random_state, random_state, seed_everything
+from dtrain.engine.call_hooks import state_of_hooks
 from dtrain.engine.loop import Engine
 from dtrain.engine.metrics import PassResult, add_up
 from dtrain.engine.position import FinishedPass, StartPosition
@@ -54,7 +55,7 @@ def run_state(engine: Engine) -> State:
         "untimed": engine.watch.untimed,
         "rows": engine.history.rows,
         "validations": engine.validations.rows,
-        "in eval mode": engine.modes.state(),
+        "in eval mode": engine.modes.state(within=_is_within(engine)),
         "ended": [engine.ended, engine.epochs] if engine.stopping and not engine.ended_by else None,
         "names": engine.names,
         "valid_names": None if engine.valid is None else engine.valid.names,
@@ -73,8 +74,9 @@ def run_state(engine: Engine) -> State:
 
 def rank_state(engine: Engine) -> State:
     """Returns what this rank has of its own."""
-    within = engine.place.split == "train" and engine.table is not None
+    within, hooks = _is_within(engine), state_of_hooks(engine)
     return {
+        "asks for an end": None if hooks is None else hooks.reason,
         "random": random_state(engine.world.device),
         "order": engine.order_state if within else [generator.get_state() for generator in engine.generators()],
         "table": engine.table.state() if within and engine.table is not None else None,
@@ -82,6 +84,11 @@ def rank_state(engine: Engine) -> State:
         "draws": engine.draws.used if within and engine.draws is not None else None,
         "rows": {split: draws.evidence.state() for split, draws in engine_draws(engine).items()},
     }
+
+
+def _is_within(engine: Engine) -> bool:
+    """Whether a train pass runs."""
+    return engine.place.split == "train" and engine.table is not None
 
 
 def engine_draws(engine: Engine) -> dict[str, StepDraws]:
@@ -167,6 +174,14 @@ def restore(engine: Engine, weights: Mapping[str, Any], run: State, ranks: list[
     engine.place.updates = run["updates"]
     engine.start = _start(engine, run, ranks)
     engine.stopping = engine.spent and engine.start.skip == 0 and engine.start.trained is None
+    _resume_end(engine, run, ranks)
+
+
+def _resume_end(engine: Engine, run: State, ranks: list[State]) -> None:
+    """Ends training where a hook has ended it, or does so after the epoch in which one has asked for it."""
+    hooks = state_of_hooks(engine)
+    if hooks is not None and (run["step"] is not None or run.get("trained") is not None):
+        hooks.reason = next((one["asks for an end"] for one in ranks if one.get("asks for an end")), None)
     ended, epochs = run.get("ended") or (None, 0)
     if ended is not None and epochs == engine.epochs:  # by a hook; with more epochs it is resumed
         engine.stop(ended)

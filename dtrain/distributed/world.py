@@ -108,7 +108,9 @@ class World:
         longest = max(int(length) for length in lengths)
         room = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
         dist.all_gather(room, torch.nn.functional.pad(data, (0, longest - data.numel())))
-        return [json.loads(bytes(part[: int(length)].tolist())) for part, length in zip(room, lengths, strict=True)]
+        return [
+            json.loads(part[: int(length)].cpu().numpy().tobytes()) for part, length in zip(room, lengths, strict=True)
+        ]
 
     def gather_tensors(self, tensor: Tensor | None, onto: torch.device | None = None) -> list[Tensor | None]:
         """Returns every rank's tensor on every rank, in rank order; shapes and types may differ.

@@ -55,12 +55,16 @@ class CallHooks(EngineCallback):
         self._values: Mapping[str, Value] = {}
         self._given: Mapping[str, Any] = {}
         self._arguments = self._sources()
+        # Who has the run may ask for an end at any time, also in a step.
+        self._knows_run = any("run" in hook.takes.values() for hook in hooks)
         self._reads_values = any("values" in hook.takes.values() for hook in self._hooks.get("after_step", ()))
 
     def listens(self, hook: str) -> bool:
         """Whether one of the user's is called there."""
         if hook == "on_batch_end" and not self._reads_values:
             return False
+        if hook == "on_epoch_row" and self._knows_run:
+            return True
         return any(name in self._hooks for name in _LISTENS.get(hook, ()))
 
     def on_train_start(self, engine: Engine) -> None:

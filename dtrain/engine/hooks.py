@@ -190,6 +190,11 @@ def hooks_of(functions: Mapping[str, Any], objects: Iterable[Any], source: str) 
     return found
 
 
+def adds_columns(hooks: Iterable[Hook]) -> bool:
+    """Whether some of them may add columns to the history, which need not be there in each epoch."""
+    return any(hook.name == "after_epoch" for hook in hooks)
+
+
 def check_callbacks(objects: Any, source: str) -> list[Callback]:
     """Returns the objects as a list.
 

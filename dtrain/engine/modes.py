@@ -50,15 +50,22 @@ class Modes:
             self.train()
 
     def note(self) -> None:
-        """Takes the modes as they are now for those of the epochs to come, where the net trains."""
+        """Takes the modes at a train pass's end for those of the epochs to come.
+
+        Not later: what `after_epoch` does with the modes, as a helper that samples from the net and puts it back into
+        train mode as a whole, is no change of how it trains.
+        """
         if self._module.training:
             self._kept = self._in_eval()
             _trained_before[self._module] = frozenset(self._kept)
 
-    def state(self) -> list[str]:
-        """Returns the names of the modules in eval mode, for a checkpoint."""
-        self.note()
-        return sorted(self._kept)
+    def state(self, *, within: bool) -> list[str]:
+        """Returns the names of the modules in eval mode, for a checkpoint. Changes nothing: it is rank 0 that asks.
+
+        Args:
+            within: whether a train pass runs, so that the present modes are those of training.
+        """
+        return sorted(self._in_eval() if within and self._module.training else self._kept)
 
     def load(self, names: list[str]) -> None:
         """Puts back what `state` returned."""

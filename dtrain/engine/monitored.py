@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dtrain.engine.callback import EngineCallback, Order
+from dtrain.engine.hooks import adds_columns
 from dtrain.engine.loop import Engine
 from dtrain.engine.whole_set import WholeSet
 from dtrain.errors import UsageError
@@ -59,9 +60,9 @@ _REMEDIES = {"checkpoint.monitor": "scheduler.monitor"}
 def check_early(engine: Engine, monitor: str | None, key: str, place: str = "") -> None:
     """Has the name of a watched column compared as soon as the columns are known, not first at an epoch's end.
 
-    Those of training are known after the first batch, those of validation after its first one. Where hooks may
-    add columns, any is compared at the end of the first epoch; and so is one that begins as those of a function of the
-    whole set do.
+    Those of training are known after the first batch, those of validation after its first one. Where hooks may add
+    columns, any is compared at the end of an epoch, and missing there is a warning; and so is one that begins as those
+    of a function of the whole set do.
 
     Args:
         engine: it has not trained yet.
@@ -76,7 +77,7 @@ def check_early(engine: Engine, monitor: str | None, key: str, place: str = "") 
     if monitor is None or monitor in NO_METRICS:
         return
     parts = [f"{name}_" for name, metric in engine.task.metrics.items() if isinstance(metric, WholeSet)]
-    adds = bool(engine.callbacks.on_epoch_row) or base_of(monitor).startswith(tuple(parts))
+    adds = adds_columns(engine.task.hooks) or base_of(monitor).startswith(tuple(parts))
     if engine.valid is None and monitor.startswith(VALID) and not adds:
         raise UsageError(
             f"{key} = {monitor!r} ({place}): there is no validation, so there is no such column.", on_all_ranks=True

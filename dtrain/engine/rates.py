@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from dtrain.engine.hooks import adds_columns
 from dtrain.engine.train_step import Interval, Task
 from dtrain.errors import UsageError
 from dtrain.rundir.columns import watched
@@ -55,15 +56,17 @@ class Rates:
         if interval == "step":
             self.rate = self.now()
         if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(float(self._watched(row)))
+            value = self._watched(row)
+            if value is not None:  # else it was not measured in this epoch
+                scheduler.step(float(value))
         else:
             scheduler.step()
 
     def _watched(self, row: Mapping[str, Any] | None) -> Any:
-        """Returns the value of the column that ReduceLROnPlateau watches."""
+        """Returns the value of the column that ReduceLROnPlateau watches; None where a hook did not give it."""
         names = watched(self._task.monitor)
         found = next((row[name] for name in names if name in row), None) if row is not None else None
-        if found is None:
+        if found is None and not (row is not None and adds_columns(self._task.hooks)):
             raise UsageError(
                 f"ReduceLROnPlateau counts epochs and watches a column of the history, {names[0]}: return it from "
                 "build_scheduler without 'step', and return such a value from the steps, or name another column with "

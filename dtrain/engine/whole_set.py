@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtrain.engine.packed import gather_entries, own_values, pack_entries, unpack_entries
 from dtrain.errors import DataError, StepError, add_remark
 
 if TYPE_CHECKING:
     from dtrain.distributed.world import World
 
 _CPU = torch.device("cpu")
-_SIMPLE = (bool, int, float, str, type(None))
 
 
 class WholeSet:
@@ -40,6 +40,7 @@ class WholeSet:
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self._name, self._function = name, function
+        self._whose = f"metric {name!r}"
         self._entries: list[tuple[int, int, Any]] = []  # where its first sample is, how many, and the arguments
 
     def reset(self) -> None:
@@ -54,8 +55,10 @@ class WholeSet:
             count: its samples.
             arguments, keywords: of the function; each has a row or an entry for each sample.
 
+        They are copied: a loader may use the memory of its batch again.
+
         Raises:
-            StepError: one has another length.
+            StepError: one has another length, or is of a kind that cannot be sent to other ranks or saved.
         """
         for key, value in (*enumerate(arguments), *keywords.items()):
             length = len(value) if hasattr(value, "__len__") and getattr(value, "shape", None) != () else None
@@ -67,7 +70,8 @@ class WholeSet:
                     f"metric {self._name!r}: the step returned {which} with {what} for a batch of {count} samples. It "
                     "is computed from all samples: return a row of a tensor, or an entry of a list, for each."
                 )
-        self._entries.append((start, count, [list(arguments), dict(keywords)]))
+        mine = own_values([list(arguments), dict(keywords)], self._whose)
+        self._entries.append((start, count, mine))
 
     def compute(self, world: World) -> dict[str, float]:
         """Calls the function with all ranks' values, on rank 0.
@@ -76,20 +80,20 @@ class WholeSet:
             columns, equal on all ranks: the metric's name, or, where the function returns a mapping, NAME_KEY.
 
         Raises:
-            StepError: it returns no number, or a value cannot be sent to other ranks.
+            StepError: it returns no number.
             DataError: the ranks do not have all samples, or some twice.
         """
-        entries = self._entries if world.size == 1 else gather_entries(self._entries, world, f"metric {self._name!r}")
+        entries = self._entries if world.size == 1 else gather_entries(self._entries, world, self._whose)
         found = self._called(sorted(entries, key=lambda entry: entry[0])) if world.is_main else {}
         return dict(world.gather_json(found)[0])
 
-    def state(self) -> list[Any]:
+    def state(self) -> dict[str, Any]:
         """Returns what was added so far, for a checkpoint within an epoch."""
-        return [[start, count, _as_tensors(values)] for start, count, values in self._entries]
+        return pack_entries(self._entries, self._whose)
 
-    def load(self, state: list[Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state` returned."""
-        self._entries = [(start, count, values) for start, count, values in state]
+        self._entries = unpack_entries(state)
 
     def _called(self, entries: Sequence[tuple[int, int, Any]]) -> dict[str, float]:
         position = 0
@@ -144,107 +148,3 @@ def _joined(parts: Sequence[Any]) -> Any:
     if all(isinstance(part, np.ndarray) for part in parts) and len({part.shape[1:] for part in parts}) == 1:
         return np.concatenate(parts)
     return [row for part in parts for row in part]
-
-
-# --- between ranks --------------------------------------------------------------------------------------
-
-
-def gather_entries(entries: Sequence[tuple[int, int, Any]], world: World, whose: str) -> list[tuple[int, int, Any]]:
-    """Returns all ranks' entries, tensors on the CPU. No pickle is involved: JSON, and one tensor of each type.
-
-    Args:
-        entries: where the first sample of each is, how many samples, and values: tensors, arrays, numbers, texts, and
-            lists, tuples and mappings of these.
-        world: the ranks.
-        whose: they are, for messages.
-
-    Raises:
-        StepError: a value is of another kind.
-    """
-    packed = _Packed(whose)
-    mine = [[start, count, packed.pack(values)] for start, count, values in entries]
-    told = world.gather_json([mine, sorted(packed.numbers)])
-    types = sorted({kind for _, kinds in told for kind in kinds})
-    flat = {kind: world.gather_tensors(packed.flat(kind), _CPU) for kind in types}
-    found = []
-    for rank, (theirs, _) in enumerate(told):
-        unpacked = _Unpacked({kind: parts[rank] for kind, parts in flat.items()})
-        found += [(start, count, unpacked.unpack(values)) for start, count, values in theirs]
-    return found
-
-
-class _Packed:
-    """Nested values as JSON, with the numbers of their tensors in a row, by type."""
-
-    def __init__(self, whose: str) -> None:
-        self._whose = whose
-        self.numbers: dict[str, list[Tensor]] = {}
-
-    def pack(self, value: Any) -> Any:
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-            return {"array": self.pack(torch.from_numpy(np.ascontiguousarray(value)))["tensor"]}
-        if isinstance(value, Tensor):
-            kind = str(value.dtype).removeprefix("torch.")
-            self.numbers.setdefault(kind, []).append(value.detach().to(_CPU).reshape(-1))
-            return {"tensor": [kind, list(value.shape)]}
-        if isinstance(value, Mapping):
-            return {"mapping": [[self.pack(key), self.pack(part)] for key, part in value.items()]}
-        if isinstance(value, tuple):
-            return {"tuple": [self.pack(part) for part in value]}
-        if isinstance(value, (list, np.ndarray)):
-            return [self.pack(part) for part in value]
-        if isinstance(value, np.generic):
-            value = value.item()
-        if isinstance(value, _SIMPLE):
-            return value
-        raise StepError(
-            f"{self._whose}: a step returned a {type(value).__name__} for it, which cannot be sent to other ranks. "
-            "Return tensors, arrays, numbers, texts, and lists, tuples and mappings of these."
-        )
-
-    def flat(self, kind: str) -> Tensor | None:
-        parts = self.numbers.get(kind)
-        return None if parts is None else torch.cat(parts)
-
-
-class _Unpacked:
-    """Undoes `_Packed`, in the same order.
-
-    Args:
-        flat: a rank's numbers, by type.
-    """
-
-    def __init__(self, flat: Mapping[str, Tensor | None]) -> None:
-        self._flat = flat
-        self._used = dict.fromkeys(flat, 0)
-
-    def unpack(self, value: Any) -> Any:
-        if isinstance(value, list):
-            return [self.unpack(part) for part in value]
-        if not isinstance(value, dict):
-            return value
-        ((what, held),) = value.items()
-        if what == "mapping":
-            return {self.unpack(key): self.unpack(part) for key, part in held}
-        if what == "tuple":
-            return tuple(self.unpack(part) for part in held)
-        tensor = self._next(*held)
-        return tensor.numpy() if what == "array" else tensor
-
-    def _next(self, kind: str, shape: list[int]) -> Tensor:
-        whole, used = self._flat[kind], self._used[kind]
-        assert whole is not None  # noqa: S101 - a rank that names a type has numbers of it
-        count = int(np.prod(shape, dtype=np.int64))
-        self._used[kind] = used + count
-        return whole[used : used + count].reshape(shape)
-
-
-def _as_tensors(value: Any) -> Any:
-    """Returns nested values without arrays, which a checkpoint keeps as tensors."""
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return torch.from_numpy(np.ascontiguousarray(value))
-    if isinstance(value, Mapping):
-        return {key: _as_tensors(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_as_tensors(part) for part in value) if type(value) in (list, tuple) else list(value)
-    return value

@@ -94,7 +94,9 @@ def sure_mode_of(name: str) -> Mode | None:
     return mode_of(name) if words & (_LESS | _MORE) else None
 
 
-def check_monitor(monitor: str | None, known: Iterable[str], key: str, place: str = "") -> None:
+def check_monitor(
+    monitor: str | None, known: Iterable[str], key: str, place: str = "", *, may_lack: bool = False
+) -> bool:
     """Compares the name of a column with those of the history.
 
     Args:
@@ -102,13 +104,22 @@ def check_monitor(monitor: str | None, known: Iterable[str], key: str, place: st
         known: the columns that there are.
         key: what the column is given as, "checkpoint.monitor", say.
         place: where it is given, in words; may be empty.
+        may_lack: whether a hook may add it later, unless its name is much like one that is there.
+
+    Returns:
+        whether it is there.
 
     Raises:
         UsageError: no such column in the history.
     """
     columns = [name for name in known if name != EPOCH]
-    if monitor is not None and monitor not in (EPOCH, *columns):
-        raise UsageError(
-            f"{key} = {monitor!r}{place and f' ({place})'}: no such column in the history."
-            f"{nearest(monitor, columns)} It has {', '.join(columns)}."
-        )
+    if monitor is None or monitor in (EPOCH, *columns):
+        return True
+    meant = nearest(monitor, columns)
+    if may_lack and not meant:
+        return False
+    later = " If after_epoch returns it later, return it in each epoch, as math.nan where there is none." * may_lack
+    raise UsageError(
+        f"{key} = {monitor!r}{place and f' ({place})'}: no such column in the history.{meant} It has "
+        f"{', '.join(columns)}.{later}"
+    )

@@ -34,6 +34,7 @@ from dtrain.distributed.stopping import Stopping, check_not_asked
 from dtrain.distributed.world import World
 from dtrain.engine.call_hooks import state_of_hooks
 from dtrain.engine.callback import Callbacks, EngineCallback
+from dtrain.engine.hooks import adds_columns
 from dtrain.engine.loop import Engine
 from dtrain.engine.monitored import check_early, check_plateau
 from dtrain.engine.nan_guard import WarnOfValidation
@@ -272,9 +273,8 @@ def begin(engine: Engine, settings: Settings, resume: str, own: Callable[[Path],
     early = settings.config.early_stopping
     if early.patience is not None or early.target is not None:
         place = settings.place_of("early_stopping.monitor")
-        stopping = EarlyStopping(
-            early.monitor, early.mode, early.patience, "early_stopping.", place, target=early.target
-        )
+        how: dict[str, Any] = {"target": early.target, "may_lack": adds_columns(engine.task.hooks)}
+        stopping = EarlyStopping(early.monitor, early.mode, early.patience, "early_stopping.", place, **how)
         engine.callbacks.add(StopEarly(engine, stopping))
     if loaded is None:
         return RunContext(Path(folder), samples=samples)

@@ -13,11 +13,14 @@ from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dtrain.launch.supervisor import free_port, rank_environment
 from helpers.commands import SERVERS, clean_environment
 from helpers.rank_worker import as_process
+
+if TYPE_CHECKING:
+    from dtrain.distributed.world import World
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
 _HEAVY = [
@@ -69,6 +72,21 @@ def run_ranks(
         codes = [rank.exitcode for rank in ranks]
         assert codes == [0] * size, f"exit codes by rank: {codes}"
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+def write_once(path: Path, text: str, world: World | None) -> Path:
+    """Writes a file that all ranks are to read: rank 0 does, and the others wait, who might read half of it.
+
+    Args:
+        path: the file.
+        text: its content.
+        world: the ranks; None for one.
+    """
+    if world is None or world.is_main:
+        path.write_text(text)
+    if world is not None:
+        world.gather_json(0)
+    return path
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.ranks import run_ranks
+from helpers.ranks import run_ranks, write_once
 
 from dtrain.callbacks.progress import ConsoleOptions
 from dtrain.config import load_settings
@@ -42,8 +42,8 @@ def valid_step(model, x):
 def start(
     folder: Path, *words: str, validates: bool = True, world: World | None = None, voice: ConsoleOptions | None = None
 ):
-    recipe = folder / "scripted.py"
-    recipe.write_text(RECIPE.format(validates=validates, steps=str(folder / "steps")))
+    text = RECIPE.format(validates=validates, steps=str(folder / "steps"))
+    recipe = write_once(folder / "scripted.py", text, world)
     settings = load_settings(str(recipe), [f"run.dir={folder}", "run.name=it", "epochs=6", *words], {})
     return train_run(settings, world or bring_up(cpu=True), voice=voice)
 

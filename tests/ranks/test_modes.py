@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.ranks import run_ranks
+from helpers.ranks import run_ranks, write_once
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -69,7 +69,7 @@ def valid_step(model, x):
 
 
 def start(folder: Path, *words: str, world: World | None = None) -> Path:
-    (folder / "distils.py").write_text(RECIPE)
+    write_once(folder / "distils.py", RECIPE, world)
     how = [f"run.dir={folder}", "run.name=it", "train.batch=global", *words]
     return train_run(load_settings(str(folder / "distils.py"), how, {}), world or bring_up(cpu=True))
 
@@ -101,6 +101,30 @@ def test_what_a_hook_changes_holds_for_the_epochs_after_it_also_in_a_resumed_run
     start(tmp_path, "epochs=3", "frees=2")
     run = start(tmp_path, "epochs=4", "frees=2")
     assert read_history(run)["trains"].tolist() == [0, 1, 1, 1]
+
+
+SAMPLES = """
+
+def after_epoch(model):
+    model.eval()  # as a helper does that samples from a model, and puts it back as a whole
+    model.train()
+"""
+
+
+def of_ranks_that_sample(world: World, folder: str, words: list[str]) -> None:
+    recipe = write_once(Path(folder) / "samples.py", RECIPE + SAMPLES, world)
+    how = [f"run.dir={folder}", "run.name=it", "train.batch=global", "epochs=3", *words]
+    train_run(load_settings(str(recipe), how, {}), world)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("words", [[], ["checkpoint.every_epochs=0"], ["checkpoint.every_steps=1"]])
+def test_what_a_hook_does_with_modes_after_an_epoch_changes_no_training(
+    tmp_path: Path, ranks: int, words: list[str]
+) -> None:
+    """Not on rank 0 either, which asks for the modes to save them."""
+    run_ranks(of_ranks_that_sample, ranks, folder=str(tmp_path), words=words)
+    assert read_history(tmp_path / "it")["trains"].tolist() == [0, 0, 0]
 
 
 class Body(nn.Module):
@@ -164,9 +188,11 @@ def test_modes_are_named_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
     net.eval()
     modes.train()
     assert [part.training for part in net.modules()] == [True, True, True, False, True]
-    assert modes.state() == ["1.0"]
+    assert modes.state(within=False) == ["1.0"]
     net[1].eval()
-    assert modes.state() == ["1", "1.0", "1.1"]
+    assert modes.state(within=True) == ["1", "1.0", "1.1"]
+    assert modes.state(within=False) == ["1.0"], "to ask changes nothing"
+    modes.note()
     net.eval()
     modes.note()
-    assert modes.state() == ["1", "1.0", "1.1"], "validation says nothing of training"
+    assert modes.state(within=False) == ["1", "1.0", "1.1"], "validation says nothing of training"

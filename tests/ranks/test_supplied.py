@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.ranks import run_ranks
+from helpers.ranks import run_ranks, write_once
 
 from dtrain.config import load_settings
 from dtrain.distributed.world import World, bring_up
@@ -65,7 +65,7 @@ MAP = "TensorDataset(torch.ones(n, 1))"
 
 
 def start(folder: Path, *words: str, data: str = MAP, world: World | None = None) -> dict[str, Any]:
-    (folder / "supplied.py").write_text(RECIPE.format(data=data))
+    write_once(folder / "supplied.py", RECIPE.format(data=data), world)
     how = [f"run.dir={folder}", "run.name=it", *words]
     world = world or bring_up(cpu=True)
     run = train_run(load_settings(str(folder / "supplied.py"), how, {}), world)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.commands import Dtrain
-from helpers.ranks import run_ranks
+from helpers.ranks import run_ranks, write_once
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -110,10 +110,8 @@ def test_ranks_that_do_not_agree_on_a_column_are_refused(tmp_path: Path) -> None
 
 
 def told_of_hooks(world: World, folder: str) -> str:
-    recipe = Path(folder) / "apart.py"
-    if world.is_main:
-        recipe.write_text(f"{RECIPE.read_text()}\n\nif not dtrain.is_main():\n    del after_epoch\n")
-    world.gather_json(0)
+    text = f"{RECIPE.read_text()}\n\nif not dtrain.is_main():\n    del after_epoch\n"
+    recipe = write_once(Path(folder) / "apart.py", text, world)
     settings = load_settings(str(recipe), [f"run.dir={folder}", "epochs=1"], {})
     with pytest.raises(dt.UsageError) as raised:
         train_run(settings, world)

@@ -13,6 +13,7 @@ from sklearn.metrics import f1_score
 
 import dtrain
 from dtrain.checkpoint.tensors import read_file
+from dtrain.checkpoint.tree import flatten, unflatten
 from dtrain.config import load_settings
 from dtrain.distributed.world import World, bring_up
 from dtrain.engine.synced_metrics import check_metrics
@@ -193,6 +194,68 @@ def test_rows_of_unequal_shapes_come_as_a_list() -> None:
     assert metric.compute(one()) == {"f1": 1.0}
     assert [tuple(row.shape) for row in seen[0]] == [(3,), (3,), (5,)]
     assert seen[1] == [["a"], [], ["c"]]
+
+
+NUMBERS = np.arange(5, dtype=np.float32)
+VALUES: list[Any] = [
+    torch.arange(5), NUMBERS, np.array(["a", "bc", "", "d", "e"]), np.array([[1 + 2j]] * 5), NUMBERS > 2,
+    ["text", None, 3, (1, 2.5), {"box": torch.ones(2), 3: np.array(["x"])}], np.arange(5).astype(">i4"),
+]  # fmt: skip
+
+
+def kinds_of(value: Any) -> Any:
+    """What a value is, all the way down, to be compared."""
+    if isinstance(value, torch.Tensor):
+        return "tensor", value.dtype, value.tolist()
+    if isinstance(value, np.ndarray):
+        return "array", value.dtype.kind, value.tolist()
+    if isinstance(value, dict):
+        return {key: kinds_of(part) for key, part in value.items()}
+    return type(value)(map(kinds_of, value)) if isinstance(value, (list, tuple)) else value
+
+
+def seen_of_two_batches(world: World) -> list[str]:
+    """What a function gets, where each rank has a batch of three or two samples, or one rank has both."""
+    seen: list[Any] = []
+    metric = WholeSet("f1", lambda *values: seen.extend(values) or 1.0)
+    for start, end in [(0, 3), (3, 5)][world.rank :: world.size]:
+        metric.add(start, end - start, [value[start:end] for value in VALUES], {})
+    assert metric.compute(world) == {"f1": 1.0}
+    return [repr(kinds_of(value)) for value in seen]
+
+
+def test_values_come_as_they_are_from_another_rank_too() -> None:
+    expected = [repr(kinds_of(value)) for value in VALUES]
+    assert seen_of_two_batches(one()) == expected
+    assert run_ranks(seen_of_two_batches, 2)[0] == expected
+
+
+def test_and_from_a_checkpoint() -> None:
+    seen: list[Any] = []
+    first, again = (WholeSet("f1", lambda *values: seen.extend(values) or 1.0) for _ in range(2))
+    first.add(0, 3, [value[:3] for value in VALUES], {})
+    again.load(unflatten(*flatten(first.state(), "it")))
+    again.add(3, 2, [value[3:] for value in VALUES], {})
+    again.compute(one())
+    assert [kinds_of(value) for value in seen] == [kinds_of(value) for value in VALUES]
+
+
+def test_a_loader_may_use_the_memory_of_its_batch_again() -> None:
+    room, array = torch.zeros(2), np.zeros(2)
+    metric = WholeSet("f1", lambda x, y: float(x.sum()) + float(y.sum()))
+    for batch in range(3):
+        room.fill_(batch)
+        array[:] = batch
+        metric.add(2 * batch, 2, [room, array], {})
+    assert metric.compute(one()) == {"f1": 12.0}
+
+
+@pytest.mark.parametrize("value", [[object()], [b"bytes"], np.array(["2026-01-01"], dtype="datetime64[D]")])
+def test_what_no_other_rank_could_get_is_refused_on_one_rank_too(value: Any) -> None:
+    with pytest.raises(
+        StepError, match=r"metric 'f1': a step returned a \w+ for it, which cannot be sent to other ranks"
+    ):
+        WholeSet("f1", lambda x: 0.0).add(0, 1, [value], {})
 
 
 @pytest.mark.parametrize("thing", [3, "f1", f1_score.__class__, type("Own", (), {"compute": 1, "__call__": 2})()])
