@@ -66,10 +66,10 @@ class Own:
         return [line.get("row", line.get("firm")) or (line["updates"], line["values"]) for line in lines]
 
 
-@pytest.mark.parametrize("name", [*NO_METRICS, "dtrain/epoch"])
+@pytest.mark.parametrize("name", [*NO_METRICS, "dtrain.epoch"])
 @pytest.mark.parametrize("media", [None, SimpleNamespace(log=lambda *_: None)])
 def test_a_name_of_dtrains_own_is_refused_on_every_rank_with_the_remedy(name: str, media: Any) -> None:
-    mine = f"my/{name.removeprefix('dtrain/')}"
+    mine = f"my/{name.removeprefix('dtrain.')}"
     with pytest.raises(UsageError, match=f"run.log got a value named '{name}'.* such as \"{mine}\"\\."):
         run_at(3, media).log({"fine": 1.0, name: 2.0})
     run_at(3, media).log({mine: 2.0})
