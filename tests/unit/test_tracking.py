@@ -168,24 +168,6 @@ def test_the_table_at_the_end_has_the_columns_of_all_rows() -> None:
     assert [list(row) for row in table.data] == [[1, 0.1, None], [2, 0.1, 0.75]]
 
 
-def test_values_named_as_what_a_line_tells_by_itself_stay_values(tmp_path: Path) -> None:
-    named = {"row": 7.0, "firm": 8.0, "updates": 9.0, "at": 10.0}
-    log = StepLog(tmp_path)
-    log.add({"updates": 2, "at": 5.0, "values": named})
-    log.close()
-    assert [(e.step, e.at, e.values) for e in Values(tmp_path).news()] == [(2, 5.0, named)]
-    StepLog(tmp_path, epochs=1, updates=2).close()
-    assert {"updates": 2, "values": named} in written(tmp_path), "it is of a step that the checkpoint holds"
-
-
-def test_lines_of_earlier_versions_are_understood(tmp_path: Path) -> None:
-    log = StepLog(tmp_path)
-    log.add({"updates": 2, "at": 5.0, "step/loss": 1.0, "row": 7.0, "epoch": 1.0})
-    log.close()
-    StepLog(tmp_path, updates=2).close()
-    assert [(e.step, e.at, e.values) for e in Values(tmp_path).news()] == [(2, 5.0, {"step/loss": 1.0, "row": 7.0})]
-
-
 # --- what the engine tells ----------------------------------------------------------------------------------
 
 

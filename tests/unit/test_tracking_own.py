@@ -18,6 +18,7 @@ from dtrain.callbacks.tracking.base import RunEnd, TrackedRun
 from dtrain.callbacks.tracking.files import STEPS, StepLog, read_lines
 from dtrain.callbacks.tracking.mlflow_tracker import MlflowBackend
 from dtrain.callbacks.tracking.tracking import Tracking
+from dtrain.callbacks.tracking.values import Values
 from dtrain.config.schema import MlflowConfig
 from dtrain.engine.metrics import MeanTable
 from dtrain.engine.run import Run, RunState
@@ -117,6 +118,26 @@ def test_where_epochs_alone_are_wanted_there_is_one_value_an_epoch(tmp_path: Pat
             own.log(3 * epoch + step, a=float(step))
         own.tracking.on_epoch_end({"epoch": epoch})
     assert [line for line in own.kept() if isinstance(line, tuple)] == [(5, {"a": 2.0}), (8, {"a": 2.0})]
+
+
+def test_values_named_as_what_a_line_tells_by_itself_stay_values(tmp_path: Path) -> None:
+    named = {"row": 7.0, "firm": 8.0, "updates": 9.0, "at": 10.0}
+    log = StepLog(tmp_path)
+    log.add({"updates": 2, "at": 5.0, "values": named})
+    log.close()
+    assert [(e.step, e.at, e.values) for e in Values(tmp_path).news()] == [(2, 5.0, named)]
+    StepLog(tmp_path, epochs=1, updates=2).close()
+    assert {"updates": 2, "at": 5.0, "values": named} in read_lines(tmp_path / TRACKING / STEPS), (
+        "it is of a step that the checkpoint holds"
+    )
+
+
+def test_lines_of_earlier_versions_are_understood(tmp_path: Path) -> None:
+    log = StepLog(tmp_path)
+    log.add({"updates": 2, "at": 5.0, "step/loss": 1.0, "row": 7.0, "epoch": 1.0})
+    log.close()
+    StepLog(tmp_path, updates=2).close()
+    assert [(e.step, e.at, e.values) for e in Values(tmp_path).news()] == [(2, 5.0, {"step/loss": 1.0, "row": 7.0})]
 
 
 class Client:
