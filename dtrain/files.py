@@ -13,7 +13,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
@@ -175,6 +175,23 @@ def append_whole(descriptor: int, data: bytes, path: Path, *, sync: bool) -> Non
         os.fsync(descriptor)
 
 
+def append_line(descriptor: int, line: bytes, path: Path, *, sync: bool = False) -> None:
+    """Appends a line to an open file by one write; where the last one is torn, as by a full disk, below that one.
+
+    Args:
+        descriptor: of the file, opened with O_RDWR and O_APPEND.
+        line: with its end.
+        path: the file's, for the message.
+        sync: whether it is on the disk when this returns.
+
+    Raises:
+        OSError: it could not be written whole.
+    """
+    size = os.fstat(descriptor).st_size
+    torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+    append_whole(descriptor, b"\n" + line if torn else line, path, sync=sync)
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """Yields a file that gets its name once it is whole and on the disk; where that fails, nothing of it is left.
@@ -196,13 +213,15 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
-def write_below(folder: Path, name: str | PurePath, data: str | bytes, *, mode: int = MODE, sync: bool = False) -> None:
+def write_below(
+    folder: Path, name: str | PurePath, data: str | bytes | Iterable[bytes], *, mode: int = MODE, sync: bool = False
+) -> None:
     """Writes a file whole or not at all: under another name first. A link in its place is replaced, not followed.
 
     Args:
         folder: the run's.
         name: relative to it; its own folder is there.
-        data: text is written as UTF-8.
+        data: text is written as UTF-8; of what is too large for the memory its parts.
         mode: of the file, before the umask.
         sync: whether it is on the disk before it gets its name.
 
@@ -215,7 +234,8 @@ def write_below(folder: Path, name: str | PurePath, data: str | bytes, *, mode: 
         try:
             descriptor = _new(folder, part, parent, mode)
             with os.fdopen(descriptor, "wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                whole = data.encode() if isinstance(data, str) else data
+                file.writelines([whole] if isinstance(whole, bytes) else whole)
                 if sync:
                     file.flush()
                     os.fsync(file.fileno())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ _BINS = 64
 _CHANNELS = (1, 3, 4)
 _DIMENSIONS = (2, 3)
 _ROUNDING = 1e-6
+_PART = 1 << 20  # bytes of a file that are copied at once
 
 
 class RunMedia:
@@ -49,7 +50,8 @@ class RunMedia:
         Raises:
             UsageError: it is not what its kind says.
         """
-        entry, data, suffix = Entry(kind, str(name), epoch, step), None, ""
+        entry, suffix = Entry(kind, str(name), epoch, step), ""
+        data: bytes | Iterable[bytes] | None = None
         if kind == "image":
             data, suffix = png_of(content, name), ".png"
         elif kind == "histogram":
@@ -57,7 +59,7 @@ class RunMedia:
         elif kind == "text":
             data, suffix = str(content).encode("utf-8", "replace"), ".txt"
         else:
-            data, suffix = _read(content), content.suffix
+            data, suffix = _parts(content), content.suffix
         try:
             entry = self._folder.add(entry, data, suffix)
         except OSError as error:  # a disk that takes none of these ends no training
@@ -156,8 +158,20 @@ def histogram_of(entry: Entry, values: Any) -> Entry:
     )
 
 
-def _read(path: Path) -> bytes:
+def _parts(path: Path) -> Iterator[bytes]:
+    """Returns a file's content in parts, since it may be larger than the memory that is left.
+
+    Raises:
+        UsageError: it cannot be opened.
+    """
     try:
-        return path.read_bytes()
+        file = path.open("rb")
     except OSError as error:
         raise UsageError(f"{path}: cannot read the file: {error.strerror}.") from None
+    return _read(file)
+
+
+def _read(file: BinaryIO) -> Iterator[bytes]:
+    with file:
+        while part := file.read(_PART):
+            yield part

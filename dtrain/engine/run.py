@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from dtrain.engine.loop import Engine
+from dtrain.errors import UsageError
+from dtrain.rundir.columns import NO_METRICS, OWN
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,9 +123,20 @@ class Run:
     def log(self, values: Mapping[str, float]) -> None:
         """Sends numbers of this moment to the trackers, with the number of optimizer steps; from rank 0.
 
+        Of each name the last value within `track.every_seconds` is sent, and the last one of an epoch and of the run.
+
         Args:
             values: name -> number.
+
+        Raises:
+            UsageError: a name is that of a column of dtrain's own, such as "epoch".
         """
+        for name in map(str, values):
+            if name in NO_METRICS or name.startswith(OWN):
+                raise UsageError(
+                    f"run.log got a value named {name!r}, which is a name of dtrain's own: trackers could not tell it "
+                    f'from the epoch\'s. Log it under another one, such as "my/{name.removeprefix(OWN)}".'
+                )
         if self._state.media is not None:
             self._state.media.log({str(name): float(value) for name, value in values.items()}, self.step)
 

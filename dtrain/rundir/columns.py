@@ -12,6 +12,7 @@ Mode = Literal["min", "max"]
 
 EPOCH, LR, SECONDS, RATE = "epoch", "lr", "seconds", "samples_per_second"
 NO_METRICS = (EPOCH, LR, SECONDS, RATE)
+OWN = "dtrain."  # begins the names of what dtrain notes in a tracker for itself
 TIMES = (SECONDS, RATE)  # which are another one each time
 VALID = "val_"
 

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 # process without one; a power cut can take this long's rows.
 _SYNC_SECONDS = 1.0
 
+_NAN = str(math.nan)  # a cell of a row from before its column
+
 # What stands in the file's place is another one, or no file at all.
 _NOT_THE_FILE = (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO)
 
@@ -297,9 +299,21 @@ def _mark(descriptor: int) -> tuple[int, int]:
 
 
 def _is_known(there: str, text: str) -> bool:
-    """Whether a file has nothing that the rows do not hold, but rows of later epochs, or one that a kill has cut."""
+    """Whether a file has nothing that the rows do not hold, but rows of later epochs, or one that a kill has cut.
+
+    Columns are compared by their names: one that came with a later epoch is NaN in the rows before.
+    """
     if text.startswith(there):
         return True
-    head, _, rest = there.partition("\n") if not text else (text.partition("\n")[0], "", there[len(text) :])
-    width = len(parse_table(f"{head}\n".encode()).columns)
-    return there.startswith(text) and all(is_row(line, width) for line in rest.split("\n")[:-1] if line.strip("\0"))
+    found, held = parse_table(there.encode()), parse_table(text.encode())
+    later = len(found.rows) - len(held.rows)
+    if found.faults or len(set(found.columns)) != len(found.columns):
+        return False
+    if (held.columns and found.columns[:1] != held.columns[:1]) or (later < 0 and not there.endswith("\n")):
+        return False  # nothing that dtrain leaves
+    for cells, known in zip(found.rows, held.rows, strict=False):
+        row = dict(zip(held.columns, known, strict=True))
+        if any(cell != row.get(name, _NAN) for name, cell in zip(found.columns, cells, strict=True)):
+            return False
+    lines = [line for line in there.split("\n")[:-1] if line.strip("\0")]
+    return all(is_row(line, len(found.columns)) for line in lines[len(lines) - max(later, 0) :])

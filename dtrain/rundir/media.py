@@ -13,20 +13,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from dtrain.files import make_folder, open_below, read_below, write_below
+from dtrain.files import append_line, make_folder, open_below, write_below
 from dtrain.layout import MEDIA
+
+logger = logging.getLogger(__name__)
 
 INDEX = "index.jsonl"
 KINDS = ("image", "histogram", "text", "file")
-_MOST_INDEX = 64 << 20  # bytes
+_MOST_INDEX = 64 << 20  # bytes of an index that are read; the last ones, of a longer one
+_LONGEST_LINE = 1 << 20  # bytes
 _LONGEST_NAME = 60
+_told: set[Path] = set()  # indices that are too large: a page that is followed reads them again and again
 
 
 @dataclass(frozen=True)
@@ -62,17 +67,15 @@ class MediaFolder:
 
     def __init__(self, run: Path, updates: int = 0) -> None:
         self._run = run
-        known = read_media(run)
-        kept = [entry for entry in known if entry.step <= updates]
-        if len(kept) != len(known):
-            write_below(run, f"{MEDIA}/{INDEX}", "".join(map(_line, kept)))
+        if any(not _is_kept(line, updates) for line in _lines(run)):
+            write_below(run, f"{MEDIA}/{INDEX}", (line for line in _lines(run) if _is_kept(line, updates)))
 
-    def add(self, entry: Entry, data: bytes | None = None, suffix: str = "") -> Entry:
+    def add(self, entry: Entry, data: bytes | Iterable[bytes] | None = None, suffix: str = "") -> Entry:
         """Adds an entry, and its file before it, so that a kill leaves no entry without its file.
 
         Args:
             entry: without its file.
-            data: the file's content; None where it has none.
+            data: the file's content, or its parts; None where it has none.
             suffix: of the file's name, such as ".png".
 
         Returns:
@@ -87,9 +90,9 @@ class MediaFolder:
             make_folder(self._run, f"{MEDIA}/{folder_of(entry.name)}")
             write_below(self._run, f"{MEDIA}/{file}", data)
             entry = replace(entry, file=file)
-        descriptor = open_below(self._run, f"{MEDIA}/{INDEX}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        descriptor = open_below(self._run, f"{MEDIA}/{INDEX}", os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
-            os.write(descriptor, _line(entry).encode())
+            append_line(descriptor, _line(entry).encode(), self._run / MEDIA / INDEX)
         finally:
             os.close(descriptor)
         return entry
@@ -105,26 +108,67 @@ def folder_of(name: str) -> str:
 
 def read_media(run: Path) -> list[Entry]:
     """Returns what a run's index lists, in its order; of equal kinds, names and steps the last; what is damaged is left
-    out."""
-    try:
-        text = read_below(run, f"{MEDIA}/{INDEX}", _MOST_INDEX).decode("utf-8", "replace")
-    except OSError:
-        return []
+    out. Of an index that is too large it is the end that is read, and a warning says so."""
     found: dict[tuple[str, str, int], Entry] = {}
-    for line in text.splitlines():
+    for line in _lines(run, _MOST_INDEX):
         entry = _parsed(line)
         if entry is not None:
             found[entry.kind, entry.name, entry.step] = entry
     return list(found.values())
 
 
+def _lines(run: Path, most: int | None = None) -> Iterator[bytes]:
+    """Yields the lines of a run's index, one by one, since all of them may not fit into the memory.
+
+    Args:
+        run: the run's folder.
+        most: bytes at the index's end that are read; None for all.
+    """
+    try:
+        descriptor = open_below(run, f"{MEDIA}/{INDEX}", os.O_RDONLY)
+    except OSError:
+        return
+    with os.fdopen(descriptor, "rb") as file:
+        size = os.fstat(descriptor).st_size
+        if most is not None and size > most:
+            _say_left_out(run / MEDIA / INDEX, size - most)
+            file.seek(size - most - 1)
+            _skip_line(file)
+        while line := file.readline(_LONGEST_LINE):
+            if line.endswith(b"\n") or len(line) < _LONGEST_LINE:
+                yield line
+            else:
+                _skip_line(file)
+
+
+def _skip_line(file: BinaryIO) -> None:
+    while (part := file.readline(_LONGEST_LINE)) and not part.endswith(b"\n"):
+        pass
+
+
+def _is_kept(line: bytes, updates: int) -> bool:
+    entry = _parsed(line)
+    return entry is None or entry.step <= updates
+
+
+def _say_left_out(index: Path, size: int) -> None:
+    if index not in _told:
+        _told.add(index)
+        logger.warning(
+            "%s is larger than %s bytes: what its first %s bytes list is not shown. It is all kept in the folder.",
+            index,
+            f"{_MOST_INDEX:,}",
+            f"{size:,}",
+        )
+
+
 def _line(entry: Entry) -> str:
     return json.dumps({name: value for name, value in asdict(entry).items() if value not in ("", ())}) + "\n"
 
 
-def _parsed(line: str) -> Entry | None:
+def _parsed(line: bytes) -> Entry | None:
     try:
-        known: Any = json.loads(line)
+        known: Any = json.loads(line.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
     if not isinstance(known, Mapping):

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from dtrain import __version__
 from dtrain.errors import StopRequested, name_of_type, text_of
-from dtrain.files import append_whole, open_below, read_below
+from dtrain.files import append_line, open_below, read_below
 from dtrain.layout import STARTS
 from dtrain.masking import redacted
 
@@ -187,10 +187,7 @@ def _note(folder: Path, event: Mapping[str, Any]) -> None:
     try:
         descriptor = open_below(folder, STARTS, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
-            size = os.fstat(descriptor).st_size
-            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-            line = json.dumps(event).encode() + b"\n"
-            append_whole(descriptor, b"\n" + line if torn else line, path, sync=True)
+            append_line(descriptor, json.dumps(event).encode() + b"\n", path, sync=True)
         finally:
             os.close(descriptor)
     except OSError as error:

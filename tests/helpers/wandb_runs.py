@@ -42,7 +42,7 @@ def made_run(run: Path, epochs: int, **options: Any) -> Path:
     with (run / "history.csv").open("w") as history:
         history.write("epoch,loss,val_loss\n")
         for epoch in range(1, epochs + 1):
-            log.add({"updates": 10 * epoch - 5, "at": 1e9 + epoch, "step/loss": 1 / epoch})
+            log.add({"updates": 10 * epoch - 5, "at": 1e9 + epoch, "values": {"step/loss": 1 / epoch}})
             history.write(f"{epoch},{epoch / 3},{'nan' if epoch == 2 else epoch / 7}\n")
             log.add({"row": epoch, "updates": 10 * epoch, "at": 1e9 + epoch + 0.5})
             log.add({"firm": epoch})

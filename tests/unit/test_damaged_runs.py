@@ -296,3 +296,31 @@ class TestHistoryThatIsChangedMeanwhile:
         self.check(tmp_path, history, aside=aside)
         if aside:
             assert (tmp_path / "history-1.csv").read_bytes() == before.encode()
+
+    @pytest.mark.parametrize(
+        ("change", "aside"),
+        [
+            (lambda text: text, False),
+            (lambda text: text[:-3], False),  # torn by a kill
+            (lambda text: text.replace("1,0.5,nan", "1,0.5,0.25"), True),
+            (lambda text: text.replace("1,0.5,nan", "1,0.75,nan"), True),
+            (lambda text: text.replace("val_f1", "loss"), True),
+            (lambda text: text.replace("3,0.125,", "3,mine,"), True),
+            (lambda text: "\n".join(text.split("\n")[:2]), True),  # somebody's, who has no line end at the end
+            (lambda text: "notes", True),
+        ],
+    )
+    def test_a_column_that_came_after_the_checkpoint_is_no_change_of_somebodys(
+        self, tmp_path: Path, change: Callable[[str], str], aside: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Columns are compared by name, and a kill came between the late column's row and its checkpoint."""
+        path = tmp_path / "history.csv"
+        history = History(path)
+        for epoch in (1, 2):
+            history.append({"epoch": epoch, "loss": 0.5 / epoch, "lr": 0.1})
+        kept = [dict(row) for row in history.rows]
+        history.append({"epoch": 3, "loss": 0.125, "val_f1": 0.75, "lr": 0.1})
+        path.write_text(change(path.read_text()))
+        History.resumed(path, kept)
+        assert path.read_text() == "epoch,loss,lr\n1,0.5,0.1\n2,0.25,0.1\n"
+        assert ((tmp_path / "history-1.csv").exists(), "was modified" in caplog.text) == (aside, aside)

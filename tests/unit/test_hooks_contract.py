@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +239,60 @@ def test_a_damaged_index_hides_no_other_line(tmp_path: Path, line: str) -> None:
         file.write(f"{line}\n")
     MediaFolder(tmp_path, 9).add(Entry("text", "b", 1, 2), b"x", ".txt")
     assert [one.name for one in read_media(tmp_path)] == ["a", "b"]
+
+
+def half(descriptor: int, data: bytes) -> int:
+    """A write on a disk that is full after a part of it."""
+    return os.pwrite(descriptor, data[: len(data) // 2], os.fstat(descriptor).st_size)
+
+
+def test_an_entry_that_was_cut_by_a_full_disk_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    media = RunMedia(tmp_path, 0, None)
+    media.add("histogram", "a", [1.0], epoch=1, step=1)
+    with monkeypatch.context() as full:
+        full.setattr("dtrain.files.os.write", half)
+        media.add("histogram", "b", [1.0], epoch=1, step=2)
+    media.add("histogram", "c", [1.0], epoch=1, step=3)
+    assert [one.name for one in read_media(tmp_path)] == ["a", "c"]
+    assert "histogram 'b' cannot be saved" in caplog.text and "is the disk full?" in caplog.text
+
+
+def test_of_an_index_beyond_the_bound_the_end_is_read_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = MediaFolder(tmp_path)
+    for step in range(1, 10):
+        folder.add(Entry("text", "a", 1, step), b"x", ".txt")
+    index = tmp_path / MEDIA / INDEX
+    line = index.stat().st_size // 9
+    for most, first in ((3 * line, 7), (3 * line + 1, 7), (4 * line - 1, 7)):
+        monkeypatch.setattr("dtrain.rundir.media._MOST_INDEX", most)
+        assert [one.step for one in read_media(tmp_path)] == list(range(first, 10))
+    (said,) = caplog.messages
+    assert f"{index} is larger than {3 * line:,} bytes: what its first {6 * line:,} bytes list is not shown" in said
+    MediaFolder(tmp_path, 8)
+    assert [json.loads(one)["step"] for one in index.read_text().splitlines()] == list(range(1, 9))
+    with index.open("a") as file:
+        file.write("x" * (3 << 20) + "\n")
+    folder.add(Entry("text", "a", 1, 9), b"x", ".txt")
+    monkeypatch.setattr("dtrain.rundir.media._MOST_INDEX", 64 << 20)
+    assert [one.step for one in read_media(tmp_path)] == list(range(1, 10)), "a line without a bound is no line"
+
+
+def test_a_file_is_copied_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytes(range(256)) * 9
+    (tmp_path / "it.bin").write_bytes(data)
+    monkeypatch.setattr("dtrain.callbacks.media._PART", 1000)
+    monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("it may be larger than the memory"))
+    media = RunMedia(tmp_path, 0, None)
+    media.add("file", "it.bin", tmp_path / "it.bin", epoch=1, step=4)
+    monkeypatch.undo()
+    (entry,) = read_media(tmp_path)
+    assert (tmp_path / MEDIA / entry.file).read_bytes() == data
+    with pytest.raises(UsageError, match=r"no\.bin: cannot read the file: No such file"):
+        media.add("file", "no.bin", tmp_path / "no.bin", epoch=1, step=4)
 
 
 def test_no_name_leads_out_of_the_folder_or_to_another_ones() -> None:

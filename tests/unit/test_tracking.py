@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +18,13 @@ from dtrain.callbacks.tracking.files import STEPS, StepLog, Tail, read_json, rea
 from dtrain.callbacks.tracking.gpu import GpuGauge
 from dtrain.callbacks.tracking.tracking import Tracking
 from dtrain.callbacks.tracking.values import Values
+from dtrain.callbacks.tracking.wandb_run import _table
 from dtrain.callbacks.tracking.wandb_tracker import environment
 from dtrain.config.schema import MlflowConfig, TrackConfig
 from dtrain.engine.metrics import MeanTable
 from dtrain.errors import UsageError
 from dtrain.layout import TRACKING
+from dtrain.rundir.history import History
 
 
 def written(run: Path) -> list[dict[str, Any]]:
@@ -73,16 +76,53 @@ def test_a_growing_file_gives_whole_lines_once(tmp_path: Path) -> None:
     assert tail.news() == []
 
 
+def test_a_rewritten_file_is_read_from_its_beginning_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    tail, plain = Tail(path, is_rewritten=True), Tail(path)
+    path.write_text("head\none\n")
+    assert (tail.news(), tail.from_start) == (["head", "one"], True)
+    assert plain.news() == ["head", "one"]
+    with path.open("a") as file:
+        file.write("two\n")
+    assert (tail.news(), tail.from_start) == (["two"], False)
+    for content in ("heads\none\ntwo\n", "heads\none\n"):  # in place: with another first line, and shorter
+        path.write_text(content)
+        assert (tail.news(), tail.from_start) == (content.split(), True)
+    (tmp_path / "new").write_text("heads\nten\nsix\n")
+    (tmp_path / "new").rename(path)
+    assert (tail.news(), tail.from_start) == (["heads", "ten", "six"], True)
+    assert plain.news()[-1] == "six", "what is after the bytes that it had"
+
+
+def half(descriptor: int, data: bytes) -> int:
+    """A write on a disk that is full after a part of it."""
+    return os.pwrite(descriptor, data[: len(data) // 2], os.fstat(descriptor).st_size)
+
+
+def test_a_line_that_a_full_disk_has_cut_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = StepLog(tmp_path)
+    log.add({"row": 1, "updates": 3})
+    with monkeypatch.context() as full:
+        full.setattr("dtrain.files.os.write", half)
+        with pytest.raises(OSError, match="is the disk full"):
+            log.add({"updates": 4, "values": {"step/loss": 0.5}})
+    log.add({"firm": 1})
+    log.close()
+    assert written(tmp_path) == [{"row": 1, "updates": 3}, {"firm": 1}]
+
+
 # --- in which order it is sent ------------------------------------------------------------------------------
 
 
 def test_values_come_in_their_order_and_a_row_once_it_is_firm(tmp_path: Path) -> None:
     log, values = StepLog(tmp_path), Values(tmp_path)
-    log.add({"updates": 2, "at": 5.0, "step/loss": 1.0})
+    log.add({"updates": 2, "at": 5.0, "values": {"step/loss": 1.0}})
     assert [(e.step, e.at, e.values, e.is_row) for e in values.news()] == [(2, 5.0, {"step/loss": 1.0}, False)]
     history(tmp_path, 1)
     log.add({"row": 1, "updates": 3, "at": 6.0})
-    log.add({"updates": 4, "at": 7.0, "step/loss": 0.9})
+    log.add({"updates": 4, "at": 7.0, "values": {"step/loss": 0.9}})
     assert values.news() == []  # it might be computed anew
     log.add({"firm": 1})
     assert [(e.step, e.values) for e in values.news()] == [(3, {"epoch": 1, "loss": 1 / 3}), (4, {"step/loss": 0.9})]
@@ -99,6 +139,33 @@ def test_all_that_there_is_holds_also_rows_that_were_not_marked(tmp_path: Path) 
     found = Values(tmp_path).news(everything=True)
     assert [(e.step, e.values["epoch"]) for e in found] == [(3, 1), (4, 2), (5, 3)]  # no two rows in one of W&B's steps
     assert [e.values["epoch"] for e in Values(tmp_path).news()] == [1]
+
+
+def test_a_column_that_comes_late_gives_each_row_once_and_under_its_own_names(tmp_path: Path) -> None:
+    """A hook's column that an epoch is the first to have stands before lr, and has history.csv written anew."""
+    rows, log, values = History(tmp_path / "history.csv"), StepLog(tmp_path), Values(tmp_path)
+    given: list[dict[str, Any]] = [
+        {"epoch": epoch, "loss": 1 / epoch, **({"val_f1": 0.75} if epoch > 2 else {}), "lr": 0.1}
+        for epoch in range(1, 5)
+    ]
+    found: list[dict[str, Any]] = []
+    for row in given:
+        rows.append(row)
+        log.add({"row": row["epoch"], "updates": 10 * row["epoch"], "at": 1.0})
+        log.add({"firm": row["epoch"]})
+        found += [entry.values for entry in values.news()]
+    log.close()
+    assert found == given
+    assert values.news(everything=True) == []
+    assert [list(row) for row in values.rows] == [["epoch", "loss", "val_f1", "lr"]] * 4, "as history.csv has them"
+    assert [row["lr"] for row in values.rows] == [0.1] * 4
+
+
+def test_the_table_at_the_end_has_the_columns_of_all_rows() -> None:
+    pytest.importorskip("wandb")
+    table = _table([{"epoch": 1, "lr": 0.1}, {"epoch": 2, "lr": 0.1, "val_f1": 0.75}])
+    assert table.columns == ["epoch", "lr", "val_f1"]
+    assert [list(row) for row in table.data] == [[1, 0.1, None], [2, 0.1, 0.75]]
 
 
 # --- what the engine tells ----------------------------------------------------------------------------------
@@ -175,7 +242,7 @@ def test_between_two_moments_a_step_is_a_look_at_the_clock(tmp_path: Path, clock
     first, second = (values for _, values in recorder.steps)
     assert first == {"step/loss": (0.5 + 0.99 + 2.0) / 4, "step/lr": 0.5, "step/samples_per_second": 16 * 2 / 2.0}
     assert second["step/samples_per_second"] == 12 * 2 / 1.0
-    assert written(tmp_path) == [{"updates": step, **values} for step, values in recorder.steps]
+    assert written(tmp_path) == [{"updates": step, "values": values} for step, values in recorder.steps]
     found.on_pass_start(PassFacts("valid", 1, samples=lambda: table.samples))
     clock.now += 10
     found.on_progress(table)
@@ -263,6 +330,37 @@ def test_a_full_disk_is_told_of_once_and_ends_nothing(
     assert [r.message for r in caplog.records if "cannot be saved" in r.message] == [
         "values for the trackers cannot be saved: [Errno 28] No space left on device"
     ]
+
+
+def test_ids_that_a_full_disk_does_not_take_end_no_run_and_hide_no_error(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, recorder = tracked(tmp_path)
+    closed: list[bool] = []
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def close(_: StepLog) -> None:
+        closed.append(True)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tracking, "write_json", full)
+    monkeypatch.setattr(StepLog, "close", close)
+    found.on_pass_start(PassFacts("train", 1))
+    for _ in range(3):
+        clock.now += 10
+        found.on_progress(Asked("train"))
+    found.finish(RunEnd())
+    assert (len(recorder.steps), len(recorder.ends), closed) == (3, 1, [True])
+    assert [r.message for r in caplog.records if r.message.endswith("No space left on device")] == [
+        f"{tmp_path}/tracking/ids.json cannot be saved: [Errno 28] No space left on device",
+        f"{tmp_path}/tracking/end.json cannot be saved: [Errno 28] No space left on device",
+        "values for the trackers cannot be saved: [Errno 28] No space left on device",
+    ]
+    monkeypatch.undo()
+    found.note_ids()
+    assert read_json(tmp_path / TRACKING / "ids.json") == {"recorder": "r1"}, "it is tried again"
 
 
 # --- what leaves --------------------------------------------------------------------------------------------

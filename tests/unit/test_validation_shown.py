@@ -159,7 +159,7 @@ def test_trackers_get_it_as_values_of_its_step(tmp_path: Path, monkeypatch: pyte
     one.on_progress(Table(4))  # type: ignore[arg-type]
     assert told[1][0]["step/samples_per_second"] == pytest.approx((160 - 60) * 2 / 20.0, rel=0.01)
     kept = read_lines(tmp_path / TRACKING / STEPS)
-    assert [line["updates"] for line in kept] == [20, 20] and kept[0]["step/val_loss"] == 0.75
+    assert [line["updates"] for line in kept] == [20, 20] and kept[0]["values"]["step/val_loss"] == 0.75
     one._log.close()
 
 

@@ -16,6 +16,7 @@ from dtrain.callbacks.tracking.files import read_json, write_json
 from dtrain.callbacks.tracking.wandb_worker import alone
 from dtrain.config.schema import MlflowConfig
 from dtrain.layout import HISTORY, TRACKING
+from dtrain.rundir.columns import EPOCH, OWN
 
 STATE = "mlflow.json"
 LOCK = "mlflow.lock"
@@ -23,7 +24,8 @@ _LOCAL = ("", "file", "sqlite", "mysql", "postgresql", "mssql")  # stores that a
 # Where nobody has set them: by default a call to a server that is away is tried for a minute.
 _CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}
 _MOST_PARAMETERS, _LONGEST_PARAMETER = 100, 500  # of one call; characters
-_ROW, _MOMENT = "epoch", "step/samples_per_second"  # a value of each row, and of each moment
+# What tells that a row is there, and of what step: a value that nobody else logs. Then a value of each moment.
+_ROW, _MOMENT = f"{OWN}{EPOCH}", "step/samples_per_second"
 
 
 class MlflowBackend:
@@ -75,7 +77,12 @@ class MlflowBackend:
         """Returns the last epoch that the server has, once it has what is said once."""
         if not self._client.get_run(self._id).data.params:
             self._describe()
-        return self._last(_ROW)
+        found = self._last(_ROW)
+        if found:
+            return found
+        # Earlier versions had no such mark. Others may have logged an epoch, at an optimizer step.
+        history = self._client.get_metric_history(self._id, EPOCH)
+        return max((int(metric.step) for metric in history if metric.value == metric.step), default=0)
 
     def last_moment(self) -> int:
         """Returns the optimizer step of the last values within an epoch that the server has, 0 for none."""
@@ -93,6 +100,8 @@ class MlflowBackend:
 
         when = round(1000 * (at or time.time()))
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        if EPOCH in numbers:
+            numbers[_ROW] = numbers[EPOCH]  # the last one, where a store takes one after the other
         self._client.log_batch(self._id, [Metric(name, float(value), when, step) for name, value in numbers.items()])
 
     def finish(self, end: RunEnd) -> None:

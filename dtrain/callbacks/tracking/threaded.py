@@ -25,7 +25,7 @@ _FINISH_SECONDS = 10.0
 _AGAIN_SECONDS = 60.0  # after which a server that was away is asked again
 _LAST_PAUSE_SECONDS = 1.0  # before it is asked for the last time
 _MEDIA = "an image or the like"  # in place of a value's name
-_MOST = 10_000  # values that wait; a server that hangs for hours fills no memory
+_MOST = 10_000  # that wait, beyond which moments are left out; what hangs for hours fills no memory
 
 
 class Backend(Protocol):
@@ -80,6 +80,7 @@ class Threaded:
         self._sent = 0
         self._has_server = False
         self._failed = False
+        self._is_full = False
         self._tried_at_end = False
         self._away = ""  # why the server does not take anything
         self._ready = threading.Event()
@@ -133,12 +134,17 @@ class Threaded:
         with self._changed:
             if self._failed:
                 return
-            if len(self._waiting) < _MOST or (self._has_server and step is None):  # of rows there are never so many
+            if step is None or len(self._waiting) < _MOST:  # rows are few, and the tracker is to have each
                 self._waiting.append((values, step))
                 self._changed.notify()
                 return
-        if not self._has_server:
-            self._give_up("it does not respond")
+            told, self._is_full = self._is_full, True
+        if not told:
+            logger.warning(
+                "%s: it is slower than values come: %s of them wait, and further ones within epochs are not sent until "
+                "there is room. Training continues, and every epoch's row is sent.",
+                self.name, f"{_MOST:,}",
+            )  # fmt: skip
 
     # --- the thread ---------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ class Tracking(EngineCallback):
     Args:
         run: the run's folder.
         log: where values are kept.
-        every: seconds between the values of two moments; 0 for none but the epochs'.
+        every: seconds between the values of two moments; 0 for none but the epochs', and a user's own once an epoch.
         device: of this rank.
         artifacts: which checkpoint's weights the trackers get at the end; False for none.
 
@@ -69,9 +69,12 @@ class Tracking(EngineCallback):
         self._facts = PassFacts("", 0)
         self._before = (0.0, 0)
         self._held: list[Mapping[str, Any]] = []
+        self._own: dict[str, tuple[float, int, float]] = {}  # name -> the last value, its optimizer step and time
+        self._own_due = float("-inf") if every else float("inf")
         self._ids: dict[str, str] = {}
         self._noting = threading.Lock()
         self._broken = False
+        self._unwritten: set[str] = set()
 
     # --- what the engine tells ----------------------------------------------------------------------------
 
@@ -96,6 +99,7 @@ class Tracking(EngineCallback):
     def on_epoch_end(self, row: Mapping[str, Any]) -> None:
         """An epoch is done, and its row is in the history's file."""
         self._release()
+        self._pass_on()
         self._keep({"row": row["epoch"], "updates": self._facts.updates(), "at": time.time()})
         self._held.append(row)
 
@@ -103,11 +107,13 @@ class Tracking(EngineCallback):
         """A validation within an epoch is done: values of this moment, which are told at once."""
         if self._every:
             self._due = time.monotonic() + self._every
+        self._pass_on()
         self._log_values({f"step/{name}": row[name] for name in validated(row)}, row["step"])
 
     def finish(self, end: RunEnd) -> None:
         """Ends the trackers' runs."""
         self._release(everything=True)
+        self._pass_on()
         artifact = None if end.weights is None else str(end.weights.resolve())
         self._write(END, {"failed": end.failed, "complete": end.complete, "artifact": artifact})
         for tracker in self.trackers:
@@ -116,7 +122,7 @@ class Tracking(EngineCallback):
             except Exception:
                 logger.warning("%s could not finish its run", tracker.name, exc_info=True)
         self.note_ids()
-        self._log.close()
+        self._guarded(self._log.close)
 
     def ids(self) -> dict[str, str]:
         """Returns tracker's name -> the id of its run, as far as these are known."""
@@ -126,18 +132,24 @@ class Tracking(EngineCallback):
         """Keeps the ids in the run's folder, which a run that is killed leaves behind; for any thread."""
         with self._noting:
             ids = self.ids()
-            if ids != self._ids:
-                write_json(self._run / TRACKING / IDS, ids)
+            if ids != self._ids and self._write(IDS, ids):
                 self._ids = ids
 
     def moment(self, values: Mapping[str, float]) -> None:
         """Takes further values of now, where values within an epoch are wanted at all."""
         if self._every:
-            self._log_values(values, self._facts.updates())
+            self.log_values(values, self._facts.updates())
 
     def log_values(self, values: Mapping[str, float], updates: int) -> None:
-        """Takes numbers of a user's own, of a moment."""
-        self._log_values(values, updates)
+        """Takes numbers of a user's own, of a moment.
+
+        These may come with each step: of each name the last one within `every` goes on, and none is left behind at an
+        epoch's end or the run's.
+        """
+        now, at = time.monotonic(), time.time()
+        self._own.update({name: (value, updates, at) for name, value in values.items()})
+        if now >= self._own_due:
+            self._pass_on()
 
     def log_media(self, entry: Entry) -> None:
         """Takes an image or the like, which lies in the run's folder."""
@@ -159,11 +171,21 @@ class Tracking(EngineCallback):
         if rate is not None:
             values["step/lr"] = rate
         values["step/samples_per_second"] = (samples - before[1]) * facts.run.ranks / max(now - before[0], 1e-9)
+        self._pass_on()
         self._log_values(values | self._gpu.read(), facts.updates())
         self.note_ids()
 
-    def _log_values(self, values: Mapping[str, float], updates: int) -> None:
-        self._keep({"updates": updates, "at": time.time(), **values})
+    def _pass_on(self) -> None:
+        """Has what waits of a user's own go on, each value with its own step."""
+        own, self._own = self._own, {}
+        if self._every:
+            self._own_due = time.monotonic() + self._every
+        for updates in sorted({step for _, step, _ in own.values()}):
+            values = {name: value for name, (value, step, _) in own.items() if step == updates}
+            self._log_values(values, updates, max(at for _, step, at in own.values() if step == updates))
+
+    def _log_values(self, values: Mapping[str, float], updates: int, at: float | None = None) -> None:
+        self._keep({"updates": updates, "at": time.time() if at is None else at, "values": dict(values)})
         for tracker in self.trackers:
             tracker.log_steps(values, updates)
 
@@ -176,16 +198,24 @@ class Tracking(EngineCallback):
             for tracker in self.trackers:
                 tracker.log_epoch(row)
 
-    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+    def _write(self, name: str, content: Mapping[str, Any]) -> bool:
+        """Returns whether a file could be written; one that cannot be ends no run for its sake, and is told of once."""
         try:
             write_json(self._run / TRACKING / name, content)
         except OSError as error:
-            logger.warning("%s cannot be saved: %s", self._run / TRACKING / name, error)
+            if name not in self._unwritten:
+                self._unwritten.add(name)
+                logger.warning("%s cannot be saved: %s", self._run / TRACKING / name, error)
+            return False
+        return True
 
     def _keep(self, content: Mapping[str, Any]) -> None:
-        """Keeps a line; a disk that takes none ends no run for its sake, and is told of once."""
+        self._guarded(lambda: self._log.add(content))
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        """Does something with the log; a disk that takes no line ends no run for its sake, and is told of once."""
         try:
-            self._log.add(content)
+            act()
         except OSError as error:
             if not self._broken:
                 self._broken = True

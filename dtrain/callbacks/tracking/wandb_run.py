@@ -228,7 +228,7 @@ class WandbRun:
 def _table(rows: list[dict[str, Any]]) -> Any:
     import wandb
 
-    columns = list(rows[0])
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     return wandb.Table(columns=columns, data=[[_plain(row.get(name)) for name in columns] for row in rows])
 
 

@@ -64,7 +64,7 @@ class MlflowClient:
 
     def get_metric_history(self, run_id, name):
         metrics = self._store()["runs"][int(run_id)]["metrics"]
-        return [SimpleNamespace(step=step) for found, _, step in metrics if found == name]
+        return [SimpleNamespace(step=step, value=value) for found, value, step in metrics if found == name]
 
     def log_batch(self, run_id, metrics=(), params=()):
         while any(one.key == "epoch" for one in metrics) and (_FOLDER / "stuck").exists():
