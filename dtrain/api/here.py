@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from dtrain.launch.env.rank_env import read_rank_facts
+from dtrain.launch.env.inherited import mark_rank
+from dtrain.launch.env.rank_env import RankFacts, read_rank_facts
 
 
 def rank() -> int:
     """Returns this process's rank, 0 to world_size() - 1, as its launcher stated it; 0 without a launcher."""
-    return read_rank_facts().rank
+    return _facts().rank
 
 
 def world_size() -> int:
     """Returns the number of ranks over all machines; 1 without a launcher."""
-    return read_rank_facts().size
+    return _facts().size
+
+
+def _facts() -> RankFacts:
+    """Reads them. A script that asks for its place has taken it: dtrain's commands that it starts are no ranks."""
+    facts = read_rank_facts()
+    if facts.size > 1:
+        mark_rank()
+    return facts
 
 
 def is_main() -> bool:

@@ -130,7 +130,7 @@ def check_keepable(engine: Engine) -> None:
 
 
 class UnsavedState:
-    """Plain numbers that no checkpoint has: attributes of the net, its modules and the datasets, globals of the recipe.
+    """Plain numbers that no checkpoint has: attributes of the net, its modules, optimizers and datasets, and globals.
 
     Args:
         engine: it has not trained yet, or was put to where a run was.
@@ -154,7 +154,8 @@ class UnsavedState:
             logger.warning(
                 "%s%s changed in training and %s not in checkpoints, so a resumed run starts with the initial value. "
                 "If results depend on it, make it a buffer (register_buffer), or return it from "
-                "get_extra_state(); make a random generator an attribute of the model.",
+                "get_extra_state(); keep an optimizer's in its param_groups, and make a random generator an attribute "
+                "of the model.",
                 ", ".join(changed[:5]),
                 ", ..." * (len(changed) > 5),
                 "is" if len(changed) == 1 else "are",
@@ -163,6 +164,10 @@ class UnsavedState:
     def _numbers(self) -> dict[str, float]:
         task = self._engine.task
         found = quantities_of(task.module)
+        for number, one in enumerate(self._engine.learner.optimizers()):
+            if type(one).__module__.partition(".")[0] != "torch":  # torch's own keep theirs in state_dict()
+                name = f"optimizer {number + 1}" if number else "optimizer"
+                found |= {f"{name}.{key}": value for key, value in numbers_in(vars(one)).items()}
         for module in self._modules:
             name = module.__name__.removeprefix(UNIMPORTABLE)
             found |= {f"{name}.{key}": value for key, value in numbers_in(vars(module)).items()}

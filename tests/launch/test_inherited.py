@@ -184,6 +184,27 @@ def test_a_rank_runs_verbs_and_torch_programs_of_their_own(dtrain: Dtrain, recip
     assert done.out.count("EPOCH = 1") == 2, "the inner one trained"
 
 
+PLACED = """
+import subprocess, sys, dtrain
+if dtrain.rank() == 0:
+    sys.exit(subprocess.run(sys.argv[1:]).returncode)
+"""
+STARTER = "import subprocess, sys\nsys.exit(subprocess.run(sys.argv[1:]).returncode)\n"
+
+
+@pytest.mark.parametrize(("script", "trained"), [(PLACED, 1), (STARTER, 2)])
+def test_a_script_that_asks_for_its_rank_has_taken_it_and_one_that_only_starts_hands_it_on(
+    dtrain: Dtrain, recipes: Path, script: str, trained: int
+) -> None:
+    """Neither is taken for a rank whose supervisor has died, as it is that one's grandchild."""
+    (dtrain.folder / "s.py").write_text(script)
+    words = (BIN / "dtrain", "train", recipes / "small.py", "--cpu", "epochs=1", "run.name=it")
+    done = dtrain("launch", "-n", 2, "--cpu", "--", "s.py", *words)
+    assert done.code == 0, done.text
+    assert json.loads((dtrain.folder / "runs/it/starts.jsonl").read_text().splitlines()[0])["ranks"] == trained
+    assert ("note: started by rank 0 of 2 of another job" in done.err) == (trained == 1)
+
+
 def test_a_verb_that_a_script_starts_as_a_rank_says_that_it_is_none(dtrain: Dtrain) -> None:
     done = dtrain("--version", **marked(**RANK, **OURS))
     assert done.code == 0

@@ -170,6 +170,49 @@ def test_numbers_that_are_no_buffers_are_told_once(tmp_path: Path, caplog: pytes
     assert len(told) == 1 and told[0].startswith("model.part.calls changed in training")
 
 
+COUNTS = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Slow(torch.optim.SGD):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.k = 0
+
+    def step(self, closure=None):
+        self.k += 1
+        return super().step(closure)
+
+
+def build_model():
+    return nn.Linear(2, 1)
+
+
+def build_dataloaders():
+    return DataLoader(TensorDataset(torch.ones(8, 2)), batch_size=4), None
+
+
+def build_optimizer(model):
+    return Slow(model.parameters(), lr=0.1)
+
+
+def train_step(model, x):
+    return model(x).square().mean()
+"""
+
+
+def test_so_is_a_number_of_an_optimizer_of_the_users_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "slow.py").write_text(COUNTS)
+    words = [f"run.dir={tmp_path}", "run.name=it", "epochs=1"]
+    train_run(load_settings(str(tmp_path / "slow.py"), words, environ={}), bring_up(cpu=True))
+    told = [record.message for record in caplog.records if "not in checkpoints" in record.message]
+    assert len(told) == 1
+    assert told[0].startswith("optimizer.k changed in training")
+    assert "keep an optimizer's in its param_groups" in told[0]
+
+
 class Extra(nn.Linear):
     """A layer whose extra state is of the kind that a test asks for."""
 
