@@ -47,13 +47,17 @@ from dtrain.engine.step_contract import Kind
 from dtrain.engine.synced_metrics import ready
 from dtrain.engine.train_step import Learner, Task
 from dtrain.engine.validation import within_epochs
-from dtrain.errors import StopRequested, add_place
+from dtrain.errors import DtrainError, StopRequested, add_place, add_remark
 from dtrain.launch.monitor.heartbeat import DONE, own_heartbeat
 from dtrain.model.compile import CompileClock
 from dtrain.model.ema import WeightAverage
 from dtrain.rundir.history import History
 
 Row = dict[str, Any]
+_UNEQUAL = (
+    "the ranks' parts of the first batch are unequal, to tell random numbers of rows from others. A step that needs "
+    "equal ones, as with a state that it carries from batch to batch: train.same_draws=false"
+)
 
 
 @dataclass
@@ -171,6 +175,8 @@ class Engine:
         except BaseException as error:
             if not isinstance(error, StopRequested):
                 add_place(error, self.place)
+                if self.train_loader.varied and self.place.step <= 2 and not isinstance(error, DtrainError):
+                    add_remark(error, _UNEQUAL)
             self.callbacks.fail(error)
             raise
         finally:

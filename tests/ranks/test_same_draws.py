@@ -362,3 +362,39 @@ def test_what_is_drawn_for_batches_that_are_not_stacked_is_told_once(caplog: pyt
         told.append(len(caplog.records))
     assert told == [0, 0, 0, 1, 1]
     assert caplog.records[0].getMessage().startswith("same_draws: the train step draws random numbers")
+
+
+class Carries(nn.Module):
+    """A recurrent net whose hidden state goes on from batch to batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.hidden = nn.GRU(1, 2, batch_first=True), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, hidden = self.cell(x[:, None], self.hidden)
+        self.hidden = hidden.detach()
+        return values[:, 0].mean(1)
+
+
+def told_of_unequal_parts(world: Any) -> str:
+    import dtrain
+    from dtrain.errors import notes_of
+
+    loader = DataLoader(TensorDataset(torch.ones(12, 1)), 6)
+    net = Carries()
+    net.optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    try:
+        dtrain.train_model(
+            net, 1, loader, train_step=lambda net, x: {"loss": net(x).mean()}, batch="global", cpu=True, verbose=False
+        )
+    except Exception as error:  # noqa: BLE001 - one of torch's, or that the other rank has gone
+        return "; ".join(notes_of(error))
+    raise AssertionError
+
+
+def test_a_step_that_needs_equal_parts_is_told_of_the_first_batchs() -> None:
+    """12 samples in batches of 6 would be 3 and 3; the first are 4 and 2."""
+    assert any(
+        "the ranks' parts of the first batch are unequal" in told for told in run_ranks(told_of_unequal_parts, 2)
+    )
