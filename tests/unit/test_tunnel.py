@@ -23,8 +23,8 @@ from dtrain.errors import WorldError
 from dtrain.launch.env import ports
 from dtrain.launch.env.ports import free_port, is_foreign, uid_of_peer
 from dtrain.launch.env.rank_env import RankFacts
-from dtrain.launch.nodes.secret import RanksKey
 from dtrain.launch.nodes import tunnel
+from dtrain.launch.nodes.secret import RanksKey
 from dtrain.launch.nodes.tunnel import Entrance, Exit, Relay
 
 KEY = b"k" * 32
