@@ -56,11 +56,15 @@ class Pass:
         train: whether it is for learning.
         rank_batch: the share that the loop's body works on, None between two.
         trained: the nets that it trains.
+        given: the number, in this process, of the share that was given last.
+        interrupted: whether another pass has ended since then.
     """
 
     train: bool
     rank_batch: RankBatch | None = None
     trained: list[Replica] = field(default_factory=list)
+    given: int = 0
+    interrupted: bool = False
 
     def weighted_by(self, others: list[Pass]) -> list[Replica]:
         """Returns the nets whose gradients get the weight of this pass's share.
@@ -106,6 +110,7 @@ class Process:
         passes: the passes that are open; the innermost is last.
         late: per optimizer, its steps since the last training pass ended.
         trained: whether a training pass has ended.
+        given: the number of shares that loops were given.
         saved: folder -> the epochs that this process saved in it.
     """
 
@@ -116,6 +121,7 @@ class Process:
     passes: list[Pass] = field(default_factory=list)
     late: WeakKeyDictionary[Optimizer, int] = field(default_factory=WeakKeyDictionary)
     trained: bool = False
+    given: int = 0
     saved: dict[Path, set[Path]] = field(default_factory=dict)
 
     def joined(self, *, cpu: bool) -> World:
@@ -152,6 +158,30 @@ class Process:
     def rank_batch(self) -> RankBatch | None:
         """Returns the share that the innermost loop's body works on."""
         return self.passes[-1].rank_batch if self.passes else None
+
+    def give(self, current: Pass, rank_batch: RankBatch | None) -> None:
+        """The loop's body gets a share, or is done with it."""
+        current.rank_batch = rank_batch
+        if rank_batch is not None:
+            self.given += 1
+            current.given, current.interrupted = self.given, False
+        self._show()
+
+    def close(self, current: Pass) -> None:
+        """A pass ends, at its last share or before: what the loops around it work on is present again."""
+        self.passes.remove(current)
+        for other in self.passes:
+            other.interrupted = True
+        self.trained |= current.train
+        self._show()
+
+    def _show(self) -> None:
+        """Has `dtrain.gather` know which share is worked on: of those of the open passes, the one given last."""
+        working = [one for one in self.passes if one.rank_batch is not None]
+        current = max(working, key=lambda one: one.given, default=None)
+        PRESENT.rank_batch = None if current is None else current.rank_batch
+        PRESENT.together = current is None or current.train
+        PRESENT.interrupted = current is not None and current.interrupted
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """On several ranks: an optimizer steps only on gradients that were averaged over them."""
@@ -276,8 +306,7 @@ class PreparedLoader:
                 yield from self._batches(current, view.iter_batches(self._epochs[current.train]))
         finally:
             self._place.enter(SCRIPT, self._epochs[True])
-            self._process.passes.remove(current)
-            self._process.trained |= current.train
+            self._process.close(current)
         if current.train:
             self._check(view)
 
@@ -289,8 +318,7 @@ class PreparedLoader:
             if draws is None
             else draws.around(iter_batches, self._place.split, self._epochs[current.train])
         ):
-            current.rank_batch = PRESENT.rank_batch = rank_batch
-            PRESENT.together = current.train
+            self._process.give(current, rank_batch)
             trained = current.trained = self._process.trained_with(self._replica) if current.train else []
             before = self._process.passes[: self._process.passes.index(current)]
             weighted = current.weighted_by(before) if before else trained
@@ -298,7 +326,7 @@ class PreparedLoader:
             leaves = (parameter for replica in weighted for parameter in replica.net.parameters())
             with learns, scaled_gradients(leaves, rank_batch.scale if weighted else 1.0):
                 yield to_device(rank_batch.batch, self._world)
-            current.rank_batch = PRESENT.rank_batch = None
+            self._process.give(current, None)
             self._place.advance()
 
     def _view(self, *, train: bool) -> ShardedLoader:

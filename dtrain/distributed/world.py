@@ -256,7 +256,7 @@ def bring_up(
     if facts.launched:
         joined()
     if opened is not None:
-        _set_pg_timeout(_step_limit(world.device))
+        _set_pg_timeout(step_limit(world.device))
     return world
 
 
@@ -268,7 +268,7 @@ def _take_place(facts: RankFacts, cpu: bool) -> None:
             _refuse_shared_gpus(facts)
 
 
-def _step_limit(device: torch.device) -> timedelta:
+def step_limit(device: torch.device) -> timedelta:
     """How long ranks wait for one another from the first step on.
 
     torch's own limit (10 minutes on GPUs) would end a rank that may be late, or a hang before it is told which rank

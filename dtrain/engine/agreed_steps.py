@@ -3,21 +3,25 @@
 The counts are compared after train steps whose numbers are the same on all ranks: after the 1st, 2nd, 4th, 8th and so
 on, and where one of them may come to what is done together after so many optimizer steps: a validation within an
 epoch, a checkpoint, the end of training. There, ranks with different counts would wait for each other for ever. A rank
-whose train steps take more optimizer steps than before may come there earlier; it then waits for the others, with a
-bound.
+whose train steps take more optimizer steps than before may come there earlier; it then waits for the others, until one
+of them has gone past.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 
+from dtrain.distributed.standing import STANDING
 from dtrain.distributed.world import World
 from dtrain.engine.position import TrainPosition
 from dtrain.errors import StepError
 from dtrain.model.gradients.agreement import wait_for_all
 
 logger = logging.getLogger(__name__)
+
+_NUMBERS = itertools.count(1)  # of those that a process makes, the same on all ranks
 
 _ALIKE = (
     "Every rank must take the same number of steps, or weights diverge: whether to step must not depend on a rank's "
@@ -46,6 +50,8 @@ class AgreedSteps:
         self._world = world
         self._place = place
         self._done = 0
+        self._number = next(_NUMBERS)
+        self._note()
         self._grown = self._next = 1
         self._most = 1  # optimizer steps of one train step so far
         self._more = False  # whether one took more of them than at the last comparison was known
@@ -62,14 +68,21 @@ class AgreedSteps:
         if self._done < self._next:
             if self._more and self._is_there():  # earlier than the next comparison was to be
                 self._meet()
+            self._note()
             return
         self._more = False
         told = self._world.gather_json([self._place.updates, self._most])
+        self._note()
         check_counts([updates for updates, _ in told])
         self._most = max(most for _, most in told)
         while self._grown <= self._done:
             self._grown *= 2
         self._next = min([self._grown, *(self._done - (-left // self._most) for left in self._left())])
+
+    def _note(self) -> None:
+        """Has a rank that waits in a train step know that this one is past it."""
+        if self._world.size > 1:
+            STANDING.note("steps", str(self._number), self._done)
 
     def _is_there(self) -> bool:
         """Whether the last train step has come to what all ranks do together."""
@@ -80,7 +93,7 @@ class AgreedSteps:
     def _meet(self) -> None:
         """Waits for the other ranks past any collective that they may be in, since they may be elsewhere."""
         updates = self._place.updates
-        missing = wait_for_all(self._world, (0, self._done), f"{updates} optimizer steps")
+        missing = wait_for_all(self._world, (f"steps-{self._number}", self._done), f"{updates} optimizer steps")
         if missing:
             raise StepError(
                 f"the ranks have taken different numbers of optimizer steps: rank {self._world.rank} took {updates} in "

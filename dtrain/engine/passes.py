@@ -80,7 +80,7 @@ def batches_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all 
                 place.undo_step()
                 break
             rank_batch.batch = to_device(rank_batch.batch, world)
-            PRESENT.rank_batch, PRESENT.together = rank_batch, together
+            PRESENT.rank_batch, PRESENT.together, PRESENT.interrupted = rank_batch, together, False
             if draws is None:
                 yield rank_batch
                 continue

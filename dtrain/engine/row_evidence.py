@@ -19,12 +19,13 @@ import logging
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.distributed.distributed_c10d import _get_default_store
 
+from dtrain.distributed.standing import words_of
 from dtrain.distributed.world import World
 from dtrain.errors import StepError
 
@@ -35,7 +36,6 @@ Shape = tuple[int, ...]
 Unknown = Literal["unknown"]
 UNKNOWN: Unknown = "unknown"
 
-_PATIENCE = timedelta(seconds=30)
 _MOST_SHAPES = 4  # of a place for one number of rows
 _MOST_ROWS = 8  # different numbers of them
 _TORCH = str(Path(torch.__file__).parent)
@@ -130,7 +130,8 @@ class ShapeExchange:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._number = next(_NUMBERS)
+        self._key = f"dtrain/draws/{next(_NUMBERS)}/"
+        self._over = f"{self._key}over/"  # said after the step
         self._drawn = 0
         self._compared: set[tuple[Where, Shape]] = set()
         self._speakers = (0, world.size - 1)
@@ -141,32 +142,23 @@ class ShapeExchange:
 
         Once for each place and shape, so that a place that draws for each sample in turn has no rank wait.
         """
-        from torch.distributed.distributed_c10d import _get_default_store
-
         if self._alone or (where, shape) in self._compared:
             return []
         self._compared.add((where, shape))
         self._drawn += 1
-        store, key = _get_default_store(), f"dtrain/draws/{self._number}/{self._drawn}/"
+        key, others = f"{self._key}{self._drawn}/", [rank for rank in self._speakers if rank != self._world.rank]
         if self._world.rank in self._speakers:
-            store.set(f"{key}{self._world.rank}", json.dumps([rows, list(shape)]))
-        found = []
-        for rank in self._speakers:
-            if rank == self._world.rank:
-                continue
-            try:
-                store.wait([f"{key}{rank}"], _PATIENCE)
-            except (RuntimeError, ValueError):  # as torch says that the time is over
-                self._alone = True
-                logger.warning(
-                    "same_draws: in its first step rank %d draws random numbers %d times, and rank %d did not come to "
-                    "that in %d s: their numbers are told from the batch's by their shapes alone.",
-                    *(self._world.rank, self._drawn, rank, _PATIENCE.total_seconds()),
-                )
-                return []
-            there, drawn = json.loads(store.get(f"{key}{rank}"))
-            found.append((int(there), tuple(drawn)))
-        return found
+            self._say(key, [rows, list(shape)])
+        said, missing = words_of(self._world, key, others, unless=self._over)
+        if missing:
+            self._alone = True
+            logger.warning(
+                "same_draws: in its first step rank %d draws random numbers %d times, and rank %d does not: their "
+                "numbers are told from the batch's by their shapes alone.",
+                *(self._world.rank, self._drawn, missing[0]),
+            )
+            return []
+        return [(int(there), tuple(drawn)) for there, drawn in map(json.loads, said.values())]
 
     def differing(self, streams: dict[str, int]) -> list[str]:
         """Returns, on the first rank, which random streams are at another place on the last one after the step.
@@ -174,19 +166,16 @@ class ShapeExchange:
         Args:
             streams: name -> a checksum of the stream's state.
         """
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        store, key = _get_default_store(), f"dtrain/draws/{self._number}/streams"
-        if self._world.rank == self._speakers[-1]:
-            store.set(key, json.dumps(streams))
+        if self._world.rank in self._speakers:
+            self._say(self._over, streams)
         if self._world.rank != 0 or self._alone:
             return []
-        try:
-            store.wait([key], _PATIENCE)
-        except (RuntimeError, ValueError):
-            return []
-        there = json.loads(store.get(key))
-        return [name for name, state in streams.items() if there.get(name) != state]
+        said, missing = words_of(self._world, self._over, self._speakers[1:])
+        there = {} if missing else json.loads(said[self._speakers[1]])
+        return [name for name, state in streams.items() if there and there.get(name) != state]
+
+    def _say(self, key: str, what: object) -> None:
+        _get_default_store().set(f"{key}{self._world.rank}", json.dumps(what))
 
 
 def place_of(depth: int = 2) -> Where:

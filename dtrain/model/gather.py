@@ -31,10 +31,13 @@ class PresentStep:
     Attributes:
         rank_batch: this rank's part of it; None outside of steps.
         together: whether all ranks take the same number of steps, so that a step may have a collective.
+        interrupted: whether a whole pass has run within the step, as for a validation: rows without a gradient are
+            taken for that one's then, which came from all ranks.
     """
 
     rank_batch: RankBatch | None = None
     together: bool = True
+    interrupted: bool = False
 
 
 PRESENT = PresentStep()
@@ -52,7 +55,8 @@ def gather(values: Tensor, *, with_offset: bool = False) -> Tensor | tuple[Tenso
     """Returns the rows of all ranks, in the data's order, with gradient; to be called in a step, on every rank alike.
 
     Rows of a batch that only keeps a rank in step with the others are left out on the others. On one rank, and in a
-    process that is no rank, the values are returned as they are.
+    process that is no rank, the values are returned as they are. A loop over a prepared loader is over once it has
+    ended or was left; one by hand (`next(it)`) once the iterator has ended or is closed (`del it`).
 
     Args:
         values: of shape (rows, ...); ranks may have different numbers of rows, also none.
@@ -74,9 +78,13 @@ def gather(values: Tensor, *, with_offset: bool = False) -> Tensor | tuple[Tenso
         raise StepError(
             "dtrain.gather() was called in a step of validation or prediction, where ranks may have different numbers "
             "of steps. For validation, set valid_together = True in the recipe (train_model(valid_together=True)), so "
-            "that all ranks take part in every step. In a loop of your own, gather the rows after the loop."
+            "that all ranks take part in every step. In a loop of your own, gather the rows after the loop; where "
+            "you hold its iterator (it = iter(loader)), close it before (del it)."
         )
-    if rank_batch is None and values.requires_grad and torch.is_grad_enabled():
+    learns = values.requires_grad and torch.is_grad_enabled()
+    if PRESENT.interrupted and not learns:
+        rank_batch = None
+    if rank_batch is None and learns:
         raise StepError(
             "dtrain.gather() was called outside of a step with values that need a gradient: the weight of this rank's "
             "rows is not known there. Call it in the step, or in the loop over a prepared loader, or detach the values."

@@ -7,14 +7,14 @@ other code. Checkpoints have the hash of each file, by which a copy is known to 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 
+from dtrain.files import make_folder, open_below, read_below
 from dtrain.layout import CODE
 from dtrain.provenance.code import content_hash
 
@@ -58,11 +58,8 @@ def read_kept(folder: Path, name: str, wanted: str) -> bytes | None:
         name: of the file.
         wanted: the hash of its content.
     """
-    path = folder / name
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+        content = read_below(folder.parent, PurePath(folder.name, name), _MOST_BYTES)
     except OSError:
         return None
     return content if content_hash(content) == wanted else None
@@ -83,9 +80,10 @@ def holds_copies_alone(folder: Path) -> bool:
 
 
 def _kept(folder: Path, files: Mapping[str, bytes], places: Mapping[str, Path]) -> str:
-    if folder.is_symlink():
-        raise OSError(errno.ELOOP, "it is a symbolic link")
+    make_folder(folder.parent, folder.name)
     states = _states(folder)
+    if states:
+        make_folder(folder, str(states[-1]))  # which refuses a link
     if states and _fits(folder / str(states[-1]), files):
         for name, content in files.items():
             if not (folder / str(states[-1]) / name).exists():  # a module that was imported later
@@ -93,7 +91,8 @@ def _kept(folder: Path, files: Mapping[str, bytes], places: Mapping[str, Path]) 
         return str(states[-1])
     name = str(states[-1] + 1 if states else 1)
     part = folder / f".{name}.part"
-    folder.mkdir(exist_ok=True)
+    if part.is_symlink():
+        part.unlink()
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
@@ -129,8 +128,8 @@ def _mode(place: Path | None) -> int:
 
 
 def _write(copy: Path, name: str, content: bytes, mode: int) -> None:
-    path = copy / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    path = PurePath(copy.name, name)
+    make_folder(copy.parent, str(path.parent))
+    descriptor = open_below(copy.parent, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,7 +46,7 @@ from dtrain.launch.monitor.describe import describe
 from dtrain.launch.monitor.exit_report import jointly_supervised, name_run
 from dtrain.launch.signals.stop_request import StopRequest, is_ctrl_c
 from dtrain.launch.terminal.guarded import note_losses_in
-from dtrain.layout import CHECKPOINTS, HISTORY, STOP, VALIDATIONS
+from dtrain.layout import CHECKPOINTS, HISTORY, SLURM, STARTS, STOP, VALIDATIONS
 from dtrain.rundir.history import History
 from dtrain.rundir.lock import Ownership, check_all, owned
 from dtrain.rundir.starts import commit_of
@@ -55,6 +56,7 @@ from dtrain.trainer.messages import log_complete, log_resumed, log_start, sum_up
 from dtrain.trainer.notes import RunContext, keeper_of, noted_start
 from dtrain.trainer.setup import configured_engine, load_task, run_epochs
 
+_OF_EARLIER = (CHECKPOINTS, HISTORY, SLURM, STARTS, "logs")  # a job's record, or what an earlier start has left
 T = TypeVar("T")
 
 
@@ -122,6 +124,8 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
     engine.history.guard = engine.validations.guard = lambda: check_all(ownerships)
     folder = shown.absolute()  # a step may change the working directory
     begun = begun._replace(folder=folder)
+    new = not any((folder / name).exists() for name in _OF_EARLIER)
+    started = partial(_start_tracking, engine, settings, folder, begun.ids, new=new)
     if not trial:
         _make_known(folder, world)
     if _nothing_left(engine):
@@ -129,7 +133,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
             log_complete(engine, settings, shown, voice)
         return shown
     check_total_steps(engine)
-    tracking = agree(world, lambda: _start_tracking(engine, settings, folder, begun.ids) if world.is_main else None)
+    tracking = agree(world, lambda: started() if world.is_main else None)
     unbegun = owner.enter_context(_ended(tracking, engine))  # what comes now may fail, before the engine ends them
     keeper = keeper_of(engine, settings, begun, tracking, lambda: check_all(ownerships))
     _place_hooks(engine, folder, tracking)
@@ -336,8 +340,10 @@ def _taken(folder: Path, request: StopRequest) -> Iterator[Ownership]:
         yield ownership
 
 
-def _start_tracking(engine: Engine, settings: Settings, folder: Path, ids: dict[str, str]) -> Tracking | None:
-    """Starts the trackers; where that fails, no empty run is left behind."""
+def _start_tracking(
+    engine: Engine, settings: Settings, folder: Path, ids: dict[str, str], *, new: bool
+) -> Tracking | None:
+    """Starts the trackers; where that fails, no empty run is left behind, if its folder is new."""
     world, place = engine.world, engine.place
     code = engine.task.code
     try:
@@ -358,7 +364,7 @@ def _start_tracking(engine: Engine, settings: Settings, folder: Path, ids: dict[
             ids=ids,
         )
     except BaseException:
-        if not (folder / CHECKPOINTS).exists() and not (folder / HISTORY).exists():
+        if new:
             shutil.rmtree(folder)
         raise
 

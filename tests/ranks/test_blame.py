@@ -24,6 +24,7 @@ _SECONDS = 100.0
 
 def waits() -> dict[str, Callable[[World], object]]:
     """By name, what brings all ranks together."""
+    from dtrain.distributed.standing import Whereabouts
     from dtrain.model.gradients.agreement import DONE, GradientAgreement, wait_for_all
     from dtrain.model.gradients.drift import Drift
     from dtrain.model.gradients.flat import average_dense, average_sparse
@@ -40,7 +41,7 @@ def waits() -> dict[str, Callable[[World], object]]:
         "share_bytes": lambda world: world.share_bytes(b"x"),
         "average_dense": lambda world: average_dense([dense], world),
         "average_sparse": lambda world: average_sparse([sparse], world),
-        "Meeting.hold": lambda world: GradientAgreement(world, 1).hold(
+        "Meeting.hold": lambda world: GradientAgreement(world, 1, Whereabouts(0)).hold(
             DONE, ([], []), strict=False, misfit=False, idle=False
         ),
         "wait_for_all": lambda world: wait_for_all(world, (1, 1), "here"),

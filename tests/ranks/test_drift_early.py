@@ -148,12 +148,8 @@ def test_random_freezing_is_as_in_one_process() -> None:
 
 ZERO = """
 import dtrain, torch
-from dtrain.model.gradients import agreement as meeting
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-
-meeting._PATIENCE_SECONDS = 1.0
-
 
 def build_model():
     return nn.Linear(3, 1)

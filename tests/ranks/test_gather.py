@@ -163,6 +163,40 @@ def test_in_a_loop_of_ones_own() -> None:
     assert two == other
 
 
+def around_loops(world: World, way: str) -> list[float]:
+    """What both ranks' rows come to where rank 1's last batch is a filler, and the loop was left there."""
+    x = torch.arange(12.0).view(6, 2)
+    net, loader, validation = dt.prepare(nn.Linear(2, 1), DataLoader(TensorDataset(x), 2), DataLoader(x, 2), cpu=True)
+    rows, learning = torch.full((3,), float(world.rank)), torch.ones(1, requires_grad=True)
+    net.train()
+    if way == "break":
+        for number, _ in enumerate(loader, 1):
+            if number == 2:
+                break
+        with pytest.raises(StepError, match="outside of a step"):
+            dt.gather(learning)
+        return [float(number) for number in dt.gather(rows)]
+    held = iter(loader)
+    for _ in range(2):
+        next(held)
+    assert len(dt.gather(rows)) == 3 * (world.rank + 1), "in the step, where rank 1 has none"
+    net.eval()
+    for _ in validation:
+        with pytest.raises(StepError, match=r"gather the rows after the loop.*\(del it\)"):
+            dt.gather(rows)
+        break
+    assert dt.gather(learning).requires_grad, "it is in the train step again"
+    found = [float(number) for number in dt.gather(rows)]
+    del held
+    assert PRESENT.rank_batch is None
+    return found
+
+
+@pytest.mark.parametrize("way", ["break", "held"])
+def test_rows_after_a_loop_that_was_left_are_those_of_all_ranks(way: str) -> None:
+    assert run_ranks(around_loops, 2, way=way) == [[0.0] * 3 + [1.0] * 3] * 2
+
+
 def refused(world: World, folder: str) -> list[str]:
     with pytest.raises(StepError, match="outside of a step"):
         dt.gather(torch.ones(2, requires_grad=True))

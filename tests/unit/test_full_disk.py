@@ -11,8 +11,12 @@ import pytest
 from dtrain.callbacks.param_norms import NormsFile
 from dtrain.distributed.world import bring_up
 from dtrain.engine.position import TrainPosition
-from dtrain.errors import notes_of
-from dtrain.launch.monitor.exit_report import part_of, write_whole
+from dtrain.errors import EXIT_HANG, notes_of
+from dtrain.launch.monitor import heartbeat, postmortem
+from dtrain.launch.monitor.exit_report import RankIdentity, part_of, write_whole
+from dtrain.launch.monitor.hang_watch import Hang
+from dtrain.launch.monitor.heartbeat import Heartbeat, own_heartbeat, read_beat
+from dtrain.launch.monitor.postmortem import PostMortem, SupervisorState
 from dtrain.trainer.ending import report_exception
 
 
@@ -22,6 +26,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(os, "pwrite", refuse)
     monkeypatch.setattr("dtrain.callbacks.param_norms.os.write", refuse)
 
 
@@ -44,3 +49,30 @@ def test_an_error_is_not_hidden_by_that_of_its_report(tmp_path: Path) -> None:
 def test_the_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"norms\.csv: No space left on device"):
         NormsFile(tmp_path / "norms.csv", 0)
+
+
+@pytest.mark.usefixtures("full")
+def test_a_rank_whose_beats_have_no_room_goes_on_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of a mapped file that has no block on the disk ends the process by SIGBUS as it is written."""
+    monkeypatch.setattr(heartbeat, "identity", lambda: RankIdentity(0, 1, tmp_path))
+    assert own_heartbeat() is None
+
+
+def test_beats_go_on_where_an_earlier_object_left_them(tmp_path: Path) -> None:
+    for count in (1, 2):
+        Heartbeat(tmp_path / "rank-0.beat").enter("train", count)
+        assert (read_beat(tmp_path, 0).count, read_beat(tmp_path, 0).epoch) == (count, count)
+    assert (tmp_path / "rank-0.beat").stat().st_size == 64
+
+
+@pytest.mark.usefixtures("full")
+def test_a_hang_is_told_where_the_stacks_have_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(postmortem, "named_run", lambda _: tmp_path / "run")
+    hang = Hang(0, 9.0, {0: "waiting for 9 s"}, [], {0: "its stack"})
+    outcome = PostMortem(tmp_path, range(1)).verdict(SupervisorState(hang=hang))
+    assert outcome.exit_code == EXIT_HANG
+    assert "a hang was stopped: rank 0 has been waiting for 9 s" in outcome.text
+    assert "stacks.txt could not be written: No space left on device" in outcome.text
+    assert outcome.failure is not None
+    assert outcome.failure.cause == "hang"

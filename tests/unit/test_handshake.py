@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -210,6 +211,21 @@ class TestAdmission:
             connect().close()
             rounds(door, lambda: False, 0.2)
             assert (said, door.dropped, door._callers) == ([], [], {})
+
+    @pytest.mark.parametrize("by_user", [True, False])
+    def test_connections_that_are_reset_end_nothing(self, by_user: bool) -> None:
+        """As a scan of ports makes them, before they are taken."""
+        with listening(by_user=by_user) as (door, connect, said):
+            for _ in range(3):
+                caller = connect()
+                caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                caller.close()
+            mine = connect()
+            rounds(door, lambda: bool(door._callers))
+            rounds(door, lambda: len(door._callers) == 1)
+            assert [caller.wire.peer for caller in door._callers.values()] == ["127.0.0.1"]
+            assert (said, door.dropped) == ([], [])
+            mine.close()
 
     def test_one_with_another_secret_hangs_up_at_the_answer_and_is_named(self) -> None:
         with listening() as (door, connect, said):

@@ -22,6 +22,8 @@ from dtrain.files import make_folder, open_below, read_below, write_below
 from dtrain.launch.monitor.postmortem import RankFailure
 from dtrain.launch.terminal.rank_log import RankLog
 from dtrain.layout import TRACKING, checkpoints_in
+from dtrain.provenance.code import content_hash
+from dtrain.provenance.kept import keep, read_kept
 from dtrain.rundir.history import History
 from dtrain.rundir.job_record import JobRecord, read_record, write_record
 from dtrain.rundir.starts import noted
@@ -89,7 +91,7 @@ WRITERS: list[tuple[str, Callable[[Path], Any]]] = [
 def test_nothing_is_written_through_a_link(
     run: Path, victim: Path, name: str, write: Callable[[Path], Any], to: str
 ) -> None:
-    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / name).symlink_to(victim / to)
     try:
         write(run)
@@ -103,10 +105,30 @@ def test_nothing_is_written_through_a_link(
 def test_nothing_is_written_through_a_hard_link(
     run: Path, victim: Path, name: str, write: Callable[[Path], Any]
 ) -> None:
-    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
     os.link(victim / "bashrc", run / name)
     with contextlib.suppress(OSError, CheckpointError):  # where a folder should be
         write(run)
+
+
+@pytest.mark.parametrize("to", ["bashrc", "", "nowhere"])
+@pytest.mark.parametrize("name", ["code", "code/1", "code/.1.part", "code/1/mine.py", "code/1/nets"])
+def test_no_code_is_kept_through_a_link(run: Path, victim: Path, name: str, to: str) -> None:
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).symlink_to(victim / to)
+    copy = keep(run, {"mine.py": b"1", "nets/cnn.py": b"2"})
+    assert copy is None or (run / "code" / copy / "nets/cnn.py").read_bytes() == b"2"
+    assert (copy is None) == (name in ("code", "code/1", "code/1/nets"))
+
+
+def test_code_is_not_shown_through_a_link_at_any_level(run: Path, victim: Path) -> None:
+    (run / "code").mkdir()
+    (run / "code/1").symlink_to(victim)
+    assert read_kept(run / "code/1", "bashrc", content_hash(OWN.encode())) is None
+    (run / "code/1").unlink()
+    (run / "code/1").mkdir()
+    (run / "code/1/nets").symlink_to(victim)
+    assert read_kept(run / "code/1", "nets/bashrc", content_hash(OWN.encode())) is None
 
 
 def test_a_backup_by_hard_links_keeps_what_it_had(run: Path, tmp_path: Path) -> None:

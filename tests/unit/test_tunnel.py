@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -19,10 +21,11 @@ from torch.distributed import DistError, TCPStore
 from dtrain.distributed.store import open_store
 from dtrain.errors import WorldError
 from dtrain.launch.env import ports
-from dtrain.launch.env.ports import free_port, uid_of_peer
+from dtrain.launch.env.ports import free_port, is_foreign, uid_of_peer
 from dtrain.launch.env.rank_env import RankFacts
+from dtrain.launch.nodes import tunnel
 from dtrain.launch.nodes.secret import RanksKey
-from dtrain.launch.nodes.tunnel import Entrance, Exit
+from dtrain.launch.nodes.tunnel import Entrance, Exit, Relay
 
 KEY = b"k" * 32
 
@@ -101,6 +104,36 @@ def test_another_user_of_the_machine_gets_nothing_through(monkeypatch: pytest.Mo
     with echo() as service, ways(service) as entrance:
         monkeypatch.setattr(ports, "uid_of_peer", lambda _: os.geteuid() + 1)
         assert sent_back(entrance.port, b"x") == b""
+
+
+def reset(port: int, data: bytes) -> None:
+    """Sends something and resets the connection, as a port scan does."""
+    caller = socket.create_connection(("127.0.0.1", port), timeout=20)
+    caller.sendall(data)
+    caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    caller.close()
+
+
+def test_a_connection_that_is_reset_is_not_carried_and_the_next_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    carried: list[socket.socket] = []
+    looked: list[bool] = []
+
+    def once_it_is_reset(connection: socket.socket) -> bool:
+        if not looked:
+            looked.append(True)
+            poll = select.poll()
+            poll.register(connection, 0)  # wakes up by the reset alone
+            assert poll.poll(20_000)
+        return is_foreign(connection)
+
+    monkeypatch.setattr(tunnel, "is_foreign", once_it_is_reset)
+    with echo() as service, ways(service) as entrance:
+        monkeypatch.setattr(entrance._relay, "add", lambda *pair: (carried.append(pair[0]), Relay.add(relay, *pair)))
+        relay = entrance._relay
+        reset(entrance.port, b"set a key")
+        assert sent_back(entrance.port, b"x") == b"x"
+        assert len(carried) == 1
+        assert entrance._thread.is_alive()
 
 
 def test_the_user_at_the_other_end_is_known() -> None:

@@ -153,12 +153,21 @@ def words_of(host: str, port: int) -> bytes | None:
 
 
 def is_foreign(connection: socket.socket) -> bool:
-    """Whether the other end of a connection is on this machine and belongs to another user, as far as can be known."""
+    """Whether the other end of a connection is on this machine and belongs to another user, as far as can be known.
+
+    Raises:
+        OSError: as for `uid_of_peer`.
+    """
     return uid_of_peer(connection) not in (None, 0, os.geteuid())
 
 
 def uid_of_peer(connection: socket.socket) -> int | None:
-    """Returns the user who has the other end of a connection within this machine; None where that cannot be known."""
+    """Returns the user who has the other end of a connection within this machine; None where that cannot be known.
+
+    Raises:
+        OSError: the other end has reset the connection, as what looks for open ports does. Whose it was cannot be known
+            any more, and what it sent can still be read: nobody is to take that for the user's own.
+    """
     if connection.family != socket.AF_INET:
         return None
     mine, peer = (

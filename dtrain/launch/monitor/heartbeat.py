@@ -6,6 +6,7 @@ call, no lock, no communication.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
@@ -51,13 +52,19 @@ class Heartbeat:
     """One rank's file; several objects may write to the same one, one after the other.
 
     Args:
-        path: the file; it is made where it is not there.
+        path: the file; it is made where it is not there, with its block on the disk: a beat that found none there, on a
+            full disk, would be the process's end by SIGBUS.
+
+    Raises:
+        OSError: it cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(descriptor, _SIZE)
+            there = os.pread(descriptor, _SIZE, 0)
+            if os.pwrite(descriptor, there.ljust(_SIZE, b"\0"), 0) != _SIZE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             self._map = mmap.mmap(descriptor, _SIZE)
         finally:
             os.close(descriptor)
@@ -79,9 +86,12 @@ class Heartbeat:
 
 
 def own_heartbeat() -> Heartbeat | None:
-    """Returns the heartbeat of this process, None where no supervisor reads it."""
+    """Returns the heartbeat of this process, None where no supervisor reads it, or it cannot be written."""
     me = identity()
-    return None if me.reports is None else Heartbeat(_path(me.reports, me.rank))
+    try:
+        return None if me.reports is None else Heartbeat(_path(me.reports, me.rank))
+    except OSError:  # a full disk
+        return None
 
 
 def read_beat(folder: Path, rank: int) -> Beat:

@@ -280,8 +280,11 @@ class PostMortem:
         run = named_run(self._folder)
         if run is not None and run.is_dir():
             stacks = "\n".join(f"=== rank {rank}\n{told or '(no response)'}" for rank, told in hang.stacks.items())
-            write_whole(run / STACKS_NAME, stacks)
-            text += f"\n  stacks of all ranks: {run / STACKS_NAME}"
+            try:
+                write_whole(run / STACKS_NAME, stacks)
+                text += f"\n  stacks of all ranks: {run / STACKS_NAME}"
+            except OSError as error:  # a full disk
+                text += f"\n  {run / STACKS_NAME} could not be written: {error.strerror}"
         return EXIT_HANG, text, self._failure(hang.rank, "hang", None, frames)
 
     def _name(self, rank: int) -> str:

@@ -116,14 +116,15 @@ class Admission:
                 connection, address = self._listener.accept()
             except OSError:  # none is left, or this process has no descriptor left
                 return
-            if self._by_user and is_foreign(connection):
-                self._note(str(address[0]), "user", "")
-                connection.close()
-                continue
             try:
+                foreign = self._by_user and is_foreign(connection)
                 wire = Wire(connection, LONGEST_GREETING)
             except OSError:  # it has gone again
                 connection.close()
+                continue
+            if foreign:
+                self._note(str(address[0]), "user", "")
+                wire.close()
                 continue
             caller = _PendingConnection(wire, time.monotonic())
             self._callers[wire.fileno()] = caller

@@ -28,6 +28,7 @@ _PIECE = 1 << 16
 _MOST_HELD = 1 << 20  # bytes that one side may be ahead of the other
 _POLL_SECONDS = 0.5
 _PROVE_SECONDS = 10.0
+_RETRY_SECONDS = 0.05
 _OPEN = {"open": True}
 
 
@@ -213,21 +214,22 @@ class Entrance:
         return None
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while not self._closed:
+        while not self._closed:
+            try:
                 inner = self._listener.accept()[0]
-                if is_foreign(inner):  # loopback is for all users of a machine
-                    inner.close()
-                    continue
-                wire = self._opened()
-                if wire is None:
-                    inner.close()
-                else:
-                    self._relay.add(inner, wire.detach())
+            except OSError:  # closed, or this process has no descriptor left for now
+                if not self._closed:
+                    time.sleep(_RETRY_SECONDS)
+                continue
+            wire = self._opened() if _is_own(inner) else None
+            if wire is None:
+                inner.close()
+            else:
+                self._relay.add(inner, wire.detach())
 
     def _opened(self) -> Wire | None:
         while (wire := self.open()) is None and time.monotonic() < self._deadline and not self._closed:
-            time.sleep(0.05)
+            time.sleep(_RETRY_SECONDS)
         return wire
 
     def close(self) -> None:
@@ -238,6 +240,14 @@ class Entrance:
         self._thread.join(1.0)
         self._listener.close()
         self._relay.close()
+
+
+def _is_own(inner: socket.socket) -> bool:
+    """Whether a connection is this user's, since loopback is for all users of a machine; not one that was reset."""
+    try:
+        return not is_foreign(inner)
+    except OSError:
+        return False
 
 
 def _asked(message: object) -> bool:

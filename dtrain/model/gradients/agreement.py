@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import time
-import zlib
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from dtrain.distributed.standing import Whereabouts, words_of
 from dtrain.distributed.world import World
 from dtrain.errors import StepError
 from dtrain.model.gradients.drift import agreed
 
 PASS = 0
 DONE = 1
-_PATIENCE_SECONDS = 30.0
 NO_BACKWARD = (
     "Run one on every rank in every train step: of loss = model(x).sum() * 0 where a rank has nothing to learn from, "
     "or return dtrain.Mean(0 * model(x).sum(), 0)."
@@ -51,13 +48,14 @@ class GradientAgreement:
     Args:
         world: several ranks.
         count: of the parameters, the same on all ranks.
+        at: where this rank stands, for those that wait for it elsewhere.
 
     Attributes:
         last: what was told the last time.
     """
 
-    def __init__(self, world: World, count: int) -> None:
-        self._world = world
+    def __init__(self, world: World, count: int, at: Whereabouts) -> None:
+        self._world, self._at = world, at
         self._count = count
         self.last = AgreedGradients()
 
@@ -80,8 +78,10 @@ class GradientAgreement:
             for number in numbers:
                 packed[part * self._count + number] = 1
         moved = torch.frombuffer(packed, dtype=torch.uint8).to(self._world.device)
+        self._at.enter()
         dist.all_reduce(moved, op=dist.ReduceOp.MAX)
         self.last = self._read(bytes(moved.tolist()))
+        self._at.leave()
         return self.last
 
     def _read(self, told: bytes) -> AgreedGradients:
@@ -111,13 +111,13 @@ def unequal_passes(world: World, step: int, kind: int) -> StepError:
 
 
 def demand_all(  # noqa: PLR0913, PLR0917 - called at one place with all of them
-    world: World, number: tuple[int, int], step: int, what: str, remedy: str, mark: bytes
+    world: World, at: Whereabouts, step: int, what: str, remedy: str, mark: bytes
 ) -> None:
     """Waits until all ranks have come to the same in a train step.
 
     Args:
         world: several ranks.
-        number: as for `wait_for_all`.
+        at: where this rank stands.
         step: the number of the train step.
         what: this rank does, in words.
         remedy: what helps where others do not.
@@ -126,16 +126,18 @@ def demand_all(  # noqa: PLR0913, PLR0917 - called at one place with all of them
     Raises:
         StepError: some did not come.
     """
-    missing = wait_for_all(world, number, f"{step - 1}: {what} {mark.hex()}")
+    at.retract()
+    missing = wait_for_all(world, (at.number, at.meetings), f"{step - 1}: {what} {mark.hex()}")
     if missing:
         others = ", ".join(map(str, missing))
         raise StepError(
             f"in train step {step} rank {world.rank} {what}, and on other ranks ({others}) it did not, so "
             f"gradients cannot be averaged. {remedy}"
         )
+    at.meet()
 
 
-def wait_for_all(world: World, number: tuple[int, int], what: str) -> list[int]:
+def wait_for_all(world: World, number: tuple[object, int], what: str) -> list[int]:
     """Waits until all ranks have come to the same, past any collective that some of them may be in.
 
     Args:
@@ -144,16 +146,8 @@ def wait_for_all(world: World, number: tuple[int, int], what: str) -> list[int]:
         what: where this rank is; only ranks that say the same meet.
 
     Returns:
-        the ranks that did not come.
+        the ranks that did not come: where one has said something else, or stands where it cannot come, that one.
     """
-    store = _get_default_store()
-    key = f"dtrain/waits/{number[0]}/{number[1]}/{zlib.crc32(what.encode())}/"
-    store.set(f"{key}{world.rank}", "here")
-    missing, end = [], time.monotonic() + _PATIENCE_SECONDS
-    for rank in range(world.size):
-        left = max(0.001, end - time.monotonic())
-        try:
-            store.wait([f"{key}{rank}"], timedelta(seconds=left))
-        except (RuntimeError, ValueError):  # as torch says that the time is over
-            missing.append(rank)
-    return missing
+    key, word = f"dtrain/waits/{number[0]}/{number[1]}/", what.encode()
+    _get_default_store().set(f"{key}{world.rank}", what)
+    return words_of(world, key, [rank for rank in range(world.size) if rank != world.rank], word)[1]

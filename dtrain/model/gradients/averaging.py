@@ -83,18 +83,18 @@ class GradientAveraging:
         self.watched = NumberedParameters(self._arrived)
         self._touched, self._ever = bytearray(), bytearray()
         self.fit, self.drift = DdpFit([]), Drift(world)
-        self._meeting = GradientAgreement(world, 0)
         self._queued: set[int] = set()
         self.open = self._evaluated = 0
         self.sync, self._fresh, self._settled = True, True, False
         self.scale, self.deferred = 1.0, False
-        self._shares = self._changes = self._meetings = 0
+        self._shares = self._changes = 0
         self._told: str | None = None
         self._by_ddp: list[Replica] = []
         self._retired: list[Any] = []  # a backward pass that runs may still call them
         self._guard = StepGuard(self)
         self.hooks = GradientHooks(lambda: self.open > 0, lambda: self.scale / world.size)
         self._completion = PassCompletion(world)
+        self._meeting = GradientAgreement(world, 0, self._completion.at)
 
     def add(self, replica: Replica) -> None:
         """Takes a net's parameters for averaging; all ranks add the same nets in the same order."""
@@ -115,7 +115,7 @@ class GradientAveraging:
         self.watched.take_up()
         count = len(self.watched.names)
         self._touched, self._ever = bytearray(count), bytearray(count)
-        self.fit, self._meeting = DdpFit(self.watched.names), GradientAgreement(self.world, count)
+        self.fit, self._meeting = DdpFit(self.watched.names), GradientAgreement(self.world, count, self._completion.at)
         self._guard.forget()
 
     def choose(self, way: Way) -> None:
@@ -137,7 +137,6 @@ class GradientAveraging:
 
         Args:
             scale: the weight of this rank's loss.
-        deferred: whether the backward pass that runs is the train step's last one, after which `settle` averages.
             last: whether its gradients, with those that came before, are to be averaged.
 
         Returns:
@@ -197,6 +196,7 @@ class GradientAveraging:
             self._evaluated += 1
             self.settle(strict=True)
             self._shares += 1
+            self._completion.at.end_step()
             self.drift.end_step()
             if is_due(self._shares):
                 self.compare()
@@ -229,6 +229,7 @@ class GradientAveraging:
         if not self._shares:
             self._take_hooks()
         self.fit.called()
+        self._completion.begin(ddp=self.mode == "ddp" and self.sync)
         return self.mode == "ddp"
 
     # --- backward -----------------------------------------------------------------------------------------
@@ -247,6 +248,7 @@ class GradientAveraging:
         task = torch._C._current_graph_task_id()
         if task not in self._queued:
             self._queued.add(task)
+            self._completion.begin(ddp=self.mode == "ddp")
             Variable._execution_engine.queue_callback(lambda: self._passed(task))
 
     def _passed(self, task: int) -> None:
@@ -385,9 +387,8 @@ class GradientAveraging:
                 "DistributedDataParallel would not average this train step's gradients over the ranks: "
                 f"{self.fit.reason}. {REMEDY}"
             )
-        self._wait(
-            f"does what DistributedDataParallel would not average ({self.fit.reason})", REMEDY, bytes(self.fit.seen)
-        )
+        what = f"does what DistributedDataParallel would not average ({self.fit.reason})"
+        self._wait(what, REMEDY, bytes(self.fit.seen))
         self._not_by_ddp()
 
     def _not_by_ddp(self) -> None:
@@ -396,5 +397,4 @@ class GradientAveraging:
 
     def _wait(self, what: str, remedy: str, mark: bytes = b"") -> None:
         """Waits for the other ranks to come to the same, past the collectives that they may be in."""
-        self._meetings += 1
-        demand_all(self.world, (self._completion.number, self._meetings), self._shares + 1, what, remedy, mark)
+        demand_all(self.world, self._completion.at, self._shares + 1, what, remedy, mark)

@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import Variable
 from torch.distributed.distributed_c10d import _get_default_store
 
+from dtrain.distributed.standing import Whereabouts
 from dtrain.distributed.world import World
 from dtrain.errors import StepError
 
@@ -39,19 +41,27 @@ class PassCompletion:
         number: of the passes of one net or several, the same on all ranks.
         running: whether it brings zeros just now, which are no gradients of the train step's.
         done: whether it has completed a pass of this train step for ranks that had all gradients.
+        at: where this rank stands, for those that wait for it elsewhere.
     """
 
     def __init__(self, world: World) -> None:
         self.number = next(_NUMBERS)
+        self.at = Whereabouts(self.number)
         self.running = self.done = False
         self._world = world
         self._key = f"dtrain/lacks/{self.number}"
         self._passes = 0
         self._kept: deque[int] = deque()
 
+    def begin(self, *, ddp: bool) -> None:
+        """The net is called, or a gradient arrives: with DDP, this rank may wait for all ranks from here on."""
+        if ddp and not self.at.inside:
+            self.at.enter()
+
     def passed(self) -> None:
         """A backward pass with DDP is over; all ranks have as many of them."""
         self._passes += 1
+        Variable._execution_engine.queue_callback(self.at.leave)  # after DDP's own, which waits for all ranks
 
     def refuse_another(self) -> None:
         """A gradient arrives.
