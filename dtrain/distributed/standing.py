@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from dtrain.distributed.world import World, step_limit
 
 _LOOK_SECONDS = 1.0
+_PASS_SECONDS = 30.0  # in a pass of DDP's, in which a rank may also be computing
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.25
 _Facts = dict[str, tuple[str, int, int, bool]]
 
@@ -36,10 +37,13 @@ class Standing:
     def __init__(self) -> None:
         self._facts: _Facts = {}
         self._told: _Facts = {}
+        self._computes: dict[str, bool] = {}
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def note(self, kind: str, which: str, steps: int, joined: int = 0, *, inside: bool = False) -> None:
+    def note(  # noqa: PLR0913 - one line of what is told
+        self, kind: str, which: str, steps: int, joined: int = 0, *, inside: bool = False, computes: bool = False
+    ) -> None:
         """Notes where this rank is; costs next to nothing.
 
         Args:
@@ -48,8 +52,9 @@ class Standing:
             steps: train steps that it has ended.
             joined: the collectives that it has come to.
             inside: whether it is in the last of them, which ends once all ranks have come to it.
+            computes: whether it may compute there for a while before it waits.
         """
-        self._facts[kind] = which, steps, joined, inside
+        self._facts[kind], self._computes[kind] = (which, steps, joined, inside), computes
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="dtrain-standing", daemon=True)
             self._thread.start()
@@ -73,11 +78,13 @@ class Standing:
 
     def _run(self) -> None:
         before: _Facts = {}
+        since = time.monotonic()
         while not self._over.wait(_LOOK_SECONDS):
-            now = self._facts.copy()
-            if now == before != self._told:
+            now, computes = self._facts.copy(), any(self._computes.values())
+            if now != before:
+                before, since = now, time.monotonic()
+            elif now != self._told and time.monotonic() - since >= (_PASS_SECONDS if computes else 0.0):
                 self._tell(now)
-            before = now
 
     def _tell(self, now: _Facts) -> None:
         with contextlib.suppress(RuntimeError, ValueError):  # there is no store any more
@@ -110,10 +117,14 @@ class Whereabouts:
         self.meetings = self._steps = self._joined = 0
         self.inside = False
 
-    def enter(self) -> None:
-        """This rank comes to an average of all ranks."""
+    def enter(self, *, computes: bool = False) -> None:
+        """This rank comes to an average of all ranks.
+
+        Args:
+            computes: whether it may compute for a while before it waits for them.
+        """
         self._joined += 1
-        self._note(inside=True)
+        self._note(inside=True, computes=computes)
 
     def leave(self) -> None:
         """It has got the average."""
@@ -135,9 +146,10 @@ class Whereabouts:
         self._joined = 0
         self._note()
 
-    def _note(self, *, inside: bool = False) -> None:
+    def _note(self, *, inside: bool = False, computes: bool = False) -> None:
         self.inside = inside
-        STANDING.note("gradients", f"{self.number}/{self.meetings}", self._steps, self._joined, inside=inside)
+        which = f"{self.number}/{self.meetings}"
+        STANDING.note("gradients", which, self._steps, self._joined, inside=inside, computes=computes)
 
 
 def words_of(

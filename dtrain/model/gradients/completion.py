@@ -56,7 +56,7 @@ class PassCompletion:
     def begin(self, *, ddp: bool) -> None:
         """The net is called, or a gradient arrives: with DDP, this rank may wait for all ranks from here on."""
         if ddp and not self.at.inside:
-            self.at.enter()
+            self.at.enter(computes=True)
 
     def passed(self) -> None:
         """A backward pass with DDP is over; all ranks have as many of them."""
