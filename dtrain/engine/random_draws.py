@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dtrain.data.partition import BatchMode, RankBatch
 from dtrain.distributed.seeding import HostStreams, derive
 from dtrain.distributed.world import World
+from dtrain.engine.optimizer_draws import OptimizerDraws
 from dtrain.engine.random_rows import check_supported, draw_for, has_drawn, shapes_of, take_apart
 from dtrain.engine.row_evidence import RowEvidence, ShapeExchange
 from dtrain.engine.row_rule import Part
@@ -62,6 +63,7 @@ class StepDraws:
         self._own: Any = None  # the states of torch's generators that are the rank's own, while a step has common ones
         self._host, self._exchanged = HostStreams(), False  # those of Python and NumPy
         self._inside = False
+        self._optimizers: OptimizerDraws | None = None
         self._silent, self._main = not world.is_main, world.is_main
         self._warned: set[str] = set()
         self._split = ""
@@ -103,6 +105,7 @@ class StepDraws:
             )
             self._looks = rank_batch.varied and self._meeting is not None
             draw_for(part, self.evidence, self._meeting if self._looks else None)
+            self._optimizers = OptimizerDraws()
 
     def leave(self) -> None:
         """The step is over; nothing is done where none has begun."""
@@ -110,6 +113,8 @@ class StepDraws:
             return
         self._inside = False
         if self._several:
+            if self._optimizers is not None:
+                self._optimizers.close()
             draw_for(None)
             if self._looks:
                 if self._meeting is not None and sys.exc_info()[0] is None:

@@ -88,6 +88,12 @@ def draw_for(part: Part | None, evidence: RowEvidence | None = None, meeting: Sh
     _CURRENT.part, _CURRENT.evidence, _CURRENT.meeting = part, evidence, meeting
 
 
+def put_part(part: Part | None) -> Part | None:
+    """Has them draw for another part, within what `draw_for` has begun, and returns the one that they drew for."""
+    before, _CURRENT.part = _CURRENT.part, part
+    return before
+
+
 def has_drawn() -> bool:
     """Whether more than one number was drawn for the last part."""
     return _CURRENT.drawn
