@@ -16,19 +16,25 @@ from dtrain.engine.row_rule import Part
 
 
 class OptimizerDraws:
-    """Has random functions draw as they are called while any optimizer steps, until it is closed."""
+    """Has random functions draw as they are called while any optimizer steps, from `open` to `close`."""
 
     def __init__(self) -> None:
         self._parts: list[Part | None] = []  # of the steps that run, one within the other
-        self._handles = (
+        self._handles: list[Any] = []
+
+    def open(self) -> None:
+        """A step begins that draws for a part of a batch."""
+        self._handles = [
             register_optimizer_step_pre_hook(self._before),
             register_optimizer_step_post_hook(self._after),
-        )
+        ]
 
     def close(self) -> None:
-        """Looks away."""
+        """It is over; closing twice does no harm."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
+        self._parts.clear()
 
     def _before(self, _: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
         part = put_part(None)
