@@ -28,7 +28,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from dtrain.data.partition import RankBatch
-from dtrain.engine.loss_graph import Divisor, constant_of, is_one, kind_of, nodes_below, saved_of, shape_of, signed_of
+from dtrain.engine.loss_graph import (
+    Divisor,
+    constant_of,
+    is_one,
+    kind_of,
+    nodes_below,
+    picks,
+    saved_of,
+    shape_of,
+    signed_of,
+)
 from dtrain.engine.loss_memory import LossMemory
 from dtrain.engine.metrics import Mean
 from dtrain.engine.sample_mixing import SampleMixing
@@ -123,6 +133,7 @@ class LossForm:
         self._counts, self._forms = counts, forms
         self._left, self._notes_left = _MOST_LOOKS if averaged else 0, _MOST_NOTED
         self._sizes: set[int] = set()
+        self._again = _MOST_NOTED  # looks that may be taken once more, as they have left it open
         self._memory = LossMemory()
 
     def look_at(self, loss: Any, rank_batch: RankBatch) -> None:
@@ -190,6 +201,8 @@ class LossForm:
         if found is None and self._warns and self._mixing is not None and self._mixing.found(total, rows):
             found = _Form(_BETWEEN_SAMPLES, f"{_MIXED} {_ALONE}")
         if found is None:
+            if walk.is_open:
+                self._leave_open(rows)
             return
         if found.is_sum:
             raise StepError(
@@ -202,6 +215,13 @@ class LossForm:
             self._warn(found)
         elif self._forms is not None:
             self._forms.say(found.what, found.remedy)
+
+    def _leave_open(self, rows: int) -> None:
+        """The next batch of so many samples is looked at, too."""
+        if self._again:
+            self._again -= 1
+            self._left += 1
+            self._sizes.discard(rows)
 
     def _warn(self, found: _Form) -> None:
         self._warns = False
@@ -226,10 +246,12 @@ class _Walk:
 
     Attributes:
         values: how many each mean that was found goes over.
+        is_open: whether another batch may show more: nothing was seen but a loss times 0, or a mask left nothing out.
     """
 
     def __init__(self, rows: int, shapes: set[tuple[int, ...]], memory: LossMemory) -> None:
         self.values: list[float] = []
+        self.is_open = False
         self._rows, self._shapes, self._memory = rows, shapes, memory
         self._left = _MOST_NODES
 
@@ -247,7 +269,9 @@ class _Walk:
             if kind in _PASSED_ON:
                 nodes += [(below, divisors, place) for below in nodes_below(node)]
             elif kind in {"Mul", "Div"} and (known := constant_of(node, kind)) is not None:
-                if known.value:  # a loss times 0 has gradients for the sake of them
+                zero = not known.value  # has gradients for the sake of them
+                self.is_open |= zero and node is root
+                if not zero:
                     nodes += [(below, (*divisors, known), place) for below in nodes_below(node)]
             elif kind in {"Mul", "Div"}:
                 reducing = [below for below in nodes_below(node) if self._reduces(below)]
@@ -360,7 +384,10 @@ class _Walk:
         """Where a mean goes over values that a mask or indices picked, and not as many for each sample."""
         shape = shape_of(node)
         self.values.append(_values(node))
-        if not shape or shape[0] % self._rows == 0 or self._rows in shape[:2] or not _picks(node):
+        if not shape or not picks(node):
+            return None
+        if shape[0] % self._rows == 0 or self._rows in shape[:2]:
+            self.is_open = True
             return None
         return _Form(f"it is the mean over {shape[0]} that are selected from {self._rows} samples", _COUNT)
 
@@ -375,14 +402,3 @@ def _values(node: Any) -> int:
             count = max(count, math.prod(shape_of(below[0])))
         below = nodes_below(below[0])
     return count
-
-
-def _picks(node: Any) -> bool:
-    """Whether what is averaged was picked by a mask or by indices."""
-    nodes, left = nodes_below(node), _MOST_BELOW
-    while nodes and left:
-        node, left = nodes.pop(), left - 1
-        if kind_of(node) in {"Index", "MaskedSelect", "IndexSelect"}:
-            return True
-        nodes += nodes_below(node)
-    return False

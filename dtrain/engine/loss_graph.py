@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _EXACT = 1e-6
+_MOST_BELOW = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +89,14 @@ def _is_number(other: Tensor) -> bool:
     """Whether it was a number of Python's: torch lets these take the type of what they are combined with."""
     small = torch.int8 if not other.is_floating_point() else torch.float16
     return other.ndim == 0 and torch.result_type(other, torch.zeros((), dtype=small)) == small
+
+
+def picks(node: Any) -> bool:
+    """Whether what is averaged was picked by a mask or by indices."""
+    nodes, left = nodes_below(node), _MOST_BELOW
+    while nodes and left:
+        node, left = nodes.pop(), left - 1
+        if kind_of(node) in {"Index", "MaskedSelect", "IndexSelect"}:
+            return True
+        nodes += nodes_below(node)
+    return False

@@ -44,7 +44,7 @@ RIGHT: dict[str, Loss] = {
 }
 
 
-def looked(loss: Loss, sizes: tuple[int, int], caplog: Any, *, backward: bool = False) -> list[str]:
+def looked(loss: Loss, sizes: tuple[int, ...], caplog: Any, *, backward: bool = False) -> list[str]:
     """What each of two steps logs or raises."""
     torch.manual_seed(1)
     net, told = nn.Linear(FEATURES, 5), []
@@ -94,3 +94,25 @@ def test_scores_are_of_pairs_where_they_are_square_for_two_numbers_of_samples(ca
     first, second = looked(pairs, (4, 3), caplog)
     assert first == ""
     assert "it compares each of them with all others of the batch" in second
+
+
+def test_a_look_that_leaves_it_open_is_taken_once_more(caplog: Any) -> None:
+    caplog.set_level(logging.WARNING, logger="dtrain")
+    masks = iter([[0, 0, 0], [1, 1, 1], [1, 0, 1]])
+
+    def masked(m: Any, x: Tensor) -> Tensor:
+        mask, loss = torch.tensor(next(masks), dtype=torch.bool), m(x).square().mean(1)
+        return loss[mask].mean() if mask.any() else loss.sum() * 0
+
+    told = looked(masked, (3, 3, 3), caplog)
+    assert told[:2] == ["", ""]
+    assert "it is the mean over 2 that are selected from 3 samples" in told[2]
+
+
+def test_what_is_left_open_is_looked_at_ten_times_more(caplog: Any) -> None:
+    losses = iter([0.0] * 11 + [1.0])
+
+    def nothing(m: Any, x: Tensor) -> Tensor:
+        return m(x).sum() * next(losses)  # a sum in the end
+
+    assert looked(nothing, (3,) * 12, caplog) == [""] * 12
