@@ -29,6 +29,7 @@ from torch.autograd.graph import GradientEdge
 
 from dtrain.data.partition import RankBatch
 from dtrain.engine.loss_graph import (
+    PASSED_ON,
     Divisor,
     constant_of,
     is_one,
@@ -38,6 +39,7 @@ from dtrain.engine.loss_graph import (
     saved_of,
     shape_of,
     signed_of,
+    values_of,
 )
 from dtrain.engine.loss_memory import LossMemory
 from dtrain.engine.metrics import Mean
@@ -54,9 +56,6 @@ _MOST_NODES = 1000  # of a graph that are looked at
 _MOST_BELOW = 12
 _NOTHING = contextlib.nullcontext()
 
-_PASSED_ON = frozenset(
-    ("Add", "Sub", "Neg", "Rsub", "Squeeze", "Unsqueeze", "View", "UnsafeView", "ReshapeAlias", "ToCopy", "Clone")
-)
 _FUNCTIONS = {
     "Sqrt": "the square root",
     "Rsqrt": "the square root",
@@ -188,12 +187,7 @@ class LossForm:
         total = loss.total if isinstance(loss, Mean) else loss
         if not isinstance(total, Tensor) or total.grad_fn is None or total.numel() != 1:
             return
-        if rows not in self._sizes:
-            self._sizes.add(rows)
-            self._left -= 1
-            if self._forms is not None:
-                self._forms.look()
-        self._memory.begin(rows)
+        self._begin(rows)
         walk = _Walk(rows, self._shapes, self._memory)
         found = None if total is not loss else walk.of(total.grad_fn)
         if self._counts is not None:
@@ -215,6 +209,15 @@ class LossForm:
             self._warn(found)
         elif self._forms is not None:
             self._forms.say(found.what, found.remedy)
+
+    def _begin(self, rows: int) -> None:
+        self._memory.begin(rows)
+        if rows in self._sizes:
+            return
+        self._sizes.add(rows)
+        self._left -= 1
+        if self._forms is not None:
+            self._forms.look()
 
     def _leave_open(self, rows: int) -> None:
         """The next batch of so many samples is looked at, too."""
@@ -266,7 +269,7 @@ class _Walk:
                 continue
             kind = kind_of(node)
             place = hash((place, kind, len(nodes)))
-            if kind in _PASSED_ON:
+            if kind in PASSED_ON:
                 nodes += [(below, divisors, place) for below in nodes_below(node)]
             elif kind in {"Mul", "Div"} and (known := constant_of(node, kind)) is not None:
                 zero = not known.value  # has gradients for the sake of them
@@ -345,7 +348,7 @@ class _Walk:
             over = kind in {"Sum", "Mean"} and self._is_of_rows(shape_of(node))
             if over or saved_of(node, "reduction") in {_MEAN, _SUM}:
                 return True
-            if kind in _PASSED_ON or kind in {"Mul", "Div"} or (kind in _FUNCTIONS and is_one(node)):
+            if kind in PASSED_ON or kind in {"Mul", "Div"} or (kind in _FUNCTIONS and is_one(node)):
                 nodes += nodes_below(node)
         return False
 
@@ -357,7 +360,7 @@ class _Walk:
             kind, index = kind_of(node), saved_of(node, "index")
             if kind in _GROUPING and isinstance(index, Tensor) and index.shape[:1] == (self._rows,):
                 return True
-            if kind in _PASSED_ON or kind in {"Mul", "Div"}:
+            if kind in PASSED_ON or kind in {"Mul", "Div"}:
                 nodes += nodes_below(node)
         return False
 
@@ -383,22 +386,10 @@ class _Walk:
     def _selection(self, node: Any) -> _Form | None:
         """Where a mean goes over values that a mask or indices picked, and not as many for each sample."""
         shape = shape_of(node)
-        self.values.append(_values(node))
+        self.values.append(values_of(node))
         if not shape or not picks(node):
             return None
         if shape[0] % self._rows == 0 or self._rows in shape[:2]:
             self.is_open = True
             return None
         return _Form(f"it is the mean over {shape[0]} that are selected from {self._rows} samples", _COUNT)
-
-
-def _values(node: Any) -> int:
-    """How many values a mean goes over, with those of a mean below it."""
-    target = saved_of(node, "target") if kind_of(node).startswith("NllLoss") else None
-    count = target.numel() if isinstance(target, Tensor) else math.prod(shape_of(node))
-    below = nodes_below(node)
-    while kind_of(node) == "Mean" and below and kind_of(below[0]) in _PASSED_ON | {"Mean"}:
-        if kind_of(below[0]) == "Mean":
-            count = max(count, math.prod(shape_of(below[0])))
-        below = nodes_below(below[0])
-    return count

@@ -11,6 +11,9 @@ from torch import Tensor
 
 _EXACT = 1e-6
 _MOST_BELOW = 12
+PASSED_ON = frozenset(
+    ("Add", "Sub", "Neg", "Rsub", "Squeeze", "Unsqueeze", "View", "UnsafeView", "ReshapeAlias", "ToCopy", "Clone")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,3 +103,15 @@ def picks(node: Any) -> bool:
             return True
         nodes += nodes_below(node)
     return False
+
+
+def values_of(node: Any) -> int:
+    """How many values a mean goes over, with those of a mean below it."""
+    target = saved_of(node, "target") if kind_of(node).startswith("NllLoss") else None
+    count = target.numel() if isinstance(target, Tensor) else math.prod(shape_of(node))
+    below = nodes_below(node)
+    while kind_of(node) == "Mean" and below and kind_of(below[0]) in PASSED_ON | {"Mean"}:
+        if kind_of(below[0]) == "Mean":
+            count = max(count, math.prod(shape_of(below[0])))
+        below = nodes_below(below[0])
+    return count
