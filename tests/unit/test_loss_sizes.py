@@ -51,7 +51,10 @@ def looked(loss: Loss, sizes: tuple[int, ...], caplog: Any, *, backward: bool = 
     form = LossForm(net, averaged=True, warns=True)
     for rows in sizes:
         caplog.clear()
-        value, batch = loss(net, torch.randn(rows, FEATURES)), RankBatch(None, rows, 2 * rows, 1.0, rows=rows)
+        value, batch = (
+            loss(net, torch.randn(rows, FEATURES)),
+            RankBatch(None, rows, 2 * rows, 1.0, rows=rows, varied=True),
+        )
         try:
             if backward:
                 with form.of_step(batch):
