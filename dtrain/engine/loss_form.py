@@ -28,10 +28,23 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from dtrain.data.partition import RankBatch
-from dtrain.engine.loss_graph import Divisor, constant_of, is_one, kind_of, nodes_below, saved_of, shape_of, signed_of
+from dtrain.engine.loss_graph import (
+    PASSED_ON,
+    Divisor,
+    constant_of,
+    is_one,
+    kind_of,
+    nodes_below,
+    picks,
+    saved_of,
+    shape_of,
+    signed_of,
+    values_of,
+)
+from dtrain.engine.loss_memory import LossMemory
 from dtrain.engine.metrics import Mean
 from dtrain.engine.sample_mixing import SampleMixing
-from dtrain.engine.value_counts import ValueCounts
+from dtrain.engine.value_counts import ToldForms, ValueCounts
 from dtrain.errors import StepError
 
 logger = logging.getLogger(__name__)
@@ -43,9 +56,6 @@ _MOST_NODES = 1000  # of a graph that are looked at
 _MOST_BELOW = 12
 _NOTHING = contextlib.nullcontext()
 
-_PASSED_ON = frozenset(
-    ("Add", "Sub", "Neg", "Rsub", "Squeeze", "Unsqueeze", "View", "UnsafeView", "ReshapeAlias", "ToCopy", "Clone")
-)
 _FUNCTIONS = {
     "Sqrt": "the square root",
     "Rsqrt": "the square root",
@@ -67,6 +77,8 @@ _STATISTICS = {
     "Logsumexp": "a log-sum-exp",
 }
 
+_GROUPING = frozenset(("IndexAdd", "ScatterAdd"))
+
 _AVERAGED = "The losses of several ranks or micro-batches are averaged with the weights of their samples"
 _COUNT = (
     "Return dtrain.Mean(total, count), with the sum of these as the count, and leave backward() and the optimizer's "
@@ -80,6 +92,11 @@ _DIFFERING = (
     "it is the mean over %g values for each sample on the first rank and over %g on the last one, as where batches are "
     "padded to their longest sample"
 )
+_FOLLOWS = (
+    "a part of it is multiplied by %g, which follows the number of samples, %d here: as a constant it would be right, "
+    "or divided by that number"
+)
+_GROUPED = "it adds up samples by groups (index_add or scatter_add), and then the groups"
 _LEAVE_OUT = (
     "Return dtrain.Mean(total, count) of the values that count, without padding, and leave backward() and the "
     "optimizer's step to dtrain; or give all samples equally many."
@@ -92,38 +109,44 @@ class LossForm:
 
     Args:
         module: the net.
+        counts: has several ranks compare how many values their means go over.
+        forms: has the first rank know what others saw.
         averaged: whether a loss is one of several that are averaged; nothing is looked at where it is not.
         warns: whether this rank warns.
         eager: whether the net is a whole one that is not compiled, whose outputs can be noted.
-        counts: has several ranks compare how many values their means go over.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a run says of its losses
         self,
         module: nn.Module,
+        counts: ValueCounts | None = None,
+        forms: ToldForms | None = None,
         *,
         averaged: bool,
         warns: bool,
         eager: bool = True,
-        counts: ValueCounts | None = None,
     ) -> None:
         self._shapes = {tuple(parameter.shape) for parameter in module.parameters()} if averaged else set()
         self._warns = warns
         self._mixing = SampleMixing(module) if averaged and warns and eager else None
-        self._counts = counts
+        self._counts, self._forms = counts, forms
         self._left, self._notes_left = _MOST_LOOKS if averaged else 0, _MOST_NOTED
         self._sizes: set[int] = set()
+        self._again = _MOST_NOTED  # looks that may be taken once more, as they have left it open
+        self._memory = LossMemory()
 
     def look_at(self, loss: Any, rank_batch: RankBatch) -> None:
         """Looks at a loss that was returned with its graph, where that is due; see `look`."""
         if self._left and rank_batch.rows not in self._sizes:
-            self.look(loss, rank_batch.rows, varied=rank_batch.varied, step=rank_batch.whole_start)
+            self.look(loss, rank_batch.rows, step=rank_batch.whole_start)
             self._forget()
 
     def of_step(self, rank_batch: RankBatch) -> AbstractContextManager[None]:
         """While inside, a step is watched: what the net returns, and each loss, before `backward()` is called on it."""
         if self._counts is not None and self._warns and (differing := self._counts.differing()) is not None:
             self._warn(_Form(_DIFFERING % differing, _LEAVE_OUT))
+        if self._forms is not None and self._warns and (told := self._forms.told()) is not None:
+            self._warn(_Form(*told))
         return self._watching(rank_batch) if self._left and rank_batch.rows not in self._sizes else _NOTHING
 
     def _forget(self) -> None:
@@ -138,7 +161,7 @@ class LossForm:
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
             losses = (tensors,) if isinstance(tensors, (Tensor, GradientEdge)) else tuple(tensors)
             for one in losses:
-                self.look(one, rank_batch.rows, varied=rank_batch.varied, step=rank_batch.whole_start)
+                self.look(one, rank_batch.rows, step=rank_batch.whole_start)
             own(losses, *args, **kwargs)
 
         torch.autograd.backward = backward
@@ -150,13 +173,12 @@ class LossForm:
             if rank_batch.rows in self._sizes:  # else the loss is returned with its graph, and looked at then
                 self._forget()
 
-    def look(self, loss: Any, rows: int, *, varied: bool = False, step: int = 0) -> None:
+    def look(self, loss: Any, rows: int, *, step: int = 0) -> None:
         """Refuses a loss that is a sum over the samples, and warns of one that is no mean over them.
 
         Args:
             loss: with its graph, also as `dtrain.Mean`, whose total need be no mean; what else it is is let by.
             rows: samples that it was computed of.
-            varied: whether the ranks have different numbers of them.
             step: where the whole batch begins in the epoch.
 
         Raises:
@@ -165,16 +187,16 @@ class LossForm:
         total = loss.total if isinstance(loss, Mean) else loss
         if not isinstance(total, Tensor) or total.grad_fn is None or total.numel() != 1:
             return
-        if rows not in self._sizes:
-            self._sizes.add(rows)
-            self._left -= 1
-        walk = _Walk(rows, self._shapes, varied)
+        self._begin(rows)
+        walk = _Walk(rows, self._shapes, self._memory)
         found = None if total is not loss else walk.of(total.grad_fn)
         if self._counts is not None:
             self._counts.say(step, rows, walk.values)
         if found is None and self._warns and self._mixing is not None and self._mixing.found(total, rows):
             found = _Form(_BETWEEN_SAMPLES, f"{_MIXED} {_ALONE}")
         if found is None:
+            if walk.is_open:
+                self._leave_open(rows)
             return
         if found.is_sum:
             raise StepError(
@@ -185,6 +207,24 @@ class LossForm:
             )
         if self._warns:
             self._warn(found)
+        elif self._forms is not None:
+            self._forms.say(found.what, found.remedy)
+
+    def _begin(self, rows: int) -> None:
+        self._memory.begin(rows)
+        if rows in self._sizes:
+            return
+        self._sizes.add(rows)
+        self._left -= 1
+        if self._forms is not None:
+            self._forms.look()
+
+    def _leave_open(self, rows: int) -> None:
+        """The next batch of so many samples is looked at, too."""
+        if self._again:
+            self._again -= 1
+            self._left += 1
+            self._sizes.discard(rows)
 
     def _warn(self, found: _Form) -> None:
         self._warns = False
@@ -209,49 +249,64 @@ class _Walk:
 
     Attributes:
         values: how many each mean that was found goes over.
+        is_open: whether another batch may show more: nothing was seen but a loss times 0, or a mask left nothing out.
     """
 
-    def __init__(self, rows: int, shapes: set[tuple[int, ...]], varied: bool) -> None:
+    def __init__(self, rows: int, shapes: set[tuple[int, ...]], memory: LossMemory) -> None:
         self.values: list[float] = []
-        self._rows, self._shapes, self._varied = rows, shapes, varied
+        self.is_open = False
+        self._rows, self._shapes, self._memory = rows, shapes, memory
         self._left = _MOST_NODES
 
     def of(self, root: Any) -> _Form | None:
         """Returns what the loss is; a sum first, None for what seems a mean."""
         found: list[_Form] = []
-        nodes: list[tuple[Any, tuple[Divisor, ...]]] = [(root, ())]
+        nodes: list[tuple[Any, tuple[Divisor, ...], int]] = [(root, (), 0)]
         while nodes and self._left > 0:
-            node, divisors = nodes.pop()
+            node, divisors, place = nodes.pop()
             self._left -= 1
             if node is None:
                 continue
             kind = kind_of(node)
-            if kind in _PASSED_ON:
-                nodes += [(below, divisors) for below in nodes_below(node)]
+            place = hash((place, kind, len(nodes)))
+            if kind in PASSED_ON:
+                nodes += [(below, divisors, place) for below in nodes_below(node)]
             elif kind in {"Mul", "Div"} and (known := constant_of(node, kind)) is not None:
-                if known.value:  # a loss times 0 has gradients for the sake of them
-                    nodes += [(below, (*divisors, known)) for below in nodes_below(node)]
+                zero = not known.value  # has gradients for the sake of them
+                self.is_open |= zero and node is root
+                if not zero:
+                    nodes += [(below, (*divisors, known), place) for below in nodes_below(node)]
             elif kind in {"Mul", "Div"}:
                 reducing = [below for below in nodes_below(node) if self._reduces(below)]
                 divided_by = kind == "Div" and node.next_functions[1][0] in reducing
                 if divided_by or len(reducing) > 1:
                     found.append(_Form("a ratio or product of several sums over the batch", _MIXED))
                 else:  # as of a loss and its learnt weight
-                    nodes += [(below, divisors) for below in reducing]
-            elif (form := self._form(node, kind, divisors)) is not None:
+                    nodes += [(below, divisors, place) for below in reducing]
+            elif (form := self._form(node, kind, divisors, place)) is not None:
                 found.append(form)
         return next((form for form in found if form.is_sum), found[0] if found else None)
 
-    def _form(self, node: Any, kind: str, divisors: tuple[Divisor, ...]) -> _Form | None:
+    def _form(self, node: Any, kind: str, divisors: tuple[Divisor, ...], place: int) -> _Form | None:
         """What the end of the linear part is."""
-        if (kind == "Sum" and self._is_over_rows(node)) or saved_of(node, "reduction") == _SUM:
-            return self._sum(divisors)
+        if kind in {"Sum", "Mean"} and self._is_of_groups(node):
+            return _Form(_GROUPED, _MIXED)
+        is_sum = (kind == "Sum" and self._is_over_rows(node, place)) or saved_of(node, "reduction") == _SUM
+        form = self._sum(divisors) if is_sum else self._reduced(node, kind, place)
+        if (form is None or not form.is_sum) and not any(divisor.computed for divisor in divisors):
+            factor = 1 / math.prod(divisor.value for divisor in divisors)
+            if self._memory.follows("factor", place, factor * self._rows if is_sum else factor):
+                return _Form(_FOLLOWS % (factor, self._rows), is_sum=True)
+        return form
+
+    def _reduced(self, node: Any, kind: str, place: int) -> _Form | None:
+        """What it is, where it is no sum over the samples."""
         if kind in _FUNCTIONS and is_one(node) and any(map(self._reduces, nodes_below(node))):
             return _Form(f"it is {_FUNCTIONS[kind]} of a mean over them", _MIXED)
         if kind in _STATISTICS and is_one(node) and self._is_of_rows(shape_of(node)):
             return _Form(f"it is {_STATISTICS[kind]} over them", _MIXED)
         if kind.startswith("NllLoss") and saved_of(node, "reduction") == _MEAN:
-            return self._likelihood(node)
+            return self._likelihood(node, place)
         if kind == "Mean" or saved_of(node, "reduction") == _MEAN:
             return self._selection(node)
         return None
@@ -267,7 +322,7 @@ class _Walk:
         said = [divisor.words for divisor in divisors if divisor.value != 1.0]
         return _Form(", ".join([".sum(), or reduction='sum'", *said]), is_sum=True)
 
-    def _likelihood(self, node: Any) -> _Form | None:
+    def _likelihood(self, node: Any, place: int) -> _Form | None:
         """Of `cross_entropy` and `nll_loss`."""
         scores, weight, target = (saved_of(node, name) for name in ("self", "weight", "target"))
         if isinstance(weight, Tensor) and bool((weight != weight.reshape(-1)[0]).any()):
@@ -278,7 +333,7 @@ class _Walk:
             if bool((target == ignored).any()):
                 return _Form(f"labels of {ignored} are left out, and it is divided by the number of the others", _COUNT)
         shape = () if scores is None else tuple(scores.shape)
-        if self._varied and shape == (self._rows, self._rows):
+        if shape == (self._rows, self._rows) and self._memory.follows("pairs", place, self._rows):
             return _Form("it compares each of them with all others of the batch", _MIXED)
         return self._selection(node)
 
@@ -293,13 +348,27 @@ class _Walk:
             over = kind in {"Sum", "Mean"} and self._is_of_rows(shape_of(node))
             if over or saved_of(node, "reduction") in {_MEAN, _SUM}:
                 return True
-            if kind in _PASSED_ON or kind in {"Mul", "Div"} or (kind in _FUNCTIONS and is_one(node)):
+            if kind in PASSED_ON or kind in {"Mul", "Div"} or (kind in _FUNCTIONS and is_one(node)):
                 nodes += nodes_below(node)
         return False
 
-    def _is_over_rows(self, node: Any) -> bool:
-        """Whether a sum goes over the samples; not where it adds up the losses of a list."""
+    def _is_of_groups(self, node: Any) -> bool:
+        """Whether what is summed up are sums over groups of the samples."""
+        nodes, left = nodes_below(node), _MOST_BELOW
+        while nodes and left:
+            node, left = nodes.pop(), left - 1
+            kind, index = kind_of(node), saved_of(node, "index")
+            if kind in _GROUPING and isinstance(index, Tensor) and index.shape[:1] == (self._rows,):
+                return True
+            if kind in PASSED_ON or kind in {"Mul", "Div"}:
+                nodes += nodes_below(node)
+        return False
+
+    def _is_over_rows(self, node: Any, place: int) -> bool:
+        """Whether a sum goes over the samples; not of a list's losses, nor where their number is fixed."""
         shape = shape_of(node)
+        if self._memory.stays("length", place, shape[0] if shape else 0):
+            return False
         dims = saved_of(node, "dim")
         if dims is not None and 0 not in [d % max(1, len(shape)) for d in map(signed_of, dims)]:
             return False
@@ -317,30 +386,10 @@ class _Walk:
     def _selection(self, node: Any) -> _Form | None:
         """Where a mean goes over values that a mask or indices picked, and not as many for each sample."""
         shape = shape_of(node)
-        self.values.append(_values(node))
-        if not shape or shape[0] % self._rows == 0 or self._rows in shape[:2] or not _picks(node):
+        self.values.append(values_of(node))
+        if not shape or not picks(node):
+            return None
+        if shape[0] % self._rows == 0 or self._rows in shape[:2]:
+            self.is_open = True
             return None
         return _Form(f"it is the mean over {shape[0]} that are selected from {self._rows} samples", _COUNT)
-
-
-def _values(node: Any) -> int:
-    """How many values a mean goes over, with those of a mean below it."""
-    target = saved_of(node, "target") if kind_of(node).startswith("NllLoss") else None
-    count = target.numel() if isinstance(target, Tensor) else math.prod(shape_of(node))
-    below = nodes_below(node)
-    while kind_of(node) == "Mean" and below and kind_of(below[0]) in _PASSED_ON | {"Mean"}:
-        if kind_of(below[0]) == "Mean":
-            count = max(count, math.prod(shape_of(below[0])))
-        below = nodes_below(below[0])
-    return count
-
-
-def _picks(node: Any) -> bool:
-    """Whether what is averaged was picked by a mask or by indices."""
-    nodes, left = nodes_below(node), _MOST_BELOW
-    while nodes and left:
-        node, left = nodes.pop(), left - 1
-        if kind_of(node) in {"Index", "MaskedSelect", "IndexSelect"}:
-            return True
-        nodes += nodes_below(node)
-    return False

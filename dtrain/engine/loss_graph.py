@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 _EXACT = 1e-6
+_MOST_BELOW = 12
+PASSED_ON = frozenset(
+    ("Add", "Sub", "Neg", "Rsub", "Squeeze", "Unsqueeze", "View", "UnsafeView", "ReshapeAlias", "ToCopy", "Clone")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +92,26 @@ def _is_number(other: Tensor) -> bool:
     """Whether it was a number of Python's: torch lets these take the type of what they are combined with."""
     small = torch.int8 if not other.is_floating_point() else torch.float16
     return other.ndim == 0 and torch.result_type(other, torch.zeros((), dtype=small)) == small
+
+
+def picks(node: Any) -> bool:
+    """Whether what is averaged was picked by a mask or by indices."""
+    nodes, left = nodes_below(node), _MOST_BELOW
+    while nodes and left:
+        node, left = nodes.pop(), left - 1
+        if kind_of(node) in {"Index", "MaskedSelect", "IndexSelect"}:
+            return True
+        nodes += nodes_below(node)
+    return False
+
+
+def values_of(node: Any) -> int:
+    """How many values a mean goes over, with those of a mean below it."""
+    target = saved_of(node, "target") if kind_of(node).startswith("NllLoss") else None
+    count = target.numel() if isinstance(target, Tensor) else math.prod(shape_of(node))
+    below = nodes_below(node)
+    while kind_of(node) == "Mean" and below and kind_of(below[0]) in PASSED_ON | {"Mean"}:
+        if kind_of(below[0]) == "Mean":
+            count = max(count, math.prod(shape_of(below[0])))
+        below = nodes_below(below[0])
+    return count

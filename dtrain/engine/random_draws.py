@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dtrain.data.partition import BatchMode, RankBatch
 from dtrain.distributed.seeding import HostStreams, derive
 from dtrain.distributed.world import World
+from dtrain.engine.optimizer_draws import OptimizerDraws
 from dtrain.engine.random_rows import check_supported, draw_for, has_drawn, shapes_of, take_apart
 from dtrain.engine.row_evidence import RowEvidence, ShapeExchange
 from dtrain.engine.row_rule import Part
@@ -41,13 +42,20 @@ class StepDraws:
         world: the ranks.
         seed: the run's.
         shapes: as for `dtrain.engine.random_rows.Part`.
+        weights: returns the tensors that these are of.
 
     Attributes:
         used: whether the steps draw from Python's or NumPy's generators; None before an epoch's first step.
         evidence: which of the numbers that they draw are rows of the batch.
     """
 
-    def __init__(self, world: World, seed: int, shapes: frozenset[tuple[int, ...]] = frozenset()) -> None:
+    def __init__(
+        self,
+        world: World,
+        seed: int,
+        shapes: frozenset[tuple[int, ...]] = frozenset(),
+        weights: Callable[[], Iterable[Tensor]] = tuple,
+    ) -> None:
         self.used: bool | None = None
         self.evidence = RowEvidence()
         self._meeting = ShapeExchange(world) if world.size > 1 else None
@@ -57,11 +65,12 @@ class StepDraws:
         none = world.device.type in ("cpu", "meta")  # of which there are no generators of their own
         self._module: Any = None if none else torch.get_device_module(world.device)
         self._several = world.size > 1
-        self._shapes = shapes
+        self._shapes, self._weights = shapes, weights
         self._base = 0
         self._own: Any = None  # the states of torch's generators that are the rank's own, while a step has common ones
         self._host, self._exchanged = HostStreams(), False  # those of Python and NumPy
         self._inside = False
+        self._optimizers = OptimizerDraws()
         self._silent, self._main = not world.is_main, world.is_main
         self._warned: set[str] = set()
         self._split = ""
@@ -102,7 +111,8 @@ class StepDraws:
                 self._shapes,
             )
             self._looks = rank_batch.varied and self._meeting is not None
-            draw_for(part, self.evidence, self._meeting if self._looks else None)
+            draw_for(part, self.evidence, self._meeting if self._looks else None, self._weights)
+            self._optimizers.open()
 
     def leave(self) -> None:
         """The step is over; nothing is done where none has begun."""
@@ -110,6 +120,7 @@ class StepDraws:
             return
         self._inside = False
         if self._several:
+            self._optimizers.close()
             draw_for(None)
             if self._looks:
                 if self._meeting is not None and sys.exc_info()[0] is None:
@@ -227,4 +238,4 @@ def draws_of(  # noqa: PLR0913 - what a run says of it
         return None
     if world.size > 1:
         check_supported()
-    return StepDraws(world, seed, shapes_of(net.parameters()))
+    return StepDraws(world, seed, shapes_of(net.parameters()), net.parameters)

@@ -12,9 +12,10 @@ at which these functions have no kernel of their own. So whoever calls them (`dr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.engine.row_evidence import UNKNOWN, RowEvidence, ShapeExchange, place_of
-from dtrain.engine.row_rule import Part, by_shape, if_as_many, if_several, known_layout
+from dtrain.engine.row_parts import one_row, own, whole_like
+from dtrain.engine.row_rule import Part, by_shape_of, if_as_many, if_several, is_weight, known_layout
 from dtrain.errors import StepError, UsageError
 
 _KEY = "BackendSelect"
@@ -40,6 +42,7 @@ _FILLS = (
     "random_.to",
     "uniform_",
 )
+_LIKE = ("rand_like", "randint_like", "randint_like.low_dtype", "randn_like")  # call the former
 # How many numbers they take depends on the arguments' values.
 _REJECTING = ("_sample_dirichlet", "_standard_gamma", "binomial", "poisson")
 _WITHIN = {  # draw within a device's kernel: the position and the name of the argument which says whether they do
@@ -66,6 +69,8 @@ class _Current:
     part: Part | None = None
     evidence: RowEvidence | None = None
     meeting: ShapeExchange | None = None
+    weights: Callable[[], Iterable[Tensor]] = tuple
+    like: Tensor | None = None  # what numbers are being drawn for
     drawn: bool = False  # whether something was drawn for a part since `draw_for` set it
     apart: set[str] = field(default_factory=set)  # what was drawn, and cannot be what one process draws
     library: Any = field(default=None, repr=False)
@@ -74,18 +79,30 @@ class _Current:
 _CURRENT = _Current()
 
 
-def draw_for(part: Part | None, evidence: RowEvidence | None = None, meeting: ShapeExchange | None = None) -> None:
+def draw_for(
+    part: Part | None,
+    evidence: RowEvidence | None = None,
+    meeting: ShapeExchange | None = None,
+    weights: Callable[[], Iterable[Tensor]] = tuple,
+) -> None:
     """Has random functions draw for a part of a batch from now on.
 
     Args:
         part: None: they draw as they are called.
         evidence: tells which dimensions go along the batch, and learns more of it; None: the shapes alone do.
         meeting: has the ranks tell each other the shapes, where they have different numbers of rows.
+        weights: returns the net's parameters.
     """
     if part is not None:
         _install()
         _CURRENT.drawn = False
-    _CURRENT.part, _CURRENT.evidence, _CURRENT.meeting = part, evidence, meeting
+    _CURRENT.part, _CURRENT.evidence, _CURRENT.meeting, _CURRENT.weights = part, evidence, meeting, weights
+
+
+def put_part(part: Part | None) -> Part | None:
+    """Has them draw for another part, within what `draw_for` has begun, and returns the one that they drew for."""
+    before, _CURRENT.part = _CURRENT.part, part
+    return before
 
 
 def has_drawn() -> bool:
@@ -135,6 +152,7 @@ def _install() -> None:
         **dict.fromkeys(_FILLS, _filling),
         **dict.fromkeys(_REJECTING, _rejecting),
         **{name: functools.partial(_within, *said) for name, said in _WITHIN.items()},
+        **dict.fromkeys(_LIKE, _alike),
         "bernoulli_.Tensor": _filling_by_odds,
         "multinomial": _choosing,
         "native_dropout": _dropping,
@@ -162,12 +180,32 @@ def _filling(operator: Any) -> Callable[..., Any]:
         if part is None or dimension is None:
             return operator.redispatch(keys, tensor, *args, **kwargs)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            whole = _whole_like(tensor, dimension, part)
+            whole = whole_like(tensor, dimension, part)
             operator.redispatch(keys, whole, *args, **kwargs)
-            tensor.copy_(_own(whole, dimension, part))
+            tensor.copy_(own(whole, dimension, part))
         return tensor
 
     return fill
+
+
+def _alike(operator: Any) -> Callable[..., Any]:
+    """`torch.randn_like(x)` and the like: what they call is told of `x`."""
+
+    def draw(keys: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with _for(tensor):
+            return operator.redispatch(keys & _below(), tensor, *args, **kwargs)  # type: ignore[no-any-return]
+
+    return draw
+
+
+@contextlib.contextmanager
+def _for(like: Tensor | None) -> Iterator[None]:
+    """While inside, numbers are drawn for a tensor; for an unknown one where it is None."""
+    before, _CURRENT.like = _CURRENT.like, like
+    try:
+        yield
+    finally:
+        _CURRENT.like = before
 
 
 def _filling_by_odds(operator: Any) -> Callable[..., Any]:
@@ -175,15 +213,15 @@ def _filling_by_odds(operator: Any) -> Callable[..., Any]:
 
     def fill(keys: Any, tensor: Tensor, odds: Tensor, **kwargs: Any) -> Tensor:
         part, keys = _CURRENT.part, keys & _below()
-        dimension = None if part is None else row_dimension(tensor, part)
+        dimension = None if part is None else row_dimension(tensor, part, odds)
         if part is None or dimension is None:
             return operator.redispatch(keys, tensor, odds, **kwargs)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            whole = _whole_like(tensor, dimension, part)
+            whole = whole_like(tensor, dimension, part)
             all_odds = torch.zeros_like(whole, dtype=odds.dtype, device=odds.device)
-            _own(all_odds, dimension, part).copy_(odds)
+            own(all_odds, dimension, part).copy_(odds)
             operator.redispatch(keys, whole, all_odds, **kwargs)
-            tensor.copy_(_own(whole, dimension, part))
+            tensor.copy_(own(whole, dimension, part))
         return tensor
 
     return fill
@@ -195,7 +233,8 @@ def _normal(operator: Any) -> Callable[..., Any]:
     def draw(keys: Any, mean: Any, std: Any = 1.0, generator: Any = None) -> Tensor:
         if _CURRENT.part is None:
             return operator.redispatch(keys & _below(), mean, std, generator=generator)  # type: ignore[no-any-return]
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        like = next((one for one in (mean, std) if is_weight(one, _CURRENT.weights())), None)
+        with torch._C._AutoDispatchBelowADInplaceOrView(), _for(like):
             drawn = torch.empty_like(mean + std, memory_format=torch.contiguous_format)
             if not isinstance(std, Tensor):
                 return drawn.normal_(0, std, generator=generator).add_(mean)
@@ -215,12 +254,12 @@ def _choosing(operator: Any) -> Callable[..., Any]:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             if odds.ndim == 1 and _dimension_of((samples,), part, if_several) == 0:  # so many for each sample
                 whole = operator.redispatch(keys, odds, samples // part.rows * part.total, replacement, **how)
-                return _own(whole, 0, part).clone()
-            if odds.ndim == 1 or row_dimension(odds, part) != 0:
+                return own(whole, 0, part).clone()
+            if odds.ndim == 1 or row_dimension(odds, part, odds) != 0:
                 return operator.redispatch(keys, odds, samples, replacement, **how)  # type: ignore[no-any-return]
-            all_odds = torch.ones_like(_whole_like(odds, 0, part))
-            _own(all_odds, 0, part).copy_(odds)
-            return _own(operator.redispatch(keys, all_odds, samples, replacement, **how), 0, part).clone()
+            all_odds = torch.ones_like(whole_like(odds, 0, part))
+            own(all_odds, 0, part).copy_(odds)
+            return own(operator.redispatch(keys, all_odds, samples, replacement, **how), 0, part).clone()
 
     return choose
 
@@ -230,12 +269,12 @@ def _dropping(operator: Any) -> Callable[..., Any]:
 
     def drop(keys: Any, tensor: Tensor, odds: float, train: bool | None = True) -> tuple[Tensor, Tensor]:
         part, keys = _CURRENT.part, keys & _below()
-        dimension = None if part is None or tensor.is_cpu or train is False else row_dimension(tensor, part)
+        dimension = None if part is None or tensor.is_cpu or train is False else row_dimension(tensor, part, tensor)
         if part is None or dimension is None:
             return operator.redispatch(keys, tensor, odds, train)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            whole = torch.ones_like(_whole_like(tensor, dimension, part))
-            mask = _own(operator.redispatch(keys, whole, odds, True)[1], dimension, part).clone()
+            whole = torch.ones_like(whole_like(tensor, dimension, part))
+            mask = own(operator.redispatch(keys, whole, odds, True)[1], dimension, part).clone()
             return tensor * mask * (0.0 if odds == 1 else 1 / (1 - odds)), mask
 
     return drop
@@ -253,7 +292,7 @@ def _permuting(operator: Any) -> Callable[..., Any]:
             _CURRENT.apart.add("an order of the batch's samples (torch.randperm(len(batch)), as in mixup)")
             operator.redispatch(keys, part.total, generator=generator, out=whole)
             out.resize_(n)
-            return out.copy_(_own(whole, 0, part).argsort())
+            return out.copy_(own(whole, 0, part).argsort())
 
     return permute
 
@@ -264,18 +303,18 @@ def _rejecting(operator: Any) -> Callable[..., Any]:
     def draw(keys: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         part, keys = _CURRENT.part, keys & _below()
         batched = part is not None and (tensor.ndim > 1 or operator is not torch.ops.aten._sample_dirichlet.default)
-        dimension = row_dimension(tensor, part) if part is not None and batched else None
+        dimension = row_dimension(tensor, part, tensor) if part is not None and batched else None
         if part is None or dimension is None:
             return operator.redispatch(keys, tensor, *args, **kwargs)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowADInplaceOrView():
             given = [tensor, *(one for one in args if isinstance(one, Tensor))]
-            rows = [_one_row(one, dimension) if one.shape == tensor.shape else None for one in given]
+            rows = [one_row(one, dimension) if one.shape == tensor.shape else None for one in given]
             if any(row is None for row in rows):
                 return _forked(operator, keys, part, tensor, *args, **kwargs)  # type: ignore[no-any-return]
-            shape = _whole_like(tensor, dimension, part).shape
+            shape = whole_like(tensor, dimension, part).shape
             same = [row.expand(shape).contiguous() for row in rows if row is not None]
             rest = [one for one in args if not isinstance(one, Tensor)]
-            return _own(operator.redispatch(keys, *same, *rest, **kwargs), dimension, part).clone()
+            return own(operator.redispatch(keys, *same, *rest, **kwargs), dimension, part).clone()
 
     return draw
 
@@ -296,18 +335,26 @@ def _within(position: int, name: str, operator: Any) -> Callable[..., Any]:
 # --- what they are made of -----------------------------------------------------------------------------------
 
 
-def row_dimension(tensor: Tensor, part: Part) -> int | None:
-    """Returns which dimension of a random tensor goes along the batch; None where none does."""
+def row_dimension(tensor: Tensor, part: Part, like: Tensor | None = None) -> int | None:
+    """Returns which dimension of a random tensor goes along the batch; None where none does.
+
+    Args:
+        tensor: of the shape that is drawn.
+        part: of the batch.
+        like: what the numbers are drawn for, if that is known.
+    """
     if tensor.ndim == 0 or tensor.requires_grad or type(tensor) is nn.Parameter:
         return None
-    return _dimension_of(tuple(tensor.shape), part)
+    like = _CURRENT.like if like is None else like
+    return _dimension_of(
+        tuple(tensor.shape), part, lambda shape, part: by_shape_of(like, shape, part, _CURRENT.weights())
+    )
 
 
-def _dimension_of(shape: tuple[int, ...], part: Part, rule: Callable[..., int | None] | None = None) -> int | None:
+def _dimension_of(shape: tuple[int, ...], part: Part, rule: Callable[..., int | None]) -> int | None:
     """The same for a shape: by what is known of the place that draws, else by a rule."""
     _CURRENT.drawn = _CURRENT.drawn or shape != (1,)
     evidence, meeting, rows = _CURRENT.evidence, _CURRENT.meeting, part.rows
-    rule = rule or by_shape
     if evidence is None:
         return rule(shape, part)
     where = place_of()
@@ -320,34 +367,6 @@ def _dimension_of(shape: tuple[int, ...], part: Part, rule: Callable[..., int | 
     taken = rule(shape, part) if known == UNKNOWN else known
     evidence.note(where, rows, shape, taken)
     return taken
-
-
-def _whole_like(tensor: Tensor, dimension: int, part: Part) -> Tensor:
-    """Returns an empty tensor for the whole batch, laid out in memory as a process with the whole batch has it."""
-    shape = list(tensor.shape)
-    shape[dimension] = shape[dimension] // part.rows * part.total
-    for layout in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
-        fits = layout is torch.contiguous_format or tensor.ndim == (4 if layout is torch.channels_last else 5)
-        if fits and tensor.is_contiguous(memory_format=layout):
-            return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout)
-    along = tensor.stride(dimension)
-    strides = [
-        stride // part.rows * part.total if stride > along and stride % part.rows == 0 else stride
-        for stride in tensor.stride()
-    ]
-    return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
-
-
-def _own(whole: Tensor, dimension: int, part: Part) -> Tensor:
-    """Returns this rank's rows, as a view."""
-    times = whole.shape[dimension] // part.total
-    return whole.narrow(dimension, part.first * times, part.rows * times)
-
-
-def _one_row(tensor: Tensor, dimension: int) -> Tensor | None:
-    """Returns the row that all rows are, None where they differ; on a GPU it would have to be waited for."""
-    row = tensor.narrow(dimension, 0, 1)
-    return row if tensor.is_cpu and torch.equal(tensor, row.expand_as(tensor)) else None
 
 
 def _forked(operator: Any, keys: Any, part: Part, *args: Any, **kwargs: Any) -> Any:

@@ -52,7 +52,7 @@ from dtrain.engine.step_contract import (
     watch_backward,
 )
 from dtrain.engine.step_counter import StepCounter
-from dtrain.engine.value_counts import ValueCounts
+from dtrain.engine.value_counts import ToldForms, ValueCounts
 from dtrain.errors import UsageError
 from dtrain.model.attributes import check_materialized
 from dtrain.model.clip import Clipping
@@ -175,8 +175,8 @@ class Learner:
         else:
             self._replica = Replica(task.module, world, in_use, options.compile, options.average)
         eager = self._replica.clock is None and not self._replica.sharded
-        counts = ValueCounts(world) if world.size > 1 else None
-        self._form = LossForm(task.module, averaged=not self._alone, warns=world.is_main, eager=eager, counts=counts)
+        told = (ValueCounts(world), ToldForms(world)) if world.size > 1 else (None, None)
+        self._form = LossForm(task.module, *told, averaged=not self._alone, warns=world.is_main, eager=eager)
         self.scaler = scaler_of(in_use, world)
         place_states(task.module, [] if task.optimizer is None else [task.optimizer])
         self.steps = StepCounter(task)

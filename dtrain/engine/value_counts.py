@@ -15,6 +15,45 @@ from dtrain.distributed.world import World
 
 _NUMBERS = itertools.count()  # of those that a process makes, the same on all ranks
 _MOST_LOOKS = 10
+_MOST_LOOKS_FOR_FORMS = 10  # in as many steps, after each that a form was looked for in
+
+
+class ToldForms:
+    """What other ranks saw of their losses, for the first one to tell: a branch may be taken on some ranks only.
+
+    They say it past any collective, and the first one looks in its next steps.
+
+    Args:
+        world: several ranks.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._key, self._is_first = f"dtrain/forms/{next(_NUMBERS)}", world.rank == 0
+        self._left, self._said = 0, False
+
+    def look(self) -> None:
+        """A loss is looked at in this step, on other ranks as well."""
+        self._left = _MOST_LOOKS_FOR_FORMS
+
+    def say(self, what: str, remedy: str) -> None:
+        """Keeps, on another rank, what its loss is."""
+        if not self._is_first and not self._said:
+            from torch.distributed.distributed_c10d import _get_default_store
+
+            self._said = True
+            _get_default_store().set(self._key, json.dumps([what, remedy]))
+
+    def told(self) -> tuple[str, str] | None:
+        """Returns, on the first rank, what another one has said."""
+        if not self._is_first or not self._left:
+            return None
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        self._left, store = self._left - 1, _get_default_store()
+        if not store.check([self._key]):
+            return None
+        what, remedy = json.loads(store.get(self._key))
+        return what, remedy
 
 
 class ValueCounts:

@@ -82,18 +82,18 @@ OTHERS: dict[str, tuple[str, Form]] = {
     "dice": ("a ratio or product", lambda x, loss, m: 1 - 2 * loss.sum() / (loss.sum() + x.abs().sum())),
     "norm": ("the norm over them", lambda x, loss, m: loss.norm()),
     "spread": ("the standard deviation over them", lambda x, loss, m: loss.std()),
-    "pairs": (
-        "compares each of them with all others",
-        lambda x, loss, m: functional.cross_entropy(x @ x.T, torch.arange(ROWS)),
+    "groups": (
+        "it adds up samples by groups",
+        lambda x, loss, m: (torch.zeros(ROWS).index_add(0, LABELS, loss[:, 0]) / 2 * torch.ones(ROWS)).sum(),
     ),
 }
 
 
-def batch(rows: int, *, varied: bool = True) -> RankBatch:
-    return RankBatch(None, rows, 2 * rows, 1.0, rows=rows, varied=varied)
+def batch(rows: int) -> RankBatch:
+    return RankBatch(None, rows, 2 * rows, 1.0, rows=rows)
 
 
-def found(function: Form, caplog: Any, *, backward: bool, varied: bool = True, averaged: bool = True) -> str:
+def found(function: Form, caplog: Any, *, backward: bool, averaged: bool = True) -> str:
     """What is raised or logged for a loss, which is returned or has its backward pass run."""
     net = nn.Linear(4, 3)
     form = LossForm(net, averaged=averaged, warns=True)
@@ -102,11 +102,11 @@ def found(function: Form, caplog: Any, *, backward: bool, varied: bool = True, a
     caplog.clear()
     try:
         if backward:
-            with form.of_step(batch(ROWS, varied=varied)):
+            with form.of_step(batch(ROWS)):
                 loss.backward()
             assert net.weight.grad is not None
         else:
-            form.look_at(loss, batch(ROWS, varied=varied))
+            form.look_at(loss, batch(ROWS))
     except StepError as error:
         assert net.weight.grad is None
         return f"raised: {error}"
@@ -131,10 +131,6 @@ def test_the_form_of_a_loss_is_seen(caplog: Any, backward: bool) -> None:
 
 def test_the_error_says_what_is_done_to_the_sum(caplog: Any) -> None:
     assert "(.sum(), or reduction='sum', times 0.01)" in found(SUMS["divided"], caplog, backward=False)
-
-
-def test_scores_that_are_square_by_chance_are_no_pairs(caplog: Any) -> None:
-    assert found(OTHERS["pairs"][1], caplog, backward=False, varied=False) == ""
 
 
 def test_a_constant_that_one_size_of_batch_explains_is_seen_with_another_size() -> None:
