@@ -16,6 +16,8 @@ from helpers import parallel
 from helpers.commands import STARTS, Dtrain, children_of_tests
 from hypothesis import settings
 
+from dtrain.launch.terminal import guarded
+
 # Examples are not timed: a busy machine is no failure.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
@@ -94,6 +96,7 @@ def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Each test leaves the environment as it was, and no process that dtrain started."""
+    guarded._lost.clear()  # what a test has lost of its output is no news for the runs of the next one
     before = dict(os.environ)
     yield
     # torch sets the second one by itself.

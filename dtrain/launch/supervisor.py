@@ -204,7 +204,7 @@ def _run_part(
         output = (
             NotebookOutput(relayed)
             if relayed
-            else Output(lambda: job.log_dir or _runs_logs(ranks.reports), orders.ends)
+            else Output(lambda: job.log_dir or _runs_logs(ranks.reports), orders.ends, apart=apart)
         )
         hangs = HangWatch(ranks.reports, job.hang_seconds or 0.0, alone=job.nodes == 1)
         numbers = range(job.first_rank, job.first_rank + job.ranks)

@@ -53,7 +53,7 @@ def train_step(model, x, y):
     errors = model(x) - y
     loss = (errors**2).sum() if model.fault == "summed" else (errors**2).mean()
     if model.fault == "gradient":
-        loss = loss.detach() + (loss - loss.detach()) * len(x)
+        loss = loss.detach() + (loss - loss.detach()) * (1 + y.square().mean())
     metric = errors.detach().abs().max() if model.fault == "metric" else errors.detach().abs().mean()
     return loss, metric
 

@@ -27,12 +27,18 @@ class Screen:
 
     Args:
         file: its file descriptor; None where it is closed, so that nothing is shown.
+
+    Attributes:
+        by_lines: whether other processes, which cannot be asked, write lines there, too. One that was begun then waits
+            for its end for a moment, so as to be written in one piece, but on a terminal.
     """
 
     def __init__(self, file: int | None) -> None:
         self.file = file
         self.closed = False
         self.is_terminal = file is not None and os.isatty(file)
+        self.by_lines = False
+        self._begun: tuple[object, bytes, float] | None = None  # who, what, until when
         self._owner: object | None = None
         self._drawn_by: object | None = None
         self._held: list[tuple[object, bytes, float]] = []  # who, what, until when
@@ -40,6 +46,10 @@ class Screen:
 
     def show(self, source: object, chunk: bytes) -> None:
         """Shows what a source has written, now or as soon as the line is free."""
+        if self.by_lines and not self.is_terminal:
+            chunk = self._whole_lines(source, chunk)
+        if not chunk:
+            return
         if self._owner in (None, source) and not self._held:
             self._write(source, chunk)
         else:
@@ -49,6 +59,9 @@ class Screen:
     def release(self, *, all_of_it: bool = False) -> None:
         """Shows what was held and may be shown now."""
         now = time.monotonic()
+        if self._begun is not None and (all_of_it or now >= self._begun[2]):
+            (source, chunk, _), self._begun = self._begun, None
+            self._write(source, chunk)
         while self._held:
             # Who owns the line goes on with it first.
             index = next((i for i, (source, *_) in enumerate(self._held) if source is self._owner), 0)
@@ -62,7 +75,18 @@ class Screen:
 
     def next_release(self) -> float | None:
         """When to call `release` again, on the monotonic clock; None where nothing is held."""
-        return self._held[0][2] if self._held else None
+        waiting = [one[2] for one in (*self._held[:1], self._begun) if one is not None]
+        return min(waiting, default=None)
+
+    def _whole_lines(self, source: object, chunk: bytes) -> bytes:
+        """Keeps the line that a chunk leaves without an end; returns what comes before, with what was kept."""
+        _, before, until = self._begun or (source, b"", time.monotonic() + _PATIENCE_SECONDS)
+        chunk = before + chunk
+        whole = chunk[: chunk.rfind(b"\n") + 1]
+        rest = chunk[len(whole) :]
+        until = time.monotonic() + _PATIENCE_SECONDS if whole else until
+        self._begun = (source, rest, until) if rest else None
+        return whole
 
     def troubles(self) -> list[str]:
         """Returns why what was to be shown was not, since the last call."""

@@ -54,6 +54,7 @@ class Output:
     Args:
         logs: returns the folder of the logs, None as long as there is none.
         stop: gets the signals that come; then an output that nobody reads is not waited for.
+        apart: whether other ranks, whose outputs go to the same place, have supervisors of their own.
 
     Attributes:
         environment: further variables for every rank: none.
@@ -61,10 +62,12 @@ class Output:
 
     environment: Mapping[str, str] = {}
 
-    def __init__(self, logs: Callable[[], Path | None], stop: Sequence[int]) -> None:
+    def __init__(self, logs: Callable[[], Path | None], stop: Sequence[int], *, apart: bool = False) -> None:
         self._find_logs = logs
         self._stop = stop
         self._screens = screens()
+        for screen in self._screens:
+            screen.by_lines = apart
         self._sources: list[_Source] = []
         self._ends = _Ends()
         self._logs: dict[int, RankLog] = {}
