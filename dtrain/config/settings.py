@@ -108,6 +108,9 @@ class Settings:
         return {**secrets_of("", bare), **secrets_of("", _plain(self.config.model_dump()))}
 
 
+_STEP = "step"  # a section, and a name that builders' parameters have: step=plain is model.step=plain
+
+
 def load_settings(target: str | None, overrides: Sequence[str], environ: Mapping[str, str] | None = None) -> Settings:
     """Resolves a run's config.
 
@@ -125,7 +128,7 @@ def load_settings(target: str | None, overrides: Sequence[str], environ: Mapping
     settings = Settings(config=RunConfig(), base=base)
     for text in overrides:
         key, value = read_override(text)
-        full = _match(key, value)
+        full = None if key == _STEP and not isinstance(value.value, (dict, type(None))) else _match(key, value)
         if full is None:
             settings.unplaced[key] = value
             continue

@@ -81,3 +81,13 @@ def test_another_value_is_another_run(tmp_path: Path) -> None:
     with pytest.raises(AgreedError, match=r"step\.smoothing was 0\.5 and is 0\.7"):
         start(tmp_path, "step.smoothing=0.7", "epochs=2")
     assert len(read_history(start(tmp_path, "step.smoothing=0.5", "epochs=2"))) == 2
+
+
+def test_a_builders_parameter_of_the_name_step_may_stand_alone(tmp_path: Path) -> None:
+    (tmp_path / "it.py").write_text(RECIPE.replace("def build_model():", 'def build_model(step: str = "plain"):'))
+    assert "step: str" in (tmp_path / "it.py").read_text()
+    how = [f"run.dir={tmp_path}", "run.name=it", "epochs=1", "step=other", "step.smoothing=0.2"]
+    run = train_run(load_settings(str(tmp_path / "it.py"), how, {}), bring_up(cpu=True))
+    config = (run / "config.yaml").read_text()
+    assert "step: other" in config
+    assert "smoothing: 0.2" in config
