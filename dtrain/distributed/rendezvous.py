@@ -29,12 +29,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from dtrain.distributed.handshake import RankInfo, SignedEntries, check_identities, place_on_host
-from dtrain.distributed.port_file import agree_on_port
+from dtrain.distributed.port_file import agreed_port
 from dtrain.distributed.store import OpenStore, open_store
 from dtrain.errors import WorldError
 from dtrain.launch.env.job import DEFAULT_TIMEOUT, TIMEOUT
 from dtrain.launch.env.rank_env import RankFacts
-from dtrain.launch.nodes.secret import take_ranks_key
+from dtrain.launch.nodes.secret import RanksKey, take_ranks_key
 
 _ROUND = "round"
 _ROUND_FORM = "[0-9a-f]{32}"
@@ -74,7 +74,11 @@ def rendezvous(facts: RankFacts, said: RankInfo) -> tuple[OpenStore, RankFacts]:
         WorldError: ranks did not come in time, or do not fit together; every rank that came raises it.
     """
     limit, key = time_limit(), take_ranks_key()
-    agree_on_port(facts.rank, limit)
+    with agreed_port(facts.rank, limit):
+        return _meet(facts, said, limit, key)
+
+
+def _meet(facts: RankFacts, said: RankInfo, limit: timedelta, key: RanksKey) -> tuple[OpenStore, RankFacts]:
     opened = open_store(facts, limit, key)
     store = PrefixStore(f"dtrain/{SignedEntries(said, key.value, '').folder}", opened.store)
     deadline = time.monotonic() + limit.total_seconds()

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from helpers.commands import BIN, clean_environment
 
-from dtrain.distributed.port_file import agree_on_port
+from dtrain.distributed.port_file import agreed_port
 from dtrain.errors import WorldError
 from dtrain.rundir.job_record import JobAttempt, JobRecord, read_record, write_record
 from dtrain.slurm.attempt import environment_of, named
@@ -123,9 +123,10 @@ class TestPortFile:
 
     def test_rank_0_publishes_the_port_that_it_takes(self, tmp_path: Path) -> None:
         program = (
-            "import os, sys; from datetime import timedelta; from dtrain.distributed.port_file import agree_on_port\n"
-            "agree_on_port(int(sys.argv[1]), timedelta(seconds=60)); print(os.environ['MASTER_PORT'], flush=True)\n"
-            "sys.stdin.read()"
+            "import os, sys; from datetime import timedelta; from dtrain.distributed.port_file import agreed_port\n"
+            "with agreed_port(int(sys.argv[1]), timedelta(seconds=60)):\n"
+            "    print(os.environ['MASTER_PORT'], flush=True)\n"
+            "    sys.stdin.read()"
         )
         env = clean_environment(DTRAIN_PORT_FILE=str(tmp_path / "ports/slurm-7.0.0"), MASTER_PORT="20001")
         ranks = [
@@ -149,13 +150,19 @@ class TestPortFile:
         monkeypatch.setenv("DTRAIN_PORT_FILE", str(tmp_path / "ports/slurm-7.0.0"))
         monkeypatch.setenv("MASTER_PORT", "20001")
         for rank in (0, 1):
-            with pytest.raises(WorldError, match=r"can be written by others\. Remove it, or set TMPDIR"):
-                agree_on_port(rank, timedelta(seconds=1))
+            with (
+                pytest.raises(WorldError, match=r"can be written by others\. Remove it, or set TMPDIR"),
+                agreed_port(rank, timedelta(seconds=1)),
+            ):
+                pass
 
     def test_without_rank_0_the_file_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("DTRAIN_PORT_FILE", str(tmp_path / "ports/slurm-7.0.0"))
-        with pytest.raises(WorldError, match=r"rank 0 did not come within 0.1 s: it would have left its port in /"):
-            agree_on_port(1, timedelta(seconds=0.1))
+        with (
+            pytest.raises(WorldError, match=r"rank 0 did not come within 0.1 s: it would have left its port in /"),
+            agreed_port(1, timedelta(seconds=0.1)),
+        ):
+            pass
 
 
 class TestJob:

@@ -55,6 +55,16 @@ def test_each_step_of_each_start_is_told_from_the_others() -> None:
     assert len({one["MASTER_PORT"] for one in variables[:3]}) == 3
 
 
+def test_where_job_numbers_begin_anew_the_port_is_in_another_file() -> None:
+    one_node = TASK | {"SLURM_STEP_TASKS_PER_NODE": "5", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "node07"}
+    starts = [
+        {"SLURM_SRUN_COMM_PORT": port, "SLURM_JOB_START_TIME": time}
+        for port, time in [("4", "1"), ("5", "1"), ("4", "2")]
+    ]
+    files = [rank_variables(one_node | start, step_of(one_node | start))["DTRAIN_PORT_FILE"] for start in starts]
+    assert len(set(files)) == 3
+
+
 def test_an_address_of_the_users_holds() -> None:
     env = TASK | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "1234"}
     variables = rank_variables(env, step_of(env))

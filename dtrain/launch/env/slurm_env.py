@@ -19,6 +19,7 @@ from dtrain.errors import WorldError
 NONCE = "DTRAIN_JOB"
 PORT_FILE = "DTRAIN_PORT_FILE"  # where rank 0 of one node's tasks says which port it has taken
 _TASKS = "SLURM_STEP_NUM_TASKS"
+_LAUNCHED = ("SLURM_JOB_START_TIME", "SLURM_SRUN_COMM_PORT")  # seconds since the epoch; the same for all tasks
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below those that Linux gives out by itself
 
 
@@ -36,6 +37,7 @@ class Step:
         tasks_of_node: number of tasks on each node, in the order of the nodes.
         node: which node this is, from 0.
         first_host: the name of node 0.
+        launched: what tells this start from those of other clusters, or of this one once its job numbers begin anew.
     """
 
     job: str
@@ -47,6 +49,7 @@ class Step:
     tasks_of_node: tuple[int, ...]
     node: int
     first_host: str
+    launched: str = ""
 
     @property
     def nonce(self) -> str:
@@ -86,6 +89,7 @@ def read_step(environ: Mapping[str, str] | None = None, descends: Callable[[int]
         tasks_of_node=tuple(expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE", env[_TASKS]))),
         node=_number(env, "SLURM_NODEID"),
         first_host=first_host(nodes) or "127.0.0.1",
+        launched="-".join(env[name] for name in _LAUNCHED if env.get(name, "").isdecimal()),
     )
     if not step.task < step.tasks == sum(step.tasks_of_node) or step.node >= len(step.tasks_of_node):
         told = {name: value for name, value in sorted(env.items()) if name.startswith("SLURM_STEP_")}
@@ -116,7 +120,8 @@ def rank_variables(environ: Mapping[str, str], step: Step) -> dict[str, str]:
 
 
 def _port_file(step: Step) -> Path:
-    return Path(tempfile.gettempdir()) / f"dtrain-ports-{os.getuid()}" / step.nonce
+    name = f"{step.nonce}-{step.launched}" if step.launched else step.nonce
+    return Path(tempfile.gettempdir()) / f"dtrain-ports-{os.getuid()}" / name
 
 
 def first_host(nodes: str) -> str:

@@ -99,7 +99,12 @@ class Stage:
         else:
             (slurm,) = _cluster
             launch = slurm.login.entered(
-                "srun", f"--ntasks={ranks}", str(BIN / "dtrain"), processes=False, cwd=self.folder
+                "srun",
+                f"--ntasks={ranks}",
+                f"--job-name={self.token}",
+                str(BIN / "dtrain"),
+                processes=False,
+                cwd=self.folder,
             )
             environment = slurm.environment(**env)
         with (self.folder / "screen.txt").open("w") as output:
@@ -109,6 +114,14 @@ class Stage:
                 **{"stdout": output, "stderr": output},
             )
         return Screened(process, self.folder)
+
+    def send(self, name: str, one: Screened) -> None:
+        """Sends the launcher a signal as its user would; srun itself answers SIGTERM by killing its ranks."""
+        if self.case.under == SRUN and name != "SIGKILL":
+            (slurm,) = _cluster
+            slurm.told("scancel", f"--signal={name.removeprefix('SIG')}", f"--name={self.token}")
+        else:
+            one.process.send_signal(signal.Signals[name])
 
     def await_mark(self, *processes: Screened) -> float:
         """When the place of the fault was reached; now, where that did not happen."""
@@ -207,7 +220,7 @@ def _launcher(stage: Stage) -> Verdict:
     one = stage.train(*_train(stage, "go on", "epochs=100000"))
     stage.await_mark(one)
     since = time.time()
-    one.process.send_signal(signal.Signals[str(stage.case.place["does"])])
+    stage.send(str(stage.case.place["does"]), one)
     verdict = stage.finish(since, one)
     _check_code(stage, one, stage.case.kind.code)
     return verdict

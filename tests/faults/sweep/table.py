@@ -69,7 +69,7 @@ def _hang(does: str, *phases: str, says: str = "") -> Fault:
     )
 
 
-def _launcher(signal: str, code: int, *says: str, under: Sequence[str] = (DTRAIN, TORCHRUN, SRUN)) -> Fault:
+def _launcher(signal: str, code: int, *says: str) -> Fault:
     # One that stops on request finishes its step and saves a checkpoint first.
     within = SUDDEN if code == EXIT_STOPPED else LAUNCHER
     return Fault(
@@ -78,7 +78,6 @@ def _launcher(signal: str, code: int, *says: str, under: Sequence[str] = (DTRAIN
         code=code,
         says=[one.replace("{signal}", signal) for one in says],
         within=within,
-        under=under,
     )
 
 
@@ -110,9 +109,8 @@ FAULTS = {
         says=("the loss of this step is nan", "have the indices {indices} in the dataset", "at " + PLACE),
     ),
     "launcher SIGTERM": _launcher("SIGTERM", EXIT_STOPPED, STOPPED),
-    # srun takes a first SIGINT and SIGHUP for itself.
-    "launcher SIGINT": _launcher("SIGINT", EXIT_STOPPED, STOPPED, under=(DTRAIN, TORCHRUN)),
-    "launcher SIGHUP": _launcher("SIGHUP", EXIT_STOPPED, STOPPED, under=(DTRAIN, TORCHRUN)),
+    "launcher SIGINT": _launcher("SIGINT", EXIT_STOPPED, STOPPED),
+    "launcher SIGHUP": _launcher("SIGHUP", EXIT_STOPPED, STOPPED),
     "launcher SIGKILL": _launcher("SIGKILL", -9),
     "stdout gone": Fault("output", ("read on",), code=0, under=(DTRAIN,)),
     "reader dies at Ctrl-C": Fault("output", ("SIGINT",), code=EXIT_STOPPED, under=(DTRAIN,)),
