@@ -31,6 +31,15 @@ _KINDS = (
 )
 
 
+def identity_of(folder: Path) -> tuple[int, int] | None:
+    """Returns what tells a folder from another one that is put in its place; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 @contextlib.contextmanager
 def folder_opened(folder: Path, below: str | PurePath = ".") -> Iterator[int]:
     """Opens a folder below another one; yields its descriptor.

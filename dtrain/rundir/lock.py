@@ -27,7 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dtrain.errors import DtrainError, StopRequested, UsageError
-from dtrain.files import MODE, folder_opened, open_below
+from dtrain.files import MODE, folder_opened, identity_of, open_below
 from dtrain.launch.signals.owner import Owner
 from dtrain.layout import OWNER
 from dtrain.rundir.claims import CLAIMS, STALE_SECONDS, Holder, claim_after, end_of
@@ -74,7 +74,7 @@ class Ownership:
         self._folder = folder.absolute()  # a step may change the working directory
         self._shown = folder
         self._asked = asked
-        self._identity = _identity(folder)
+        self._identity = identity_of(folder)
         self._me = Owner.me()
         self._part = f"{CLAIMS}{self._me.token}.part"
         self._descriptor = -1
@@ -110,7 +110,7 @@ class Ownership:
             DtrainError: the folder was removed, moved or exchanged.
             UsageError: another process has taken it over, since this one showed no sign of life for a time.
         """
-        if self._identity != _identity(self._folder):
+        if self._identity != identity_of(self._folder):
             raise DtrainError(
                 f"{self._shown} was removed, moved or replaced during training. Nothing more is written. If it was "
                 "moved, move it back and run the same command again."
@@ -333,14 +333,6 @@ class Ownership:
         with contextlib.suppress(OSError):
             os.close(self._descriptor)
         self._descriptor = -1
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    try:
-        found = folder.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def check_all(ownerships: Iterable[Ownership]) -> None:

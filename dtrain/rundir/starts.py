@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from dtrain import __version__
 from dtrain.errors import StopRequested, name_of_type, text_of
-from dtrain.files import append_line, open_below, read_below
+from dtrain.files import append_line, identity_of, open_below, read_below
 from dtrain.layout import STARTS
 from dtrain.masking import redacted
 
@@ -71,12 +71,15 @@ def noted(folder: Path, facts: Mapping[str, Any], epoch: Callable[[], int]) -> I
         facts: what `here` returned, and more.
         epoch: returns the last whole epoch.
     """
+    folder = folder.absolute()  # a step may change the working directory
+    mine = identity_of(folder)
     _note(folder, {"event": "start", "at": time.time(), **facts, "epoch": epoch()})
 
     def end(why: Why, text: str = "") -> None:
         line = next(iter(text.splitlines()), "")[:_LONGEST_TEXT]
         line = redacted(line)
-        _note(folder, {"event": "end", "at": time.time(), "why": why, "epoch": epoch(), "text": line})
+        if identity_of(folder) == mine:  # what was put in the place of a folder that was moved is not this run's
+            _note(folder, {"event": "end", "at": time.time(), "why": why, "epoch": epoch(), "text": line})
 
     try:
         yield

@@ -13,6 +13,7 @@ from dtrain.engine.callback import EngineCallback, Order
 from dtrain.engine.loop import Engine
 from dtrain.engine.position import TrainPosition
 from dtrain.errors import EXIT_USAGE, StopRequested, add_remark
+from dtrain.files import identity_of
 from dtrain.launch.monitor.describe import explain
 from dtrain.launch.monitor.exit_report import PEER
 from dtrain.launch.monitor.heartbeat import SETUP
@@ -44,11 +45,13 @@ class ReportException(EngineCallback):
     order = Order.LAST  # it names the last checkpoint
 
     def __init__(self, folder: Path, engine: Engine) -> None:
-        self._folder, self._engine = folder, engine
+        self._folder, self._engine = folder.absolute(), engine
+        self._identity = identity_of(self._folder)
 
     def on_exception(self, error: BaseException) -> None:
         """Something has ended training."""
-        if not isinstance(error, StopRequested) and not is_ctrl_c(error):
+        ended = not isinstance(error, StopRequested) and not is_ctrl_c(error)
+        if ended and identity_of(self._folder) == self._identity:  # and not another folder in its place
             report_exception(self._folder, self._engine.place, self._engine.world, error)
 
 

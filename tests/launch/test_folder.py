@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
 from helpers.commands import Dtrain
 
 RECIPE = """
@@ -68,3 +69,43 @@ def test_a_run_where_others_can_write(dtrain: Dtrain) -> None:
     shown = dtrain("history", "--json")
     assert json.loads(shown.out)[0]["state"] == "damaged"
     assert [path.name for path in run.iterdir() if path.name.startswith((".owner", "owner"))] == []
+
+
+MOVES_ITSELF = """
+import os
+import time
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+def build_model(): return nn.Linear(2, 1)
+
+def build_dataloaders():
+    data = TensorDataset(torch.randn(16, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(16, 1))
+    return DataLoader(data, 8), None
+
+def build_optimizer(model): return torch.optim.SGD(model.parameters(), lr=0.1)
+
+def train_step(model, x, y):
+    return nn.functional.mse_loss(model(x), y)
+
+def before_epoch(epoch):
+    if epoch == 2 and os.environ.get("RANK", "0") == "0":
+        limit = time.monotonic() + 60
+        while not os.path.exists("runs/x/checkpoints/epoch-1") and time.monotonic() < limit:
+            time.sleep(0.01)  # it is written beside training
+        os.rename("runs/x", "runs/elsewhere")
+        os.mkdir("runs/x")
+"""
+
+
+@pytest.mark.parametrize("words", [("-n", "1"), ("-n", "2", "--cpu"), ("--no-supervisor",)])
+def test_nothing_is_written_into_a_folder_that_was_put_in_the_place_of_the_runs(
+    dtrain: Dtrain, words: tuple[str, ...]
+) -> None:
+    (dtrain.folder / "mine.py").write_text(MOVES_ITSELF)
+    done = dtrain("train", "mine.py", "run.name=x", "epochs=4", *words)
+    assert done.code == 1, done.text
+    assert "was removed, moved or replaced during training. Nothing more is written." in done.text
+    assert list((dtrain.folder / "runs/x").iterdir()) == []
+    assert (dtrain.folder / "runs/elsewhere/checkpoints/epoch-1").is_dir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import json
 import math
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.engine.position import TrainPosition
+from dtrain.files import identity_of
 from dtrain.launch.monitor import hang_watch as hangs
 from dtrain.launch.monitor import postmortem, processes
 from dtrain.launch.monitor.exit_report import ExceptionInfo, Report, read_reports
@@ -246,7 +248,7 @@ def test_a_kill_for_want_of_memory_is_told(
     monkeypatch.setattr(postmortem, "out_of_memory_kills", lambda: next(counts))
     run = tmp_path / "run"
     run.mkdir()
-    (tmp_path / "run.txt").write_text(str(run))
+    (tmp_path / "run.txt").write_text(json.dumps({"folder": str(run), "identity": identity_of(run)}))
     post_mortem = PostMortem(tmp_path, range(1))
     verdict = post_mortem.verdict(SupervisorState({0: -9}, (0,)))
     assert verdict.failure is not None

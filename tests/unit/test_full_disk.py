@@ -68,7 +68,8 @@ def test_beats_go_on_where_an_earlier_object_left_them(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("full")
 def test_a_hang_is_told_where_the_stacks_have_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr(postmortem, "named_run", lambda _: tmp_path / "run")
+    for name in ("named_run", "present_run"):
+        monkeypatch.setattr(postmortem, name, lambda _: tmp_path / "run")
     hang = Hang(0, 9.0, {0: "waiting for 9 s"}, [], {0: "its stack"})
     outcome = PostMortem(tmp_path, range(1)).verdict(SupervisorState(hang=hang))
     assert outcome.exit_code == EXIT_HANG

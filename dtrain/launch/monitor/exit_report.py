@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.errors import cut
-from dtrain.files import MODE, write_below
+from dtrain.files import MODE, identity_of, write_below
 from dtrain.launch.env.inherited import drop_inherited
 from dtrain.launch.signals.exiting import pending_at_exit
 
@@ -232,14 +232,27 @@ def name_run(folder: Path) -> None:
     """Tells the supervisor, if there is one, which folder is the run's, so that it can leave word there."""
     reports = identity().reports
     if reports is not None:
-        write_whole(reports / _RUN, str(folder.resolve()), 0o600)
+        place = folder.resolve()
+        write_whole(reports / _RUN, json.dumps({"folder": str(place), "identity": identity_of(place)}), 0o600)
 
 
 def named_run(reports: Path) -> Path | None:
     """Returns the run's folder, None where no rank has named one."""
+    named = _named(reports)
+    return None if named is None else named[0]
+
+
+def present_run(reports: Path) -> Path | None:
+    """Returns the run's folder if it is where it was; None where it was removed, moved or replaced since."""
+    named = _named(reports)
+    return named[0] if named is not None and named[1] is not None and identity_of(named[0]) == named[1] else None
+
+
+def _named(reports: Path) -> tuple[Path, tuple[int, int] | None] | None:
     try:
-        return Path((reports / _RUN).read_text(encoding="utf-8"))
-    except OSError:
+        told = json.loads((reports / _RUN).read_text(encoding="utf-8"))
+        return Path(told["folder"]), None if told["identity"] is None else tuple(told["identity"])
+    except (OSError, ValueError, TypeError, KeyError):  # nothing yet, or a full disk
         return None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from dtrain.errors import EXIT_FAILED, EXIT_HANG, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
 from dtrain.files import read_below
-from dtrain.launch.monitor.exit_report import PEER, Report, named_run, read_reports, write_whole
+from dtrain.launch.monitor.exit_report import PEER, Report, named_run, present_run, read_reports, write_whole
 from dtrain.launch.monitor.hang_watch import Hang
 from dtrain.launch.monitor.heartbeat import SCRIPT, Beat, read_beat
 from dtrain.launch.monitor.processes import out_of_memory_kills
@@ -193,8 +193,8 @@ class PostMortem:
 
         Where each rank does so for itself, the first one that comes does; one that tells of another's end gives way.
         """
-        run = named_run(self._folder)
-        if run is None or not run.is_dir() or (self._apart and _is_told(run)):
+        run = present_run(self._folder)
+        if run is None or (self._apart and _is_told(run)):
             return []
         try:
             replace(failure, checkpoint=last_checkpoint(run)).write(run)
@@ -277,8 +277,8 @@ class PostMortem:
         text = (
             f"{stack}dtrain: error: a hang was stopped: {self._name(hang.rank)} has been {hang.why[hang.rank]}{others}"
         )
-        run = named_run(self._folder)
-        if run is not None and run.is_dir():
+        run = present_run(self._folder)
+        if run is not None:
             stacks = "\n".join(f"=== rank {rank}\n{told or '(no response)'}" for rank, told in hang.stacks.items())
             try:
                 write_whole(run / STACKS_NAME, stacks)
