@@ -106,13 +106,24 @@ def test_these_uses_are_torchs_own() -> None:
     passes((BEGIN + counted + END).replace("{defer}", "False"))
 
 
+# sympy, too, comes with what torch.compile needs alone.
+LOOK = """
+import atexit, sys
+atexit.register(lambda: print("loaded:", [name for name in ("torch._dynamo.eval_frame", "sympy") if name in sys.modules]))
+"""
+
+
 @pytest.mark.parametrize("ranks", some([2], [1]))
 def test_a_run_never_needs_it(dtrain: Dtrain, recipes: Path, ranks: int) -> None:
-    small = (recipes / "small.py").read_text()
-    look = (
-        "\nimport atexit, sys\natexit.register(lambda: print('loaded:', 'torch._dynamo.eval_frame' in sys.modules))\n"
-    )
-    (dtrain.folder / "looks.py").write_text(small + look)
+    (dtrain.folder / "looks.py").write_text((recipes / "small.py").read_text() + LOOK)
     done = dtrain("train", "looks.py", "-n", ranks, "--cpu")
     assert done.code == 0, done.text
-    assert done.out.count("loaded: False") == ranks, done.text
+    assert done.out.count("loaded: []") == ranks, done.text
+
+
+@pytest.mark.parametrize("words", [["train", "--dry-run"], ["summary"]], ids=" ".join)
+def test_nor_do_commands_that_only_look_at_a_recipe(dtrain: Dtrain, recipes: Path, words: list[str]) -> None:
+    (dtrain.folder / "looks.py").write_text((recipes / "small.py").read_text() + LOOK)
+    done = dtrain(words[0], "looks.py", *words[1:])
+    assert done.code == 0, done.text
+    assert "loaded: []" in done.out, done.text
