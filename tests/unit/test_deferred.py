@@ -108,22 +108,31 @@ def test_these_uses_are_torchs_own() -> None:
 
 # sympy, too, comes with what torch.compile needs alone.
 LOOK = """
-import atexit, sys
-atexit.register(lambda: print("loaded:", [name for name in ("torch._dynamo.eval_frame", "sympy") if name in sys.modules]))
+import atexit, os, sys
+from pathlib import Path
+
+def look():
+    found = [name for name in ("torch._dynamo.eval_frame", "sympy") if name in sys.modules]
+    Path(__file__).with_name(f"loaded-{os.getpid()}").write_text(" ".join(found))
+
+atexit.register(look)
 """
 
 
-@pytest.mark.parametrize("ranks", some([2], [1]))
-def test_a_run_never_needs_it(dtrain: Dtrain, recipes: Path, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("words", "processes"),
+    [
+        *some([(["train", "-n", "2", "--cpu"], 2)], [(["train", "--cpu"], 1)]),
+        (["train", "--dry-run"], 1),
+        (["summary"], 1),
+        (["check", "parity", "-n", "2"], 3),
+    ],
+)
+def test_what_only_trains_or_looks_at_a_recipe_never_needs_it(
+    dtrain: Dtrain, recipes: Path, words: list[str], processes: int
+) -> None:
     (dtrain.folder / "looks.py").write_text((recipes / "small.py").read_text() + LOOK)
-    done = dtrain("train", "looks.py", "-n", ranks, "--cpu")
-    assert done.code == 0, done.text
-    assert done.out.count("loaded: []") == ranks, done.text
-
-
-@pytest.mark.parametrize("words", [["train", "--dry-run"], ["summary"]], ids=" ".join)
-def test_nor_do_commands_that_only_look_at_a_recipe(dtrain: Dtrain, recipes: Path, words: list[str]) -> None:
-    (dtrain.folder / "looks.py").write_text((recipes / "small.py").read_text() + LOOK)
-    done = dtrain(words[0], "looks.py", *words[1:])
-    assert done.code == 0, done.text
-    assert "loaded: []" in done.out, done.text
+    verb = 2 if words[0] == "check" else 1
+    done = dtrain(*words[:verb], "looks.py", *words[verb:])
+    loaded = [path.read_text() for path in dtrain.folder.glob("loaded-*")]
+    assert loaded == [""] * processes, done.text
