@@ -194,9 +194,11 @@ def _trace(words: list[str], out: Path, steps: int, merge: int, like: Path | Non
     settings = read_target(words)
     set_threads(facts.local_size)
     end_with_parent()
+    from dtrain.distributed.lazy_dynamo import defer_dynamo
     from dtrain.distributed.world import bring_up
     from dtrain.tools.check.trace import trace_run
 
     world = bring_up(cpu=True, asked=ranks, facts=facts)
+    defer_dynamo()
     trace_run(settings, world, out, steps=steps, merge=merge, like=like)
     world.close()

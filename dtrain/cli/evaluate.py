@@ -134,7 +134,9 @@ def summary(
 
         target, overrides = split_words(words or [])
         settings = load_settings(target, overrides)
+        from dtrain.distributed.lazy_dynamo import defer_dynamo
         from dtrain.engine.summary import batch_summary
         from dtrain.trainer.setup import load_task
 
+        defer_dynamo()
         typer.echo(batch_summary(load_task(settings)))

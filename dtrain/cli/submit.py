@@ -251,12 +251,14 @@ def _checked(runs: Sequence[PlannedRun], settings: list[Settings], ranks: int) -
 
 
 def _plan(settings: list[Settings], ranks: int) -> tuple[Plan, LoadedCode]:
+    from dtrain.distributed.lazy_dynamo import defer_dynamo
     from dtrain.distributed.seeding import seed_everything
     from dtrain.recipe.loader import bind, load_recipe
     from dtrain.recipe.signature import check_parameters
     from dtrain.trainer.plan import make_plan
 
     first = settings[0]
+    defer_dynamo()
     seed_everything(first.config.train.seed)
     recipe = load_recipe(first.config.recipe, first.base)
     for one in settings[1:]:

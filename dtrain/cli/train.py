@@ -335,11 +335,13 @@ def _print_config(file: str | Path, *, as_words: bool, err: bool = False) -> Non
 def _show_plan(settings: Settings, ranks: int, *, as_words: bool) -> None:
     """Shows it; as words for a person, on standard error, where the standard output is for events."""
     from dtrain.distributed.fsdp_settings import chosen_sharding, launched_sharding
+    from dtrain.distributed.lazy_dynamo import defer_dynamo
     from dtrain.distributed.seeding import seed_everything
     from dtrain.recipe.loader import bind, load_recipe
     from dtrain.trainer.plan import make_plan, plan_text, value_rows
 
     chosen_sharding(settings.config.train, launched_sharding())  # refuses what a run would
+    defer_dynamo()
     seed_everything(settings.config.train.seed)
     recipe = load_recipe(settings.config.recipe, settings.base)
     task = bind(recipe, settings)

@@ -66,8 +66,7 @@ def check_workers_find_recipe(loader: Any, split: str) -> None:
     Raises:
         UsageError: they need the recipe's module, and its file has a name by which it cannot be imported.
     """
-    recipes = [name for name in sys.modules if name.startswith(UNIMPORTABLE)]
-    if not recipes or not has_workers(loader):
+    if not has_workers(loader) or not any(name.startswith(UNIMPORTABLE) for name in list(sys.modules)):
         return
     way = _way_of(loader)
     if way == "fork":

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, _engine_run_backward, saved_tensors_hooks
 
 from dtrain.engine.loss_graph import kind_of, nodes_below, saved_of, signed_of
 
@@ -199,7 +199,7 @@ def _bound(loss: Tensor, outputs: list[_Output]) -> Iterator[tuple[_Output, _Out
         for row in {0, output.length // 2}:
             along = torch.zeros_like(gradient)
             along[row] = torch.arange(1, along[row].numel() + 1, device=along.device).cos().view_as(along[row])
-            seconds = torch.autograd.grad(gradient, edges, along, retain_graph=True, allow_unused=True)
+            seconds = _gradients_of(gradient, edges, along)
             for other, second in zip(outputs, seconds, strict=True):
                 if second is not None and _is_of_several(second, other):
                     yield output, other
@@ -214,7 +214,7 @@ def _made_of_several(nodes: list[Any], outputs: list[_Output]) -> Iterator[tuple
             like = edge[0]._input_metadata[edge[1]]
             empty = torch.zeros(tuple(like.shape), dtype=like.dtype, device=like.device)
             for seed in _lines(empty, node) if kind_of(node) in _ORDERED else _elements(empty):
-                gradients = torch.autograd.grad(GradientEdge(*edge), edges, seed, retain_graph=True, allow_unused=True)
+                gradients = _gradients_of(GradientEdge(*edge), edges, seed)
                 for output, gradient in zip(outputs, gradients, strict=True):
                     if gradient is not None and _is_of_several(gradient, output):
                         yield output, output
@@ -228,10 +228,16 @@ def _fed_by_several(outputs: list[_Output], parts: list[_Output]) -> Iterator[tu
             seed = torch.zeros(tuple(like.shape), dtype=like.dtype, device=like.device)
             seed[row] = 1
             edges = [part.edge for part in parts]
-            gradients = torch.autograd.grad(output.edge, edges, seed, retain_graph=True, allow_unused=True)
+            gradients = _gradients_of(output.edge, edges, seed)
             for part, gradient in zip(parts, gradients, strict=True):
                 if gradient is not None and _is_of_several(gradient, part):
                     yield output, part
+
+
+def _gradients_of(output: Tensor | GradientEdge, edges: list[GradientEdge], seed: Tensor) -> tuple[Tensor | None, ...]:
+    """As `torch.autograd.grad`, but for its check of the seed's shape, for which it imports sympy: 500 modules."""
+    found: tuple[Tensor | None, ...] = _engine_run_backward((output,), (seed,), True, False, tuple(edges), True, False)
+    return found
 
 
 def _elements(empty: Tensor) -> Iterator[Tensor]:

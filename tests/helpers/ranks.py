@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
 _HEAVY = [
     "torch",
+    "torch._dynamo",  # which each rank's first optimizer imports
     "accelerate",
     "pandas",
     "dtrain.trainer.train",

@@ -1,4 +1,4 @@
-"""Warm starts: `dtrain` and its ranks forked from a process that has imported torch and the like already, but not dtrain.
+"""Warm starts: `dtrain` and its ranks forked from a process that has imported torch, the like, and dtrain already.
 
 A process of their own needs some seconds for these imports, most of what a short command takes. What is forked looks as if
 it had been started: argv, /proc/PID/cmdline and environ, its parent, session, signals, streams, and its end are the same
@@ -20,6 +20,7 @@ import functools
 import gc
 import importlib
 import importlib.machinery
+import importlib.util
 import io
 import json
 import mmap
@@ -39,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 MODULES = (
-    *("torch", "numpy", "pandas", "sklearn.datasets", "accelerate", "accelerate.utils"),
+    *("torch", "numpy", "pandas", "sklearn.datasets", "sklearn.model_selection", "accelerate", "accelerate.utils"),
     *(
         "pydantic.main",
         "pydantic.types",
@@ -51,6 +52,7 @@ MODULES = (
         "rich.markup",
     ),
     *("safetensors.torch", "psutil", "torchinfo"),
+    *("dtrain.cli.app", "dtrain.trainer.train"),  # what a launcher and a rank import of dtrain's own
 )
 # What may differ from the warm process's environment: it is read when it is needed, and by no import.
 _LATE = re.compile(
@@ -141,9 +143,10 @@ def _argv(args: Any, folder: str, path: str) -> list[str] | None:
     interpreters = ("python", sys.executable) if ours else (sys.executable,)
     if len(words) < 2 or words[0] not in interpreters or not words[1].endswith(".py"):
         return None
-    if words[1].endswith(("/dtrain/__main__.py", "/helpers/rank_worker.py")):
+    ours = os.path.dirname(importlib.util.find_spec("dtrain").origin)  # type: ignore[union-attr,arg-type,type-var]  # noqa: PTH120
+    if words[1] == f"{ours}/__main__.py" or words[1].endswith("/helpers/rank_worker.py"):
         return words
-    script = words[2] if words[1].endswith("/dtrain/launch/script_runner.py") else words[1]
+    script = words[2] if words[1] == f"{ours}/launch/script_runner.py" else words[1]
     return words if _imports_torch(Path(folder, script)) else None
 
 

@@ -26,7 +26,7 @@ def train_digits(world, folder: str, sizes: list[int]) -> list[dict[str, Any]]:
 
     for size in sizes:
         words = [f"recipe={RECIPE}", "train.epochs=1", f"data.valid_samples={size}"]
-        words += [f"run.dir={folder}", f"run.name=valid-{size}"]
+        words += [f"run.dir={folder}", f"run.name=valid-{size}", "train.max_steps=12"]  # of 90
         train_run(load_settings("digits", words, {}), world)
     return []
 

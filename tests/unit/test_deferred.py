@@ -106,13 +106,33 @@ def test_these_uses_are_torchs_own() -> None:
     passes((BEGIN + counted + END).replace("{defer}", "False"))
 
 
-@pytest.mark.parametrize("ranks", some([2], [1]))
-def test_a_run_never_needs_it(dtrain: Dtrain, recipes: Path, ranks: int) -> None:
-    small = (recipes / "small.py").read_text()
-    look = (
-        "\nimport atexit, sys\natexit.register(lambda: print('loaded:', 'torch._dynamo.eval_frame' in sys.modules))\n"
-    )
-    (dtrain.folder / "looks.py").write_text(small + look)
-    done = dtrain("train", "looks.py", "-n", ranks, "--cpu")
-    assert done.code == 0, done.text
-    assert done.out.count("loaded: False") == ranks, done.text
+# sympy, too, comes with what torch.compile needs alone.
+LOOK = """
+import atexit, os, sys
+from pathlib import Path
+
+def look():
+    found = [name for name in ("torch._dynamo.eval_frame", "sympy") if name in sys.modules]
+    Path(__file__).with_name(f"loaded-{os.getpid()}").write_text(" ".join(found))
+
+atexit.register(look)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "processes"),
+    [
+        *some([(["train", "-n", "2", "--cpu"], 2)], [(["train", "--cpu"], 1)]),
+        (["train", "--dry-run"], 1),
+        (["summary"], 1),
+        (["check", "parity", "-n", "2"], 3),
+    ],
+)
+def test_what_only_trains_or_looks_at_a_recipe_never_needs_it(
+    dtrain: Dtrain, recipes: Path, words: list[str], processes: int
+) -> None:
+    (dtrain.folder / "looks.py").write_text((recipes / "small.py").read_text() + LOOK)
+    verb = 2 if words[0] == "check" else 1
+    done = dtrain(*words[:verb], "looks.py", *words[verb:])
+    loaded = [path.read_text() for path in dtrain.folder.glob("loaded-*")]
+    assert loaded == [""] * processes, done.text

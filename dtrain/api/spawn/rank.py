@@ -54,10 +54,12 @@ def run(folder: Path) -> tuple[str, int, ExceptionInfo | None]:
 def _call(folder: Path) -> None:
     from dtrain.api.spawn.parcel import read_parcel
     from dtrain.api.spawn.results import write_results
+    from dtrain.distributed.lazy_dynamo import defer_dynamo
     from dtrain.distributed.world import bring_up
 
     function, arguments, changing = read_parcel(folder)
     world = bring_up(cpu=arguments.get("cpu", False))
+    defer_dynamo()
     frame = function(**arguments, world=world)
     if world.is_main:
         write_results(folder, frame.to_dict("records"), changing)

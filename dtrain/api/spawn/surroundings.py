@@ -36,7 +36,7 @@ class Surroundings:
         return cls(
             torch.get_default_dtype(),
             torch.get_float32_matmul_precision(),
-            (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+            _deterministic(),
             (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
             list(warnings.filters),
             {name: entry[2] for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None},
@@ -46,11 +46,16 @@ class Surroundings:
         """Makes them this process's own."""
         torch.set_default_dtype(self.dtype)
         torch.set_float32_matmul_precision(self.precision)
-        torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
+        if self.deterministic != _deterministic():  # the call loads all that torch.compile needs
+            torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = self.cudnn
         _restore_filters(self.filters)
         for name, lines in self.sources.items():  # a traceback then shows the line
             linecache.cache[name] = (sum(map(len, lines)), None, lines, name)
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def _restore_filters(filters: list[Any]) -> None:
