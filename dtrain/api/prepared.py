@@ -41,6 +41,8 @@ from dtrain.launch.monitor.heartbeat import SCRIPT, own_heartbeat
 from dtrain.model.ddp import Replica
 from dtrain.model.gather import PRESENT
 from dtrain.model.gradients.averaging import GradientAveraging, Way
+from dtrain.model.sync_batchnorm import SyncedBatchNorm
+from dtrain.model.untracked_batchnorm import synced_layers
 
 _MODE_REMEDY = (
     "Call model.train() before the loop over the training batches (and set parts to eval mode after it), and "
@@ -112,6 +114,7 @@ class Process:
         trained: whether a training pass has ended.
         given: the number of shares that loops were given.
         saved: folder -> the epochs that this process saved in it.
+        synced: what BatchNorm without running statistics takes a batch's over in validation; on several ranks alone.
     """
 
     world: World | None = None
@@ -123,6 +126,7 @@ class Process:
     trained: bool = False
     given: int = 0
     saved: dict[Path, set[Path]] = field(default_factory=dict)
+    synced: SyncedBatchNorm | None = None
 
     def joined(self, *, cpu: bool) -> World:
         """Returns the world; brings it up where nobody has.
@@ -134,6 +138,7 @@ class Process:
         if self.world is None:
             self.world = bring_up(cpu=cpu)
             if self.world.size > 1:
+                self.synced = SyncedBatchNorm(self.world)
                 atexit.register(self._leave_group)
                 register_optimizer_step_pre_hook(self._before_step)
         elif cpu and self.world.device.type != "cpu":
@@ -182,6 +187,9 @@ class Process:
         PRESENT.rank_batch = None if current is None else current.rank_batch
         PRESENT.together = current is None or current.train
         PRESENT.interrupted = current is not None and current.interrupted
+        if self.synced is not None:  # in validation, a rank without a sample is in no step
+            counts = () if current is None or current.rank_batch is None else current.rank_batch.counts
+            self.synced.among = None if all(counts) else [rank for rank, count in enumerate(counts) if count]
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """On several ranks: an optimizer steps only on gradients that were averaged over them."""
@@ -302,6 +310,8 @@ class PreparedLoader:
             with contextlib.ExitStack() as stack:
                 for replica in self._process.trained_with(self._replica):
                     stack.enter_context(replica.training() if current.train else replica.evaluating())
+                    if self._process.synced is not None and not current.train:
+                        stack.enter_context(synced_layers(replica.net, self._process.synced))
                 self._place.enter("train" if current.train else "valid", self._epochs[current.train])
                 yield from self._batches(current, view.iter_batches(self._epochs[current.train]))
         finally:

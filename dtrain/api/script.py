@@ -51,6 +51,7 @@ from dtrain.launch.monitor.describe import describe
 from dtrain.model.attributes import check_materialized
 from dtrain.model.gradients.averaging import Way, check_way
 from dtrain.model.optimizers import place_states
+from dtrain.model.untracked_batchnorm import warn_of_parts
 
 _COMPARED_ROWS = 64
 
@@ -114,6 +115,7 @@ def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
     how: dict[str, Any] = {"batch": batch, "functions": BatchFunctions(batch_size, split_batch), "seed": seed}
     check_optimizers(optimizers, model, world.size)
     replica = PROCESS.replica_of(model, average)
+    warn_of_parts(model, world, "Track running statistics, or use functions or Keras with sync_batchnorm=True.")
     place_states(model, optimizers)
     seed_everything(derive(seed, "rank", world.rank))
     return (

@@ -14,7 +14,7 @@ A validation pass has no fillers; there, ranks may take different numbers of ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Generic, Literal, TypeVar
@@ -65,6 +65,7 @@ class RankBatch:
         indices: its samples' indices in the dataset, None where the loader has none.
         whole_start: where the first sample of its global batch is in the loader's order.
         rows: the samples in `batch`; a filler's, too.
+        counts: the samples of each rank in this global batch; empty where there is one rank.
         varied: whether it is one of a global batch of which the first and the last rank have unequal parts, and each
             rank some, as is asked for in `shard_batches`.
     """
@@ -80,6 +81,7 @@ class RankBatch:
     whole_start: int = 0
     rows: int = 0
     varied: bool = False
+    counts: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -210,10 +212,11 @@ def _share(mine: T | None, counts: list[int], filler: T | None, seen: int, how: 
         return
     start = seen + sum(counts[: how.rank])
     if count > 0:
-        yield RankBatch(mine, count, total, count * how.size / total, start=start, whole_start=seen, rows=count)
+        scale = count * how.size / total
+        yield RankBatch(mine, count, total, scale, start=start, whole_start=seen, rows=count, counts=counts)
     elif how.fill:
         rows = next(filter(None, counts))
-        yield RankBatch(filler, 0, total, 0.0, start=start, whole_start=seen, rows=rows)
+        yield RankBatch(filler, 0, total, 0.0, start=start, whole_start=seen, rows=rows, counts=counts)
 
 
 def part_of(total: int, rank: int, size: int) -> tuple[int, int]:

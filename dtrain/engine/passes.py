@@ -26,11 +26,13 @@ from dtrain.engine.random_draws import StepDraws
 from dtrain.engine.step_contract import Step, StepValues, no_grad_step
 from dtrain.engine.train_step import Task
 from dtrain.errors import UsageError
-from dtrain.model.compile import CompileClock
+from dtrain.model.compile import CompileClock, wanted
 from dtrain.model.gather import PRESENT
-from dtrain.model.sync_batchnorm import warn_of_untracked
+from dtrain.model.sync_batchnorm import SyncedBatchNorm
+from dtrain.model.untracked_batchnorm import PartStatistics, synced_validation
 
 NOBODY = Callbacks()
+_NOTHING = contextlib.nullcontext()
 
 
 def batches_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all of them
@@ -187,6 +189,9 @@ class ValidPass:
         around: returns what a pass runs in: where the net is sharded, it is gathered meanwhile.
         in_step: whether every rank takes part in every step, one without a sample with weight 0, since calls of the
             net are collectives.
+        synced: what the steps run in, where BatchNorm takes a batch's statistics; every rank takes part in every
+            step then.
+        eager: whether calls of the net are not compiled by dtrain.
         draws: leads the steps' random numbers; None leaves them alone.
     """
 
@@ -199,6 +204,8 @@ class ValidPass:
     around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     in_step: bool = False
     draws: StepDraws | None = None
+    synced: SyncedBatchNorm | None = None
+    eager: bool = True
 
     def run(
         self, epoch: int, place: TrainPosition, calls: Callbacks, facts: RunFacts | None = None, *, within: bool = False
@@ -235,7 +242,10 @@ class ValidPass:
                 first = table.steps == 0 and self.names is None
                 if first:
                     check_takes(self.step, rank_batch.batch, "valid")
-                returned = no_grad_step(self.step, self.module, rank_batch.batch)
+                with self._in_step(rank_batch, first=first) as under:
+                    returned = no_grad_step(self.step, self.module, rank_batch.batch)
+                if isinstance(under, PartStatistics):
+                    under.warn(self.world)
                 table.add(values_of(returned), rank_batch.count, rank_batch.start)
                 for known in calls.on_values_known if first else ():
                     known("valid", table.names or ())
@@ -251,6 +261,12 @@ class ValidPass:
         check_order(sums[0], sums[1], self.world.size, "valid")
         return result
 
+    def _in_step(self, rank_batch: RankBatch, *, first: bool) -> AbstractContextManager[Any]:
+        """What one step runs in, for BatchNorm's statistics."""
+        if self.synced is not None:
+            return self.synced.of_part(rank_batch.count, rank_batch.scale)
+        return PartStatistics() if first and self.eager and self.world.size > 1 else _NOTHING
+
 
 def valid_pass(
     task: Task, world: World, options: RunOptions, limits: Limits | None = None, *, in_step: bool = False
@@ -258,12 +274,15 @@ def valid_pass(
     """Returns a task's validation, None where it has no validation loader; usable without its train loader."""
     if task.dl_valid is None or task.valid_step is None:
         return None
-    warn_of_untracked(task.module, world)
-    limits, in_step = limits or Limits(), in_step or task.valid_together
+    compiled = world.size > 1 and wanted(options.compile, world) is not None
+    synced = synced_validation(task.module, world, compiled=compiled, together=task.valid_together)
+    limits, in_step = limits or Limits(), in_step or task.valid_together or synced is not None
     how = ShardSpec(world.rank, world.size, options.batch, fill=in_step, limit=limits.valid, merge=limits.merge)
     read: dict[str, Any] = {"functions": task.batches, "fixed": takes_fixed_parts(task.valid_step)}
     loader = ShardedLoader(task.dl_valid, how, options.seed, "valid", fetch_batches=options.fetch_batches, **read)
-    return ValidPass(task.module, task.valid_step, loader, world, task.metrics, in_step=in_step)
+    return ValidPass(
+        task.module, task.valid_step, loader, world, task.metrics, in_step=in_step, synced=synced, eager=not compiled
+    )
 
 
 def check_starts_anew(epochs: int, *loaders: Any) -> None:

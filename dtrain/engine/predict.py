@@ -26,8 +26,9 @@ from dtrain.engine.synced_metrics import ready
 from dtrain.engine.train_step import Task
 from dtrain.errors import DataError, StepError, UsageError, add_place, nothing_yielded
 from dtrain.launch.monitor.heartbeat import own_heartbeat
-from dtrain.model.compile import Compilation, compilation, compiled
+from dtrain.model.compile import Compilation, compilation, compiled, wanted
 from dtrain.model.precision import chosen, computing
+from dtrain.model.untracked_batchnorm import synced_validation
 
 PredictStep = Callable[[nn.Module, Any], Any]
 
@@ -114,7 +115,10 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
     """
     place, calls = TrainPosition(world.rank, heartbeat=own_heartbeat()), Callbacks(progress)
     try:
-        how = ShardSpec(world.rank, world.size, options.batch, fill=False)
+        synced = synced_validation(
+            module, world, compiled=world.size > 1 and wanted(options.compile, world) is not None
+        )
+        how = ShardSpec(world.rank, world.size, options.batch, fill=synced is not None)
         read: dict[str, Any] = {"fetch_batches": options.fetch_batches, "functions": batches}
         iter_batches = ShardedLoader(in_data_order(loader), how, options.seed, "predict", **read)
         with _set_up(module, world, options):
@@ -124,8 +128,11 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
             place.enter("predict", 1)
             each(calls.on_pass_start, PassFacts("predict", 1, iter_batches.steps()))
             mine = _Collected()
-            for rank_batch in batches_on_device(iter_batches, world, place, together=False):
-                mine.add(_predicted(predict_step or _call, module, rank_batch), rank_batch)
+            for rank_batch in batches_on_device(iter_batches, world, place, together=synced is not None):
+                with contextlib.nullcontext() if synced is None else synced.of_part(rank_batch.count):
+                    predicted = _predicted(predict_step or _call, module, rank_batch)
+                if rank_batch.count:
+                    mine.add(predicted, rank_batch)
         return mine.gather(world)
     except (Exception, SystemExit) as error:
         add_place(error, place)

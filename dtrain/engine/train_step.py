@@ -61,7 +61,6 @@ from dtrain.model.ddp import Replica
 from dtrain.model.fsdp import ShardedReplica, check_values, refuse_averaging, refuse_compiling, refuse_others
 from dtrain.model.optimizers import place_states
 from dtrain.model.precision import chosen, scaler_of
-from dtrain.model.sync_batchnorm import SyncedBatchNorm
 from dtrain.provenance.code import Code
 
 logger = logging.getLogger(__name__)
@@ -192,9 +191,8 @@ class Learner:
         self._clip = options.clip
         self._clipping: Clipping | None = None
         self._values_of = StepValues(task.module, "train", task.metrics)
-        self._synced = SyncedBatchNorm(world) if options.sync_batchnorm and world.size > 1 else None
-        if self._synced is not None:
-            kinds.refuse_beside_synced(task.module, compiled=self._replica.clock is not None)
+        compiled = self._replica.clock is not None
+        self._synced = kinds.synced_training(task.module, world, options.sync_batchnorm, compiled=compiled)
         gradients = None if isinstance(self._replica, ShardedReplica) else self._replica.gradients
         self._descend = BackwardStep(
             task,

@@ -1,7 +1,9 @@
-"""BatchNorm over all ranks: in training its statistics are those of the whole global batch.
+"""BatchNorm over all ranks: its statistics are those of the whole global batch, wherever it takes a batch's.
+
+That is in training, and in validation where it has no running ones (`dtrain.model.untracked_batchnorm`).
 
 torch's SyncBatchNorm has no CPU version, replaces the net's modules, and counts the rows of a rank that only takes part
-with weight 0. Here `torch.nn.functional.batch_norm` itself is led elsewhere while a train step runs, so that the net
+with weight 0. Here `torch.nn.functional.batch_norm` itself is led elsewhere while a step runs, so that the net
 stays as it is: its modules, their names, subclasses of BatchNorm.
 
     mean = sum over ranks of x / count,   variance = sum over ranks of x^2 / count - mean^2     (in float64)
@@ -11,22 +13,20 @@ Source: Ioffe and Szegedy 2015, with the sums taken over ranks; the gradient flo
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from dtrain.distributed.some_ranks import sum_among_
 
 if TYPE_CHECKING:
     from dtrain.distributed.world import World
 
 
-logger = logging.getLogger(__name__)
-
-
 class SyncedBatchNorm(TorchFunctionMode):
-    """While active, BatchNorm in training mode takes its statistics over all ranks; in eval mode it is torch's own.
+    """While active, BatchNorm that takes a batch's statistics takes them over all ranks; else it is torch's own.
 
     Every rank must come by the same BatchNorm layers in the same order.
 
@@ -35,6 +35,7 @@ class SyncedBatchNorm(TorchFunctionMode):
 
     Attributes:
         counts: whether this rank's rows are real, or there only to keep the ranks together.
+        among: the ranks that have rows of this batch, where the others take no step; None for all.
         scale: what this rank's gradients are multiplied by on their way into `param.grad`, after they left here.
     """
 
@@ -42,7 +43,18 @@ class SyncedBatchNorm(TorchFunctionMode):
         super().__init__()
         self._world = world
         self.counts = True
+        self.among: list[int] | None = None
         self.scale = 1.0
+
+    def of_part(self, count: int, scale: float = 1.0) -> SyncedBatchNorm:
+        """Returns itself, to be entered for a step on this rank's part of a batch.
+
+        Args:
+            count: its real samples.
+            scale: as the attribute.
+        """
+        self.counts, self.scale = count > 0, scale
+        return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Leads one function elsewhere and leaves all others as they are."""
@@ -73,7 +85,9 @@ class SyncedBatchNorm(TorchFunctionMode):
         summed = _Summed.apply(packed, self)  # type: ignore[no-untyped-call]
         count = summed[-1].detach()
         if count <= 1:
-            raise ValueError(f"BatchNorm needs more than 1 value per channel to train; all ranks together have {count}")
+            raise ValueError(
+                f"BatchNorm needs more than 1 value per channel for its statistics; all ranks together have {count}"
+            )
         mean, mean_of_squares = (summed[:-1] / count).view(2, -1)
         variance = (mean_of_squares - mean.square()).clamp_min(0.0)
         with torch.no_grad():
@@ -90,29 +104,8 @@ class SyncedBatchNorm(TorchFunctionMode):
         return normal
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sums over the ranks, in place."""
-        return self._world.sum_(tensor)
-
-
-def warn_of_untracked(module: nn.Module, world: World) -> None:
-    """Warns, on rank 0 of several, of BatchNorm without running statistics: it has those of a batch in validation, too.
-
-    Args:
-        module: the net.
-        world: the ranks; each validates a part of each batch.
-    """
-    if world.size == 1 or not world.is_main:
-        return
-    kind = nn.modules.batchnorm._BatchNorm
-    names = [name for name, part in module.named_modules() if isinstance(part, kind) and part.running_mean is None]
-    if names:
-        logger.warning(
-            "%s%s: BatchNorm with track_running_stats=False takes its statistics from each rank's part of a batch in "
-            "validation, too, so val_ values depend on the number of ranks. Track them, or validate on one rank: "
-            "dtrain evaluate RUN.",
-            ", ".join(names[:3]),
-            ", ..." * (len(names) > 3),
-        )
+        """Sums over the ranks that take part, in place."""
+        return self._world.sum_(tensor) if self.among is None else sum_among_(tensor, self.among)
 
 
 def _follow(running: Tensor | None, latest: Tensor, momentum: float) -> None:

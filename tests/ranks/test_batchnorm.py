@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +12,6 @@ from helpers.ranks import run_ranks
 from helpers.sweep import some
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from dtrain.model.sync_batchnorm import warn_of_untracked
 
 
 class OwnBatchNorm(nn.BatchNorm1d):
@@ -139,8 +136,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dtrain.model.sync_batchnorm import warn_of_untracked
-
 def build_model():
     return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
 
@@ -172,12 +167,3 @@ def test_parity_finds_batchnorm_and_the_switch_makes_it_equal(dtrain: Dtrain) ->
     assert "train.sync_batchnorm=true" in found.out
     equal = dtrain("check", "parity", "small.py", "-n", "2", "train.sync_batchnorm=true")
     assert equal.code == 0, equal.text
-
-
-@pytest.mark.parametrize(("ranks", "tracks", "warned"), [(2, False, True), (2, True, False), (1, False, False)])
-def test_statistics_that_validation_takes_from_a_rank_s_part_are_a_warning(
-    caplog: pytest.LogCaptureFixture, ranks: int, tracks: bool, warned: bool
-) -> None:
-    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=tracks))
-    warn_of_untracked(net, SimpleNamespace(size=ranks, is_main=True))  # type: ignore[arg-type]
-    assert ("1: BatchNorm with track_running_stats=False takes its statistics from each" in caplog.text) is warned
