@@ -12,6 +12,7 @@ from dtrain.api.spawn.call import call_on_ranks, starts_ranks
 from dtrain.callbacks.progress import fed, progress_of
 from dtrain.data.batches import BatchFunctions
 from dtrain.data.partition import BatchMode
+from dtrain.data.rank_shards import DataSharding
 from dtrain.distributed.fsdp_settings import refuse_sharding
 from dtrain.distributed.world import World, bring_up
 from dtrain.engine.arguments import check_switch, check_whole
@@ -69,6 +70,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     batch: BatchMode = "per_rank",
     batch_size: Callable[[Any], int] | None = None,
     split_batch: Callable[[Any, list[int]], Any] | None = None,
+    data_sharding: DataSharding = "auto",
     same_draws: bool | None = None,
     accumulation: int = 1,
     average: Way = "auto",
@@ -108,6 +110,9 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
         batch_size: batch -> its number of samples, where a loader has no indices and it is not known by the batch.
         split_batch: (batch, sizes) -> a list of batches of so many samples each; for `batch="global"` on several ranks.
+        data_sharding: who shards a loader without indices (a stream) over the ranks: the "loader" itself, each rank's
+            part of it having batches of its own; "dtrain", which has every rank read all of it; or "auto", as the
+            loader says (`set_rank`, `sharded_by_rank`, known libraries; see docs/recipes.md#streams).
         same_draws: whether dropout and other random numbers of steps are those that one rank draws for the same global
             batch; by default, with batch "global".
         accumulation: micro-batches that make one optimizer step.

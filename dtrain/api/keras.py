@@ -19,6 +19,7 @@ from dtrain.callbacks.early_stopping import BestKeeper, load_state
 from dtrain.callbacks.progress import fed, progress_of
 from dtrain.data.batches import BatchFunctions
 from dtrain.data.partition import BatchMode
+from dtrain.data.rank_shards import DataSharding
 from dtrain.distributed.fsdp_settings import refuse_sharding
 from dtrain.distributed.world import World, bring_up
 from dtrain.engine.call_hooks import call_hooks
@@ -137,6 +138,7 @@ class KerasModel(nn.Module):
         batch: BatchMode = "per_rank",
         batch_size: Callable[[Any], int] | None = None,
         split_batch: Callable[[Any, list[int]], Any] | None = None,
+        data_sharding: DataSharding = "auto",
         same_draws: bool | None = None,
         accumulation: int = 1,
         average: Way = "auto",
@@ -170,7 +172,8 @@ class KerasModel(nn.Module):
             args: see above.
             batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
             batch_size, split_batch: as in `dtrain.train_model`; `evaluate` and `predict` then use them, too.
-            same_draws, accumulation, average, sync_batchnorm, clip_norm, clip_value: as in `dtrain.train_model`.
+            data_sharding, same_draws, accumulation, average, sync_batchnorm, clip_norm, clip_value: as in
+                `dtrain.train_model`.
             fetch_batches, precision, compile: as in `dtrain.train_model`; `evaluate` and `predict` then do so, too.
             ema_decay: of an exponential moving average of the weights (above 0, below 1), with which is validated, and
                 which the net has in the end; of the best epoch, where its weights are kept.

@@ -30,6 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from dtrain.data.batches import BatchFunctions
 from dtrain.data.loader import ShardedLoader
 from dtrain.data.partition import BatchMode, RankBatch, ShardSpec
+from dtrain.data.rank_shards import DataSharding
 from dtrain.distributed.consistency import check_optimizers, check_order
 from dtrain.distributed.world import World, bring_up
 from dtrain.engine.passes import to_device
@@ -251,7 +252,7 @@ class PreparedLoader:
         functions: what the user says of its batches.
         seed: the order is derived from it and the epoch.
         fetch_batches: see `dtrain.data.fetch`.
-        same_draws: as for `dtrain.train_model`.
+        same_draws, sharding: as for `dtrain.train_model`; the second is called `data_sharding` there.
     """
 
     def __init__(  # noqa: PLR0913 - keyword-only
@@ -265,6 +266,7 @@ class PreparedLoader:
         seed: int,
         fetch_batches: bool = True,
         same_draws: bool | None = None,
+        sharding: DataSharding = "auto",
     ) -> None:
         self.loader = loader
         self._replica = replica
@@ -272,8 +274,9 @@ class PreparedLoader:
         self._process = process
         self._batch: BatchMode = batch
         self._seed = seed
-        self._how: dict[str, Any] = {"fetch_batches": fetch_batches, "functions": functions}
         self._world = process.joined(cpu=False)
+        self._how: dict[str, Any] = {"fetch_batches": fetch_batches, "functions": functions, "world": self._world}
+        self._how["sharding"] = sharding
         self._views: dict[bool, ShardedLoader] = {}
         self._epochs = {True: 0, False: 0}
         self._draws = step_draws(self._world, seed, replica, batch, same_draws)

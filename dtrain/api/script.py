@@ -39,7 +39,9 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from dtrain.api.prepared import PROCESS, PreparedLoader
 from dtrain.data.batches import BatchFunctions
+from dtrain.data.loader import is_own
 from dtrain.data.partition import BatchMode
+from dtrain.data.rank_shards import DataSharding, check_data_sharding
 from dtrain.distributed.consistency import check_optimizers, check_same_task
 from dtrain.distributed.fsdp_settings import refuse_sharding
 from dtrain.distributed.seeding import derive, seed_everything
@@ -62,6 +64,7 @@ def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
     batch: BatchMode = "per_rank",
     batch_size: Callable[[Any], int] | None = None,
     split_batch: Callable[[Any, list[int]], Any] | None = None,
+    data_sharding: DataSharding = "auto",
     same_draws: bool | None = None,
     seed: int = 42,
     average: Way = "auto",
@@ -81,6 +84,7 @@ def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
             optimizers, which are checked and come back as they are. Make optimizers from `model.parameters()`.
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
         batch_size, split_batch: as in `dtrain.train_model`.
+        data_sharding: who shards loaders without indices (streams), as in `dtrain.train_model`.
         same_draws: whether dropout and other random numbers in loops over the loaders are those that one rank draws for
             the same global batch; by default, with batch "global". Not in a loop within another one's body.
         seed: the order of the samples and each rank's random stream are derived from it.
@@ -102,6 +106,7 @@ def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
         raise UsageError(f"same_draws = {same_draws!r}: should be True, False or None.")
     if batch not in ("per_rank", "global"):
         raise UsageError(f"batch = {batch!r}: should be 'per_rank' or 'global'.")
+    check_data_sharding(data_sharding)
     check_way(average)
     for position, other in enumerate(others, start=2):
         _check_other(other, position)
@@ -109,10 +114,12 @@ def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
     world = PROCESS.joined(cpu=cpu)
     refuse_sharding(world.sharding, world.size, "dtrain.prepare")
     loaders = {f"argument {n}'s": o for n, o in enumerate(others, start=2) if not isinstance(o, Optimizer)}
-    check_same_task(world, model, loaders)
-    _check_same_data(world, loaders)
-    optimizers = [other for other in others if isinstance(other, Optimizer)]
     how: dict[str, Any] = {"batch": batch, "functions": BatchFunctions(batch_size, split_batch), "seed": seed}
+    how |= {"fetch_batches": fetch_batches, "same_draws": same_draws, "sharding": data_sharding}
+    own = [n for n, o in loaders.items() if is_own(o, n, world.rank, world.size, data_sharding)]
+    check_same_task(world, model, loaders, own)
+    _check_same_data(world, {name: loader for name, loader in loaders.items() if name not in own})
+    optimizers = [other for other in others if isinstance(other, Optimizer)]
     check_optimizers(optimizers, model, world.size)
     replica = PROCESS.replica_of(model, average)
     warn_of_parts(model, world, "Track running statistics, or use functions or Keras with sync_batchnorm=True.")
@@ -121,9 +128,7 @@ def prepare(  # noqa: PLR0913 - keyword-only after what is prepared
     return (
         model,
         *(
-            other
-            if isinstance(other, Optimizer)
-            else PreparedLoader(other, replica, PROCESS, fetch_batches=fetch_batches, same_draws=same_draws, **how)
+            other if isinstance(other, Optimizer) else PreparedLoader(other, replica, PROCESS, **how)
             for other in others
         ),
     )

@@ -11,7 +11,7 @@ import torch
 
 from dtrain import __version__
 from dtrain.checkpoint.code import code_facts
-from dtrain.checkpoint.sources import check_kept
+from dtrain.checkpoint.sources import check_kept, check_own_streams
 from dtrain.checkpoint.state import State, at_first, check_order, find_optimizers
 from dtrain.checkpoint.trainable import beginning_of, holds
 from dtrain.checkpoint.weights import WEIGHTS, check_fit
@@ -196,6 +196,7 @@ def check_shapes(engine: Engine, weights: Mapping[str, Any], run: State, ranks: 
         _same(name, saved["kind"], _name(task.others[name]), where)
     check_order(engine, ranks[0])
     check_kept(engine, ranks[0], where)
+    check_own_streams(engine, ranks, within=run["step"] is not None)
 
 
 def _kind(saved: State | None) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +19,7 @@ from dtrain.checkpoint.generators import plain_generator
 from dtrain.checkpoint.tensors import check_storable
 from dtrain.checkpoint.tree import flatten
 from dtrain.config.recipe_file import UNIMPORTABLE
+from dtrain.data.loader import ShardedLoader
 from dtrain.data.sources import Sources, load_state, parts_of
 from dtrain.engine.loop import Engine
 from dtrain.errors import DtrainError, UsageError
@@ -29,10 +30,15 @@ logger = logging.getLogger(__name__)
 State = dict[str, Any]
 
 
+def loaders_of(engine: Engine) -> dict[str, ShardedLoader]:
+    """Returns the rank's views of the loaders by split."""
+    found = {"train": engine.train_loader}
+    return found if engine.valid is None else found | {"valid": engine.valid.loader}
+
+
 def sources_of(engine: Engine) -> dict[str, Sources]:
     """Returns the loaders' parts by split."""
-    found = {"train": engine.train_loader.sources}
-    return found if engine.valid is None else found | {"valid": engine.valid.loader.sources}
+    return {split: loader.sources for split, loader in loaders_of(engine).items()}
 
 
 def kept_state(engine: Engine, *, within: bool) -> State:
@@ -49,8 +55,22 @@ def kept_state(engine: Engine, *, within: bool) -> State:
     return {
         "sources": states,
         "datasets": sources["train"].states(datasets=True) if within else {},
+        "place": _place(engine) if within else None,
         "streams": dict(streams_of(engine.task.module)),
     }
+
+
+def _place(engine: Engine) -> State | None:
+    """Returns where this rank's own stream is; without a state that a checkpoint cannot contain."""
+    place = engine.train_loader.place
+    if place is None:
+        return None
+    try:
+        flatten(place["state"], "dl_train: state")
+    except DtrainError as error:
+        logger.warning("a resumed run reads the train stream from the epoch's beginning: %s", error)
+        place = {**place, "state": None}
+    return dict(place)
 
 
 def replay_epochs(engine: Engine, epoch: int, *, trained: bool) -> None:
@@ -74,6 +94,7 @@ def load_kept(engine: Engine, saved: Mapping[str, Any]) -> None:
     states = saved.get("sources", {})
     for split, source in sources_of(engine).items():
         source.load(states.get(split, {}))
+    engine.train_loader.resume_at(saved.get("place"))
     streams = streams_of(engine.task.module)
     for name, stream in saved.get("streams", {}).items():
         if name in streams:
@@ -100,6 +121,26 @@ def check_kept(engine: Engine, saved: Mapping[str, Any], where: str) -> None:
                     f"{where} does not match the recipe: it has the state of dl_{split}{name and f'.{name}'} "
                     f"({there[name]}), which is now {here.get(name, 'an object without a state')}."
                 )
+
+
+def check_own_streams(engine: Engine, ranks: Sequence[Mapping[str, Any]], *, within: bool) -> None:
+    """Whether streams that shard themselves can be resumed on another number of ranks: at an epoch's start, stateless.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    if len(ranks) == engine.world.size:
+        return
+    for split, loader in loaders_of(engine).items():
+        stateful = any(rank.get("sources", {}).get(split) for rank in ranks)
+        if loader.own and (stateful or (within and split == "train")):
+            why = "each rank's part of it has a state" if stateful else "the checkpoint is within an epoch"
+            raise UsageError(
+                f"the run had {len(ranks)} ranks and now has {engine.world.size}, and the {split} loader shards itself "
+                f"by rank: {why}. Start {len(ranks)} ranks."
+            )
+    if any(rank.get("place") is not None and rank["place"]["state"] is not None for rank in ranks):
+        logger.info("the train stream is read from the epoch's beginning: the run had another number of ranks")
 
 
 def _own(saved: State) -> bool:

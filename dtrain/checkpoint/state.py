@@ -214,7 +214,7 @@ def _start(engine: Engine, run: State, ranks: list[State]) -> StartPosition:
     for generator, state in zip(engine.generators(), mine["order"], strict=True):
         generator.set_state(state)
     replay_epochs(engine, epoch, trained=trained is not None)
-    load_kept(engine, mine)
+    load_kept(engine, mine if same else {**mine, "place": None})
     if engine.draws is not None:
         engine.draws.used = mine.get("draws")
     for split, draws in engine_draws(engine).items():

@@ -57,6 +57,11 @@ class TrainConfig(_Section):
     batch: Literal["per_rank", "global"] = Field(
         "per_rank", description="whether the loader's batch size is per rank or global"
     )
+    data_sharding: Literal["auto", "loader", "dtrain"] = Field(
+        "auto",
+        description="who shards a loader without indices (a stream) over the ranks: the loader itself, dtrain, which "
+        "has every rank read all of it, or as the loader says (auto; docs/recipes.md#streams)",
+    )
     same_draws: bool | None = Field(
         None,
         description="draw dropout masks and other random numbers of steps as one rank "

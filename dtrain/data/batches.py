@@ -37,14 +37,16 @@ class BatchFunctions:
         batch_size: batch -> its number of samples.
         split_batch: (batch, sizes) -> a list of batches of so many samples each, in order; the sizes are positive and
             add up to the batch's.
+        by_rank: whether the loaders were built with this rank's number, so that those without indices have its part.
     """
 
     batch_size: Callable[[Any], int] | None = None
     split_batch: Callable[[Any, list[int]], Any] | None = None
+    by_rank: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what cannot be called."""
-        for name, function in vars(self).items():
+        for name, function in (("batch_size", self.batch_size), ("split_batch", self.split_batch)):
             if function is not None and not callable(function):
                 raise UsageError(f"{name} = {function!r}: should be a function.")
 

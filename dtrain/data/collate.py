@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, default_collate, default_convert
+from torch.utils.data import IterableDataset, default_collate, default_convert
+
+from dtrain.data.libraries import iterates_plainly
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def noting(loader: Any) -> Any:
 
 def collates(loader: Any) -> bool:
     """Whether a loader is a stream's DataLoader that puts its batches together in DataLoader's own way."""
-    return _is_plain(loader) and isinstance(loader.dataset, IterableDataset) and loader.batch_size is not None
+    return iterates_plainly(loader) and isinstance(loader.dataset, IterableDataset) and loader.batch_size is not None
 
 
 def collates_by_default(loader: Any) -> bool:
@@ -80,8 +82,4 @@ def collates_by_default(loader: Any) -> bool:
 
 
 def _converts(loader: Any) -> bool:
-    return _is_plain(loader) and loader.batch_sampler is None and loader.collate_fn is default_convert
-
-
-def _is_plain(loader: Any) -> bool:
-    return isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
+    return iterates_plainly(loader) and loader.batch_sampler is None and loader.collate_fn is default_convert

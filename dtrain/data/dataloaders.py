@@ -17,6 +17,7 @@ from torch.utils.data import (
 )
 
 from dtrain.data.fetch import fetched_by_batch
+from dtrain.data.libraries import iterates_plainly
 from dtrain.data.samplers import index_batches
 from dtrain.data.workers import start_context
 from dtrain.errors import UsageError
@@ -29,8 +30,7 @@ _PLAIN = (SequentialSampler,)
 def has_indices(loader: Any) -> bool:
     """Whether a loader draws index batches from a batch sampler and iterates in DataLoader's own way."""
     return (
-        isinstance(loader, DataLoader)
-        and type(loader).__iter__ is DataLoader.__iter__
+        iterates_plainly(loader)
         and not isinstance(loader.dataset, IterableDataset)
         and index_batches(loader) is not None
     )

@@ -6,9 +6,10 @@ which the indices are dealt, so that a rank fetches its own samples alone, or an
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -21,13 +22,26 @@ from dtrain.data.dataloaders import OwnGenerator, has_indices, rebuilt, reseed
 from dtrain.data.fetch import RowsOf, row_batches
 from dtrain.data.fingerprints import sample_fingerprints
 from dtrain.data.partition import BatchOps, RankBatch, ShardSpec, shard_batches
+from dtrain.data.rank_shards import (
+    NO_PARITY,
+    DataSharding,
+    refuse_global,
+    says_whole,
+    shards_itself,
+    tell_rank,
+    whole_read,
+)
+from dtrain.data.rank_stream import RankStream
 from dtrain.data.samplers import without_distributed
 from dtrain.data.sources import Sources
 from dtrain.data.stream import DroppedSamplesCheck, LengthCheck, Stream, length_of
 from dtrain.data.worker_seeds import Seeding, let_workers_go
 from dtrain.data.workers import WorkerStarter, check_workers_find_recipe, has_workers
 from dtrain.distributed.seeding import CommonRandomness, derive
+from dtrain.distributed.world import World
 from dtrain.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -48,13 +62,16 @@ class ShardedLoader:
         same_order: whether every epoch has the first one's order.
         functions: what the user says of the batches of a loader without indices.
         fixed: whether a batch that is a list is known to be parts; see `dtrain.data.batches`.
+        sharding: who shards a loader without indices; see `dtrain.data.rank_shards`.
+        world: the ranks; None where only questions are asked, or every rank reads the same.
 
     Attributes:
+        own: whether the loader shards itself, so that each rank reads batches of its own.
         varied: whether the first global batch of the next passes is cut into unequal parts; see
             `dtrain.data.partition`.
 
     Raises:
-        UsageError: the loader was already sharded by another library.
+        UsageError: the loader was already sharded by another library, or shards itself where that cannot be used.
     """
 
     def __init__(  # noqa: PLR0913 - keyword-only after what is dealt, and how
@@ -68,6 +85,8 @@ class ShardedLoader:
         same_order: bool = False,
         functions: BatchFunctions | None = None,
         fixed: bool = False,
+        sharding: DataSharding = "auto",
+        world: World | None = None,
     ) -> None:
         self._same_order = same_order
         if type(loader).__module__.startswith("accelerate."):
@@ -94,13 +113,52 @@ class ShardedLoader:
         self._length = LengthCheck(split, how.rank)
         self._stream = Stream(loader, how, split, functions, fixed=fixed)
         self._indexed = None
-        if has_indices(loader):
+        indexed = has_indices(loader)
+        sharding = "loader" if sharding == "auto" and functions is not None and functions.by_rank else sharding
+        self.own = shards_itself(loader, how, split, sharding, indexed=indexed)
+        self._alone = self._rank_stream(how, world)
+        self._warns = how.rank == 0 and sharding == "auto" and not isinstance(loader, (list, tuple))
+        if indexed and not self.own:
             more: dict[str, Any] = {"functions": functions, "fetch_batches": fetch_batches}
             self._indexed = _IndexedBatches(loader, how, self.sources, self._length, split, **more)
         check_workers_find_recipe(loader, split)
 
+    def _rank_stream(self, how: ShardSpec, world: World | None) -> RankStream | None:
+        """Returns what reads all batches of the loader for this rank; None where it is shared out by dtrain."""
+        loader, split = self.loader, self._split
+        if self.own and how.merge > 1:
+            raise UsageError(NO_PARITY.format(split, how.merge))
+        if self.own and how.mode == "global" and how.size > 1 and split == "train":
+            raise refuse_global(split)
+        if self.own and (world is not None or how.size == 1):
+            tell_rank(loader, how.rank, how.size)
+        if (how.size > 1 and not (self.own and world is not None)) or how.merge > 1:
+            return None
+        if has_indices(loader) and not self.own:
+            return None
+        found = RankStream(self._stream, how, self.sources, self._length, split, world)
+        return found if self.own or (found.keeps and how.fill) else None
+
+    @property
+    def place(self) -> Mapping[str, Any] | None:
+        """Where this rank's own stream is, for a checkpoint; None for other loaders, which deal again up to there."""
+        place = None if self._alone is None else self._alone.place
+        return None if place is None else place.saved()
+
+    def resume_at(self, place: Mapping[str, Any] | None) -> None:
+        """Has the next pass that skips shares go on from a saved place."""
+        if self._alone is not None:
+            self._alone.resume = place
+
+    @property
+    def indexed(self) -> bool:
+        """Whether its indices are dealt, so that each rank fetches its own samples alone."""
+        return self._indexed is not None
+
     def steps(self) -> int | None:
         """Returns the number of steps of a pass, None where the loader cannot tell."""
+        if self.own and self._how.size > 1:
+            return None  # other ranks may have more
         batches = length_of(self.loader if self._indexed is None else self._indexed)
         if batches is None:
             return None
@@ -132,6 +190,9 @@ class ShardedLoader:
                 of them; any other is read up to there.
             ready: called when the iteration has begun, and drawn what it draws, before the first share is fetched.
         """
+        if self.own:
+            self._check_world()
+            tell_rank(self.loader, self._how.rank, self._how.size)
         self.sources.begin(epoch)
         epoch = 1 if self._same_order else epoch
         seed = derive(self._seed, "order", self._split, epoch)
@@ -140,6 +201,11 @@ class ShardedLoader:
                 self.sources.rewind()
                 return _after(self._indexed.iter_batches(seed, epoch, 0, _nothing, varied=self.varied), skip, ready)
             return self._indexed.iter_batches(seed, epoch, skip, ready, varied=self.varied)
+        if self._alone is not None:
+            return self._alone.iter_batches(seed, epoch, skip, ready)
+        if self._warns and self._how.size > 1 and not says_whole(self.loader):
+            self._warns = False
+            logger.warning(whole_read(self.loader, self._split, self._how.size))
         let_workers_go(self._stream.loader)
         source: Iterable[Any] = self._stream.loader
         source = WorkerStarter(source) if has_workers(source) else source  # type: ignore[arg-type]
@@ -151,6 +217,13 @@ class ShardedLoader:
         dealt = shard_batches(self._stream.noted(source), self._how, self._stream.form, varied=varied)
         return _after(self._stream.plain(dealt), skip, ready)
 
+    def _check_world(self) -> None:
+        if self._alone is None:
+            raise UsageError(
+                f"the {self._split} loader shards itself by rank, so the order of its samples over {self._how.size} "
+                "ranks is not known. Use one rank, or a loader that yields all samples on every rank."
+            )
+
     def generators(self) -> list[torch.Generator]:
         """Returns the random generators that the user gave the loader or its sampler, which go on over epochs."""
         batches = getattr(self.loader, "batch_sampler", None)
@@ -158,6 +231,12 @@ class ShardedLoader:
         found = [getattr(holder, "generator", None) for holder in holders]
         users = [g for g in found if isinstance(g, torch.Generator) and not getattr(g, "of_dtrain", False)]
         return list({id(generator): generator for generator in users}.values())
+
+
+def is_own(loader: Any, split: str, rank: int, size: int, sharding: DataSharding) -> bool:
+    """Whether a loader shards itself, so that each rank reads batches of its own; see `dtrain.data.rank_shards`."""
+    how = ShardSpec(rank, size, "per_rank", fill=False)
+    return shards_itself(loader, how, split, sharding, indexed=has_indices(loader))
 
 
 class _IndexedBatches:

@@ -21,6 +21,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 _LEAST_VARIED = 3  # samples of a part that may be one less: BatchNorm cannot train on one alone
 
+RANK_STRIDE = 1 << 40  # where a rank's samples begin, in validation, whose loader has no order over the ranks
+
 BatchMode = Literal["per_rank", "global"]
 T = TypeVar("T")
 
@@ -68,6 +70,7 @@ class RankBatch:
         counts: the samples of each rank in this global batch; empty where there is one rank.
         varied: whether it is one of a global batch of which the first and the last rank have unequal parts, and each
             rank some, as is asked for in `shard_batches`.
+        place: where a rank's own stream is after it; None for other loaders. See `dtrain.data.places`.
     """
 
     batch: Any
@@ -82,6 +85,7 @@ class RankBatch:
     rows: int = 0
     varied: bool = False
     counts: Sequence[int] = ()
+    place: Any = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def shard_batches(
         dealt = _cut_each(batches, how, form, varied=varied)
     else:
         dealt = _take_turns(batches, how, form, varied=varied)
-    return dealt if how.group == 1 else _in_groups(dealt, how)
+    return dealt if how.group == 1 else in_groups(dealt, how)
 
 
 def _merged(batches: Iterator[T], length: int, form: BatchOps[T]) -> Iterator[T]:
@@ -132,7 +136,7 @@ def _merged(batches: Iterator[T], length: int, form: BatchOps[T]) -> Iterator[T]
         yield form.join(some)
 
 
-def _in_groups(iter_batches: Iterator[RankBatch], how: ShardSpec) -> Iterator[RankBatch]:
+def in_groups(iter_batches: Iterator[RankBatch], how: ShardSpec) -> Iterator[RankBatch]:
     """Puts shares into groups, one optimizer step each, and weights them by the samples of their group."""
     while group := list(islice(iter_batches, how.group)):
         total = sum(rank_batch.total for rank_batch in group)

@@ -195,6 +195,10 @@ class Sources:
         loaded, self._loaded = self._loaded, False
         return _twice(source) if loaded else source
 
+    def placed(self, *, at_end: bool) -> None:
+        """A loader's state was put back besides: within a pass, from which it goes on, or that of its end."""
+        self._loaded = at_end
+
     @property
     def replays(self) -> bool:
         """Whether a resumed epoch reads what was read before: its workers have copies of a dataset with a state."""

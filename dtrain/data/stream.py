@@ -72,6 +72,14 @@ class Stream:
         yield from chain(first, iterator)
 
     @property
+    def changes(self) -> str:
+        """What is wrong with a loader that changes a batch which was not used yet."""
+        return (
+            f"the {self._split} loader changes a batch after yielding it. Yield new tensors: "
+            "dtrain holds a batch while it reads the next one."
+        )
+
+    @property
     def _held(self) -> int:
         """How many batches may be in use at once."""
         how = self._how
@@ -84,10 +92,7 @@ class Stream:
             first.append(batch)
             sums.append(1 + zlib.crc32(first_bytes(batch)))
         if sums != [1 + zlib.crc32(first_bytes(batch)) for batch in first]:
-            raise DataError(
-                f"the {self._split} loader changes a batch after yielding it. Yield new tensors: "
-                "dtrain holds a batch while it reads the next one."
-            )
+            raise DataError(self.changes)
         if self._how.mode == "global" and self._how.size > 1 and len(first) > 1:
             refuse_constants(self.reader, first[0], first[1])
 

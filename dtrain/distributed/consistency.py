@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -20,8 +20,14 @@ from dtrain.errors import DataError, StepError, UsageError, nothing_yielded
 _OF_DDP = ("finished reduction in the prior iteration", "marked as ready twice", "mark a variable ready only once")
 
 
-def check_same_task(world: World, net: nn.Module, loaders: dict[str, Any]) -> None:
+def check_same_task(world: World, net: nn.Module, loaders: dict[str, Any], own: Container[str] = ()) -> None:
     """Compares, before the first step, the net's shape and the loaders' lengths of all ranks.
+
+    Args:
+        world: the ranks.
+        net: the net.
+        loaders: by split.
+        own: the splits of which the loader shards itself, so that the lengths are each rank's own.
 
     Raises:
         UsageError: they differ; both sides are named.
@@ -30,11 +36,14 @@ def check_same_task(world: World, net: nn.Module, loaders: dict[str, Any]) -> No
     shapes = repr([(name, tuple(p.shape), p.requires_grad) for name, p in net.named_parameters()])
     mine = {"the fingerprint of the net's parameters": zlib.crc32(shapes.encode())}
     for split, loader in loaders.items():
+        mine[f"whether the {split} loader shards itself by rank"] = split in own
+        if split in own:
+            continue
         mine[f"the number of {split} samples"] = _length(getattr(loader, "dataset", None))
         mine[f"the number of {split} batches"] = _length(loader)
     told = world.gather_json(mine)
     for name in mine:
-        by_rank = [rank[name] for rank in told]
+        by_rank = [rank.get(name, "not compared") for rank in told]
         if len(set(by_rank)) > 1:
             raise UsageError(
                 f"{name} is not the same on all ranks: {', '.join(f'{n} on rank {r}' for r, n in enumerate(by_rank))}. "
@@ -42,7 +51,7 @@ def check_same_task(world: World, net: nn.Module, loaders: dict[str, Any]) -> No
                 on_all_ranks=True,
             )
     for split in loaders:
-        if mine[f"the number of {split} batches"] == 0:
+        if mine.get(f"the number of {split} batches") == 0:
             raise DataError(nothing_yielded(split), on_all_ranks=True)
 
 

@@ -112,6 +112,15 @@ class CommonRandomness:
             seed_everything_on_cpu(seed)
             self._state = _state()
 
+    @property
+    def state(self) -> tuple[Any, Any, torch.Tensor]:
+        """The states of Python's, NumPy's and torch's generators; it is replaced, and not changed."""
+        return self._state
+
+    @state.setter
+    def state(self, state: tuple[Any, Any, torch.Tensor]) -> None:
+        self._state = state
+
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         """Switches to this state for the block."""

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from dtrain.data.partition import RankBatch
-from dtrain.distributed.consistency import check_order, check_same_task, check_validation
+from dtrain.distributed.consistency import check_order
 from dtrain.distributed.fsdp_settings import Sharding
 from dtrain.distributed.seeding import derive, seed_everything
 from dtrain.distributed.world import World
@@ -38,7 +38,7 @@ from dtrain.engine.metrics import MeanTable, PassResult, Value
 from dtrain.engine.modes import Modes
 from dtrain.engine.nan_guard import WhenNan
 from dtrain.engine.options import RunOptions
-from dtrain.engine.passes import PassWatch, batches_on_device, check_starts_anew, train_facts, train_loader, valid_pass
+from dtrain.engine.passes import PassWatch, batches_on_device, check_loaders, train_facts, train_loader, valid_pass
 from dtrain.engine.position import FinishedPass, Limits, StartPosition, TrainPosition
 from dtrain.engine.random_draws import step_draws
 from dtrain.engine.rates import Rates
@@ -122,11 +122,7 @@ class Engine:
         self.train_loader = train_loader(self.task, self.world, self.options, self.limits)
         in_step = self.sharding is not None and not self.sharding.validate_whole
         self.valid = valid_pass(self.task, self.world, self.options, self.limits, in_step=in_step)
-        valid = self.task.dl_valid
-        check_starts_anew(self.epochs, self.task.dl_train, valid)
-        loaders = {"train": self.task.dl_train} | ({} if valid is None else {"valid": valid})
-        check_same_task(self.world, self.task.module, loaders)
-        check_validation(self.task.valid_step, valid)
+        check_loaders(self.task, self.world, self.epochs, self.train_loader, self.valid)
         ready(self.task.metrics, self.world)
         self.learner = Learner(self.task, self.world, self.options, nan=self.nan, sharding=self.sharding)
         self.draws, draws = step_draws(

@@ -15,7 +15,14 @@ from torch import nn
 from dtrain.data.batches import takes_fixed_parts
 from dtrain.data.loader import ShardedLoader
 from dtrain.data.partition import RankBatch, ShardSpec
-from dtrain.distributed.consistency import check_first_batch, check_order, check_takes
+from dtrain.data.same_data import check_whole
+from dtrain.distributed.consistency import (
+    check_first_batch,
+    check_order,
+    check_same_task,
+    check_takes,
+    check_validation,
+)
 from dtrain.distributed.world import World
 from dtrain.engine.callback import Callbacks, each
 from dtrain.engine.facts import PassFacts, RunFacts
@@ -279,10 +286,27 @@ def valid_pass(
     limits, in_step = limits or Limits(), in_step or task.valid_together or synced is not None
     how = ShardSpec(world.rank, world.size, options.batch, fill=in_step, limit=limits.valid, merge=limits.merge)
     read: dict[str, Any] = {"functions": task.batches, "fixed": takes_fixed_parts(task.valid_step)}
+    read |= {"sharding": options.data_sharding, "world": world}
     loader = ShardedLoader(task.dl_valid, how, options.seed, "valid", fetch_batches=options.fetch_batches, **read)
     return ValidPass(
         task.module, task.valid_step, loader, world, task.metrics, in_step=in_step, synced=synced, eager=not compiled
     )
+
+
+def check_loaders(task: Task, world: World, epochs: int, train: ShardedLoader, valid: ValidPass | None) -> None:
+    """Compares the ranks' nets and loaders before the first step.
+
+    Raises:
+        UsageError, DataError, StepError: they differ, or cannot be read in each epoch, or do not fit the step.
+    """
+    views = {"train": train} | ({} if valid is None else {"valid": valid.loader})
+    loaders = {"train": task.dl_train} | ({} if task.dl_valid is None else {"valid": task.dl_valid})
+    own = [split for split, view in views.items() if view.own]
+    check_starts_anew(epochs, task.dl_train, task.dl_valid)
+    check_same_task(world, task.module, loaders, own)
+    check_validation(task.valid_step, None if "valid" in own else task.dl_valid)
+    if task.batches.by_rank:
+        check_whole({split: loader for split, loader in loaders.items() if views[split].indexed}, world)
 
 
 def check_starts_anew(epochs: int, *loaders: Any) -> None:
@@ -327,4 +351,5 @@ def train_loader(task: Task, world: World, options: RunOptions, limits: Limits) 
     )
     read: dict[str, Any] = {"functions": task.batches, "fixed": takes_fixed_parts(task.train_step)}
     read |= {"fetch_batches": options.fetch_batches, "same_order": limits.same}
+    read |= {"sharding": options.data_sharding, "world": world}
     return ShardedLoader(task.dl_train, how, options.seed, "train", **read)

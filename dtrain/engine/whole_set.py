@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtrain.data.partition import RANK_STRIDE
 from dtrain.engine.packed import gather_entries, own_values, pack_entries, unpack_entries
 from dtrain.errors import DataError, StepError, add_remark
 
@@ -96,13 +97,16 @@ class WholeSet:
         self._entries = unpack_entries(state)
 
     def _called(self, entries: Sequence[tuple[int, int, Any]]) -> dict[str, float]:
-        position = 0
+        position = samples = 0
         for start, count, _ in entries:
+            if start > position and start % RANK_STRIDE == 0:
+                position = start  # the first one of the next rank that reads a part of its own
             if start != position:
                 raise DataError(
                     f"metric {self._name!r}: the ranks read different data: some samples came twice, or not at all."
                 )
             position += count
+            samples += count
         if not entries:
             raise DataError(f"metric {self._name!r}: no step returned a value for it.")
         arguments = [_joined(parts) for parts in zip(*(values[0] for _, _, values in entries), strict=True)]
@@ -112,9 +116,7 @@ class WholeSet:
             with torch.no_grad():
                 returned = self._function(*arguments, **keywords)
         except Exception as error:
-            add_remark(
-                error, f"in metric {self._name!r} ({_place(self._function)}), called with all {position} samples"
-            )
+            add_remark(error, f"in metric {self._name!r} ({_place(self._function)}), called with all {samples} samples")
             raise
         if isinstance(returned, Mapping):
             return {f"{self._name}_{key}": self._number(value) for key, value in returned.items()}

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from dtrain.distributed.consistency import word_in_terms_of_ranks
+from dtrain.distributed.seeding import load_random_state, random_state
 from dtrain.model.compile import Compile, CompileClock, by_us_alone, compilation, compiled
 from dtrain.model.gradients.averaging import GradientAveraging, Way
 from dtrain.model.hooks import hook_accumulated
@@ -274,7 +275,8 @@ class Replica:
         token = gradients.begin(rank_batch.scale, last=rank_batch.last)
         ddp = None if self._redirection is None else self._redirection.ddp
         try:
-            with contextlib.nullcontext() if rank_batch.last or ddp is None else ddp.no_sync():
+            kept = contextlib.nullcontext() if rank_batch.count else _without_trace(self.net, self._world)
+            with kept, contextlib.nullcontext() if rank_batch.last or ddp is None else ddp.no_sync():
                 yield
         except BaseException as error:
             gradients.abandon()
@@ -316,6 +318,22 @@ class Replica:
                 del self.net.__dict__["forward"]
                 if self._before is not None:
                     self.net.__dict__["forward"] = self._before
+
+
+@contextlib.contextmanager
+def _without_trace(net: nn.Module, world: World) -> Iterator[None]:
+    """While inside, a batch is trained on that only keeps the rank in step, and is another one in a resumed run.
+
+    It takes no random numbers; nor, on rank 0, whose buffers are those of all in the end, does it change BatchNorm's
+    statistics.
+    """
+    random = random_state(world.device)
+    before = [(buffer, buffer.detach().clone()) for buffer in net.buffers()] if world.is_main else []
+    yield
+    load_random_state(random, world.device)
+    with torch.no_grad():
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ from dtrain.provenance.opened import opened_files
 from dtrain.recipe.import_steps import ImportStep, import_steps
 from dtrain.recipe.param_groups import freeze, regroup
 from dtrain.recipe.signature import MONITOR, Builder, check_parameters, mark_secrets, own_keys, with_values
-from dtrain.recipe.supplied import supplied_names, supplied_values
+from dtrain.recipe.supplied import RANK, supplied_names, supplied_values
 
 T = TypeVar("T")
 
@@ -200,7 +200,7 @@ def bind(recipe: Recipe, settings: Settings) -> Task:
             raise RecipeError(f"{recipe.path}: the optimizer is {optimizer!r}, not a torch.optim.Optimizer.")
         setattr(module, "optimizer", optimizer)  # noqa: B010 - several, for the step to choose from; the step itself steps them
         optimizer = None
-    more: dict[str, Any] = {"metrics": _metrics(recipe), "batches": _batches(recipe), "code": recipe.code}
+    more: dict[str, Any] = {"metrics": _metrics(recipe), "batches": _batches(recipe, settings), "code": recipe.code}
     task = Task(module, train_step, dl_train, valid_step, dl_valid, optimizer, scheduler, interval, **more)
     objects = check_callbacks(_built_bare(recipe, "build_callbacks"), f"{recipe.path}: build_callbacks()")
     task.hooks = hooks_of(vars(recipe.module), objects, str(recipe.path))
@@ -246,10 +246,12 @@ def _others(recipe: Recipe, task: Task) -> dict[str, Any]:
     return found
 
 
-def _batches(recipe: Recipe) -> BatchFunctions:
+def _batches(recipe: Recipe, settings: Settings) -> BatchFunctions:
     """What the recipe says of its batches; `batch_size` may also be a number, for the recipe's own use."""
     named = {name: getattr(recipe.module, name, None) for name in ("batch_size", "split_batch")}
-    return BatchFunctions(**{name: function for name, function in named.items() if callable(function)})
+    builder = recipe.builders.get("data")
+    supplied = () if builder is None else supplied_names("data", builder.parameters, settings.config.data)
+    return BatchFunctions(**{n: one for n, one in named.items() if callable(one)}, by_rank=RANK in supplied)
 
 
 def _has_state(thing: Any) -> bool:

@@ -13,12 +13,13 @@ from dtrain.data.partition import ShardSpec
 from dtrain.errors import RecipeError
 from dtrain.launch.env.rank_env import read_rank_facts
 
+RANK = "rank"  # of the data's builder alone, whose streams are then this rank's part
 _WORLD_SIZE, _EPOCHS, _STEPS_PER_EPOCH, _TOTAL_STEPS = "world_size", "epochs", "steps_per_epoch", "total_steps"
 _ALWAYS = (_WORLD_SIZE, _EPOCHS)
 _ONCE_LOADERS_ARE_THERE = (_STEPS_PER_EPOCH, _TOTAL_STEPS)
 SUPPLIED: Mapping[str, tuple[str, ...]] = {
     "model": _ALWAYS,
-    "data": _ALWAYS,
+    "data": (RANK, *_ALWAYS),
     "optimizer": (*_ALWAYS, *_ONCE_LOADERS_ARE_THERE),
     "scheduler": (*_ALWAYS, *_ONCE_LOADERS_ARE_THERE),
 }
@@ -58,10 +59,13 @@ def supplied_values(
     Raises:
         RecipeError: a value is not known, since the loader has no length or is not there yet, and there is no default.
     """
-    train, ranks = settings.config.train, read_rank_facts().size
+    train, facts = settings.config.train, read_rank_facts()
+    ranks = facts.size
     # Where max_steps alone says how long, the epochs are as many as that takes.
     limit = train.max_steps if "train.epochs" not in settings.places else None
-    values = {_WORLD_SIZE: ranks} | ({_EPOCHS: train.epochs} if limit is None else {_TOTAL_STEPS: limit})
+    values = {RANK: facts.rank, _WORLD_SIZE: ranks} | (
+        {_EPOCHS: train.epochs} if limit is None else {_TOTAL_STEPS: limit}
+    )
     asked = [name for name in names if name not in values]
     each = optimizer_steps(dl_train, ranks, train) if asked and dl_train is not None else None
     if each:

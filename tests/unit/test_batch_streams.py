@@ -237,7 +237,8 @@ def test_a_length_that_proves_wrong_is_said_once(said: int, words: str, caplog: 
     for rank, mode in ((0, "per_rank"), (0, "global"), (1, "global")):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            sharded = ShardedLoader(Loader(), ShardSpec(rank, 2, mode, fill=True), 1, "train")
+            how = ShardSpec(rank, 2, mode, fill=True)
+            sharded = ShardedLoader(Loader(), how, 1, "train", sharding="dtrain")
             for epoch in (1, 2):
                 assert len(list(sharded.iter_batches(epoch))) == (2 if mode == "per_rank" else 4)
         told = [record.getMessage() for record in caplog.records]
