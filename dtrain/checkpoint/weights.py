@@ -99,8 +99,8 @@ def check_fit(module: nn.Module, saved: Mapping[str, Any], file: str) -> None:
         if own.get(name) != there.get(name):
             raise UsageError(
                 f"{file} does not match the model: {name} {there.get(name, _NOTHING)} in the file, and "
-                f"{own.get(name, _NOTHING)} in the recipe's model. Was the recipe changed, or a "
-                "model.* value set that differs from the run's?"
+                f"{own.get(name, _NOTHING)} in the model. Was the recipe changed, or a model.* value "
+                "set that differs from the run's?"
             )
 
 
