@@ -26,7 +26,7 @@ GROUPS = {
     "A loop of your own": ["prepare", "Meter", "History", "save_weights"],
     "Ranks": ["rank", "world_size", "is_main", "print_main", "gather"],
     "After the training": [
-        "load",
+        *("load", "load_weights"),
         "read_history",
         "dtrain.engine.predict.evaluate_task",
         "dtrain.engine.predict.predict",

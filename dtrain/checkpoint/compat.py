@@ -134,6 +134,11 @@ def _warn_of_curve(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
             "with all its epochs (another run.name).",
             *(before, now, shape, now),
         )
+    if here.get("swa_from") is not None and before != now:
+        logger.warning(
+            "train.epochs was %s and is %s: train.swa_from = %s is another step now, and the average begins there",
+            *(before, now, here["swa_from"]),
+        )
 
 
 def config_differences(there: Mapping[str, Any], here: Mapping[str, Any], settings: Settings) -> list[str]:

@@ -69,6 +69,7 @@ def run_state(engine: Engine) -> State:
         "buffers": _other_buffers(task.module),
         "trained weights": None if engine.average is None else engine.average.trained(),
         "averages": {} if engine.average is None else engine.average.exact(),
+        "averaged": None if engine.average is None else engine.average.taken,
     }
 
 
@@ -149,7 +150,7 @@ def restore(engine: Engine, weights: Mapping[str, Any], run: State, ranks: list[
     }
     task.module.load_state_dict(cut, strict=False)
     if engine.average is not None:
-        engine.average.take_up(run["trained weights"], run.get("averages", {}), run["updates"])
+        engine.average.take_up(run["trained weights"], run.get("averages", {}), run["updates"], run.get("averaged"))
     load_buffers(task.module, run["buffers"])
     optimizers = find_optimizers(run["optimizers"], task)
     for optimizer, saved in zip(optimizers, run["optimizers"], strict=True):

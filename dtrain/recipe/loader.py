@@ -165,8 +165,13 @@ def _run_import(run: Callable[[], T], name: str) -> T:
         ) from None
 
 
-def bind(recipe: Recipe, settings: Settings) -> Task:
+def bind(recipe: Recipe, settings: Settings, begin: Callable[[nn.Module], None] | None = None) -> Task:
     """Builds a recipe's objects with the config's parameters.
+
+    Args:
+        recipe: what `load_recipe` returned.
+        settings: the config.
+        begin: puts other weights into the net, before anything is made of it.
 
     Raises:
         ConfigError: a parameter is unknown or of the wrong type.
@@ -177,6 +182,8 @@ def bind(recipe: Recipe, settings: Settings) -> Task:
     module = _model(recipe, settings)
     for step in recipe.steps:
         step.check(module)
+    if begin is not None:
+        begin(module)
     _freeze(module, settings)
     recompute(module, settings.config.train.activation_checkpointing, settings.place_of(RECOMPUTED))
     dl_train, dl_valid = _loaders(recipe, settings)

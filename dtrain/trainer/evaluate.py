@@ -20,7 +20,7 @@ from dtrain.engine.predict import PredictStep, evaluate_task, predict
 from dtrain.engine.train_step import Task
 from dtrain.errors import RecipeError, UsageError
 from dtrain.recipe.loader import bind, load_recipe
-from dtrain.trainer.train import agree
+from dtrain.trainer.agreeing import agree
 
 Split = Literal["valid", "train"]
 

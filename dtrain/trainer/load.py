@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from dtrain.checkpoint.chosen import checkpoints_of, choose_checkpoint
+from dtrain.checkpoint.fitted import Wanted, log_of, put_into
 from dtrain.checkpoint.folder import MANIFEST
+from dtrain.checkpoint.outside import read_outside
 from dtrain.checkpoint.restored import restore_net
 from dtrain.config.saved import load_run_settings
 from dtrain.config.settings import Settings
@@ -16,6 +20,8 @@ from dtrain.distributed.seeding import load_random_state, random_state, seed_eve
 from dtrain.errors import RecipeError, UsageError
 from dtrain.layout import CHECKPOINTS, CONFIG, checkpoint_place, checkpoints_in
 from dtrain.recipe.loader import build_net, load_recipe
+
+logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 
@@ -60,6 +66,36 @@ def load(
         net = _built(settings, folder)
     restore_net(net, saved.path)
     return net.eval() if target is None else net.to(target).eval()
+
+
+def load_weights(
+    model: nn.Module, source: str | Path, *, partial: bool = False, rename: Mapping[str, str] | None = None
+) -> list[str]:
+    """Begins with the weights of another run or of a file: puts them into a net, before it is trained.
+
+    As `dtrain train --from RUN` does; in a script, or before `train_model` and `KerasModel.fit`.
+
+    Args:
+        model: the net itself, before `prepare`; it is changed in place, or left as it is where they do not match.
+        source: a run's folder (its best epoch), a checkpoint's, or a file: .safetensors, or .pt, .pth, .bin or .ckpt
+            with a state dict. Nothing in it can run code.
+        partial: whether weights that do not match, by name and shape, are left out; a warning names them.
+        rename: prefix of the source's names -> what stands in its place in the net's. The prefixes of
+            DistributedDataParallel and torch.compile (`module.`, `_orig_mod.`) are taken off by themselves.
+
+    Returns:
+        in words, what was left out: nothing, without `partial`.
+
+    Raises:
+        UsageError: the source cannot be read; something does not match, and `partial` is not set; or nothing does.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model = {model!r}: should be a torch.nn.Module, to load the weights into.")
+    found = read_outside(Path(source).expanduser())
+    fit = put_into(model, found, Wanted(partial, dict(rename or {})))
+    if fit.left:
+        logger.warning("%s", log_of(fit, found.where))
+    return fit.left
 
 
 def _meant(path: Path, weights: str) -> tuple[Path, str]:
