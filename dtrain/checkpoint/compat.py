@@ -11,6 +11,7 @@ import torch
 
 from dtrain import __version__
 from dtrain.checkpoint.code import code_facts
+from dtrain.checkpoint.locate import Loaded
 from dtrain.checkpoint.sources import check_kept
 from dtrain.checkpoint.state import State, at_first, check_order, find_optimizers
 from dtrain.checkpoint.trainable import beginning_of, holds
@@ -179,15 +180,15 @@ def check_ranks(there: Mapping[str, Any], step: int | None, ranks: int, settings
         )
 
 
-def check_shapes(engine: Engine, weights: Mapping[str, Any], run: State, ranks: list[State], where: str) -> None:
+def check_shapes(engine: Engine, loaded: Loaded) -> None:
     """Compares a saved state with the engine's net, optimizers, schedule and further objects.
 
     Raises:
         UsageError: one does not fit; it is named with both sides.
         CheckpointError: an optimizer is not to be found.
     """
-    task = engine.task
-    check_fit(task.module, weights, f"{where}/{WEIGHTS}")
+    task, run, ranks, where = engine.task, loaded.run, loaded.ranks, str(loaded.path)
+    check_fit(task.module, loaded.weights, f"{where}/{WEIGHTS}", loaded.left_out)
     for optimizer, saved in zip(find_optimizers(run["optimizers"], task), run["optimizers"], strict=True):
         _same("the optimizer", saved["kind"], type(optimizer).__qualname__, where)
         groups = holds(optimizer, task.module)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.checkpoint.extra import extra_keys, load_extra
+from dtrain.checkpoint.left_out import changed
 from dtrain.checkpoint.outside import OutsideWeights
 from dtrain.errors import UsageError, nearest
 
@@ -106,7 +107,9 @@ def fit_of(module: nn.Module, source: OutsideWeights, how: Wanted) -> Fit:
     values = {name: value for name, value in named.items() if name in own and name not in shapes}
     _check_tied(own, values, source.where)
     held = {id(own[name]) for name in values if isinstance(own[name], Tensor)}
-    missing = [name for name in own if name not in named and id(own[name]) not in held]
+    other = set(changed(module, {name: one for name, one in source.left_out.items() if name in own}))
+    same = source.left_out.keys() - other  # the checkpoint lacks them, and the net has them as they were
+    missing = [name for name in own if name not in named and id(own[name]) not in held and name not in same]
     further = [name for name in named if name not in own]
     left = [*shapes.values()]
     left += [f"not there: {_names(missing)}"] * bool(missing) + [f"not in the model: {_names(further)}"] * bool(further)

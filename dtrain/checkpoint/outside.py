@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from dtrain.checkpoint.chosen import checkpoints_of, choose_checkpoint
 from dtrain.checkpoint.extra import extra_of
 from dtrain.checkpoint.folder import MANIFEST, read_manifest, verify_file
+from dtrain.checkpoint.left_out import left_out_of
 from dtrain.checkpoint.tensors import read_file
 from dtrain.checkpoint.weights import WEIGHTS
 from dtrain.config.saved import load_run_settings
@@ -30,10 +31,12 @@ class OutsideWeights:
     Attributes:
         where: the file that was read, in words of a path.
         values: name -> tensor, or a module's extra state.
+        left_out: name -> hash of what a checkpoint lacks on purpose; see `dtrain.checkpoint.left_out`.
     """
 
     where: str
     values: dict[str, Any]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_outside(path: Path) -> OutsideWeights:
@@ -78,7 +81,7 @@ def _of_checkpoint(path: Path) -> OutsideWeights:
 def _of_safetensors(file: Path) -> OutsideWeights:
     try:
         tensors, metadata = read_file(file)
-        return OutsideWeights(str(file), tensors | extra_of(metadata))
+        return OutsideWeights(str(file), tensors | extra_of(metadata), left_out_of(metadata))
     except (OSError, CheckpointError) as error:
         raise UsageError(f"{file}: cannot read the weights: {error}.") from None
 

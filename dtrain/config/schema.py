@@ -199,6 +199,12 @@ class CheckpointConfig(_Section):
     mode: Literal["min", "max"] | None = Field(
         None, description="whether lower (min) or higher (max) is better; default: min for losses and errors, else max"
     )
+    weights: Literal["all", "trained"] = Field(
+        "all", description="trained: without the parameters that are frozen, which build_model makes again"
+    )
+    pretrained: bool = Field(
+        False, description="also write each epoch's model with its save_pretrained() (Hugging Face), in pretrained/"
+    )
     asynchronous: bool = Field(True, description="write checkpoints in a background thread, from a copy in memory")
     on_error: Literal["stop", "warn"] = Field(
         "stop", description="whether a failed write (a full disk) stops the run or is a warning"

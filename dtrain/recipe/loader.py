@@ -215,17 +215,23 @@ def bind(recipe: Recipe, settings: Settings, begin: Callable[[nn.Module], None] 
     return task
 
 
-def build_net(recipe: Recipe, settings: Settings) -> nn.Module:
+def build_net(recipe: Recipe, settings: Settings, begin: Callable[[nn.Module], None] | None = None) -> nn.Module:
     """Builds a recipe's net alone, of each call's own; what it builds first is what `bind` does.
+
+    Args:
+        recipe, settings, begin: as for `bind`.
 
     Raises:
         ConfigError, RecipeError: as `bind`.
     """
     _check(recipe, settings)
     net = _model(recipe, settings)
-    _freeze(net, settings)
     # A module is imported once in a process, and the object in its file would be everybody's.
-    return net if "model" in recipe.builders else copy.deepcopy(net)
+    net = net if "model" in recipe.builders else copy.deepcopy(net)
+    if begin is not None:
+        begin(net)
+    _freeze(net, settings)
+    return net
 
 
 def _check(recipe: Recipe, settings: Settings) -> None:

@@ -21,6 +21,7 @@ from dtrain.engine.train_step import Task
 from dtrain.errors import RecipeError, UsageError
 from dtrain.recipe.loader import bind, load_recipe
 from dtrain.trainer.agreeing import agree
+from dtrain.trainer.initial import base_of_run
 
 Split = Literal["valid", "train"]
 
@@ -54,14 +55,18 @@ def restore_run(folder: Path, settings: Settings, which: Which, world: World) ->
     Raises:
         AgreedError: it failed on some rank: no checkpoint, or weights that do not fit; every rank raises it.
     """
-    return agree(world, lambda: _restored(folder, settings, which))
+    # Rank 0 chooses for all: a run that trains meanwhile may save another one at any moment.
+    policy = settings.config.checkpoint
+    chosen = agree(world, lambda: choose_checkpoint(folder, which, policy).path.name if world.is_main else None)
+    name = world.gather_json(chosen)[0]
+    return agree(world, lambda: _restored(folder, settings, name))
 
 
-def _restored(folder: Path, settings: Settings, which: Which) -> RestoredRun:
-    saved = choose_checkpoint(folder, which, settings.config.checkpoint)
+def _restored(folder: Path, settings: Settings, name: str) -> RestoredRun:
+    saved = choose_checkpoint(folder, name)
     seed_everything(settings.config.train.seed)
     recipe = load_recipe(settings.config.recipe, settings.base)
-    task = bind(recipe, settings)
+    task = bind(recipe, settings, base_of_run(folder, settings))
     restore_net(task.module, saved.path)
     step = getattr(recipe.module, "predict_step", None)
     if step is not None and not callable(step):

@@ -152,9 +152,25 @@ def _kept(settings: Settings, resume: str) -> InitialWeights | None:
     folders = [named, named.parent.parent] if resume not in ("auto", "never") else []
     if resume == "auto" and run.name is not None:
         folders = [Path(run.dir).expanduser() / run.name]
-    path = next((folder / INITIAL / _NAME for folder in folders if (folder / INITIAL / _NAME).is_dir()), None)
-    if path is None:
-        return None
+    return next((_read_kept(one / INITIAL / _NAME) for one in folders if (one / INITIAL / _NAME).is_dir()), None)
+
+
+def base_of_run(run: Path, settings: Settings) -> InitialWeights | None:
+    """Returns what a run began with where its checkpoints lack a part of that; else None.
+
+    Args:
+        run: the run's folder.
+        settings: its config.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    path, config = run / INITIAL / _NAME, settings.config
+    needed = config.train.init_from is not None and config.checkpoint.weights == "trained"
+    return _read_kept(path) if needed and path.is_dir() else None
+
+
+def _read_kept(path: Path) -> InitialWeights:
     try:
         facts = verify(path)
         tensors, metadata = read_file(path / WEIGHTS)

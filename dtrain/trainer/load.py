@@ -20,6 +20,7 @@ from dtrain.distributed.seeding import load_random_state, random_state, seed_eve
 from dtrain.errors import RecipeError, UsageError
 from dtrain.layout import CHECKPOINTS, CONFIG, checkpoint_place, checkpoints_in
 from dtrain.recipe.loader import build_net, load_recipe
+from dtrain.trainer.initial import base_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,8 @@ def _built(settings: Settings, folder: Path) -> nn.Module:
     before = random_state(device)
     try:
         seed_everything(settings.config.train.seed)
-        return build_net(load_recipe(settings.config.recipe, settings.base), settings)
+        recipe = load_recipe(settings.config.recipe, settings.base)
+        return build_net(recipe, settings, base_of_run(folder, settings))
     except RecipeError as error:
         raise RecipeError(
             f"{folder / CONFIG}: {error} If the recipe was moved, say where it is now: dtrain.load({str(folder)!r}, "

@@ -294,7 +294,7 @@ def begin(
     # A new run that begins from another one's checkpoint has trackers' runs of its own.
     again = opened is not None and opened.again
     ids = loaded.facts.get("trackers", {}) if again else {}
-    return RunContext(Path(folder), ids, loaded.path, accepted, loaded.facts, samples)
+    return RunContext(Path(folder), ids, loaded.path, accepted, loaded.facts, samples, frozenset(loaded.weights))
 
 
 def _marks(engine: Engine) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def _check(engine: Engine, settings: Settings, loaded: Loaded | None, samples: M
                 warn_of_globals(loaded.facts.get("samples", {}).get(GLOBALS, {}), samples.get(GLOBALS, {}))
         accepted += check_data(loaded.facts.get("samples", {}), samples, engine, settings.config.checkpoint.accept)
         check_ranks(loaded.facts, loaded.run["step"], engine.world.size, settings)
-    check_shapes(engine, loaded.weights, loaded.run, loaded.ranks, str(loaded.path))
+    check_shapes(engine, loaded)
     return accepted
 
 
