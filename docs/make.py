@@ -25,7 +25,12 @@ GROUPS = {
     "Training": ["train_model", "KerasModel", "Mean"],
     "A loop of your own": ["prepare", "Meter", "History", "save_weights"],
     "Ranks": ["rank", "world_size", "is_main", "print_main", "gather"],
-    "After the training": ["read_history", "dtrain.engine.predict.evaluate_task", "dtrain.engine.predict.predict"],
+    "After the training": [
+        *("load", "load_weights"),
+        "read_history",
+        "dtrain.engine.predict.evaluate_task",
+        "dtrain.engine.predict.predict",
+    ],
     "Options": ["dtrain.engine.options.RunOptions"],
     "Callbacks": ["Callback", "Run", "dtrain.engine.callback.EngineCallback"],
     "Errors": [

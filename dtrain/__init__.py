@@ -28,6 +28,8 @@ _HOME_OF = {
     "WorldError": "dtrain.errors",
     "gather": "dtrain.model.gather",
     "is_main": "dtrain.api.here",
+    "load": "dtrain.trainer.load",
+    "load_weights": "dtrain.trainer.load",
     "prepare": "dtrain.api.script",
     "print_main": "dtrain.api.here",
     "rank": "dtrain.api.here",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     )
     from dtrain.model.gather import gather
     from dtrain.rundir.history import History, read_history
+    from dtrain.trainer.load import load, load_weights
 
 __all__ = [
     "Callback",
@@ -76,6 +79,8 @@ __all__ = [
     "__version__",
     "gather",
     "is_main",
+    "load",
+    "load_weights",
     "prepare",
     "print_main",
     "rank",

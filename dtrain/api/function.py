@@ -81,6 +81,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     clip_norm: float | None = None,
     clip_value: float | None = None,
     ema_decay: float | None = None,
+    swa_from: float | None = None,
     seed: int = 42,
     valid_together: bool = False,
     callbacks: Any = None,
@@ -128,6 +129,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         clip_value: the largest magnitude of each number of a gradient.
         ema_decay: of an exponential moving average of the weights (above 0, below 1), with which is validated, and
             which the net has in the end.
+        swa_from: the share of the optimizer steps (above 0, below 1) after which the weights of all further steps are
+            averaged equally (SWA), in place of `ema_decay`.
         seed: the order of the samples and each rank's random stream are derived from it.
         valid_together: whether every rank takes part in every step of validation, as `dtrain.gather` in it needs.
         callbacks: `dtrain.Callback` objects, in a list; see docs/callbacks.md.

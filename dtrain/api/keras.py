@@ -149,6 +149,7 @@ class KerasModel(nn.Module):
         clip_norm: float | None = None,
         clip_value: float | None = None,
         ema_decay: float | None = None,
+        swa_from: float | None = None,
         seed: int = 42,
         callbacks: Any = None,
         verbose: bool | EngineCallback = True,
@@ -177,6 +178,8 @@ class KerasModel(nn.Module):
             fetch_batches, precision, compile: as in `dtrain.train_model`; `evaluate` and `predict` then do so, too.
             ema_decay: of an exponential moving average of the weights (above 0, below 1), with which is validated, and
                 which the net has in the end; of the best epoch, where its weights are kept.
+            swa_from: the share of the optimizer steps (above 0, below 1) after which the weights of all further ones
+                are averaged equally (SWA), in place of `ema_decay`.
             seed: the order of the samples and each rank's random stream are derived from it.
             callbacks: `dtrain.Callback` objects, in a list; see docs/callbacks.md.
             verbose: whether rank 0 shows progress; or what is to show it, as in `dtrain.train_model`.

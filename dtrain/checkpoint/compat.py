@@ -11,6 +11,7 @@ import torch
 
 from dtrain import __version__
 from dtrain.checkpoint.code import code_facts
+from dtrain.checkpoint.locate import Loaded
 from dtrain.checkpoint.sources import check_kept, check_own_streams
 from dtrain.checkpoint.state import State, at_first, check_order, find_optimizers
 from dtrain.checkpoint.trainable import beginning_of, holds
@@ -134,6 +135,11 @@ def _warn_of_curve(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
             "with all its epochs (another run.name).",
             *(before, now, shape, now),
         )
+    if here.get("swa_from") is not None and before != now:
+        logger.warning(
+            "train.epochs was %s and is %s: train.swa_from = %s is another step now, and the average begins there",
+            *(before, now, here["swa_from"]),
+        )
 
 
 def config_differences(there: Mapping[str, Any], here: Mapping[str, Any], settings: Settings) -> list[str]:
@@ -174,15 +180,15 @@ def check_ranks(there: Mapping[str, Any], step: int | None, ranks: int, settings
         )
 
 
-def check_shapes(engine: Engine, weights: Mapping[str, Any], run: State, ranks: list[State], where: str) -> None:
+def check_shapes(engine: Engine, loaded: Loaded) -> None:
     """Compares a saved state with the engine's net, optimizers, schedule and further objects.
 
     Raises:
         UsageError: one does not fit; it is named with both sides.
         CheckpointError: an optimizer is not to be found.
     """
-    task = engine.task
-    check_fit(task.module, weights, f"{where}/{WEIGHTS}")
+    task, run, ranks, where = engine.task, loaded.run, loaded.ranks, str(loaded.path)
+    check_fit(task.module, loaded.weights, f"{where}/{WEIGHTS}", loaded.left_out)
     for optimizer, saved in zip(find_optimizers(run["optimizers"], task), run["optimizers"], strict=True):
         _same("the optimizer", saved["kind"], type(optimizer).__qualname__, where)
         groups = holds(optimizer, task.module)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dtrain.checkpoint.extra import extra_of
 from dtrain.checkpoint.folder import MANIFEST, Saved, check_place, read_manifest, verify
+from dtrain.checkpoint.left_out import left_out_of
 from dtrain.checkpoint.rows import read_rows
 from dtrain.checkpoint.state import State
 from dtrain.checkpoint.tensors import read_tensors
@@ -86,13 +87,17 @@ def read_saved(path: Path, epoch: int, step: int | None) -> Saved:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint in memory, on every rank: manifest, the net's state, and the parts of `dtrain.checkpoint.state`."""
+    """A checkpoint in memory, on every rank.
+
+    Manifest, the net's state, the parts of `dtrain.checkpoint.state`, and what the net's state lacks on purpose.
+    """
 
     path: Path
     facts: dict[str, Any]
     weights: dict[str, Any]
     run: State
     ranks: list[State]
+    left_out: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,8 @@ class Parts:
         if "rows" not in run:
             run |= {name: read_rows(lines) for name, lines in zip(ROWS, (rows, validations), strict=True)}
         tensors, metadata = read_tensors(weights)
-        return Loaded(Path(self.path), json.loads(manifest), tensors | extra_of(metadata), run, ranks)
+        net, lacks = tensors | extra_of(metadata), left_out_of(metadata)
+        return Loaded(Path(self.path), json.loads(manifest), net, run, ranks, lacks)
 
 
 def read(path: Path) -> Parts:

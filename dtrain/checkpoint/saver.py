@@ -16,7 +16,9 @@ from torch import Tensor
 
 from dtrain.checkpoint.extra import extra_metadata
 from dtrain.checkpoint.folder import make_way, write_checkpoint
+from dtrain.checkpoint.left_out import LeftOut, known_names
 from dtrain.checkpoint.locate import LINES, RANKS, ROWS, RUN
+from dtrain.checkpoint.pretrained import PRETRAINED, check_pretrained, write_pretrained
 from dtrain.checkpoint.retention import RetentionPolicy
 from dtrain.checkpoint.rows import RowLines
 from dtrain.checkpoint.sources import UnsavedState, check_keepable
@@ -34,7 +36,7 @@ from dtrain.engine.hooks import adds_columns
 from dtrain.engine.loop import Engine
 from dtrain.engine.nan_guard import check_weights
 from dtrain.engine.position import FinishedPass, TrainPosition
-from dtrain.errors import CheckpointError, StopRequested
+from dtrain.errors import CheckpointError, StopRequested, UsageError
 from dtrain.launch.signals.stop_request import is_ctrl_c
 from dtrain.layout import checkpoint_name
 from dtrain.model.fsdp import ShardedReplica
@@ -93,6 +95,8 @@ class Checkpointer(EngineCallback):
         self._rows = {name: RowLines() for name in ROWS}
         self._passed: int | None = None  # samples of the newest whole train pass
         self.passed_before: int | None = None  # of the run that is resumed
+        self.restored: frozenset[str] = frozenset()  # names of the weights that the checkpoint had that is resumed
+        self._left_out: LeftOut | None = None
 
     def attach(self) -> None:
         """From now on the engine's steps and epochs are followed.
@@ -100,7 +104,7 @@ class Checkpointer(EngineCallback):
         Raises:
             UsageError, CheckpointError: something has a state that no checkpoint can hold; it is named.
         """
-        beginning_of(self._engine)
+        self._check_policy()
         check_keepable(self._engine)
         self._unkept = UnsavedState(self._engine)
         self._engine.callbacks.add(self)
@@ -111,6 +115,21 @@ class Checkpointer(EngineCallback):
             self._saved = start.epoch, start.trained.steps
         if self._clock is not None:
             self._clock.restart(self._engine.place.updates)
+
+    def _check_policy(self) -> None:
+        """Looks whether the net can be saved as the policy says; marks what its checkpoints lack, on rank 0."""
+        engine, policy = self._engine, self._policy
+        module, began = engine.task.module, beginning_of(engine)
+        sharded = isinstance(engine.learner.replica, ShardedReplica)
+        if policy.pretrained:
+            check_pretrained(module, sharded=sharded)
+        if policy.weights == "all":
+            return
+        if sharded:
+            raise UsageError("checkpoint.weights=trained: not with train.shard. Use checkpoint.weights=all.")
+        if engine.world.is_main:
+            known = known_names(module, began.learns, engine.modes.state(within=False))
+            self._left_out = LeftOut(module, known | self.restored)
 
     def on_save_point(self, position: TrainPosition) -> None:
         """Saves where it is due.
@@ -261,11 +280,19 @@ class Checkpointer(EngineCallback):
         facts["epoch_samples"] = self._passed
         self.stalls.append(stall)
 
+        name = checkpoint_name(*position)
+        part = None
+        if self._policy.pretrained and position[1] is None:
+            with self._engine.averaged():
+                part = write_pretrained(self._engine.task.module, self._folder, name)
+
         def job() -> None:
             begun = time.perf_counter()
             files = _files(_GlobalState(structure, copied, metadata, rows), ranks)
-            make_way(self._folder / checkpoint_name(*position))
-            path = write_checkpoint(self._folder, checkpoint_name(*position), files, facts)
+            make_way(self._folder / name)
+            path = write_checkpoint(self._folder, name, files, facts)
+            if part is not None:
+                part.rename(path / PRETRAINED)
             self._keeping.prune(self._folder)
             spent = time.perf_counter() - begun
             logger.info("%s: training waited %.3f s, written in %.3f s", path.name, stall, spent)
@@ -279,10 +306,13 @@ class Checkpointer(EngineCallback):
         state = self._run_state()
         rows = {f"{name}{LINES}": self._rows[name].of(state.pop(name)) for name in ROWS}
         structure, tensors = flatten(state, RUN)
-        weights = weights_state(self._engine)
+        weights, more = weights_state(self._engine), dict[str, str]()
+        if self._left_out is not None:
+            weights, more = self._left_out.split(weights, whole=self._engine.is_over)
         check_storable(weights, "the net's ")
         named = {f"{WEIGHTS}:{name}": tensor for name, tensor in weights.items()} | tensors
-        return _GlobalState(structure, named, extra_metadata(self._engine.task.module.state_dict()), rows)
+        metadata = extra_metadata(self._engine.task.module.state_dict()) | more
+        return _GlobalState(structure, named, metadata, rows)
 
     def _gathered(self) -> _GlobalState:
         """The same of a sharded net, gathered by all ranks and kept by rank 0; there, one copy at a time."""

@@ -114,8 +114,12 @@ def read_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"a checkpoint has invalid tensors: {error}") from None
 
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_file(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the same of a file, without a copy of the whole of it.
+
+    Args:
+        path: the file.
+        prefix: that the names of the tensors that are read begin with.
 
     Raises:
         CheckpointError: it is no such file.
@@ -125,13 +129,14 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     try:
         with safe_open(path, "pt") as file:
-            return _viewed({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return _viewed({name: file.get_tensor(name) for name in names}, file.metadata() or {})
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(str(error)) from None
 
 
 def _viewed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    viewed = json.loads(metadata.get(VIEWS, "[]"))
+    viewed = [name for name in json.loads(metadata.get(VIEWS, "[]")) if name in tensors]
     return tensors | {name: torch.view_as_complex(tensors[name]) for name in viewed}, metadata
 
 

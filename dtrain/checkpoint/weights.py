@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from dtrain.checkpoint.extra import extra_keys, extra_metadata, extra_of, load_extra
 from dtrain.checkpoint.folder import Pieces, read_manifest, verify_file, write_checkpoint
+from dtrain.checkpoint.left_out import check_base, left_out_of
 from dtrain.checkpoint.retention import RetentionPolicy
 from dtrain.checkpoint.tensors import pieces, read_file
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.layout import checkpoint_name
 
 WEIGHTS = "model.safetensors"
+NOTHING_LEFT_OUT: Mapping[str, str] = {}
 
 
 def save_epoch(folder: Path, module: nn.Module, row: dict[str, Any], own: Collection[Path] | None = None) -> Path:
@@ -79,15 +81,23 @@ def load_weights(module: nn.Module, folder: Path) -> None:
     try:
         verify_file(file, read_manifest(folder)["files"][WEIGHTS])
         tensors, metadata = read_file(file)
-        saved = tensors | extra_of(metadata)
+        saved, left_out = tensors | extra_of(metadata), left_out_of(metadata)
     except (OSError, CheckpointError) as error:
         raise UsageError(f"{file}: cannot read the weights: {error}.") from None
-    check_fit(module, saved, str(file))
+    check_fit(module, saved, str(file), left_out)
     module.load_state_dict(load_extra(module, saved), strict=False)
 
 
-def check_fit(module: nn.Module, saved: Mapping[str, Any], file: str) -> None:
+def check_fit(
+    module: nn.Module, saved: Mapping[str, Any], file: str, left_out: Mapping[str, str] = NOTHING_LEFT_OUT
+) -> None:
     """Compares a saved state with a net. An extra state may have any form; what is looked at is whether there is one.
+
+    Args:
+        module: the net.
+        saved: its state.
+        file: where that comes from, for the message.
+        left_out: what it lacks on purpose; see `dtrain.checkpoint.left_out`.
 
     Raises:
         UsageError: they are another net's; the first parameter that differs is named.
@@ -96,12 +106,13 @@ def check_fit(module: nn.Module, saved: Mapping[str, Any], file: str) -> None:
     own = {name: _form(value, name in keys) for name, value in module.state_dict().items()}
     there = {name: _form(value, name in keys) for name, value in saved.items()}
     for name in [*own, *(name for name in there if name not in own)]:
-        if own.get(name) != there.get(name):
+        if own.get(name) != there.get(name) and not (name in left_out and name in own and name not in there):
             raise UsageError(
                 f"{file} does not match the model: {name} {there.get(name, _NOTHING)} in the file, and "
-                f"{own.get(name, _NOTHING)} in the recipe's model. Was the recipe changed, or a "
-                "model.* value set that differs from the run's?"
+                f"{own.get(name, _NOTHING)} in the model. Was the recipe changed, or a model.* value "
+                "set that differs from the run's?"
             )
+    check_base(module, left_out, file)
 
 
 _NOTHING = "is missing"

@@ -61,6 +61,16 @@ def train(
             "used. never: refuse an existing folder.",
         ),
     ] = "auto",
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="RUN|FILE",
+            help="Start a new run with the weights of another run (its best), a checkpoint, or a .safetensors or .pt "
+            "file. Without CONFIG or RECIPE, that run's config is used.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run; starts nothing.")] = False,
     fast_dev_run: Annotated[
         bool,
@@ -85,7 +95,15 @@ def train(
         if fast_dev_run:
             _refuse_beside_fast_dev_run(dry_run, retries, resume)
         code = _train(
-            words or [], ranks, cpu, dry_run, retries, resume, manner, fast_dev_run, supervisor=not no_supervisor
+            words or [],
+            ranks,
+            cpu,
+            dry_run,
+            retries,
+            (resume, source),
+            manner,
+            fast_dev_run,
+            supervisor=not no_supervisor,
         )
     raise typer.Exit(code)
 
@@ -96,7 +114,7 @@ def _train(  # noqa: PLR0917 - the options
     cpu: bool,
     dry_run: bool,
     retries: int,
-    resume: str,
+    begins: tuple[str, str | None],
     manner: Console,
     fast_dev_run: bool,
     *,
@@ -108,7 +126,8 @@ def _train(  # noqa: PLR0917 - the options
 
     manner.check()
     request = request_of_this_process() if not dry_run else None
-    settings = settings_to_train(words, resume, as_words=manner.events is None)
+    resume, source = begins
+    settings = settings_to_train(words, resume, source, as_words=manner.events is None)
     if not fast_dev_run:
         check_installed(settings.config.track)
     if request is None:
@@ -272,23 +291,32 @@ def _kept_recipe(settings: Settings) -> str:
     return f" The run keeps a copy of the code it loaded: {shlex.join([f'recipe={file}'])} trains with it."
 
 
-def settings_to_train(words: list[str], resume: str, *, as_words: bool) -> Settings:
+def settings_to_train(words: list[str], resume: str, source: str | None = None, *, as_words: bool) -> Settings:
     """Resolves the words of `dtrain train`, and says which config is taken that nobody has named.
 
     Where a run or a checkpoint is to be gone on from, and the words begin with neither a config nor a recipe, it is
     that run's own config: without the environment, and without its name for a new run that begins from a checkpoint.
+    So it is where a new run begins with a run's weights.
     """
-    if resume in ("auto", "never") or (words and not _is_override(words[0])):
-        log_own_config(words, as_words=as_words)
-        return read_target(words)
+    from dtrain.cli.train_from import from_source, run_of
     from dtrain.config.saved import load_run_settings
     from dtrain.layout import CHECKPOINTS, CONFIG
 
+    begun = [] if source is None else from_source(source)
+    if resume in ("auto", "never") or (words and not _is_override(words[0])):
+        named = bool(words) and not _is_override(words[0])
+        run = None if source is None or named or any(one.startswith("recipe=") for one in words) else run_of(source)
+        if run is not None:
+            settings = load_run_settings(run, [*begun[1:], *words, begun[0]])
+            _print_config(run / CONFIG, as_words=as_words)
+            return _with_readable_recipe(settings)
+        log_own_config(words, as_words=as_words)
+        return read_target([*words, *begun[:1]])
     path = Path(resume).expanduser()
     run, anew = path, []
     if not (path / CONFIG).exists() and path.parent.name == CHECKPOINTS:
         run, anew = path.parent.parent, ["run.name=null"]
-    settings = load_run_settings(run, [*anew, *words])
+    settings = load_run_settings(run, [*anew, *words, *begun[:1]])
     _print_config(run / CONFIG, as_words=as_words)
     return _with_readable_recipe(settings)
 
@@ -336,15 +364,12 @@ def _show_plan(settings: Settings, ranks: int, *, as_words: bool) -> None:
     """Shows it; as words for a person, on standard error, where the standard output is for events."""
     from dtrain.distributed.fsdp_settings import chosen_sharding, launched_sharding
     from dtrain.distributed.lazy_dynamo import defer_dynamo
-    from dtrain.distributed.seeding import seed_everything
-    from dtrain.recipe.loader import bind, load_recipe
     from dtrain.trainer.plan import make_plan, plan_text, value_rows
+    from dtrain.trainer.setup import load_bound
 
     chosen_sharding(settings.config.train, launched_sharding())  # refuses what a run would
     defer_dynamo()
-    seed_everything(settings.config.train.seed)
-    recipe = load_recipe(settings.config.recipe, settings.base)
-    task = bind(recipe, settings)
+    recipe, task = load_bound(settings)
     plan = plan_text(make_plan(task, settings, ranks), value_rows(settings, recipe))
     with piped():
         typer.echo(plan, err=as_words)

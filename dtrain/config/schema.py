@@ -54,6 +54,19 @@ class TrainConfig(_Section):
     channels_last: bool = Field(False, description="use the channels_last memory format")
     log_step_freq: int = Field(10, ge=1, description="steps between lines of plain output")
     seed: int = Field(42, ge=0, lt=2**32, description="random seed of weights, sample order and dropout")
+    init_from: str | None = Field(
+        None,
+        min_length=1,
+        description="start with the weights of another run (its best), a checkpoint, or a .safetensors or .pt file; "
+        "as --from",
+    )
+    init_partial: bool = Field(
+        False, description="with init_from: leave out what does not match by name and shape, with a warning"
+    )
+    init_rename: dict[str, str] = Field(
+        {},
+        description="with init_from: prefixes of the source's names and what replaces them, such as {encoder.: body.}",
+    )
     batch: Literal["per_rank", "global"] = Field(
         "per_rank", description="whether the loader's batch size is per rank or global"
     )
@@ -110,6 +123,13 @@ class TrainConfig(_Section):
         lt=1,
         description="decay of an exponential moving average of the weights, which is used for validation and saved",
     )
+    swa_from: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of the optimizer steps after which the weights of all further steps are averaged equally "
+        "(SWA, stochastic weight averaging), for validation and saving",
+    )
     val_every_steps: int | None = Field(None, ge=1, description="also validate within epochs, every N optimizer steps")
     schedule: Literal["constant", "linear", "cosine"] | None = Field(
         None, description="learning rate schedule over the optimizer steps, instead of build_scheduler"
@@ -138,6 +158,19 @@ class TrainConfig(_Section):
     stop_seconds: float = Field(
         600.0, ge=0, description="seconds that ranks may take to stop on request, checkpoint included"
     )
+
+    @model_validator(mode="after")
+    def _check_init(self) -> TrainConfig:
+        given = [name for name in ("init_partial", "init_rename") if getattr(self, name)]
+        if given and self.init_from is None:
+            raise ValueError(f"{given[0]} needs train.init_from: a run or a file of weights")
+        return self
+
+    @model_validator(mode="after")
+    def _check_averages(self) -> TrainConfig:
+        if self.ema_decay is not None and self.swa_from is not None:
+            raise ValueError("ema_decay and swa_from both average the weights: set only one of them")
+        return self
 
     @model_validator(mode="after")
     def _check_batches(self) -> TrainConfig:
@@ -170,6 +203,12 @@ class CheckpointConfig(_Section):
     )
     mode: Literal["min", "max"] | None = Field(
         None, description="whether lower (min) or higher (max) is better; default: min for losses and errors, else max"
+    )
+    weights: Literal["all", "trained"] = Field(
+        "all", description="trained: without the parameters that are frozen, which build_model makes again"
+    )
+    pretrained: bool = Field(
+        False, description="also write each epoch's model with its save_pretrained() (Hugging Face), in pretrained/"
     )
     asynchronous: bool = Field(True, description="write checkpoints in a background thread, from a copy in memory")
     on_error: Literal["stop", "warn"] = Field(

@@ -99,6 +99,8 @@ class Settings:
             path = self.base / self.config.recipe
         recipe = self.config.recipe if path is None else str(path.resolve())
         plain: dict[str, Any] = masked("", _plain(self.config.model_dump() | {"recipe": recipe}))
+        if self.config.train.init_from is not None:
+            plain["train"]["init_from"] = str(Path(self.config.train.init_from).expanduser().absolute())
         del plain["checkpoint"]["accept"]  # what one command accepts is not accepted ever after
         return plain
 

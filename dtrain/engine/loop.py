@@ -31,7 +31,7 @@ from dtrain.distributed.fsdp_settings import Sharding
 from dtrain.distributed.seeding import derive, seed_everything
 from dtrain.distributed.world import World
 from dtrain.engine.agreed_steps import AgreedSteps, check_counts
-from dtrain.engine.averaged import AverageWeights
+from dtrain.engine.averaged import AverageWeights, weight_average
 from dtrain.engine.callback import Callbacks, each
 from dtrain.engine.facts import RunFacts
 from dtrain.engine.metrics import MeanTable, PassResult, Value
@@ -50,7 +50,6 @@ from dtrain.engine.validation import within_epochs
 from dtrain.errors import DtrainError, StopRequested, add_place, add_remark
 from dtrain.launch.monitor.heartbeat import DONE, own_heartbeat
 from dtrain.model.compile import CompileClock
-from dtrain.model.ema import WeightAverage
 from dtrain.rundir.history import History
 
 Row = dict[str, Any]
@@ -131,8 +130,7 @@ class Engine:
         self.counts = AgreedSteps(self.world, self.place, self.max_steps, self.val_every_steps)
         if self.valid is not None:
             self.valid.around, self.valid.draws = self.learner.replica.validating, draws
-        decay = self.options.ema_decay
-        self.average = None if decay is None else WeightAverage(self.task.module, decay)
+        self.average = weight_average(self.task.module, self.options, self.updates_in_all)
         if self.average is not None:
             self.callbacks.add(AverageWeights(self.average))
         self.learner.told_kind.append(self._on_step_kind)

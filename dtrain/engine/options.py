@@ -34,6 +34,8 @@ class RunOptions:
         clip_norm: the largest 2-norm of all gradients of an optimizer together; None for any.
         clip_value: the largest magnitude of each number of a gradient; None for any.
         ema_decay: of an average of the weights, with which is validated; None for no average.
+        swa_from: the share of the run's optimizer steps after which the weights of all steps are averaged equally; None
+            for no average.
 
     Raises:
         UsageError: a value is wrong; its name is that of the argument.
@@ -52,6 +54,7 @@ class RunOptions:
     clip_norm: float | None = None
     clip_value: float | None = None
     ema_decay: float | None = None
+    swa_from: float | None = None
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -68,7 +71,9 @@ class RunOptions:
         check_precision(self.precision)
         check_compile(self.compile)
         check_positive(clip_norm=self.clip_norm, clip_value=self.clip_value)
-        check_share(ema_decay=self.ema_decay)
+        check_share(ema_decay=self.ema_decay, swa_from=self.swa_from)
+        if self.ema_decay is not None and self.swa_from is not None:
+            raise UsageError("ema_decay and swa_from both average the weights: set only one of them.")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> RunOptions:

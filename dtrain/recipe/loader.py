@@ -6,6 +6,7 @@ config, or the objects themselves, as in a notebook. The signature of a builder 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -19,26 +20,23 @@ from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.config import bundled as share
 from dtrain.config.recipe_file import locate, module_name, syntax_problem
 from dtrain.data.batches import BatchFunctions
-from dtrain.data.sources import parts_of
 from dtrain.engine.hooks import check_callbacks, hooks_of, states_of
 from dtrain.engine.synced_metrics import check_metrics
 from dtrain.engine.train_step import Interval, Task
 from dtrain.errors import ConfigError, RecipeError, add_remark, nearest
 from dtrain.model.activation_checkpointing import KEY as RECOMPUTED
 from dtrain.model.activation_checkpointing import recompute
-from dtrain.model.attributes import attributes_of
 from dtrain.provenance.code import Code, project_root
 from dtrain.provenance.loading import loadings, record_loading
 from dtrain.provenance.opened import opened_files
 from dtrain.recipe.import_steps import ImportStep, import_steps
+from dtrain.recipe.others import others_with_state
 from dtrain.recipe.param_groups import freeze, regroup
 from dtrain.recipe.signature import MONITOR, Builder, check_parameters, mark_secrets, own_keys, with_values
 from dtrain.recipe.supplied import RANK, supplied_names, supplied_values
@@ -167,21 +165,26 @@ def _run_import(run: Callable[[], T], name: str) -> T:
         ) from None
 
 
-def bind(recipe: Recipe, settings: Settings) -> Task:
+def bind(recipe: Recipe, settings: Settings, begin: Callable[[nn.Module], None] | None = None) -> Task:
     """Builds a recipe's objects with the config's parameters.
+
+    Args:
+        recipe: what `load_recipe` returned.
+        settings: the config.
+        begin: puts other weights into the net, before anything is made of it.
 
     Raises:
         ConfigError: a parameter is unknown or of the wrong type.
         RecipeError: the recipe lacks something, or a builder returns the wrong thing.
     """
-    settings.place(recipe.parameters())
-    mark_secrets(recipe.module, recipe.path, recipe.builders)
-    check_parameters(recipe.builders, recipe.path, settings)
+    _check(recipe, settings)
     train_step = with_values(_function(recipe, "train_step"), settings.config.step)
     module = _model(recipe, settings)
     for step in recipe.steps:
         step.check(module)
-    freeze(module, settings.config.parameters.freeze, settings.place_of("parameters.freeze"))
+    if begin is not None:
+        begin(module)
+    _freeze(module, settings)
     recompute(module, settings.config.train.activation_checkpointing, settings.place_of(RECOMPUTED))
     dl_train, dl_valid = _loaders(recipe, settings)
     valid_step = None
@@ -204,12 +207,41 @@ def bind(recipe: Recipe, settings: Settings) -> Task:
     task = Task(module, train_step, dl_train, valid_step, dl_valid, optimizer, scheduler, interval, **more)
     objects = check_callbacks(_built_bare(recipe, "build_callbacks"), f"{recipe.path}: build_callbacks()")
     task.hooks = hooks_of(vars(recipe.module), objects, str(recipe.path))
-    task.others = _others(recipe, task)
+    task.others = others_with_state(vars(recipe.module), task)
     named = {id(other) for other in task.others.values()}
     task.others |= {name: one for name, one in states_of(objects).items() if id(one) not in named}
     task.valid_together = _switch(recipe, "valid_together")
     task.monitor = _plateau_monitor(recipe, settings, scheduler)
     return task
+
+
+def build_net(recipe: Recipe, settings: Settings, begin: Callable[[nn.Module], None] | None = None) -> nn.Module:
+    """Builds a recipe's net alone, of each call's own; what it builds first is what `bind` does.
+
+    Args:
+        recipe, settings, begin: as for `bind`.
+
+    Raises:
+        ConfigError, RecipeError: as `bind`.
+    """
+    _check(recipe, settings)
+    net = _model(recipe, settings)
+    # A module is imported once in a process, and the object in its file would be everybody's.
+    net = net if "model" in recipe.builders else copy.deepcopy(net)
+    if begin is not None:
+        begin(net)
+    _freeze(net, settings)
+    return net
+
+
+def _check(recipe: Recipe, settings: Settings) -> None:
+    settings.place(recipe.parameters())
+    mark_secrets(recipe.module, recipe.path, recipe.builders)
+    check_parameters(recipe.builders, recipe.path, settings)
+
+
+def _freeze(module: nn.Module, settings: Settings) -> None:
+    freeze(module, settings.config.parameters.freeze, settings.place_of("parameters.freeze"))
 
 
 def _plateau_monitor(recipe: Recipe, settings: Settings, scheduler: Any) -> str | None:
@@ -229,35 +261,12 @@ def _plateau_monitor(recipe: Recipe, settings: Settings, scheduler: Any) -> str 
     return (given or settings.config.checkpoint.monitor) if plateau else None
 
 
-def _others(recipe: Recipe, task: Task) -> dict[str, Any]:
-    """What else has a state, by its name: objects of the recipe's file, and attributes of the net and its modules.
-
-    What belongs to the loaders is kept with them, see `dtrain.data.sources`.
-    """
-    named = dict(vars(recipe.module)) | attributes_of(task.module)
-    own = (*task.module.modules(), task.optimizer, task.scheduler, *task.metrics.values())
-    loaders = (part for loader in (task.dl_train, task.dl_valid) for part in parts_of(loader).values())
-    known = {id(thing) for thing in (*own, *loaders)}
-    found = {}
-    for name, thing in named.items():
-        if id(thing) not in known and _has_state(thing):
-            known.add(id(thing))
-            found[name] = thing
-    return found
-
-
 def _batches(recipe: Recipe, settings: Settings) -> BatchFunctions:
     """What the recipe says of its batches; `batch_size` may also be a number, for the recipe's own use."""
     named = {name: getattr(recipe.module, name, None) for name in ("batch_size", "split_batch")}
     builder = recipe.builders.get("data")
     supplied = () if builder is None else supplied_names("data", builder.parameters, settings.config.data)
     return BatchFunctions(**{n: one for n, one in named.items() if callable(one)}, by_rank=RANK in supplied)
-
-
-def _has_state(thing: Any) -> bool:
-    methods = (getattr(thing, name, None) for name in ("state_dict", "load_state_dict"))
-    elsewhere = (type, ModuleType, Optimizer, DataLoader, Sampler, IterableDataset)
-    return not isinstance(thing, elsewhere) and all(callable(method) for method in methods)
 
 
 def _switch(recipe: Recipe, name: str) -> bool:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.callbacks.progress import choose_progress
-from dtrain.checkpoint import load_weights
-from dtrain.checkpoint.retention import RetentionPolicy
+from dtrain.checkpoint.chosen import Which, choose_checkpoint
+from dtrain.checkpoint.restored import restore_net
 from dtrain.config import Settings
-from dtrain.config.schema import CheckpointConfig
 from dtrain.distributed.seeding import seed_everything
 from dtrain.distributed.world import World
 from dtrain.engine.callback import EngineCallback
@@ -20,11 +19,10 @@ from dtrain.engine.options import RunOptions
 from dtrain.engine.predict import PredictStep, evaluate_task, predict
 from dtrain.engine.train_step import Task
 from dtrain.errors import RecipeError, UsageError
-from dtrain.layout import CHECKPOINTS
 from dtrain.recipe.loader import bind, load_recipe
-from dtrain.trainer.train import agree
+from dtrain.trainer.agreeing import agree
+from dtrain.trainer.initial import base_of_run
 
-Which = Literal["best", "last"]
 Split = Literal["valid", "train"]
 
 
@@ -57,39 +55,23 @@ def restore_run(folder: Path, settings: Settings, which: Which, world: World) ->
     Raises:
         AgreedError: it failed on some rank: no checkpoint, or weights that do not fit; every rank raises it.
     """
-    return agree(world, lambda: _restored(folder, settings, which))
+    # Rank 0 chooses for all: a run that trains meanwhile may save another one at any moment.
+    policy = settings.config.checkpoint
+    chosen = agree(world, lambda: choose_checkpoint(folder, which, policy).path.name if world.is_main else None)
+    name = world.gather_json(chosen)[0]
+    return agree(world, lambda: _restored(folder, settings, name))
 
 
-def _restored(folder: Path, settings: Settings, which: Which) -> RestoredRun:
-    path, row = find_checkpoint(folder, which, settings.config.checkpoint)
+def _restored(folder: Path, settings: Settings, name: str) -> RestoredRun:
+    saved = choose_checkpoint(folder, name)
     seed_everything(settings.config.train.seed)
     recipe = load_recipe(settings.config.recipe, settings.base)
-    task = bind(recipe, settings)
-    load_weights(task.module, path)
+    task = bind(recipe, settings, base_of_run(folder, settings))
+    restore_net(task.module, saved.path)
     step = getattr(recipe.module, "predict_step", None)
     if step is not None and not callable(step):
         raise RecipeError(f"{recipe.path}: predict_step is {step!r}, not a function predict_step(model, features).")
-    return RestoredRun(task, step, row, settings)
-
-
-def find_checkpoint(folder: Path, which: Which, policy: CheckpointConfig) -> tuple[Path, dict[str, Any]]:
-    """Returns the folder of a run's saved epoch, and that epoch's row of the history.
-
-    Args:
-        folder: the run's.
-        which: the best epoch, by the policy's monitor and mode, or the last one; this one too where none has a number.
-        policy: of the run's config.
-
-    Raises:
-        UsageError: the run saved none.
-    """
-    keeping = RetentionPolicy(monitor=policy.monitor, mode=policy.mode)
-    saved = keeping.chosen(folder / CHECKPOINTS, which) or keeping.chosen(folder / CHECKPOINTS, "last")
-    if saved is None or saved.row is None:
-        raise UsageError(
-            f"{folder} has no checkpoint: the run stopped before the end of its first epoch. Train it again."
-        )
-    return saved.path, saved.row
+    return RestoredRun(task, step, dict(saved.row or {}), settings)
 
 
 def evaluate_run(restored: RestoredRun, world: World) -> PassResult:

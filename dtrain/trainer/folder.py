@@ -24,6 +24,7 @@ from dtrain.layout import CHECKPOINTS, CONFIG, HISTORY, OWNER, SECRETS, SLURM, S
 from dtrain.provenance.kept import holds_copies_alone
 from dtrain.rundir.claims import CLAIMS
 from dtrain.rundir.history import History
+from dtrain.trainer.initial import InitialWeights
 
 logger = logging.getLogger(__name__)
 
@@ -181,18 +182,23 @@ def make_folder(settings: Settings, *, again: bool = False) -> Path:
     raise UsageError(f"run.dir = {run.dir!r}: there are already a thousand runs named {stem}.")
 
 
-def take_up(opened: OpenRun, settings: Settings, rows: list[dict[str, Any]]) -> History:
+def take_up(
+    opened: OpenRun, settings: Settings, rows: list[dict[str, Any]], initial: InitialWeights | None = None
+) -> History:
     """Readies a folder for its run to go on: what is damaged or comes later is put out of the way. Rank 0 alone.
 
     Args:
         opened: the folder; its checkpoint was found to fit.
         settings: the config, which may ask for more epochs now.
         rows: the history up to the checkpoint.
+        initial: the weights that the net was built with, which are kept.
 
     Returns:
         the history, of these rows alone.
     """
     folder = opened.folder
+    if initial is not None:
+        initial.keep(folder)
     if not opened.again:
         return History.resumed(folder / HISTORY, rows)
     remove_leftovers(folder / CHECKPOINTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ from dtrain.callbacks.progress import ConsoleOptions
 from dtrain.checkpoint.folder import all_saved
 from dtrain.checkpoint.locate import Loaded
 from dtrain.config import Settings
+from dtrain.distributed.world import World
 from dtrain.engine.loop import Engine
 from dtrain.layout import CHECKPOINTS, CONFIG
 from dtrain.rundir.columns import watched
 from dtrain.rundir.history import best_row
 from dtrain.trainer.folder import OpenRun
+from dtrain.trainer.initial import InitialWeights
 from dtrain.trainer.setup import loader_batch, step_samples
+
+logger = logging.getLogger(__name__)
 
 
 def log_resumed(opened: OpenRun | None, loaded: Loaded, *, complete: bool = False) -> None:
@@ -29,6 +34,16 @@ def log_resumed(opened: OpenRun | None, loaded: Loaded, *, complete: bool = Fals
         print(f"skipped checkpoint: {word}")  # noqa: T201
     if not complete:
         print(f"resuming from {loaded.path}")  # noqa: T201
+
+
+def log_initial(initial: InitialWeights | None, world: World) -> None:
+    """Says which weights a run that begins has, and by name what of them does not match; on rank 0."""
+    if initial is None or not world.is_main:
+        return
+    if initial.fit is not None and initial.fit.left and initial.kept is None:
+        logger.warning("%s", initial.words())
+    else:
+        print(initial.words())  # noqa: T201
 
 
 def log_start(engine: Engine, settings: Settings, folder: Path, came_from: Path | None, voice: ConsoleOptions) -> None:

@@ -28,6 +28,7 @@ class RunContext(NamedTuple):
         accepted: in words, what differs from that and was accepted; on rank 0.
         facts: that checkpoint's manifest.
         samples: marks of the data; on rank 0.
+        restored: names of the weights that it had; nothing for a run that begins.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class RunContext(NamedTuple):
     accepted: list[str] = []  # noqa: RUF012
     facts: dict[str, Any] = {}  # noqa: RUF012
     samples: dict[str, Any] = {}  # noqa: RUF012
+    restored: frozenset[str] = frozenset()
 
 
 def noted_start(engine: Engine, begun: RunContext) -> contextlib.AbstractContextManager[None]:
@@ -76,5 +78,6 @@ def keeper_of(
     passed = begun.facts.get("epoch_samples")
     keeper.passed_before = passed if isinstance(passed, int) else None
     keeper.guard = guard
+    keeper.restored = begun.restored
     keeper.attach()
     return keeper

@@ -21,14 +21,27 @@ from dtrain.engine.schedules import follow_schedule
 from dtrain.engine.train_step import Task
 from dtrain.errors import UsageError
 from dtrain.model.fsdp_parts import check_parts
-from dtrain.recipe.loader import bind, load_recipe
+from dtrain.recipe.loader import Recipe, bind, load_recipe
 from dtrain.recipe.supplied import rank_steps
+from dtrain.trainer.initial import InitialWeights, initial_weights
 
 
-def load_task(settings: Settings) -> Task:
-    """Seeds, imports the recipe and builds its objects, so that every rank builds the same net."""
+def load_task(settings: Settings, initial: InitialWeights | None = None) -> Task:
+    """Seeds, imports the recipe and builds its objects, so that every rank builds the same net; see `load_bound`."""
+    return load_bound(settings, initial)[1]
+
+
+def load_bound(settings: Settings, initial: InitialWeights | None = None) -> tuple[Recipe, Task]:
+    """Seeds, imports the recipe and builds its objects; returns both.
+
+    Args:
+        settings: the config.
+        initial: what the net begins with, where that was read; else it is read as `train.init_from` says.
+    """
+    initial = initial_weights(settings) if initial is None else initial
     seed_everything(settings.config.train.seed)
-    return bind(load_recipe(settings.config.recipe, settings.base), settings)
+    recipe = load_recipe(settings.config.recipe, settings.base)
+    return recipe, bind(recipe, settings, initial)
 
 
 def loader_batch(task: Task) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,19 +39,19 @@ from dtrain.engine.loop import Engine
 from dtrain.engine.monitored import check_early, check_plateau
 from dtrain.engine.nan_guard import WarnOfValidation
 from dtrain.engine.schedules import check_total_steps
-from dtrain.errors import AgreedError, StopRequested, UsageError
-from dtrain.errors import Failure as RankFailure
-from dtrain.launch.monitor.describe import describe
+from dtrain.errors import StopRequested, UsageError
 from dtrain.launch.monitor.exit_report import jointly_supervised, name_run
-from dtrain.launch.signals.stop_request import StopRequest, is_ctrl_c
+from dtrain.launch.signals.stop_request import StopRequest
 from dtrain.launch.terminal.guarded import note_losses_in
 from dtrain.layout import CHECKPOINTS, HISTORY, SLURM, STARTS, STOP, VALIDATIONS
 from dtrain.rundir.history import History
 from dtrain.rundir.lock import Ownership, check_all, owned
 from dtrain.rundir.starts import commit_of
+from dtrain.trainer.agreeing import agree
 from dtrain.trainer.ending import ReportException, stopped
 from dtrain.trainer.folder import OpenRun, open_folder, take_up
-from dtrain.trainer.messages import log_complete, log_resumed, log_start, sum_up
+from dtrain.trainer.initial import InitialWeights, initial_of_run
+from dtrain.trainer.messages import log_complete, log_initial, log_resumed, log_start, sum_up
 from dtrain.trainer.notes import RunContext, keeper_of, noted_start
 from dtrain.trainer.setup import configured_engine, load_task, run_epochs
 
@@ -105,7 +104,8 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
     voice: ConsoleOptions,
     trial: bool,
 ) -> Path:
-    task = agree(world, lambda: load_task(settings))
+    initial = initial_of_run(settings, resume, world)
+    task = agree(world, lambda: load_task(settings, initial))
     if task.code is not None:
         check_same_code(world, task.code)
     request.look()  # its code may have set handlers of its own
@@ -119,7 +119,7 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
     check_not_asked(world, request)
     ownerships: list[Ownership] = []  # of rank 0
     own = lambda folder: ownerships.append(owner.enter_context(_taken(folder, request)))  # noqa: E731
-    begun = begin(engine, settings, resume, own)
+    begun = begin(engine, settings, resume, own, initial)
     shown, came_from = begun.folder, begun.came_from
     engine.history.guard = engine.validations.guard = lambda: check_all(ownerships)
     folder = shown.absolute()  # a step may change the working directory
@@ -241,7 +241,13 @@ def _watched(
     return profile
 
 
-def begin(engine: Engine, settings: Settings, resume: str, own: Callable[[Path], None]) -> RunContext:
+def begin(
+    engine: Engine,
+    settings: Settings,
+    resume: str,
+    own: Callable[[Path], None],
+    initial: InitialWeights | None = None,
+) -> RunContext:
     """Opens the run's folder and puts the engine to where the run in it was.
 
     Args:
@@ -249,6 +255,7 @@ def begin(engine: Engine, settings: Settings, resume: str, own: Callable[[Path],
         settings: the config.
         resume: as for `train_run`.
         own: takes a run's folder, before anything in it is looked at; called by rank 0.
+        initial: what the net was built with, to be kept in the folder.
 
     Returns:
         where it begins or is resumed.
@@ -268,7 +275,7 @@ def begin(engine: Engine, settings: Settings, resume: str, own: Callable[[Path],
         loaded = agree(world, shared.loaded)
         accepted = agree(world, lambda: _check(engine, settings, loaded, samples))
     rows = [] if loaded is None else loaded.run["rows"]
-    history = agree(world, lambda: None if opened is None else take_up(opened, settings, rows))
+    history = agree(world, lambda: None if opened is None else take_up(opened, settings, rows, initial))
     engine.history = History() if history is None else history
     engine.history.rows = list(rows)
     _take_up_validations(engine, opened, [] if loaded is None else loaded.run.get("validations", []))
@@ -281,12 +288,13 @@ def begin(engine: Engine, settings: Settings, resume: str, own: Callable[[Path],
         stopping = EarlyStopping(early.monitor, early.mode, early.patience, "early_stopping.", place, **how)
         engine.callbacks.add(StopEarly(engine, stopping))
     if loaded is None:
+        log_initial(initial, world)
         return RunContext(Path(folder), samples=samples)
     log_resumed(opened, loaded, complete=_nothing_left(engine))
     # A new run that begins from another one's checkpoint has trackers' runs of its own.
     again = opened is not None and opened.again
     ids = loaded.facts.get("trackers", {}) if again else {}
-    return RunContext(Path(folder), ids, loaded.path, accepted, loaded.facts, samples)
+    return RunContext(Path(folder), ids, loaded.path, accepted, loaded.facts, samples, frozenset(loaded.weights))
 
 
 def _marks(engine: Engine) -> dict[str, Any]:
@@ -327,7 +335,7 @@ def _check(engine: Engine, settings: Settings, loaded: Loaded | None, samples: M
                 warn_of_globals(loaded.facts.get("samples", {}).get(GLOBALS, {}), samples.get(GLOBALS, {}))
         accepted += check_data(loaded.facts.get("samples", {}), samples, engine, settings.config.checkpoint.accept)
         check_ranks(loaded.facts, loaded.run["step"], engine.world.size, settings)
-    check_shapes(engine, loaded.weights, loaded.run, loaded.ranks, str(loaded.path))
+    check_shapes(engine, loaded)
     return accepted
 
 
@@ -367,25 +375,3 @@ def _start_tracking(
         if new:
             shutil.rmtree(folder)
         raise
-
-
-def agree(world: World, attempt: Callable[[], T]) -> T:
-    """Runs a part of the set-up on every rank and lets all know how it went.
-
-    Raises:
-        AgreedError: it failed on some rank; all ranks raise, so that none waits for the others.
-    """
-    result: Any = None
-    failure: RankFailure | None = None
-    try:
-        result = attempt()
-    except BaseException as error:
-        if is_ctrl_c(error):
-            raise
-        text, exit_code = describe(error)
-        failure = RankFailure(world.rank, text, exit_code, type(error).__name__)
-    told = world.gather_json(None if failure is None else asdict(failure))
-    failures = [RankFailure(**item) for item in told if item is not None]
-    if failures:
-        raise AgreedError(failures)
-    return result  # type: ignore[no-any-return]

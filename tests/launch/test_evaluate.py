@@ -177,7 +177,7 @@ def test_missing_and_foreign_weights_are_told(copied: Path) -> None:
     file = copied / "checkpoints" / "epoch-2" / "model.safetensors"
     done = dtrain("evaluate", "small", "--checkpoint", "last", "-n", 2, "--cpu", "model.width=4")
     assert done.code == 2
-    assert done.err.count("weight has shape (1, 3) in the file, and has shape (1, 4) in the recipe's model") == 1
+    assert done.err.count("weight has shape (1, 3) in the file, and has shape (1, 4) in the model") == 1
     save_file(load_file(file) | {"bias": np.zeros(1, dtype=np.float32)}, file)
     done = dtrain("evaluate", "small", "--checkpoint", "last")
     assert done.code == 2

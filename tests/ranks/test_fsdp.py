@@ -248,7 +248,7 @@ def run_in(folder: Path, world: World, case: dict[str, Any]) -> list[Any]:
     good = find_good(folder / case["name"]) if world.is_main else None
     if world.gather_json(good is not None)[0]:
         loaded = (Parts() if good is None else read(good.saved.path)).shared(world).loaded()
-        check_shapes(engine, loaded.weights, loaded.run, loaded.ranks, "it")
+        check_shapes(engine, loaded)
         engine.history.rows = list(loaded.run["rows"])
         restore(engine, loaded.weights, loaded.run, loaded.ranks)
     policy = CheckpointConfig(every_epochs=case.get("every_epochs", 0), asynchronous=case.get("asynchronous", True))

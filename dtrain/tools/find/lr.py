@@ -15,19 +15,17 @@ from torch.utils.hooks import RemovableHandle
 from dtrain.config import Settings
 from dtrain.config.schema import leaves
 from dtrain.data.partition import RankBatch
-from dtrain.distributed.seeding import seed_everything
 from dtrain.distributed.world import World
 from dtrain.engine.callback import EngineCallback, Order
 from dtrain.engine.hooks import IN_TRAINING
 from dtrain.engine.loop import Engine
 from dtrain.engine.metrics import Mean, Observed, Value
 from dtrain.engine.position import TrainPosition
-from dtrain.engine.train_step import Task
 from dtrain.errors import StepError, StopRequested, UsageError
-from dtrain.recipe.loader import Recipe, bind, load_recipe
+from dtrain.recipe.loader import Recipe
 from dtrain.tools.find.curve import Curve, growing
-from dtrain.trainer.setup import configured_engine
-from dtrain.trainer.train import agree
+from dtrain.trainer.agreeing import agree
+from dtrain.trainer.setup import configured_engine, load_bound
 
 Tell = Callable[[Curve], None]
 TIMES_AGAIN = 2
@@ -119,16 +117,9 @@ def find_lr(settings: Settings, world: World, rates: list[float], tell: Tell | N
     return RangeTestResult(test.curve, key, tuple(ratios) if len(set(ratios)) > 1 else (), anew)
 
 
-def load_bound(settings: Settings) -> tuple[Recipe, Task]:
-    """Seeds, imports the recipe and builds its objects; returns both."""
-    seed_everything(settings.config.train.seed)
-    recipe = load_recipe(settings.config.recipe, settings.base)
-    return recipe, bind(recipe, settings)
-
-
 def shortened(settings: Settings, **train: Any) -> Settings:
     """Returns settings for a few steps: without what belongs to a whole run, and with other values of `train`."""
-    left_out = {"schedule": None, "ema_decay": None, "val_every_steps": None}
+    left_out = {"schedule": None, "ema_decay": None, "swa_from": None, "val_every_steps": None}
     config = settings.config
     changed = config.train.model_copy(update=left_out | train)
     return replace(settings, config=config.model_copy(update={"train": changed}))
