@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +21,8 @@ from dtrain.checkpoint.tree import flatten
 from dtrain.config.recipe_file import UNIMPORTABLE
 from dtrain.data.sources import Sources, load_state, parts_of
 from dtrain.engine.loop import Engine
+from dtrain.engine.passes import ValidPass
+from dtrain.engine.valid_loaders import split_of
 from dtrain.errors import DtrainError, UsageError
 from dtrain.model.attributes import modules_of, numbers_in, quantities_of, streams_of
 
@@ -31,8 +33,14 @@ State = dict[str, Any]
 
 def sources_of(engine: Engine) -> dict[str, Sources]:
     """Returns the loaders' parts by split."""
-    found = {"train": engine.train_loader.sources}
-    return found if engine.valid is None else found | {"valid": engine.valid.loader.sources}
+    return {"train": engine.train_loader.sources} | {
+        split_of(part.name): part.loader.sources for part in validation_of(engine)
+    }
+
+
+def validation_of(engine: Engine) -> Sequence[ValidPass]:
+    """Returns the passes that an engine's validation is made of, one for each loader."""
+    return () if engine.valid is None else engine.valid.parts
 
 
 def kept_state(engine: Engine, *, within: bool) -> State:

@@ -46,6 +46,7 @@ from dtrain.engine.rows import epoch_row, warn_unused_metrics, with_columns
 from dtrain.engine.step_contract import Kind
 from dtrain.engine.synced_metrics import ready
 from dtrain.engine.train_step import Learner, Task
+from dtrain.engine.valid_loaders import by_name, first_loss, split_of
 from dtrain.engine.validation import within_epochs
 from dtrain.errors import DtrainError, StopRequested, add_place, add_remark
 from dtrain.launch.monitor.heartbeat import DONE, own_heartbeat
@@ -122,19 +123,20 @@ class Engine:
         self.train_loader = train_loader(self.task, self.world, self.options, self.limits)
         in_step = self.sharding is not None and not self.sharding.validate_whole
         self.valid = valid_pass(self.task, self.world, self.options, self.limits, in_step=in_step)
-        valid = self.task.dl_valid
-        check_starts_anew(self.epochs, self.task.dl_train, valid)
-        loaders = {"train": self.task.dl_train} | ({} if valid is None else {"valid": valid})
+        self.task.monitor = self.task.monitor or first_loss(self.task.dl_valid)
+        passes = () if self.valid is None else self.valid.parts
+        loaders = {"train": self.task.dl_train} | {split_of(one.name): one.loader.loader for one in passes}
+        check_starts_anew(self.epochs, *loaders.values())
         check_same_task(self.world, self.task.module, loaders)
-        check_validation(self.task.valid_step, valid)
+        for one in passes:
+            check_validation(one.step, one.loader.loader, split_of(one.name))
         ready(self.task.metrics, self.world)
         self.learner = Learner(self.task, self.world, self.options, nan=self.nan, sharding=self.sharding)
-        self.draws, draws = step_draws(
-            self.world, self.options.seed, self.learner.replica, self.options.batch, self.options.same_draws
-        )
+        drawn = (self.options.seed, self.learner.replica, self.options.batch, self.options.same_draws)
+        self.draws, *draws = step_draws(self.world, *drawn, loaders=len(passes))
         self.counts = AgreedSteps(self.world, self.place, self.max_steps, self.val_every_steps)
-        if self.valid is not None:
-            self.valid.around, self.valid.draws = self.learner.replica.validating, draws
+        for one, own in zip(passes, draws, strict=True):
+            one.around, one.draws = self.learner.replica.validating, own
         decay = self.options.ema_decay
         self.average = None if decay is None else WeightAverage(self.task.module, decay)
         if self.average is not None:
@@ -247,7 +249,7 @@ class Engine:
         for further in self.callbacks.on_epoch_row:
             row = with_columns(row, further(row) or {})
         if epoch == 1 and self.world.is_main:
-            warn_unused_metrics(self.task.metrics, row)
+            warn_unused_metrics(self.task.metrics, row, by_name(self.task.dl_valid) or ("",))
         self.rates.step("epoch", row)
         self.place.enter("checkpoint", epoch)
         self.history.append(row)
@@ -394,5 +396,5 @@ class Engine:
 
     def generators(self) -> list[torch.Generator]:
         """Returns the generators that the user gave the loaders or their samplers."""
-        loaders = [self.train_loader] + ([] if self.valid is None else [self.valid.loader])
+        loaders = [self.train_loader, *([] if self.valid is None else [one.loader for one in self.valid.parts])]
         return list({id(generator): generator for loader in loaders for generator in loader.generators()}.values())

@@ -31,6 +31,7 @@ from dtrain.data.sources import parts_of
 from dtrain.engine.hooks import check_callbacks, hooks_of, states_of
 from dtrain.engine.synced_metrics import check_metrics
 from dtrain.engine.train_step import Interval, Task
+from dtrain.engine.valid_loaders import by_name
 from dtrain.errors import ConfigError, RecipeError, add_remark, nearest
 from dtrain.model.activation_checkpointing import KEY as RECOMPUTED
 from dtrain.model.activation_checkpointing import recompute
@@ -39,6 +40,7 @@ from dtrain.provenance.code import Code, project_root
 from dtrain.provenance.loading import loadings, record_loading
 from dtrain.provenance.opened import opened_files
 from dtrain.recipe.import_steps import ImportStep, import_steps
+from dtrain.recipe.monitors import name_monitors
 from dtrain.recipe.param_groups import freeze, regroup
 from dtrain.recipe.signature import MONITOR, Builder, check_parameters, mark_secrets, own_keys, with_values
 from dtrain.recipe.supplied import supplied_names, supplied_values
@@ -184,6 +186,7 @@ def bind(recipe: Recipe, settings: Settings) -> Task:
     freeze(module, settings.config.parameters.freeze, settings.place_of("parameters.freeze"))
     recompute(module, settings.config.train.activation_checkpointing, settings.place_of(RECOMPUTED))
     dl_train, dl_valid = _loaders(recipe, settings)
+    name_monitors(settings, dl_valid)
     valid_step = None
     if dl_valid is not None:
         valid_step = with_values(_function(recipe, "valid_step"), settings.config.step)
@@ -236,7 +239,7 @@ def _others(recipe: Recipe, task: Task) -> dict[str, Any]:
     """
     named = dict(vars(recipe.module)) | attributes_of(task.module)
     own = (*task.module.modules(), task.optimizer, task.scheduler, *task.metrics.values())
-    loaders = (part for loader in (task.dl_train, task.dl_valid) for part in parts_of(loader).values())
+    loaders = (part for one in (task.dl_train, *by_name(task.dl_valid).values()) for part in parts_of(one).values())
     known = {id(thing) for thing in (*own, *loaders)}
     found = {}
     for name, thing in named.items():
