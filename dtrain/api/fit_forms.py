@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.engine.arguments import check_whole
+from dtrain.engine.valid_loaders import first_loss
 from dtrain.errors import UsageError
 from dtrain.rundir.columns import Mode
 
@@ -41,9 +42,10 @@ def read_fit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> FitPlan:
         check_whole(patience=plan.patience)
     if plan.mode not in ("min", "max", None):
         raise UsageError(f'mode = {plan.mode!r}: should be "min" or "max".')
-    if plan.val_data is None and plan.monitor == "val_loss":
-        return FitPlan(**{**vars(plan), "monitor": "loss"})
-    return plan
+    if plan.monitor != "val_loss":
+        return plan
+    usual = "loss" if plan.val_data is None else first_loss(plan.val_data) or plan.monitor
+    return FitPlan(**{**vars(plan), "monitor": usual})
 
 
 def _classic_form(  # noqa: PLR0913, PLR0917 - the calling form

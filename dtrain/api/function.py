@@ -97,7 +97,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
             `loss_func`, `metric_func` and `optimizer`; `metric_name` names the metric.
         epochs: passes over the training data, at least 1.
         dl_train: loader of training batches: a DataLoader or any iterable of batches.
-        dl_valid: loader of validation batches, or None.
+        dl_valid: loader of validation batches, or None; or a mapping of names to several, with the columns
+            val_NAME_loss and so on.
         log_step_freq: train steps between two lines of plain output.
         train_step: `train_step(model, *batch) -> (loss, metric)` or a mapping; see `dtrain.engine.step_contract`.
         valid_step: the same for validation, without learning.
@@ -105,7 +106,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         scheduler: a torch learning-rate scheduler.
         scheduler_interval: whether the scheduler counts epochs or optimizer steps.
         scheduler_monitor: the column of the history that ReduceLROnPlateau watches; by default val_loss, without
-            validation loss.
+            validation loss, with several validation loaders the first one's loss.
         metrics: name -> torchmetrics metric, computed once an epoch over all samples of all ranks; a step's value
             of that name is what it is updated with: `{"loss": loss, "auroc": (predictions, labels)}`.
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.

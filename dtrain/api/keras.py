@@ -167,7 +167,8 @@ class KerasModel(nn.Module):
         The second form stops after `patience` epochs in which `monitor`, a column, did not reach a new best (`mode`
         says which end is best, "min" or "max"; with None, the lowest of a loss or an error, else the highest),
         restores the weights of the best epoch, and keeps them at `ckpt_path`: as safetensors where it ends so, else as
-        torch.save does. The first form does so where it is told to.
+        torch.save does. The first form does so where it is told to. The data for validation may be a mapping of names
+        to loaders, with the columns val_NAME_loss and so on; "val_loss" then stands for the first one's loss.
 
         Args:
             args: see above.
@@ -247,7 +248,7 @@ class KerasModel(nn.Module):
         """Returns the loss and metrics over all samples of a loader, on every rank: {"val_loss": ..., "val_acc": ...}.
 
         Args:
-            dl_val: the loader.
+            dl_val: the loader, or a mapping of names to several: {"val_NAME_loss": ...}.
             batch: whose batch size the loader's is.
             batch_size, split_batch: as in `fit`, whose they are by default.
             seed: for loaders that draw random numbers.

@@ -22,6 +22,7 @@ from torch import Tensor
 from dtrain.checkpoint.tensor_marks import tensor_marks
 from dtrain.data.reading import read_again, read_some
 from dtrain.engine.loop import Engine
+from dtrain.engine.valid_loaders import by_name, split_of
 from dtrain.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -99,9 +100,9 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _loaders(engine: Engine) -> dict[str, Any]:
-    task = engine.task
-    found = {"train": task.dl_train}
-    return found if task.dl_valid is None else found | {"valid": task.dl_valid}
+    return {"train": engine.task.dl_train} | {
+        split_of(name): loader for name, loader in by_name(engine.task.dl_valid).items()
+    }
 
 
 def _is_steady(loader: Any, index: str, mark: Mark) -> bool:

@@ -22,6 +22,8 @@ from dtrain.config.recipe_file import UNIMPORTABLE
 from dtrain.data.loader import ShardedLoader
 from dtrain.data.sources import Sources, load_state, parts_of
 from dtrain.engine.loop import Engine
+from dtrain.engine.passes import ValidPass
+from dtrain.engine.valid_loaders import split_of
 from dtrain.errors import DtrainError, UsageError
 from dtrain.model.attributes import modules_of, numbers_in, quantities_of, streams_of
 
@@ -32,13 +34,17 @@ State = dict[str, Any]
 
 def loaders_of(engine: Engine) -> dict[str, ShardedLoader]:
     """Returns the rank's views of the loaders by split."""
-    found = {"train": engine.train_loader}
-    return found if engine.valid is None else found | {"valid": engine.valid.loader}
+    return {"train": engine.train_loader} | {split_of(part.name): part.loader for part in validation_of(engine)}
 
 
 def sources_of(engine: Engine) -> dict[str, Sources]:
     """Returns the loaders' parts by split."""
     return {split: loader.sources for split, loader in loaders_of(engine).items()}
+
+
+def validation_of(engine: Engine) -> Sequence[ValidPass]:
+    """Returns the passes that an engine's validation is made of, one for each loader."""
+    return () if engine.valid is None else engine.valid.parts
 
 
 def kept_state(engine: Engine, *, within: bool) -> State:

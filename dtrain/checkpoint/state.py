@@ -23,7 +23,7 @@ from dtrain.checkpoint.optimizer_roles import (
     use_own,
     waiting_gradients,
 )
-from dtrain.checkpoint.sources import kept_state, load_datasets, load_kept, replay_epochs
+from dtrain.checkpoint.sources import kept_state, load_datasets, load_kept, replay_epochs, validation_of
 from dtrain.checkpoint.tensors import storable
 from dtrain.checkpoint.trainable import beginning_of, changed_learning, held_at_first, holds, regroup, set_learning
 from dtrain.distributed.dtensor import cut_like, cut_state
@@ -34,6 +34,7 @@ from dtrain.engine.metrics import PassResult, add_up
 from dtrain.engine.position import FinishedPass, StartPosition
 from dtrain.engine.random_draws import StepDraws
 from dtrain.engine.train_step import Task
+from dtrain.engine.valid_loaders import split_of
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.model.optimizers import all_optimizers
 
@@ -94,7 +95,7 @@ def _is_within(engine: Engine) -> bool:
 
 def engine_draws(engine: Engine) -> dict[str, StepDraws]:
     """Returns what leads the random numbers of the steps, by split."""
-    found = {"train": engine.draws, "valid": None if engine.valid is None else engine.valid.draws}
+    found = {"train": engine.draws} | {split_of(part.name): part.draws for part in validation_of(engine)}
     return {split: draws for split, draws in found.items() if draws is not None}
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.engine.loop import Engine
+from dtrain.engine.valid_loaders import by_name, split_of
 from dtrain.errors import CheckpointError
 from dtrain.model.attributes import attributes_of
 from dtrain.model.optimizers import optimizers_holding
@@ -61,7 +62,8 @@ def _optimizers(engine: Engine) -> list[Optimizer]:
 
 def _lengths(engine: Engine) -> dict[str, int]:
     found: dict[str, int] = {}
-    for split, loader in (("train", engine.task.dl_train), ("valid", engine.task.dl_valid)):
+    valid = {split_of(name): loader for name, loader in by_name(engine.task.dl_valid).items()}
+    for split, loader in {"train": engine.task.dl_train, **valid}.items():
         for what, sized in (("samples", getattr(loader, "dataset", None)), ("batches", loader)):
             with contextlib.suppress(TypeError):  # what has no length
                 found[f"{split} {what}"] = len(sized)  # type: ignore[arg-type]

@@ -86,6 +86,10 @@ def predict(
     words: Words = None,
     checkpoint: Saved = Checkpoint.best,
     data: Annotated[Data, typer.Option("--data", help="Which of the recipe's datasets to predict.")] = Data.valid,
+    loader: Annotated[
+        str | None,
+        typer.Option("--loader", metavar="NAME", help="Which of several validation loaders; default: the first."),
+    ] = None,
     ranks: Ranks = None,
     cpu: Cpu = False,
 ) -> None:
@@ -102,15 +106,17 @@ def predict(
 
         def work(world: World) -> None:
             from dtrain.trainer.agreeing import agree
-            from dtrain.trainer.evaluate import predict_run, restore_run
+            from dtrain.trainer.evaluate import chosen_loader, predict_run, restore_run
             from dtrain.trainer.export import write_predictions
 
             restored = restore_run(run, settings, checkpoint.value, world)
-            predictions = predict_run(restored, world, data.value)
+            name, _ = agree(world, lambda: chosen_loader(restored, data.value, loader))
+            predictions = predict_run(restored, world, data.value, loader)
             agree(world, lambda: write_predictions(predictions, out) if world.is_main else None)
             if world.is_main:
                 with piped():
-                    typer.echo(f"predictions of epoch {restored.row['epoch']} of {run}: {out}")
+                    whose = f" for the loader {name!r}{' (the first; see --loader)' * (loader is None)}" if name else ""
+                    typer.echo(f"predictions of epoch {restored.row['epoch']} of {run}{whose}: {out}")
 
         code = on_ranks(ranks, cpu, work, to_read=True, hang_seconds=settings.config.train.hang_seconds)
     raise typer.Exit(code)

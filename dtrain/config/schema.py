@@ -199,7 +199,9 @@ class CheckpointConfig(_Section):
     keep_last: int = Field(2, ge=1, description="number of latest checkpoints to keep")
     keep_best: int = Field(1, ge=0, description="number of best epochs to keep")
     monitor: str | None = Field(
-        None, description="column that decides which epoch is best; default: val_loss, or loss without validation"
+        None,
+        description="column that decides which epoch is best; default: val_loss, or loss without validation; with "
+        "several validation loaders, the first one's loss",
     )
     mode: Literal["min", "max"] | None = Field(
         None, description="whether lower (min) or higher (max) is better; default: min for losses and errors, else max"
@@ -226,7 +228,7 @@ class EarlyStoppingConfig(_Section):
 
     patience: int | None = Field(None, ge=1, description="epochs without improvement after which training stops")
     target: float | None = Field(None, description="value of the monitored column at which training stops")
-    monitor: str | None = Field(None, description="column to monitor; default: val_loss, or loss without validation")
+    monitor: str | None = Field(None, description="column to monitor; default: as checkpoint.monitor's")
     mode: Literal["min", "max"] | None = Field(
         None, description="whether lower (min) or higher (max) is better; default: min for losses and errors, else max"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -103,6 +103,12 @@ class ShardedLoader:
             raise UsageError(
                 f"the {split} loader is a dataset ({type(loader).__name__}), which yields single samples. "
                 "Wrap it: DataLoader(dataset, batch_size=32)."
+            )
+        if isinstance(loader, Mapping) or (isinstance(loader, (list, tuple)) and _holds_loaders(loader)):
+            raise UsageError(
+                f"the {split} data is a {type(loader).__name__} of {len(loader)} loaders, and should be one loader. "
+                "Join the datasets, DataLoader(ConcatDataset([a, b]), ...), or StackDataset for pairs; or yield the "
+                "batches from the __iter__ of an object of your own."
             )
         if not hasattr(loader, "__iter__"):
             raise UsageError(
@@ -365,6 +371,10 @@ def _after(iter_batches: Iterator[RankBatch], skip: int, ready: Callable[[], Non
     next(islice(iter_batches, skip, skip), None)
     ready()
     yield from iter_batches
+
+
+def _holds_loaders(things: Sequence[Any]) -> bool:
+    return any(isinstance(thing, DataLoader) for thing in things[:1])
 
 
 def _cut(indices: Any, start: int, stop: int) -> Any:

@@ -148,12 +148,13 @@ def check_takes(step: Callable[..., Any], batch: Any, split: str) -> None:
         ) from None
 
 
-def check_validation(step: Callable[..., Any] | None, loader: Any) -> None:
+def check_validation(step: Callable[..., Any] | None, loader: Any, split: str = "valid") -> None:
     """Checks, before training, what can be known of validation without a batch of it: nothing is drawn or fetched.
 
     Args:
         step: the valid step, or None.
         loader: the validation loader, or None.
+        split: what it is called.
 
     Raises:
         DataError: the loader has no batch.
@@ -163,7 +164,7 @@ def check_validation(step: Callable[..., Any] | None, loader: Any) -> None:
         return
     try:
         if _length(loader) == 0:
-            raise DataError(nothing_yielded("valid"))
+            raise DataError(nothing_yielded(split))
         dataset = _source(loader)
         if type(dataset) is TensorDataset and loader.collate_fn is default_collate and loader.batch_size is not None:
             check_takes(step, [None] * len(dataset.tensors), "valid")

@@ -52,6 +52,7 @@ class PassFacts:
         run: what holds for the whole run.
         aside: returns the seconds since the pass began that were no part of it: validation within it, compilation.
         within: whether it is a validation within a train pass, which goes on afterwards.
+        loader: the name of its loader, where there are several; "" for a sole one.
     """
 
     split: str
@@ -63,6 +64,12 @@ class PassFacts:
     run: RunFacts = field(default_factory=RunFacts)
     aside: Callable[[], float] = _no_time
     within: bool = False
+    loader: str = ""
+
+    @property
+    def title(self) -> str:
+        """What the pass is called: its split, with the loader's name where there are several."""
+        return f"{self.split} {self.loader}" if self.loader else self.split
 
     @property
     def epochs(self) -> int:

@@ -46,6 +46,7 @@ from dtrain.engine.rows import epoch_row, warn_unused_metrics, with_columns
 from dtrain.engine.step_contract import Kind
 from dtrain.engine.synced_metrics import ready
 from dtrain.engine.train_step import Learner, Task
+from dtrain.engine.valid_loaders import by_name, first_loss
 from dtrain.engine.validation import within_epochs
 from dtrain.errors import DtrainError, StopRequested, add_place, add_remark
 from dtrain.launch.monitor.heartbeat import DONE, own_heartbeat
@@ -121,15 +122,16 @@ class Engine:
         self.train_loader = train_loader(self.task, self.world, self.options, self.limits)
         in_step = self.sharding is not None and not self.sharding.validate_whole
         self.valid = valid_pass(self.task, self.world, self.options, self.limits, in_step=in_step)
-        check_loaders(self.task, self.world, self.epochs, self.train_loader, self.valid)
+        self.task.monitor = self.task.monitor or first_loss(self.task.dl_valid)
+        passes = () if self.valid is None else self.valid.parts
+        check_loaders(self.task, self.world, self.epochs, self.train_loader, passes)
         ready(self.task.metrics, self.world)
         self.learner = Learner(self.task, self.world, self.options, nan=self.nan, sharding=self.sharding)
-        self.draws, draws = step_draws(
-            self.world, self.options.seed, self.learner.replica, self.options.batch, self.options.same_draws
-        )
+        drawn = (self.options.seed, self.learner.replica, self.options.batch, self.options.same_draws)
+        self.draws, *draws = step_draws(self.world, *drawn, loaders=len(passes))
         self.counts = AgreedSteps(self.world, self.place, self.max_steps, self.val_every_steps)
-        if self.valid is not None:
-            self.valid.around, self.valid.draws = self.learner.replica.validating, draws
+        for one, own in zip(passes, draws, strict=True):
+            one.around, one.draws = self.learner.replica.validating, own
         self.average = weight_average(self.task.module, self.options, self.updates_in_all)
         if self.average is not None:
             self.callbacks.add(AverageWeights(self.average))
@@ -241,7 +243,7 @@ class Engine:
         for further in self.callbacks.on_epoch_row:
             row = with_columns(row, further(row) or {})
         if epoch == 1 and self.world.is_main:
-            warn_unused_metrics(self.task.metrics, row)
+            warn_unused_metrics(self.task.metrics, row, by_name(self.task.dl_valid) or ("",))
         self.rates.step("epoch", row)
         self.place.enter("checkpoint", epoch)
         self.history.append(row)
@@ -388,5 +390,5 @@ class Engine:
 
     def generators(self) -> list[torch.Generator]:
         """Returns the generators that the user gave the loaders or their samplers."""
-        loaders = [self.train_loader] + ([] if self.valid is None else [self.valid.loader])
+        loaders = [self.train_loader, *([] if self.valid is None else [one.loader for one in self.valid.parts])]
         return list({id(generator): generator for loader in loaders for generator in loader.generators()}.values())

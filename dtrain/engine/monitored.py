@@ -7,6 +7,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from dtrain.engine.callback import EngineCallback, Order
 from dtrain.engine.hooks import adds_columns
 from dtrain.engine.loop import Engine
+from dtrain.engine.valid_loaders import column_of
 from dtrain.engine.whole_set import WholeSet
 from dtrain.errors import UsageError
 from dtrain.rundir.columns import NO_METRICS, VALID, Mode, base_of, check_monitor, sure_mode_of, watched
@@ -76,14 +77,25 @@ def check_early(engine: Engine, monitor: str | None, key: str, place: str = "") 
     """
     if monitor is None or monitor in NO_METRICS:
         return
-    parts = [f"{name}_" for name, metric in engine.task.metrics.items() if isinstance(metric, WholeSet)]
+    passes = () if engine.valid is None else engine.valid.parts
+    loaders = {"", *(one.name for one in passes)}
+    whole = [name for name, metric in engine.task.metrics.items() if isinstance(metric, WholeSet)]
+    parts = [f"{column_of(loader, name)}_" for loader in loaders for name in whole]
     adds = adds_columns(engine.task.hooks) or base_of(monitor).startswith(tuple(parts))
     if engine.valid is None and monitor.startswith(VALID) and not adds:
         raise UsageError(
             f"{key} = {monitor!r} ({place}): there is no validation, so there is no such column.", on_all_ranks=True
         )
-    if not adds:  # what may add it to the row
-        engine.callbacks.add(_ColumnCheck(monitor, key, place, validates=engine.valid is not None))
+    prefixes = [f"{VALID}{column_of(one.name, '')}" for one in passes]
+    if passes and monitor.startswith(VALID) and not monitor.startswith(tuple(prefixes)) and not adds:
+        own = [f"{prefix}{base_of(monitor)}" for prefix in prefixes]
+        raise UsageError(
+            f"{key} = {monitor!r} ({place}): there are several validation loaders, so there is no such column. Name "
+            f"one of theirs, such as {' or '.join(own)}.",
+            on_all_ranks=True,
+        )
+    if not adds:
+        engine.callbacks.add(_ColumnCheck(monitor, key, place, loaders=len(passes)))
 
 
 class _ColumnCheck(EngineCallback):
@@ -91,10 +103,11 @@ class _ColumnCheck(EngineCallback):
 
     order = Order.CHECKS
 
-    def __init__(self, monitor: str, key: str, place: str, *, validates: bool) -> None:
+    def __init__(self, monitor: str, key: str, place: str, *, loaders: int) -> None:
         self._monitor, self._key, self._place = monitor, key, place
-        self._validates = validates
+        self._loaders = loaders  # of validation, of which each tells its names
         self._train: tuple[str, ...] = ()
+        self._valid: list[tuple[str, ...]] = []
 
     def on_values_known(self, split: str, names: tuple[str, ...]) -> None:
         """Compares, where this split has the column.
@@ -102,9 +115,14 @@ class _ColumnCheck(EngineCallback):
         Raises:
             UsageError: no such column.
         """
-        valid = names
         if split == "train":
-            self._train, valid = names, names if self._validates else ()
+            self._train = names
+            valid = names if self._loaders == 1 else ()
+        else:
+            self._valid.append(names)
+            valid = tuple(dict.fromkeys(name for known in self._valid for name in known))
+            if len(self._valid) < self._loaders:
+                return  # the other loaders' are not known yet
         if self._monitor.startswith(VALID) == (split == "valid"):
             self._compare((*self._train, *(f"{VALID}{name}" for name in valid)))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -151,18 +151,25 @@ def check_weights(module: nn.Module, world: World, when: str) -> None:
 
 
 class WarnOfValidation(EngineCallback):
-    """Warns of a validation loss that is not finite; training goes on."""
+    """Warns of a validation loss that is not finite; training goes on.
+
+    Args:
+        columns: of the losses.
+    """
+
+    def __init__(self, columns: Sequence[str] = ("val_loss",)) -> None:
+        self._columns = columns
 
     def on_epoch_end(self, row: Mapping[str, Any]) -> None:
         """An epoch is done, and this is its row of the history."""
-        loss = row.get("val_loss")
-        if isinstance(loss, float) and not math.isfinite(loss):
-            logger.warning(
-                "epoch %s: val_loss is %s. The weights are not affected, and training continues: check the validation "
-                "data and valid_step.",
-                row["epoch"],
-                loss,
-            )
+        for column in self._columns:
+            loss = row.get(column)
+            if isinstance(loss, float) and not math.isfinite(loss):
+                logger.warning(
+                    "epoch %s: %s is %s. The weights are not affected, and training continues: check the validation "
+                    "data and valid_step.",
+                    *(row["epoch"], column, loss),
+                )
 
 
 def _samples(rank_batch: RankBatch) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,11 +33,13 @@ from dtrain.engine.position import Limits, StartPosition, TrainPosition
 from dtrain.engine.random_draws import StepDraws
 from dtrain.engine.step_contract import Step, StepValues, no_grad_step
 from dtrain.engine.train_step import Task
-from dtrain.errors import UsageError
+from dtrain.engine.valid_loaders import by_name, column_of, named_step, split_of
+from dtrain.errors import StepError, UsageError
 from dtrain.model.compile import CompileClock, wanted
 from dtrain.model.gather import PRESENT
 from dtrain.model.sync_batchnorm import SyncedBatchNorm
 from dtrain.model.untracked_batchnorm import PartStatistics, synced_validation
+from dtrain.rundir.columns import VALID
 
 NOBODY = Callbacks()
 _NOTHING = contextlib.nullcontext()
@@ -200,6 +203,7 @@ class ValidPass:
             step then.
         eager: whether calls of the net are not compiled by dtrain.
         draws: leads the steps' random numbers; None leaves them alone.
+        name: of its loader, where there are several.
     """
 
     module: nn.Module
@@ -213,6 +217,16 @@ class ValidPass:
     draws: StepDraws | None = None
     synced: SyncedBatchNorm | None = None
     eager: bool = True
+    name: str = ""
+
+    @property
+    def parts(self) -> Sequence[ValidPass]:
+        """The passes that validation is made of: this one."""
+        return (self,)
+
+    def aside(self) -> ValidPass:
+        """Returns a copy that may run within a train pass, which uses the metrics of this one."""
+        return replace(self, metrics=copy.deepcopy(dict(self.metrics)))
 
     def run(
         self, epoch: int, place: TrainPosition, calls: Callbacks, facts: RunFacts | None = None, *, within: bool = False
@@ -235,11 +249,12 @@ class ValidPass:
             StopRequested: a callback wanted to leave it, on some rank; all ranks raise it.
         """
         self.module.eval()
-        place.enter("valid", epoch)
+        place.enter("valid", epoch, self.name)
         self.loader.sources.enter(epoch)
-        table = MeanTable("valid", self.names, self.metrics)
+        table = MeanTable(split_of(self.name), self.names, self.metrics)
         steps, facts = self.loader.steps(), facts or RunFacts(ranks=self.world.size)
-        about = PassFacts("valid", epoch, steps, samples=lambda: table.samples, within=within, run=facts)
+        known: dict[str, Any] = {"loader": self.name, "within": within, "run": facts}
+        about = PassFacts("valid", epoch, steps, samples=lambda: table.samples, **known)
         each(calls.on_pass_start, about)
         values_of = StepValues(self.module, "valid", self.metrics)
         started = time.perf_counter()
@@ -254,8 +269,8 @@ class ValidPass:
                 if isinstance(under, PartStatistics):
                     under.warn(self.world)
                 table.add(values_of(returned), rank_batch.count, rank_batch.start)
-                for known in calls.on_values_known if first else ():
-                    known("valid", table.names or ())
+                for on_known in calls.on_values_known if first else ():
+                    on_known("valid", tuple(column_of(self.name, name) for name in table.names or ()))
                 for progress in calls.on_progress:
                     progress(table)
                 for leave in () if self.in_step else calls.on_validation_step:
@@ -265,7 +280,7 @@ class ValidPass:
         order = self.loader.fingerprint
         result, sums = table.reduce(self.world, seconds_since(started, self.world), (order, order**2))
         self.names = table.names
-        check_order(sums[0], sums[1], self.world.size, "valid")
+        check_order(sums[0], sums[1], self.world.size, split_of(self.name))
         return result
 
     def _in_step(self, rank_batch: RankBatch, *, first: bool) -> AbstractContextManager[Any]:
@@ -275,36 +290,107 @@ class ValidPass:
         return PartStatistics() if first and self.eager and self.world.size > 1 else _NOTHING
 
 
+class SeveralValid:
+    """Validation over several loaders, a pass each, one after another.
+
+    Args:
+        parts: the passes; each has its loader's name.
+
+    Attributes:
+        parts: the same.
+    """
+
+    def __init__(self, parts: Sequence[ValidPass]) -> None:
+        self.parts = parts
+
+    @property
+    def module(self) -> nn.Module:
+        """The net."""
+        return self.parts[0].module
+
+    @property
+    def names(self) -> dict[str, tuple[str, ...] | None]:
+        """The values' names of each loader, known after its first pass."""
+        return {part.name: part.names for part in self.parts}
+
+    @names.setter
+    def names(self, known: Mapping[str, tuple[str, ...] | None]) -> None:
+        for part in self.parts:
+            part.names = known.get(part.name)
+
+    def aside(self) -> SeveralValid:
+        """Returns a copy as `ValidPass.aside` does."""
+        return SeveralValid([part.aside() for part in self.parts])
+
+    def run(
+        self, epoch: int, place: TrainPosition, calls: Callbacks, facts: RunFacts | None = None, *, within: bool = False
+    ) -> PassResult:
+        """Validates once with each loader, as `ValidPass.run` does.
+
+        Returns:
+            the means of all of them, each under its loader's name; samples, steps and seconds are sums.
+
+        Raises:
+            StepError: two values come to one column.
+        """
+        results = {part.name: part.run(epoch, place, calls, facts, within=within) for part in self.parts}
+        means: dict[str, float] = {}
+        for name, result in results.items():
+            for value, mean in result.means.items():
+                column = column_of(name, value)
+                if column in means:
+                    raise StepError(
+                        f"two validation loaders have the column {VALID}{column}: the value {value!r} of {name!r}, and "
+                        "another one's. Choose another name for one of the loaders.",
+                        on_all_ranks=True,
+                    )
+                means[column] = mean
+        samples, steps, seconds = zip(*((one.samples, one.steps, one.seconds) for one in results.values()), strict=True)
+        return PassResult(means, sum(samples), sum(steps), sum(seconds))
+
+
+Validation = ValidPass | SeveralValid
+
+
 def valid_pass(
     task: Task, world: World, options: RunOptions, limits: Limits | None = None, *, in_step: bool = False
-) -> ValidPass | None:
-    """Returns a task's validation, None where it has no validation loader; usable without its train loader."""
+) -> Validation | None:
+    """Returns a task's validation, None where it has no validation loader; usable without its train loader.
+
+    Raises:
+        UsageError: a name of several loaders makes no good column name.
+    """
     if task.dl_valid is None or task.valid_step is None:
         return None
     compiled = world.size > 1 and wanted(options.compile, world) is not None
     synced = synced_validation(task.module, world, compiled=compiled, together=task.valid_together)
     limits, in_step = limits or Limits(), in_step or task.valid_together or synced is not None
     how = ShardSpec(world.rank, world.size, options.batch, fill=in_step, limit=limits.valid, merge=limits.merge)
-    read: dict[str, Any] = {"functions": task.batches, "fixed": takes_fixed_parts(task.valid_step)}
-    read |= {"sharding": options.data_sharding, "world": world}
-    loader = ShardedLoader(task.dl_valid, how, options.seed, "valid", fetch_batches=options.fetch_batches, **read)
-    return ValidPass(
-        task.module, task.valid_step, loader, world, task.metrics, in_step=in_step, synced=synced, eager=not compiled
-    )
+    about: dict[str, Any] = {"in_step": in_step, "synced": synced, "eager": not compiled}
+    parts = []
+    for name, dl_valid in by_name(task.dl_valid).items():
+        step = named_step(task.valid_step, name)
+        read: dict[str, Any] = {"functions": task.batches, "fixed": takes_fixed_parts(step)}
+        read |= {"fetch_batches": options.fetch_batches, "sharding": options.data_sharding, "world": world}
+        loader = ShardedLoader(dl_valid, how, options.seed, split_of(name), **read)
+        parts.append(ValidPass(task.module, step, loader, world, task.metrics, name=name, **about))
+    return SeveralValid(parts) if isinstance(task.dl_valid, Mapping) else parts[0]
 
 
-def check_loaders(task: Task, world: World, epochs: int, train: ShardedLoader, valid: ValidPass | None) -> None:
+def check_loaders(task: Task, world: World, epochs: int, train: ShardedLoader, passes: Sequence[ValidPass]) -> None:
     """Compares the ranks' nets and loaders before the first step.
 
     Raises:
         UsageError, DataError, StepError: they differ, or cannot be read in each epoch, or do not fit the step.
     """
-    views = {"train": train} | ({} if valid is None else {"valid": valid.loader})
-    loaders = {"train": task.dl_train} | ({} if task.dl_valid is None else {"valid": task.dl_valid})
+    views = {"train": train} | {split_of(one.name): one.loader for one in passes}
+    loaders = {split: view.loader for split, view in views.items()} | {"train": task.dl_train}
     own = [split for split, view in views.items() if view.own]
-    check_starts_anew(epochs, task.dl_train, task.dl_valid)
+    check_starts_anew(epochs, *loaders.values())
     check_same_task(world, task.module, loaders, own)
-    check_validation(task.valid_step, None if "valid" in own else task.dl_valid)
+    for one in passes:
+        split = split_of(one.name)
+        check_validation(one.step, None if split in own else one.loader.loader, split)
     if task.batches.by_rank:
         check_whole({split: loader for split, loader in loaders.items() if views[split].indexed}, world)
 

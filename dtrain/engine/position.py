@@ -78,21 +78,24 @@ class TrainPosition:
     step: int = 0
     updates: int = 0  # optimizer steps since the run began; the same number on all ranks
     taken: int = 0  # of these, in the last train step
+    loader: str = ""  # of several validation loaders, the one that is read
     compared: bool = False  # whether the ranks' first batches were found equal
     heartbeat: Heartbeat | None = None  # where a supervisor reads the same
 
     def __str__(self) -> str:
         """Words such as "rank 1, epoch 2, train step 7"."""
-        where = f"{self.split} step {self.step}" if self.step else self.split
+        split = f"{self.split} {self.loader!r}" if self.loader else self.split
+        where = f"{split} step {self.step}" if self.step else split
         return f"rank {self.rank}, epoch {self.epoch}, {where}"
 
     def passed(self, every: int) -> bool:
         """Whether the last train step came to a multiple of so many optimizer steps, or went past one."""
         return self.updates % every < max(self.taken, 1)
 
-    def enter(self, split: str, epoch: int) -> None:
+    def enter(self, split: str, epoch: int, loader: str = "") -> None:
         """A pass begins, or files are about to be written."""
         reserve_standard_descriptors()
+        self.loader = loader
         self.split, self.epoch, self.step = split, epoch, 0
         if self.heartbeat is not None:
             self.heartbeat.enter(split, epoch)

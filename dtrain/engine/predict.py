@@ -71,7 +71,8 @@ def evaluate_task(
     try:
         with _set_up(task.module, world, options) as how:
             drawn = (options.seed, options.batch, options.same_draws)
-            validation.draws = draws_of(task.module, world, *drawn, compiled=how is not None)
+            for part in validation.parts:
+                part.draws = draws_of(task.module, world, *drawn, compiled=how is not None)
             return validation.run(epoch, place, calls)
     except (Exception, SystemExit) as error:
         add_place(error, place)
@@ -110,9 +111,15 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
         with an entry for each sample.
 
     Raises:
+        UsageError: the loader is a mapping of several.
         StepError: the step returns something else, or another number of rows than the batch has samples.
         DataError: the loader yields nothing.
     """
+    if isinstance(loader, Mapping):
+        raise UsageError(
+            f"predict takes one loader, not a mapping of {len(loader)} ({', '.join(map(str, loader))}). Predict the "
+            "loaders one by one."
+        )
     place, calls = TrainPosition(world.rank, heartbeat=own_heartbeat()), Callbacks(progress)
     try:
         synced = synced_validation(

@@ -202,14 +202,12 @@ class _Replica(Protocol):
         """None where the net is not compiled, whose random numbers else are compiled with it."""
 
 
-def step_draws(
-    world: World, seed: int, replica: _Replica, batch: BatchMode, wanted: bool | None
-) -> tuple[StepDraws | None, StepDraws | None]:
-    """Returns what leads the random numbers of train and of valid steps; see `draws_of`."""
-    train, valid = (
-        draws_of(replica.net, world, seed, batch, wanted, compiled=replica.clock is not None) for _ in range(2)
-    )
-    return train, valid
+def step_draws(  # noqa: PLR0913, PLR0917 - what a run says of it
+    world: World, seed: int, replica: _Replica, batch: BatchMode, wanted: bool | None, loaders: int = 1
+) -> tuple[StepDraws | None, ...]:
+    """Returns what leads the random numbers of train steps, and of each validation loader's; see `draws_of`."""
+    compiled = replica.clock is not None
+    return tuple(draws_of(replica.net, world, seed, batch, wanted, compiled=compiled) for _ in range(1 + loaders))
 
 
 def draws_of(  # noqa: PLR0913 - what a run says of it

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dtrain.engine.metrics import PassResult
+from dtrain.engine.valid_loaders import column_of
 from dtrain.rundir.columns import EPOCH, NO_METRICS, VALID
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,17 @@ def with_columns(row: Mapping[str, Any], columns: Mapping[str, float]) -> dict[s
     return {**own, **columns, **after}
 
 
-def warn_unused_metrics(metrics: Iterable[str], row: Mapping[str, Any]) -> None:
-    """Warns of metrics that a row has no value of."""
+def warn_unused_metrics(metrics: Iterable[str], row: Mapping[str, Any], loaders: Iterable[str] = ("",)) -> None:
+    """Warns of metrics that a row has no value of.
+
+    Args:
+        metrics: their names.
+        row: the first epoch's.
+        loaders: the names of the validation loaders.
+    """
+    loaders = tuple(loaders)
     for name in metrics:
-        named = (name, f"{VALID}{name}")
+        named = (name, *(f"{VALID}{column_of(loader, name)}" for loader in loaders))
         if not any(column in named or column.startswith(tuple(f"{one}_" for one in named)) for column in row):
             logger.warning(
                 "metric %r is never updated: no step returns a value of this name, as in "

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from dtrain.data.batches import BatchFunctions
 from dtrain.data.partition import RankBatch
-from dtrain.distributed.consistency import batches_alike, check_optimizers, check_takes
+from dtrain.distributed.consistency import check_optimizers, check_takes
 from dtrain.distributed.fsdp_settings import Sharding
 from dtrain.distributed.world import World
 from dtrain.engine import refusals as kinds
@@ -52,6 +52,7 @@ from dtrain.engine.step_contract import (
     watch_backward,
 )
 from dtrain.engine.step_counter import StepCounter
+from dtrain.engine.valid_loaders import check_valid_takes
 from dtrain.engine.value_counts import ToldForms, ValueCounts
 from dtrain.errors import UsageError
 from dtrain.model.attributes import check_materialized
@@ -82,7 +83,7 @@ class Task:
         train_step: see `dtrain.engine.step_contract`.
         dl_train: loader of training batches.
         valid_step: like train_step, without learning; needed where there is a `dl_valid`.
-        dl_valid: loader of validation batches, or None.
+        dl_valid: loader of validation batches, or a mapping of names to several; or None.
         optimizer: by default `module.optimizer`; an imperative step may bring its own.
         scheduler: a torch learning-rate scheduler, or None.
         interval: whether the scheduler counts epochs or optimizer steps.
@@ -354,8 +355,7 @@ class Learner:
         task = self._task
         self._descend.take_hooks()
         check_takes(task.train_step, rank_batch.batch, "train")
-        if task.valid_step is not None and batches_alike(task.dl_train, task.dl_valid):
-            check_takes(task.valid_step, rank_batch.batch, "valid")  # now, not after a whole epoch
+        check_valid_takes(task.valid_step, task.dl_train, task.dl_valid, rank_batch.batch)  # not after a whole epoch
         if self._clip:
             self._clipping = Clipping(self._clip, parameters_of(task))
         if self._accumulates:

@@ -12,21 +12,18 @@ Its torchmetrics objects are copies, since the train pass is in the midst of usi
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from dtrain.data.sources import Sources
 from dtrain.distributed.seeding import load_random_state, random_state
 from dtrain.distributed.world import World
 from dtrain.engine.callback import Callbacks, each
 from dtrain.engine.facts import RunFacts
 from dtrain.engine.metrics import PassResult
-from dtrain.engine.passes import PassWatch, ValidPass
+from dtrain.engine.passes import PassWatch, Validation
 from dtrain.engine.position import TrainPosition
 from dtrain.errors import UsageError
 from dtrain.rundir.columns import VALID
@@ -50,7 +47,7 @@ class WithinEpoch:
     def __init__(  # noqa: PLR0913, PLR0917 - made at one place, with all of them
         self,
         every: int,
-        valid: ValidPass,
+        valid: Validation,
         world: World,
         place: TrainPosition,
         generators: Callable[[], list[torch.Generator]],
@@ -61,7 +58,7 @@ class WithinEpoch:
         self._watch = watch
         self._history = history
         self._every = every
-        self._pass = replace(valid, metrics=copy.deepcopy(dict(valid.metrics)))
+        self._pass = valid.aside()
         self._world, self._place = world, place
         self._generators, self._averaged = generators, averaged
         self._last: tuple[int, PassResult, _Streams] | None = None
@@ -109,7 +106,7 @@ class WithinEpoch:
         modes = [(part, part.training) for part in module.modules()]
         buffers = list(module.buffers())
         before = [buffer.clone() for buffer in buffers]
-        streams = _Streams(self._world.device, self._generators(), self._pass.loader.sources)
+        streams = _Streams(self._world.device, self._generators(), self._pass)
         self._world.broadcast_(buffers)  # each rank has its own while it trains
         with place.aside():
             try:
@@ -124,23 +121,24 @@ class WithinEpoch:
 class _Streams:
     """The random streams of this process, the users' generators and the loader's states, as when this is made."""
 
-    def __init__(self, device: torch.device, generators: list[torch.Generator], sources: Sources) -> None:
-        self._device, self._generators, self._sources = device, generators, sources
-        self._sources_states = sources.states()
+    def __init__(self, device: torch.device, generators: list[torch.Generator], valid: Validation) -> None:
+        self._device, self._generators, self._valid = device, generators, valid
+        self._sources_states = [part.loader.sources.states() for part in valid.parts]
         self._state = random_state(device)
         self._states = [generator.get_state() for generator in generators]
 
     def now(self) -> _Streams:
         """Returns the same ones as they are now."""
-        return _Streams(self._device, self._generators, self._sources)
+        return _Streams(self._device, self._generators, self._valid)
 
     def put_back(self) -> None:
         """Has them go on from where they were."""
         load_random_state(self._state, self._device)
         for generator, state in zip(self._generators, self._states, strict=True):
             generator.set_state(state)
-        if self._sources_states:
-            self._sources.load(self._sources_states)
+        for part, states in zip(self._valid.parts, self._sources_states, strict=True):
+            if states:
+                part.loader.sources.load(states)
 
 
 @torch.no_grad()
@@ -151,7 +149,7 @@ def _copy(sources: list[Any], targets: list[Any]) -> None:
 
 def within_epochs(  # noqa: PLR0913, PLR0917 - made at one place, with all of them
     every: int | None,
-    valid: ValidPass | None,
+    valid: Validation | None,
     world: World,
     place: TrainPosition,
     generators: Callable[[], list[torch.Generator]],
@@ -170,7 +168,7 @@ def within_epochs(  # noqa: PLR0913, PLR0917 - made at one place, with all of th
         raise UsageError(
             f"train.val_every_steps = {every}: there is no validation loader. Define one, or remove val_every_steps."
         )
-    if isinstance(valid.loader.loader, Iterator):
+    if any(isinstance(part.loader.loader, Iterator) for part in valid.parts):
         raise UsageError(
             f"train.val_every_steps = {every}: the validation loader is exhausted after one pass: it is an iterator "
             "or a generator. Use a DataLoader, or an object whose __iter__ starts over."

@@ -36,6 +36,7 @@ from dtrain.provenance.code import Code, project_root
 from dtrain.provenance.loading import loadings, record_loading
 from dtrain.provenance.opened import opened_files
 from dtrain.recipe.import_steps import ImportStep, import_steps
+from dtrain.recipe.monitors import name_monitors
 from dtrain.recipe.others import others_with_state
 from dtrain.recipe.param_groups import freeze, regroup
 from dtrain.recipe.signature import MONITOR, Builder, check_parameters, mark_secrets, own_keys, with_values
@@ -187,6 +188,7 @@ def bind(recipe: Recipe, settings: Settings, begin: Callable[[nn.Module], None] 
     _freeze(module, settings)
     recompute(module, settings.config.train.activation_checkpointing, settings.place_of(RECOMPUTED))
     dl_train, dl_valid = _loaders(recipe, settings)
+    name_monitors(settings, dl_valid)
     valid_step = None
     if dl_valid is not None:
         valid_step = with_values(_function(recipe, "valid_step"), settings.config.step)

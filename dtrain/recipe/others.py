@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from dtrain.data.sources import parts_of
 from dtrain.engine.train_step import Task
+from dtrain.engine.valid_loaders import by_name
 from dtrain.model.attributes import attributes_of
 
 
@@ -25,7 +26,7 @@ def others_with_state(of_file: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """
     named = dict(of_file) | attributes_of(task.module)
     own = (*task.module.modules(), task.optimizer, task.scheduler, *task.metrics.values())
-    loaders = (part for loader in (task.dl_train, task.dl_valid) for part in parts_of(loader).values())
+    loaders = (part for one in (task.dl_train, *by_name(task.dl_valid).values()) for part in parts_of(one).values())
     known = {id(thing) for thing in (*own, *loaders)}
     found = {}
     for name, thing in named.items():

@@ -14,6 +14,7 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.config.schema import leaves
+from dtrain.engine.valid_loaders import LOADER_NAME
 from dtrain.errors import ConfigError, RecipeError, nearest
 from dtrain.masking import mark
 from dtrain.recipe.supplied import supplied_names
@@ -57,7 +58,7 @@ class Builder:
 
     @classmethod
     def of_steps(cls, train_step: Callable[..., Any], valid_step: Any) -> Builder:
-        """Reads what may be set of a recipe's steps: their parameters with a default.
+        """Reads what may be set of a recipe's steps: their parameters with a default; not `loader_name`, dtrain's own.
 
         Args:
             train_step: the train step.
@@ -65,7 +66,10 @@ class Builder:
         """
         steps = [cls.of(step, skip=0) for step in (valid_step, train_step) if callable(step)]
         named = {
-            name: p for step in steps for name, p in step.parameters.items() if p.default is not inspect.Parameter.empty
+            name: p
+            for step in steps
+            for name, p in step.parameters.items()
+            if p.default is not inspect.Parameter.empty and name != LOADER_NAME
         }
         return cls(train_step, named, False, steps[-1].where)
 

@@ -18,7 +18,8 @@ from dtrain.engine.metrics import PassResult
 from dtrain.engine.options import RunOptions
 from dtrain.engine.predict import PredictStep, evaluate_task, predict
 from dtrain.engine.train_step import Task
-from dtrain.errors import RecipeError, UsageError
+from dtrain.engine.valid_loaders import by_name
+from dtrain.errors import RecipeError, UsageError, nearest
 from dtrain.recipe.loader import bind, load_recipe
 from dtrain.trainer.agreeing import agree
 from dtrain.trainer.initial import base_of_run
@@ -86,16 +87,43 @@ def evaluate_run(restored: RestoredRun, world: World) -> PassResult:
     return evaluate_task(restored.task, world, options, epoch=row["epoch"], progress=_bar(restored, world))
 
 
-def predict_run(restored: RestoredRun, world: World, split: Split = "valid") -> Any:
+def chosen_loader(restored: RestoredRun, split: Split, name: str | None) -> tuple[str, Any]:
+    """Returns a loader of a restored run's recipe, and its name; "" is that of a sole one.
+
+    Args:
+        restored: the run.
+        split: which of the two data sets.
+        name: of several validation loaders; None for the first.
+
+    Raises:
+        UsageError: the recipe has no such loader.
+    """
+    loaders = {"": restored.task.dl_train} if split == "train" else by_name(restored.task.dl_valid)
+    if not loaders:
+        raise UsageError("the recipe has no validation data to predict. Use --data train to predict the training data.")
+    if name is not None and name not in loaders:
+        there = f"they are {', '.join(loaders)}" if "" not in loaders else "there is one, without a name"
+        raise UsageError(
+            f"--loader {name}: the {split} data has no loader of this name; {there}.{nearest(name, loaders)}"
+        )
+    name = next(iter(loaders)) if name is None else name
+    return name, loaders[name]
+
+
+def predict_run(restored: RestoredRun, world: World, split: Split = "valid", name: str | None = None) -> Any:
     """Returns a restored run's predictions for one of its two data sets, in the data's order, on every rank.
+
+    Args:
+        restored: the run.
+        world: the ranks.
+        split: which of the two data sets.
+        name: of several validation loaders; None for the first.
 
     Raises:
         UsageError: the recipe has no such loader.
         StepError, DataError: as in `dtrain.engine.predict.predict`.
     """
-    loader = restored.task.dl_valid if split == "valid" else restored.task.dl_train
-    if loader is None:
-        raise UsageError("the recipe has no validation data to predict. Use --data train to predict the training data.")
+    _, loader = chosen_loader(restored, split, name)
     return predict(
         restored.task.module,
         loader,

@@ -13,7 +13,9 @@ from dtrain.checkpoint.locate import Loaded
 from dtrain.config import Settings
 from dtrain.distributed.world import World
 from dtrain.engine.loop import Engine
+from dtrain.engine.valid_loaders import by_name
 from dtrain.layout import CHECKPOINTS, CONFIG
+from dtrain.recipe.monitors import PLACE
 from dtrain.rundir.columns import watched
 from dtrain.rundir.history import best_row
 from dtrain.trainer.folder import OpenRun
@@ -51,6 +53,12 @@ def log_start(engine: Engine, settings: Settings, folder: Path, came_from: Path 
 
     Ranks that make the batch another one than the loader's are told of in words, too.
     """
+    if settings.place_of("checkpoint.monitor") == PLACE:
+        named = ", ".join(by_name(engine.task.dl_valid))
+        print(  # noqa: T201
+            f"validation loaders: {named}; the best epoch is that of {settings.config.checkpoint.monitor} "
+            "(another: checkpoint.monitor)"
+        )
     ranks, train, batch = engine.world.size, settings.config.train, loader_batch(engine.task)
     samples = None if batch is None else step_samples(batch, ranks, train)
     if batch is not None and samples is not None and ranks > 1 and train.batch == "per_rank":

@@ -39,11 +39,13 @@ from dtrain.engine.loop import Engine
 from dtrain.engine.monitored import check_early, check_plateau
 from dtrain.engine.nan_guard import WarnOfValidation
 from dtrain.engine.schedules import check_total_steps
+from dtrain.engine.valid_loaders import by_name, column_of
 from dtrain.errors import StopRequested, UsageError
 from dtrain.launch.monitor.exit_report import jointly_supervised, name_run
 from dtrain.launch.signals.stop_request import StopRequest
 from dtrain.launch.terminal.guarded import note_losses_in
 from dtrain.layout import CHECKPOINTS, HISTORY, SLURM, STARTS, STOP, VALIDATIONS
+from dtrain.rundir.columns import VALID
 from dtrain.rundir.history import History
 from dtrain.rundir.lock import Ownership, check_all, owned
 from dtrain.rundir.starts import commit_of
@@ -219,7 +221,7 @@ def _listeners(
     """Yields those that every configured run has; what a run may have besides is added where it is made."""
     yield StopOnRequest(stopping)
     if engine.world.is_main and settings.config.train.nan != "ignore":
-        yield WarnOfValidation()
+        yield WarnOfValidation([f"{VALID}{column_of(name, 'loss')}" for name in by_name(engine.task.dl_valid)])
     if not trial and not jointly_supervised():
         yield ReportException(folder, engine)
 

@@ -24,8 +24,8 @@ class Clock:
         self.steps = 0
         self._begun = 0.0
         self._looks: deque[tuple[float, int, int]] = deque(maxlen=_WINDOW_LOOKS)  # when, steps, samples
-        self._counts: dict[str, int] = {}  # steps of a whole pass, by split
-        self._took: dict[str, float] = {}  # seconds of a whole pass, by split
+        self._counts: dict[str, int] = {}  # steps of a whole pass, by its title
+        self._took: dict[str, float] = {}  # seconds of a whole pass, by its title
         self._epoch_begun: float | None = None  # None where it began in another process
         self._wholes: deque[float] = deque(maxlen=_WHOLE_EPOCHS)
 
@@ -63,7 +63,7 @@ class Clock:
             return None
         if self.facts.steps is not None:
             return self.facts.steps
-        known = self._counts.get(self.facts.split)
+        known = self._counts.get(self.facts.title)
         return known if known is not None and known >= self.steps else None
 
     @property
@@ -82,7 +82,7 @@ class Clock:
         now = self._of_pass(now)
         (since, before, _), (until, after, _) = self._looks[0], self._looks[-1]
         if after <= before:  # it has just begun: as long as last time
-            known = None if facts.skipped else self._took.get(facts.split)
+            known = None if facts.skipped else self._took.get(facts.title)
             return None if known is None else max(0.0, known - (now - self._begun))
         left = (total - after) * (until - since) / (after - before)
         return max(0.0, left - (now - until))
@@ -92,7 +92,7 @@ class Clock:
         left = self.pass_left(now)
         if left is None or self.facts is None or self.facts.split != "train":
             return left
-        return left + self._took.get("valid", 0.0)
+        return left + sum(took for title, took in self._took.items() if title.startswith("valid"))
 
     def run_left(self, now: float) -> float | None:
         """Seconds until the last epoch is over, if none stops the run before."""
@@ -109,7 +109,7 @@ class Clock:
         took = dict(self._took)
         whole = self._whole_pass(now)
         if self.facts is not None and whole is not None:
-            took[self.facts.split] = whole
+            took[self.facts.title] = whole
         return sum(took.values())
 
     def _whole_pass(self, now: float) -> float | None:
@@ -126,9 +126,9 @@ class Clock:
         if facts is None or self.steps <= facts.skipped:
             return
         mine = (facts.steps or self.steps) - facts.skipped
-        self._counts[facts.split] = facts.steps or self.steps
+        self._counts[facts.title] = facts.steps or self.steps
         took = now - facts.aside() - self._begun
-        self._took[facts.split] = took * self._counts[facts.split] / max(1, mine)
+        self._took[facts.title] = took * self._counts[facts.title] / max(1, mine)
 
     def _of_pass(self, now: float) -> float:
         """The time by a clock that stands still for what is no part of the pass."""

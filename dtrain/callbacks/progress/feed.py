@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from dtrain.engine.metrics import MeanTable
 
 _STEP_SECONDS = 0.1
-_NAMES = ("split", "epoch", "steps", "skipped", "seconds", "within")  # of what is known of a pass when it begins
+_NAMES = (
+    "split",
+    "epoch",
+    "steps",
+    "skipped",
+    "seconds",
+    "within",
+    "loader",
+)  # of what is known of a pass when it begins
 
 
 class FeedWriter(EngineCallback):

@@ -133,7 +133,7 @@ def _of_pass(clock: Clock, now: float) -> _Gauge:
     facts, total = clock.facts, clock.total
     assert facts is not None  # noqa: S101 - for the type checker
     about = "~" if facts.steps is None else ""
-    label = f"{facts.split} {clock.steps}" + ("" if total is None else f"/{about}{total}")
+    label = f"{facts.title} {clock.steps}" + ("" if total is None else f"/{about}{total}")
     rate = clock.samples_per_second
     rates = () if rate is None else (f"{short_number(rate)} samples/s", f"{short_number(rate)}/s")
     left = clock.epoch_left(now)

@@ -71,7 +71,7 @@ def status_html(clock: Clock, values: Mapping[str, float], now: float) -> str:
         return ""
     total = clock.total
     bar = f'<progress max="{total}" value="{clock.steps}" style="vertical-align:middle"></progress>' if total else ""
-    said = [f"epoch {facts.epoch}/{facts.epochs}, {facts.split} {clock.steps}" + (f"/{total}" if total else "")]
+    said = [f"epoch {facts.epoch}/{facts.epochs}, {facts.title} {clock.steps}" + (f"/{total}" if total else "")]
     rate, lr, left = clock.samples_per_second, facts.lr(), clock.run_left(now)
     said += [metrics_text(values)] if values else []
     said += [] if lr is None else [f"lr {lr:g}"]

@@ -196,7 +196,8 @@ def _compare_history(alone: TracedRun, together: TracedRun, tolerance: float) ->
     one, many = alone.ranks[0]["history"][0], together.ranks[0]["history"][0]
     for name, value in one.items():
         if name not in TIMES and _apart(value, many.get(name, float("nan")), tolerance):
-            cause = _cause(alone, name.removeprefix("val_"), value, many.get(name, float("nan")), len(together.ranks))
+            base = "loss" if name.endswith("_loss") else name.removeprefix("val_")  # also of several loaders
+            cause = _cause(alone, base, value, many.get(name, float("nan")), len(together.ranks))
             return FirstDifference(f"the history's {name}", f"{value:.9g}", f"{many.get(name)}", cause)
     return None
 
