@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from dtrain.checkpoint.sources import check_kept, check_own_streams
 from dtrain.checkpoint.state import State, at_first, check_order, find_optimizers
 from dtrain.checkpoint.trainable import beginning_of, holds
 from dtrain.checkpoint.weights import WEIGHTS, check_fit
-from dtrain.config import RunConfig, Settings
+from dtrain.config import BUILDER_SECTIONS, RunConfig, Settings
 from dtrain.config.flat import flatten
 from dtrain.config.renamed import renamed
 from dtrain.engine.loop import Engine
@@ -110,12 +111,14 @@ def check_facts(there: Mapping[str, Any], here: Mapping[str, Any], settings: Set
     if there["recipe"]["name"] != here["recipe"]["name"]:
         differences.append(f"the recipe was {there['recipe']['name']} and is {here['recipe']['name']}")
     if differences:
+        hint = _hint_of_paths(there["config"], here["config"], settings)
         raise UsageError(
             "the config does not match the checkpoint's: "
             + "; ".join(differences)
-            + ". Use the run's values (`dtrain train --resume RUN` takes them from the run), or another run.name. Keys "
-            "that don't affect results, such as train.epochs, may change (all of them: docs/checkpoints.md)."
+            + f". Leave them out (`dtrain train --resume RUN` alone takes the run's), or use another run.name.{hint} "
+            "Keys that don't affect results, such as train.epochs, may change (all of them: docs/checkpoints.md)."
         )
+    _tell_moved(there["config"], here["config"], settings)
     _warn_of_curve(there["config"].get("train", {}), here["config"].get("train", {}))
     before, now = (values["config"].get("train", {}).get("compile") or None for values in (there, here))
     if before != now:
@@ -144,16 +147,57 @@ def _warn_of_curve(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 
 def config_differences(there: Mapping[str, Any], here: Mapping[str, Any], settings: Settings) -> list[str]:
     """Returns, in words, the values that differ and that the numbers depend on."""
+    return [
+        f"{key} was {before!r} and is {now!r} ({settings.place_of(key)})"
+        for key, (before, now) in _differing(there, here, settings).items()
+        if not key.startswith(FREE) and not _is_moved(key, before, now, settings)
+    ]
+
+
+def _differing(
+    there: Mapping[str, Any], here: Mapping[str, Any], settings: Settings
+) -> dict[str, tuple[object, object]]:
+    """Returns key -> both values, of those that differ."""
     # A builder's default counts as given: the recipe's content, compared besides, says what it was. So does that of a
     # key that was not there yet in the dtrain that saved the checkpoint.
     defaults = {**flatten(RunConfig().model_dump()), **settings.defaults}
     # Checkpoints of older versions have secrets as they were.
     before, now = (masked("", {**defaults, **renamed(flatten(values))}) for values in (there, here))
-    return [
-        f"{key} was {before.get(key, 'not given')!r} and is {now.get(key, 'not given')!r} ({settings.place_of(key)})"
+    return {
+        key: (before.get(key, "not given"), now.get(key, "not given"))
         for key in dict.fromkeys((*before, *now))
-        if before.get(key) != now.get(key) and not key.startswith(FREE)
-    ]
+        if before.get(key) != now.get(key)
+    }
+
+
+def _is_moved(key: str, before: object, now: object, settings: Settings) -> bool:
+    """Whether a value is the path, or as many paths, of what may be the same thing: its builder calls it a path."""
+    if isinstance(before, list) and isinstance(now, list):
+        return key in settings.paths and len(before) == len(now)
+    return key in settings.paths and all(isinstance(one, (str, PurePath)) for one in (before, now))
+
+
+def _tell_moved(there: Mapping[str, Any], here: Mapping[str, Any], settings: Settings) -> None:
+    """Says which paths are not what they were: what is there is compared besides, as far as that can be."""
+    for key, (before, now) in _differing(there, here, settings).items():
+        if _is_moved(key, before, now, settings) and str(before) != str(now):
+            logger.warning(
+                "%s was %s and is %s (%s): a path, so it is taken for the same thing moved",
+                *(key, before, now, settings.place_of(key)),
+            )
+
+
+def _hint_of_paths(there: Mapping[str, Any], here: Mapping[str, Any], settings: Settings) -> str:
+    """Returns what lets a path change that its builder does not call one; nothing where there is none."""
+    for key, values in _differing(there, here, settings).items():
+        section, _, name = key.partition(".")
+        texts = [one for one in values if isinstance(one, str) and os.sep in one]
+        if len(texts) == len(values) and section in BUILDER_SECTIONS and key not in settings.paths:
+            return (
+                f" If {key} only says where the same data are, annotate it in {BUILDER_SECTIONS[section]} "
+                f"({name}: Path) and resume once with checkpoint.accept=code: a path may change."
+            )
+    return ""
 
 
 def check_ranks(there: Mapping[str, Any], step: int | None, ranks: int, settings: Settings) -> None:

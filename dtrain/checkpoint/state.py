@@ -150,7 +150,7 @@ def restore(engine: Engine, weights: Mapping[str, Any], run: State, ranks: list[
         for name, value in load_extra(task.module, weights).items()
     }
     task.module.load_state_dict(cut, strict=False)
-    if engine.average is not None:
+    if engine.average is not None and run["trained weights"] is not None:
         engine.average.take_up(run["trained weights"], run.get("averages", {}), run["updates"], run.get("averaged"))
     load_buffers(task.module, run["buffers"])
     optimizers = find_optimizers(run["optimizers"], task)

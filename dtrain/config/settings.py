@@ -36,6 +36,7 @@ class Settings:
         bare: bare key -> the schema's key it was taken for, to find ambiguity with a builder's parameter.
         base: folder that a relative recipe path starts from.
         defaults: dotted key -> what a builder takes where the config says nothing; once its signature is known.
+        paths: dotted keys that a builder's annotation calls paths: where something is, and not what; once known.
     """
 
     config: RunConfig
@@ -45,6 +46,7 @@ class Settings:
     bare: dict[str, str] = field(default_factory=dict)
     base: Path = field(default_factory=Path)
     defaults: dict[str, Any] = field(default_factory=dict)
+    paths: set[str] = field(default_factory=set)
 
     def place_of(self, key: str) -> str:
         """Returns where a key's value came from, "default" where nothing set it."""

@@ -1,4 +1,4 @@
-"""The average of the weights, taken in with each optimizer step."""
+"""The average of the weights, taken in with each optimizer step, or computed by the optimizer itself."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import math
 from collections.abc import Callable
 
 from torch import nn
+from torch.optim import Optimizer
 
 from dtrain.engine.callback import EngineCallback, Order
 from dtrain.engine.options import RunOptions
 from dtrain.errors import UsageError
 from dtrain.model.ema import WeightAverage
+from dtrain.model.optimizer_modes import OptimizerModes, switching_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +35,53 @@ class AverageWeights(EngineCallback):
         self._average.update()
 
 
-def weight_average(module: nn.Module, options: RunOptions, steps: Callable[[], int | None]) -> WeightAverage | None:
-    """Returns the average that the options ask for; None where they ask for none.
+class TrainOptimizers(EngineCallback):
+    """Has optimizers that switch between weights for training and for use train at each epoch's start.
+
+    Args:
+        modes: of the net's optimizers.
+    """
+
+    order = Order.AVERAGE
+
+    def __init__(self, modes: OptimizerModes) -> None:
+        self._modes = modes
+
+    def on_epoch_start(self, epoch: int) -> None:
+        """An epoch begins."""
+        self._modes.train()
+
+
+def follow(average: WeightAverage | OptimizerModes) -> EngineCallback:
+    """Returns what has an average follow the training."""
+    return TrainOptimizers(average) if isinstance(average, OptimizerModes) else AverageWeights(average)
+
+
+def weight_average(
+    module: nn.Module, optimizer: Optimizer | None, options: RunOptions, steps: Callable[[], int | None]
+) -> WeightAverage | OptimizerModes | None:
+    """Returns the average that the options ask for, or that an optimizer computes itself; None where there is none.
 
     Args:
         module: the net.
+        optimizer: the task's own.
         options: the run's.
         steps: returns the optimizer steps of the whole run; None where that is not known.
 
     Raises:
-        UsageError: equal weights are asked for from a share of the run on, and its length is not known.
+        UsageError: equal weights are asked for from a share of the run on, and its length is not known; or an average
+            of an optimizer's average is.
     """
+    modes = switching_of(module, optimizer)
+    key = "ema_decay" if options.ema_decay is not None else "swa_from"
+    if modes and getattr(options, key) is not None:
+        raise UsageError(
+            f"{key} = {getattr(options, key)}: {type(modes[0]).__name__} averages the weights itself (it has train() "
+            f"and eval()). Remove {key}.",
+            on_all_ranks=True,
+        )
+    if modes:
+        return OptimizerModes(module, modes)
     if options.swa_from is None:
         return None if options.ema_decay is None else WeightAverage(module, options.ema_decay)
     total = steps()

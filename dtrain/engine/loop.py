@@ -31,7 +31,7 @@ from dtrain.distributed.fsdp_settings import Sharding
 from dtrain.distributed.seeding import derive, seed_everything
 from dtrain.distributed.world import World
 from dtrain.engine.agreed_steps import AgreedSteps, check_counts
-from dtrain.engine.averaged import AverageWeights, weight_average
+from dtrain.engine.averaged import follow, weight_average
 from dtrain.engine.callback import Callbacks, each
 from dtrain.engine.facts import RunFacts
 from dtrain.engine.metrics import MeanTable, PassResult, Value
@@ -132,9 +132,9 @@ class Engine:
         self.counts = AgreedSteps(self.world, self.place, self.max_steps, self.val_every_steps)
         for one, own in zip(passes, draws, strict=True):
             one.around, one.draws = self.learner.replica.validating, own
-        self.average = weight_average(self.task.module, self.options, self.updates_in_all)
+        self.average = weight_average(self.task.module, self.task.optimizer, self.options, self.updates_in_all)
         if self.average is not None:
-            self.callbacks.add(AverageWeights(self.average))
+            self.callbacks.add(follow(self.average))
         self.learner.told_kind.append(self._on_step_kind)
         self.within = within_epochs(
             self.val_every_steps,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
@@ -133,6 +134,7 @@ def check_parameters(builders: dict[str, Builder], path: Path, settings: Setting
             continue
         problems += _check_section(section, builder, given, settings)
         settings.defaults |= {f"{section}.{key}": value for key, value in builder.defaults().items()}
+        settings.paths |= {f"{section}.{key}" for key, one in builder.parameters.items() if _is_path(one)}
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -209,6 +211,20 @@ def _converted(parameter: inspect.Parameter, value: Any, text: Any) -> Any:
     except PydanticSchemaGenerationError:
         return value
     return adapter.validate_python(value, strict=strict or None)
+
+
+def _is_path(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter is a path, or several: by its annotation (`Path`, `Path | None`, `list[Path]`) or default."""
+    if parameter.annotation is parameter.empty:
+        return isinstance(parameter.default, PurePath)
+    return _names_path(parameter.annotation)
+
+
+def _names_path(annotation: Any) -> bool:
+    inner = get_args(annotation)
+    if inner:
+        return any(_names_path(one) for one in inner)
+    return isinstance(annotation, type) and issubclass(annotation, os.PathLike)
 
 
 def _kind_of_default(default: Any) -> Any:
