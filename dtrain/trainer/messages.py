@@ -63,10 +63,9 @@ def log_start(engine: Engine, settings: Settings, folder: Path, came_from: Path 
     samples = None if batch is None else step_samples(batch, ranks, train)
     if batch is not None and samples is not None and ranks > 1 and train.batch == "per_rank":
         times = f" x accumulation {train.accumulation}" if train.accumulation > 1 else ""
-        print(  # noqa: T201
-            f"{ranks} ranks x batch {batch}{times} = {samples} samples per step; "
-            f"train.batch=global keeps {samples // ranks}"
-        )
+        told = f"{ranks} ranks x batch {batch}{times} = {samples} samples per step"
+        keeps = "" if engine.train_loader.own else f"; train.batch=global keeps {samples // ranks}"
+        print(told + keeps)  # noqa: T201
     voice.tell(
         "start",
         run=str(folder),

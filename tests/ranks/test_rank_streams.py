@@ -10,14 +10,18 @@ import pytest
 import torch
 from helpers.ranks import run_ranks
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import dtrain
+from dtrain.api.prepared import PROCESS
+from dtrain.data.batches import BatchFunctions
 from dtrain.distributed.world import World
 from dtrain.engine.loop import Engine
 from dtrain.engine.options import RunOptions
 from dtrain.engine.position import Limits
+from dtrain.engine.synced_metrics import check_metrics
 from dtrain.engine.train_step import Task
+from dtrain.errors import UsageError
 
 LR, EPOCHS, BATCH = 0.1, 2, 4
 TRAIN = {1: [9], 2: [5, 14], 3: [7, 0, 17]}  # samples of each rank
@@ -97,7 +101,7 @@ def trained(world: World, imperative: bool, accumulation: int, limit: int | None
 
     metrics = {"rows": lambda sums: float(len(sums)) + float(sums.sum())}
     task = Task(model, train_step, DataLoader(train, BATCH), valid_step, DataLoader(valid, BATCH), optimizer)
-    task.metrics = dtrain.engine.synced_metrics.check_metrics(metrics, "metrics")
+    task.metrics = check_metrics(metrics, "metrics")
     limits = Limits(train=limit)
     options = RunOptions(accumulation=accumulation)
     engine = Engine(task, world, epochs=EPOCHS, options=options, limits=limits, max_steps=most)
@@ -143,3 +147,98 @@ def test_history_and_weights_are_those_of_one_process_on_the_union_of_the_batche
             assert one["val_rows"] == pytest.approx(len(whole) + whole[:, :3].sum())
             if case["limit"] is None and case["most"] is None:
                 assert one["reads"] == [EPOCHS * TRAIN[size][rank], EPOCHS * VALID[size][rank]]
+
+
+class Same(Parts):
+    """Says that it shards itself, and does not."""
+
+    def __iter__(self) -> Any:
+        return iter([(row[:3], row[3:]) for row in torch.tensor(samples(0, 8))])
+
+
+def refused(world: World) -> dict[str, str]:
+    """What is said of loaders that nobody shards, or somebody else did; each in turn, on all ranks."""
+
+    def told(train: Any, valid: Any = None, **more: Any) -> str:
+        model = net()
+        step = None if valid is None else loss_of
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        task = Task(model, loss_of, train, step, valid, optimizer, **more)
+        with pytest.raises(UsageError) as error:
+            Engine(task, world, epochs=1).fit()
+        assert error.value.on_all_ranks
+        return str(error.value)
+
+    sizes = TRAIN[2]
+    parts, same = DataLoader(Parts(sizes), BATCH), DataLoader(Same(sizes), BATCH)
+    rows = torch.tensor(samples(world.rank, 9))
+    own = DataLoader(TensorDataset(rows[:, :3], rows[:, 3:]), BATCH)
+    mixed = DataLoader(Parts(sizes), BATCH)
+    mixed.sharded_by_rank = world.rank == 0
+    unknown = [Odd(torch.tensor(samples(0, 4)))] if world.rank else []
+    return {
+        "train": told(same),
+        "valid": told(parts, same),
+        "map-style": told(own, batches=BatchFunctions(by_rank=True)),
+        "one rank alone": told(mixed),
+        "unsendable": told(iter_of(unknown), batches=BatchFunctions(len, by_rank=True)),
+    }
+
+
+class Odd:
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def iter_of(batches: list[Any]) -> Any:
+    class Loader:
+        def __iter__(self) -> Any:
+            return iter(batches)
+
+    return Loader()
+
+
+def scripted(world: World) -> dict[str, Any]:
+    """The same training in a loop of one's own."""
+    PROCESS.world = world
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    loaders = DataLoader(Parts(TRAIN[world.size]), BATCH), DataLoader(Parts(VALID[world.size]), BATCH)
+    model, train, valid, optimizer = dtrain.prepare(model, *loaders, optimizer)
+    losses: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(EPOCHS):
+        for learns, loader in ((True, train), (False, valid)):
+            model.train(learns)
+            meter = dtrain.Meter()
+            for x, y in loader:
+                loss = loss_of(model, x, y)
+                if learns:
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                meter.add(loss=loss.detach())
+            losses[learns].append(meter.means()["loss"])
+    return {"loss": losses[True], "val_loss": losses[False], "w": model.weight[0].tolist()}
+
+
+def refused_and_scripted(world: World) -> list[Any]:
+    return [refused(world), scripted(world)]
+
+
+def test_what_nobody_shards_is_refused_and_a_loop_of_ones_own_is_as_exact() -> None:
+    found = run_ranks(refused_and_scripted, 2)
+    expected = by_hand(2, 1, None, None)
+    del expected["steps"]
+    for told, script in found:
+        assert "ranks 0 and 1 read the same first batch of the train loader" in told["train"]
+        assert "ranks 0 and 1 read the same first batch of the valid loader" in told["valid"]
+        assert "paths[rank::world_size]" in told["train"]
+        assert "sample 0 of the train dataset is not the same on ranks 0 and 1" in told["map-style"]
+        assert "dataset.sharded_by_rank = True" in told["map-style"]
+        assert "whether the train loader shards itself by rank is not the same on all ranks" in told["one rank alone"]
+        assert "there is a Odd in it" in told["unsendable"]
+        for name, value in expected.items():
+            np.testing.assert_allclose(script[name], value, rtol=1e-9, err_msg=name)
