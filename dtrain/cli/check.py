@@ -64,14 +64,14 @@ def _parity(words: list[str], ranks: int, steps: int, tolerance: float) -> int:
             if code != 0:
                 typer.echo(f"not compared: the run on {size} rank{'s' * (size > 1)} failed, see above.")
                 return 1 if size > 1 else code
-        return _print(folders[1], folders[ranks], ranks, settings.config.train.accumulation, tolerance)
+        return _print(folders[1], folders[ranks], ranks, tolerance)
 
 
-def _print(alone: Path, together: Path, ranks: int, accumulation: int, tolerance: float) -> int:
+def _print(alone: Path, together: Path, ranks: int, tolerance: float) -> int:
     from dtrain.tools.check.parity import TracedRun, compare
 
     one, many = TracedRun.read(alone), TracedRun.read(together)
-    parting = compare(one, many, accumulation, tolerance)
+    parting = compare(one, many, tolerance)
     if parting is None:
         steps = len(one.tensors)
         typer.echo(

@@ -165,6 +165,9 @@ def _print_next(
     if found.several:
         times = ", ".join(f"{ratio:g}" for ratio in found.several)
         typer.echo(f"the parameter groups kept their ratios: their lr was {times} times this one")
+    if found.others:
+        rest = "; ".join(f"{name}: {', '.join(f'{r:g}' for r in ratios)}" for name, ratios in found.others.items())
+        typer.echo(f"this is the lr of {found.of}; the other optimizers kept their ratios to it: {rest}")
     if (steps := len(found.curve.rates)) < _FEW:
         typer.echo(f"note: with {steps} steps this may be chance; use --steps 100 (the default) or more", err=True)
     if found.key is None:

@@ -34,6 +34,12 @@ def sample_fingerprints(reader: BatchReader, batch: Any, count: int) -> list[int
     return [_fingerprint(sample) for sample in samples]
 
 
+def row_shapes(batch: Any) -> list[list[int]]:
+    """Returns the shapes of a batch's tensors and arrays without their first dimension, as padding changes them."""
+    batch = batch.batch if type(batch) is Collated else batch
+    return [list(tensor.shape[1:]) for _, tensor in _leaves(batch) if not getattr(tensor, "is_nested", False)]
+
+
 def first_bytes(batch: Any) -> bytes:
     """Returns the values of a batch's first tensor or array, to take a fingerprint of."""
     batch = batch.batch if type(batch) is Collated else batch

@@ -184,8 +184,12 @@ class ShardedLoader:
     def rows(self, rank_batch: RankBatch) -> list[int]:
         """Returns a fingerprint of each real sample of a share; of its index where it is not known what a sample is."""
         known = sample_fingerprints(self._stream.reader, rank_batch.batch, rank_batch.count) if rank_batch.count else []
+        return known or self.index_rows(rank_batch)
+
+    def index_rows(self, rank_batch: RankBatch) -> list[int]:
+        """Returns a fingerprint of the index of each real sample of a share; none where the loader has no indices."""
         indices = rank_batch.indices.tolist() if isinstance(rank_batch.indices, torch.Tensor) else rank_batch.indices
-        return known or [zlib.crc32(repr(index).encode()) for index in indices or () if rank_batch.count]
+        return [zlib.crc32(repr(index).encode()) for index in indices or () if rank_batch.count]
 
     def iter_batches(self, epoch: int, skip: int = 0, ready: Callable[[], None] = _nothing) -> Iterator[RankBatch]:
         """Iterates over the rank's shares of one epoch.

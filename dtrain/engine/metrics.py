@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from dtrain.engine.synced_metrics import compute_all, load_metric_state, metric_state
+from dtrain.engine.list_states import Update
+from dtrain.engine.synced_metrics import compute_all, load_metric_state, metric_state, update
 from dtrain.engine.whole_set import WholeSet
 from dtrain.errors import DataError, StepError, StopRequested, UsageError, nothing_yielded
 
@@ -105,6 +106,7 @@ class MeanTable:
         self.asked: dict[str, float] | None = None  # what `running` returned last
         self.left = False  # whether this rank left the pass before its end, since it was asked to stop
         self._sums: dict[str, _Sum] = {}
+        self._updates: dict[str, list[Update]] = {}  # of torchmetrics objects with lists
 
     def add(self, values: Mapping[str, Value], count: int, start: int = 0) -> None:
         """Adds one step's values.
@@ -129,7 +131,7 @@ class MeanTable:
                 if isinstance(metric, WholeSet):
                     metric.add(start, count, value.arguments, value.keywords)
                 else:
-                    metric.update(*value.arguments, **value.keywords)
+                    update(metric, start, value, self._updates.setdefault(name, []))
                 continue
             known = self._sums.get(name)
             if known is None:
@@ -158,6 +160,7 @@ class MeanTable:
             "steps": self.steps,
             "sums": {name: (known.total, known.count) for name, known in self._sums.items()},
             "metrics": {name: metric_state(metric) for name, metric in self._metrics.items()},
+            "updates": {name: [list(one) for one in updates] for name, updates in self._updates.items() if updates},
         }
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
@@ -174,6 +177,8 @@ class MeanTable:
             known.total, known.count = (p.to(device) if isinstance(p, Tensor) else p for p in (total, count))
         for name, metric in self._metrics.items():
             load_metric_state(metric, state["metrics"][name])
+        known = state.get("updates", {})  # a checkpoint of before has none
+        self._updates = {name: [(start, dict(by)) for start, by in updates] for name, updates in known.items()}
 
     def running(self) -> dict[str, float]:
         """Returns this rank's means so far, for a person to watch; waits for the device."""
@@ -217,7 +222,9 @@ class MeanTable:
                     "count 0 at every step."
                 )
             means[name] = total / count
-        computed = compute_all({name: self._metrics[name] for name in names if name in self._metrics}, world)
+        computed = compute_all(
+            {name: self._metrics[name] for name in names if name in self._metrics}, world, self._updates
+        )
         by_name = {name: {name: mean} for name, mean in means.items()} | computed
         means = {column: mean for name in names for column, mean in by_name[name].items()}
         return PassResult(means, round(samples), self.steps, total_seconds / world.size), extra_sums

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from dtrain.engine.list_states import Update, gathered_lists, lengths
 from dtrain.engine.whole_set import WholeSet
 from dtrain.errors import StepError, UsageError
 
 if TYPE_CHECKING:
     from dtrain.distributed.world import World
+    from dtrain.engine.metrics import Observed
 
 _ROUNDING = 1e-5  # of float32 on machines that are not alike
 
@@ -77,23 +79,47 @@ def _gathered(state: Tensor, world: World) -> list[Tensor]:
     return [part for part in parts if part.numel()] or parts
 
 
-def compute_all(metrics: Mapping[str, Any], world: World) -> dict[str, dict[str, float]]:
+def update(metric: Any, start: int, value: Observed, updates: list[Update]) -> None:
+    """Updates a metric with what a step returned.
+
+    Args:
+        metric: a torchmetrics object.
+        start: where the step's first sample is in the data's order.
+        value: the arguments.
+        updates: what is known of its updates so far, where it has lists that do not concatenate.
+    """
+    before = lengths(metric)
+    metric.update(*value.arguments, **value.keywords)
+    if before:
+        updates.append((start, {name: length - before[name] for name, length in lengths(metric).items()}))
+
+
+def compute_all(
+    metrics: Mapping[str, Any], world: World, updates: Mapping[str, Sequence[Update]] | None = None
+) -> dict[str, dict[str, float]]:
     """Computes metrics over the samples of all ranks.
+
+    Args:
+        metrics: by name.
+        world: the ranks.
+        updates: name -> this rank's updates, as from `update`.
 
     Returns:
         name -> columns and their values, equal on all ranks to the last bit.
 
     Raises:
-        StepError: a metric's value is not one number, its state cannot be gathered, or the ranks come to different
-            values of one.
+        StepError: a metric's value is not one number, its state cannot be sent to other ranks, or the ranks come to
+            different values of one.
     """
     whole = {name: metric for name, metric in metrics.items() if isinstance(metric, WholeSet)}
     found = {name: metric.compute(world) for name, metric in whole.items()}
     metrics = {name: metric for name, metric in metrics.items() if name not in whole}
     if not metrics:
         return found
-    _check_gatherable(metrics, world)
-    mine = {name: _number(name, metric.compute()) for name, metric in metrics.items()}
+    mine = {
+        name: _number(name, _computed(name, metric, (updates or {}).get(name, ()), world))
+        for name, metric in metrics.items()
+    }
     if world.size == 1:
         return found | {name: {name: value} for name, value in mine.items()}
     told = world.gather_json(mine)
@@ -101,6 +127,13 @@ def compute_all(metrics: Mapping[str, Any], world: World) -> dict[str, dict[str,
         _check_equal(name, [values[name] for values in told])
     # Decisions (early stopping) hang on these, and ranks on unlike machines may round them differently.
     return found | {name: {name: float(told[0][name])} for name in metrics}
+
+
+def _computed(name: str, metric: Any, updates: Sequence[Update], world: World) -> Any:
+    if world.size == 1 or not lengths(metric):
+        return metric.compute()
+    with gathered_lists(name, metric, updates, world):
+        return metric.compute()
 
 
 def _check_equal(name: str, values: list[float]) -> None:
@@ -131,24 +164,6 @@ def _number(name: str, value: Any) -> float:
         f"metric {name!r} came to a {type(value).__name__}{shape}; a column of the history is one number. "
         'Let it average over classes, as in torchmetrics.F1Score(..., average="macro").'
     )
-
-
-def _check_gatherable(metrics: Mapping[str, Any], world: World) -> None:
-    """A list state that is not concatenated takes a collective per element: unequal lengths would hang."""
-    mine = {
-        f"{name}.{state}": len(value)
-        for name, metric in metrics.items()
-        for state, value in metric.metric_state.items()
-        if isinstance(value, list) and getattr(metric._reductions[state], "__name__", "") != "dim_zero_cat"
-    }
-    told = world.gather_json(mine)
-    for state, length in mine.items():
-        if any(other[state] != length for other in told):
-            raise StepError(
-                f"metric state {state} is a list that torchmetrics cannot gather from ranks with unequal numbers of "
-                f"batches ({', '.join(str(other[state]) for other in told)}). Choose a metric that sums or "
-                "concatenates its states, or run on one rank."
-            )
 
 
 def metric_state(metric: Any) -> dict[str, Any]:

@@ -83,6 +83,32 @@ class Outside(torchmetrics.Metric):
         return torch.tensor(self.last)
 
 
+class Boxes(torchmetrics.Metric):
+    """As detection's: lists with an entry for each sample, of unequal shapes; the value depends on their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("boxes", [], dist_reduce_fx=None)
+        self.add_state("masks", [], dist_reduce_fx=None)
+
+    def update(self, boxes: list[torch.Tensor], masks: list[bytes]) -> None:
+        self.boxes += boxes
+        self.masks += [((2, 3), mask) for mask in masks]
+
+    def compute(self) -> torch.Tensor:
+        each = [place * box.sum() / len(box) for place, box in enumerate(self.boxes, start=1)]
+        return torch.stack(each).sum() + 1000 * sum(place * mask[1][0] for place, mask in enumerate(self.masks))
+
+
+def boxes_of(x: torch.Tensor, y: torch.Tensor) -> dict[str, list[Any]]:
+    """One or two boxes for each sample."""
+    many = [1 + int(label) for label in y]
+    return {
+        "boxes": [value.repeat(count, 4) for value, count in zip(x, many, strict=True)],
+        "masks": [bytes([count]) for count in many],
+    }
+
+
 def values_of_metrics(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(n)
     return torch.rand(n, 1, generator=draw), torch.randint(0, 2, (n,), generator=draw)
@@ -98,6 +124,7 @@ def rows_of(world, counts: list[int], broken: bool) -> list[Any]:
                 "f1": torchmetrics.F1Score(task="binary"),
                 "mean": torchmetrics.MeanMetric(),
                 "cat": torchmetrics.SpearmanCorrCoef(),
+                "boxes": Boxes(),
             }
             metrics |= {"outside": Outside()} if broken else {}
             net = nn.Linear(1, 1)
@@ -108,6 +135,7 @@ def rows_of(world, counts: list[int], broken: bool) -> list[Any]:
                 if model.training:
                     return {"loss": loss}
                 fed = {"auroc": (x[:, 0], y), "f1": (x[:, 0], y), "mean": x, "cat": (x[:, 0], y.float())}
+                fed["boxes"] = boxes_of(x, y)
                 return {"loss": loss, **fed} | ({"outside": x} if broken else {})
 
             data = TensorDataset(*values_of_metrics(n))
@@ -143,6 +171,9 @@ def test_all_ranks_have_the_values_of_all_samples(ranks: int) -> None:
             assert row["val_mean"] == pytest.approx(scores.mean(), rel=1e-6)
             spearman = np.corrcoef(scores[:, 0].argsort().argsort(), _mean_ranks(labels))[0, 1]
             assert row["val_cat"] == pytest.approx(spearman, rel=1e-5)
+            places = np.arange(len(labels))
+            boxes = (4 * (places + 1) * scores[:, 0]).sum() + 1000 * (places * (1 + labels)).sum()
+            assert row["val_boxes"] == pytest.approx(boxes, rel=1e-6), "in the data's order"
 
 
 def _mean_ranks(values: np.ndarray) -> np.ndarray:

@@ -59,3 +59,24 @@ def test_ranks_that_part_from_each_other_after_a_step_are_found(dtrain: Dtrain, 
     assert done.code == 1, done.text
     assert "the optimizers' settings differ: lr" in done.err
     assert "not compared: the run on 2 ranks failed, see above" in done.out
+
+
+def test_padded_batches_channels_last_and_two_optimizers_are_compared(dtrain: Dtrain, recipes: Path) -> None:
+    done = dtrain("check", "parity", recipes / "two_optimizers.py", "batch=global", "--steps", 3)
+    assert done.code == 0, done.text
+    assert "equal: 2 ranks and 1 took the same samples in 6 optimizer steps" in done.out
+
+
+@pytest.mark.parametrize(
+    ("fault", "where", "cause"),
+    [
+        ("padding", "step 1: loss", "padding: a batch is padded to its longest sample"),
+        ("scaled", "optimizer step 2: the gradient of tagger.", "how the batch is split"),
+    ],
+)
+def test_differences_of_these_are_found(dtrain: Dtrain, recipes: Path, fault: str, where: str, cause: str) -> None:
+    words = ["batch=global", "--steps", 2, f"fault={fault}"]
+    done = dtrain("check", "parity", recipes / "two_optimizers.py", *words)
+    assert done.code == 1, done.text
+    assert f"different: 2 ranks and 1 first differ at {where}" in done.out
+    assert cause in done.out

@@ -140,11 +140,9 @@ def test_rates_grow_by_a_factor_whatever_schedule_and_groups_there_are(recipe: P
 
 def test_what_cannot_be_is_an_error_by_name(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # files of one second and size are told apart by no cache
-    with pytest.raises(UsageError, match=r"needs exactly one optimizer.*ranged\.py has none, or several"):
+    with pytest.raises(StepError, match=r"there is no optimizer\. Define build_optimizer"):
         recipe.write_text(RECIPE.replace("def build_scheduler", "def no_scheduler"))
         found(str(recipe), "optimizer.none=true")
-    with pytest.raises(UsageError, match=r"does not step model\.optimizer"):
-        found(str(recipe), "optimizer.own=true", "model.kind=imperative")
     with pytest.raises(
         AgreedError, match=r"ratios of the parameter groups' lr \(0\.0, 2\.0\) to the optimizer's lr, which is 0"
     ):
@@ -169,6 +167,50 @@ def test_the_key_is_named_only_where_it_sets_the_rate(recipe: Path, monkeypatch:
     assert key(RECIPE.replace("flat: bool", "lr: int = 1, flat: bool")) == "optimizer.lr", "two builders have an lr"
     assert key(RECIPE.replace("lr: float", "rate: float").replace("lr / 4", "rate").replace("lr=lr", "lr=rate")) is None
     assert key(RECIPE.replace("lr / 4", "2 * lr").replace("lr=lr", "lr=2 * lr")) is None, "it sets another rate"
+
+
+TWO = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+def build_model():
+    net = nn.ModuleDict({"one": nn.Linear(3, 1), "two": nn.Linear(3, 1), "free": nn.Linear(3, 1)}).double()
+    net.optimizers = {"one": torch.optim.SGD(net["one"].parameters(), lr=0.1)}
+    net.second = torch.optim.SGD([{"params": [net["two"].weight]}, {"params": [net["two"].bias], "lr": 0.05}], lr=0.2)
+    return net
+
+def build_dataloaders():
+    x = torch.randn(12, 3, generator=torch.Generator().manual_seed(2)).double()
+    return DataLoader(TensorDataset(x), batch_size=6), None
+
+def train_step(model, x):
+    loss = (model["one"](x) - x[:, :1]).square().mean()
+    other = (model["two"](x) - loss.detach()).square().mean()
+    for one, value in ((model.optimizers["one"], loss), (model.second, other)):
+        one.zero_grad()
+        value.backward()
+        one.step()
+    return {"loss": loss.item() + other.item()}
+"""
+
+
+def test_several_optimizers_keep_the_ratios_of_their_rates(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.write_text(TWO)
+    taken: list[list[float]] = []
+    note = lambda optimizer, *_: taken.append([group["lr"] for group in optimizer.param_groups])  # noqa: E731
+    handle = register_optimizer_step_post_hook(note)
+    rates = growing(1e-4, 1e-2, 11)
+    try:
+        test = found(str(recipe), rates=rates)
+    finally:
+        handle.remove()
+    assert taken == [pytest.approx(one) for rate in rates for one in ([rate], [2 * rate, 0.5 * rate])]
+    _print_next(test, Suggestion(0.1, 0.1, 1.0, 1.0), load_settings("digits", [], {}), [], [])
+    assert (
+        "this is the lr of optimizers.one; the other optimizers kept their ratios to it: second: 2, 0.5"
+        in capsys.readouterr().out
+    )
 
 
 # --- the curve alone ------------------------------------------------------------------------------------

@@ -52,6 +52,16 @@ class TracedRun:
         """Fingerprints of all samples of a step, over the ranks, sorted."""
         return sorted(row for rank in self.ranks for row in rank["steps"][step]["rows"])
 
+    def padded(self, step: int, other: TracedRun) -> bool:
+        """Whether a step has the same samples in another run by their indices, in tensors of other shapes."""
+        indices, shapes = (
+            [[rank["steps"][step][kind] for rank in run.ranks] for run in (self, other)]
+            for kind in ("indices", "shapes")
+        )
+        one, many = (sorted(index for rank in run for index in rank) for run in indices)
+        widths = [{json.dumps(shape) for shape in run if shape is not None} for run in shapes]
+        return bool(one) and one == many and widths[0] != widths[1]
+
     def means(self, step: int) -> dict[str, float]:
         """The values of a step, over the ranks."""
         values = [rank["steps"][step]["values"] for rank in self.ranks]
@@ -60,13 +70,12 @@ class TracedRun:
         return {name: total / count if count else float("nan") for name, (total, count) in sums.items()}
 
 
-def compare(alone: TracedRun, together: TracedRun, accumulation: int, tolerance: float) -> FirstDifference | None:
+def compare(alone: TracedRun, together: TracedRun, tolerance: float) -> FirstDifference | None:
     """Compares a run on one rank with a run on N, each optimizer step of which began with the former's weights.
 
     Args:
         alone: the reference: one rank, on the same global batches.
         together: the run on N ranks.
-        accumulation: train steps to an optimizer step.
         tolerance: the relative difference that rounding may make.
 
     Returns:
@@ -82,10 +91,13 @@ def compare(alone: TracedRun, together: TracedRun, accumulation: int, tolerance:
             "all ranks alike before importing the recipe; do not seed by rank.",
         )
     counts = len(alone.ranks[0]["steps"]), len(together.ranks[0]["steps"])
+    compared = 0
     for step in range(min(counts)):
         found = _compare_step(alone, together, step, tolerance)
-        if found is None and (step + 1) % accumulation == 0:
-            found = _compare_tensors(alone, together, (step + 1) // accumulation - 1, tolerance)
+        taken = alone.ranks[0]["steps"][step]["taken"]  # with one optimizer or several, at each batch or not
+        for number in range(compared, taken):
+            found = found or _compare_tensors(alone, together, number, tolerance)
+        compared = taken
         if found is not None:
             return found
     if counts[0] != counts[1]:
@@ -99,7 +111,8 @@ def compare(alone: TracedRun, together: TracedRun, accumulation: int, tolerance:
 
 def _compare_step(alone: TracedRun, together: TracedRun, step: int, tolerance: float) -> FirstDifference | None:
     one, many = alone.rows(step), together.rows(step)
-    if one != many:
+    padded = one != many and alone.padded(step, together)
+    if one != many and not padded:
         common = len(set(one) & set(many))
         cause = (
             "drop_last, or a sampler that shards by rank."
@@ -112,12 +125,14 @@ def _compare_step(alone: TracedRun, together: TracedRun, step: int, tolerance: f
     values = alone.means(step), together.means(step)
     for name, mean in values[0].items():
         if _apart(mean, values[1][name], tolerance):
-            cause = _cause(alone, name, mean, values[1][name], len(together.ranks))
+            cause = _cause(alone, name, mean, values[1][name], len(together.ranks), padded=padded)
             return FirstDifference(f"step {step + 1}: {name}", f"{mean:.9g}", f"{values[1][name]:.9g}", cause)
     return None
 
 
-def _cause(alone: TracedRun, name: str, one: float, many: float, ranks: int) -> str:
+def _cause(  # noqa: PLR0913 - keyword-only after the two values
+    alone: TracedRun, name: str, one: float, many: float, ranks: int, *, padded: bool = False
+) -> str:
     record = alone.ranks[0]
     if record["batchnorm"]:
         return (
@@ -128,6 +143,11 @@ def _cause(alone: TracedRun, name: str, one: float, many: float, ranks: int) -> 
             "dropout: with train.same_draws=false or train.compile, each rank draws "
             "its own masks. Remove these settings, "
             "or set dropout to 0 for this check."
+        )
+    if padded:
+        return (
+            "padding: a batch is padded to its longest sample, so a rank's part has another number of values for each "
+            "sample. Return dtrain.Mean(total, count) of what is no padding. Or random augmentation: seed it by sample."
         )
     if name == "loss" and one and abs(many / one * ranks - 1) < 0.5:
         return (

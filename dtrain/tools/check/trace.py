@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from dtrain.config import Settings
-from dtrain.data.fingerprints import tensor_bytes
+from dtrain.data.fingerprints import row_shapes, tensor_bytes
+from dtrain.data.loader import ShardedLoader
 from dtrain.data.partition import RankBatch
 from dtrain.distributed.consistency import weights_checksum
 from dtrain.distributed.dtensor import cut_like, whole_tensor
@@ -55,7 +57,8 @@ class Trace(EngineCallback):
         self._optimizer_steps = 0
         self._gradients: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        self._rows: Callable[[RankBatch], list[int]] = lambda _: []
+        self._loader: ShardedLoader | None = None
+        self._read: dict[str, Any] = {}
         self._initial = zlib.crc32(b"".join(tensor_bytes(p) for p in net.parameters()))
         self._batchnorm = any(
             isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
@@ -65,12 +68,12 @@ class Trace(EngineCallback):
 
     def on_train_start(self, engine: Engine) -> None:
         """From here on the optimizers' steps are followed."""
-        self._rows = engine.train_loader.rows
+        self._loader = engine.train_loader
         self._batchnorm &= not engine.options.sync_batchnorm
         self._dropout &= engine.draws is None
         self._handles = [
-            register_optimizer_step_pre_hook(lambda *_: self._keep_gradients()),
-            register_optimizer_step_post_hook(lambda *_: self._keep_weights()),
+            register_optimizer_step_pre_hook(lambda optimizer, *_: self._keep_gradients(optimizer)),
+            register_optimizer_step_post_hook(lambda optimizer, *_: self._keep_weights(optimizer)),
         ]
 
     def close(self) -> None:
@@ -90,43 +93,61 @@ class Trace(EngineCallback):
         }
         (self._folder / f"rank-{self._rank}.json").write_text(json.dumps(record), encoding="utf-8")
 
+    def on_batch_start(self, batch: RankBatch) -> None:
+        """Records a train step's rows, as they are before the step, which may change them."""
+        if self._loader is not None:
+            self._read = {
+                "rows": self._loader.rows(batch),
+                "indices": self._loader.index_rows(batch),
+                "shapes": row_shapes(batch.batch) if batch.count else None,
+            }
+
     def on_batch_end(self, batch: RankBatch, values: Mapping[str, Value]) -> None:
-        """Records a train step's rows and values."""
+        """Records a train step's values, and how many optimizer steps were taken by its end."""
         numbers = {}
         for name, value in values.items():
             if isinstance(value, Observed):
                 continue  # compared as the epoch's value, in the history
             total, count = (value.total, value.count) if isinstance(value, Mean) else (value * batch.count, batch.count)
             numbers[name] = [_number(total), _number(count)] if batch.count else [0.0, 0.0]
-        self._steps.append({"rows": self._rows(batch), "values": numbers})
+        self._steps.append({**self._read, "values": numbers, "taken": self._optimizer_steps})
 
-    def _keep_gradients(self) -> None:
+    def _stepped(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        """The parameters that an optimizer steps; others may be in a graph whose backward pass is still to come."""
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return {name: parameter for name, parameter in self._net.named_parameters() if id(parameter) in own}
+
+    def _keep_gradients(self, optimizer: Optimizer) -> None:
         self._gradients = {
-            f"gradient/{name}": _real(whole_tensor(p.grad)).cpu().clone()
-            for name, p in self._net.named_parameters()
-            if p.grad is not None
+            f"gradient/{name}": _packed(p.grad) for name, p in self._stepped(optimizer).items() if p.grad is not None
         }
 
-    def _keep_weights(self) -> None:
+    def _keep_weights(self, optimizer: Optimizer) -> None:
         from safetensors.torch import load_file, save_file
 
         self._optimizer_steps += 1
         file = f"step-{self._optimizer_steps}.safetensors"
         self._checksums.append(weights_checksum(self._net, self._dtype))
-        weights = {f"weight/{name}": _real(whole_tensor(p)).cpu().clone() for name, p in self._net.named_parameters()}
+        own = self._stepped(optimizer)
+        weights = {f"weight/{name}": _packed(p) for name, p in own.items()}
         if self._rank == 0:
             save_file(self._gradients | weights, self._folder / file)
         if self._like is not None and (self._like / file).exists():
-            self._take(load_file(self._like / file))
+            self._take(load_file(self._like / file), own)
 
     @torch.no_grad()
-    def _take(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self._net.named_parameters():
+    def _take(self, tensors: dict[str, Tensor], own: dict[str, nn.Parameter]) -> None:
+        for name, parameter in own.items():
             known = tensors.get(f"weight/{name}")
             if known is not None and parameter.dtype is torch.complex128:
                 known = torch.view_as_complex(known)
             if known is not None and known.shape == parameter.shape:
                 parameter.copy_(cut_like(known, parameter))
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """Returns a copy on the CPU whose numbers lie in the order of its dimensions, as safetensors wants them."""
+    return _real(whole_tensor(tensor)).cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from dtrain.config import Settings
 from dtrain.config.schema import leaves
@@ -24,6 +22,7 @@ from dtrain.engine.position import TrainPosition
 from dtrain.errors import StepError, StopRequested, UsageError
 from dtrain.recipe.loader import Recipe
 from dtrain.tools.find.curve import Curve, growing
+from dtrain.tools.find.rates import TestedRates, name_of, own_rate, ratios_of
 from dtrain.trainer.agreeing import agree
 from dtrain.trainer.setup import configured_engine, load_bound
 
@@ -40,6 +39,8 @@ class RangeTestResult:
         curve: the losses.
         key: the config's key of the optimizer's rate; None where no builder of the recipe takes it.
         several: the rates of the optimizer's groups over that one, where there are several.
+        others: name -> rates of another optimizer's groups over that one.
+        of: the name of the optimizer whose rate it is, where there are others.
         anew: whether the recipe builds net and loaders, so that it can be tested again as it was.
     """
 
@@ -47,6 +48,8 @@ class RangeTestResult:
     key: str | None
     several: tuple[float, ...] = ()
     anew: bool = False
+    others: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    of: str = ""
 
 
 def find_clear_lr(
@@ -80,6 +83,7 @@ def find_clear_lr(
 def find_lr(settings: Settings, world: World, rates: list[float], tell: Tell | None = None) -> RangeTestResult:
     """Trains a recipe's net with a growing learning rate; the net is another one then, and nothing is kept.
 
+    Of several optimizers each has its own rate's ratio to that of `model.optimizer`, or of the first one that steps.
     The recipe's schedule, validation, weight average and trackers are left out. A loader that ends goes around again.
 
     Args:
@@ -89,32 +93,27 @@ def find_lr(settings: Settings, world: World, rates: list[float], tell: Tell | N
         tell: is told after each step.
 
     Raises:
-        UsageError: there is no optimizer that dtrain knows, or it does not step.
+        UsageError: no optimizer of the net steps that can be seen.
         StepError: the train step returns no loss.
         AgreedError: some rank could not set up; every rank raises it.
     """
     recipe, task = agree(world, lambda: load_bound(settings))
-    optimizer = task.optimizer
-    if optimizer is None:
-        raise UsageError(
-            "find lr needs exactly one optimizer: define build_optimizer(model), or set model.optimizer. "
-            f"{recipe.path} has none, or several.",
-            on_all_ranks=True,
-        )
-    rate = own_rate(optimizer)
-    ratios = agree(world, lambda: ratios_of(optimizer, rate))
-    key = key_of_rate(recipe, settings, rate)
+    if task.optimizer is not None:
+        agree(world, lambda: ratios_of(task.optimizer, own_rate(task.optimizer)))  # type: ignore[arg-type]
     task.dl_valid, task.valid_step, task.scheduler = None, None, None
     once = isinstance(task.dl_train, Iterator)
     short = shortened(settings, max_steps=len(rates))
     epochs = 1 if once else len(rates)
     engine = configured_engine(task, world, short, hooks=IN_TRAINING, epochs=epochs, nan="ignore")
-    test = RangeTest(engine, optimizer, ratios, Curve(rates), tell)
+    test = RangeTest(engine, Curve(rates), tell)
     engine.callbacks.add(test)
     with contextlib.suppress(StopRequested):
         engine.fit()
     anew = {"model", "data"} <= recipe.builders.keys()
-    return RangeTestResult(test.curve, key, tuple(ratios) if len(set(ratios)) > 1 else (), anew)
+    first, others = test.rates.first, test.rates.others()
+    key = None if first is None else key_of_rate(recipe, settings, own_rate(first))
+    of = name_of(first, task.module) if others else ""
+    return RangeTestResult(test.curve, key, test.rates.ratios(), anew, others, of)
 
 
 def shortened(settings: Settings, **train: Any) -> Settings:
@@ -130,43 +129,29 @@ class RangeTest(EngineCallback):
 
     Args:
         engine: it has not trained yet; `max_steps` ends it.
-        optimizer: the task's.
-        ratios: the rate of each of its groups over the curve's.
         curve: gets the losses.
         tell: is told after each step.
     """
 
     order = Order.RECORDS
 
-    def __init__(
-        self, engine: Engine, optimizer: Optimizer, ratios: list[float], curve: Curve, tell: Tell | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, curve: Curve, tell: Tell | None = None) -> None:
         self.curve = curve
+        self.rates = TestedRates(engine.task.module, engine.task.optimizer, self._rate)
         self._engine = engine
-        self._optimizer = optimizer
-        self._ratios = ratios
         self._tell = tell
-        self._stepped = False
         self._total = self._count = 0.0
-        self._handle: RemovableHandle | None = None
 
     def on_train_start(self, engine: Engine) -> None:
-        """From here on the optimizer steps with the curve's rates."""
-        self._handle = self._optimizer.register_step_pre_hook(self._set_rate)
+        """From here on the optimizers step with the curve's rates."""
+        self.rates.open()
 
     def close(self) -> None:
-        """The optimizer is let go."""
-        if self._handle is not None:
-            self._handle.remove()
+        """The optimizers are let go."""
+        self.rates.close()
 
-    def _set_rate(self, *_: Any) -> None:
-        self._stepped = True
-        rate = self.curve.rates[min(self._engine.place.updates, len(self.curve.rates) - 1)]
-        for group, ratio in zip(self._optimizer.param_groups, self._ratios, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate * ratio)
-            else:
-                group["lr"] = rate * ratio
+    def _rate(self) -> float:
+        return self.curve.rates[min(self._engine.place.updates, len(self.curve.rates) - 1)]
 
     def on_batch_end(self, batch: RankBatch, values: Mapping[str, Value]) -> None:
         """Adds a batch's loss.
@@ -192,10 +177,10 @@ class RangeTest(EngineCallback):
         """
         if position.split != "train":
             return
-        if not self._stepped and self._engine.learner.scaler is None:  # which leaves steps out
+        if not self.rates.stepped and self._engine.learner.scaler is None:  # which leaves steps out
             raise UsageError(
-                "find lr: the train step does not step model.optimizer, so its lr cannot be set. Use model.optimizer "
-                "in the step, or return the loss.",
+                "find lr: no torch.optim.Optimizer of the model's parameters steps, so no lr can be set. Use one in "
+                "the train step, or return the loss.",
                 on_all_ranks=True,
             )
         total, count = self._engine.world.all_reduce([self._total, self._count])
@@ -205,31 +190,6 @@ class RangeTest(EngineCallback):
             self._tell(self.curve)
         if not goes_on:
             raise StopRequested(self.curve.ended)
-
-
-def own_rate(optimizer: Optimizer) -> float:
-    """Returns the rate that an optimizer was made with: that of groups without one of their own."""
-    first = optimizer.param_groups[0]
-    rate = optimizer.defaults.get("lr")
-    return float(first.get("initial_lr", first["lr"]) if rate is None else rate)
-
-
-def ratios_of(optimizer: Optimizer, rate: float) -> list[float]:
-    """Returns the rate of each group over one, without what a schedule has made of it.
-
-    Raises:
-        UsageError: that one is 0, and the groups differ.
-    """
-    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-    if rate == 0:
-        if any(rates):
-            raise UsageError(
-                "find lr keeps the ratios of the parameter groups' lr "
-                f"({', '.join(map(str, rates))}) to the optimizer's "
-                "lr, which is 0. Set another lr."
-            )
-        return [1.0] * len(rates)
-    return [own / rate for own in rates]
 
 
 def key_of_rate(recipe: Recipe, settings: Settings, rate: float) -> str | None:
