@@ -101,9 +101,9 @@ def predict(
         settings = load_run_settings(run, words or [])
 
         def work(world: World) -> None:
+            from dtrain.trainer.agreed import agree
             from dtrain.trainer.evaluate import predict_run, restore_run
             from dtrain.trainer.export import write_predictions
-            from dtrain.trainer.train import agree
 
             restored = restore_run(run, settings, checkpoint.value, world)
             predictions = predict_run(restored, world, data.value)

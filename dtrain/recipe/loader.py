@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.config import bundled as share
+from dtrain.config.calls import refuse_call
 from dtrain.config.recipe_file import locate, module_name, syntax_problem
 from dtrain.data.batches import BatchFunctions
 from dtrain.data.sources import parts_of
@@ -84,6 +85,7 @@ def load_recipe(reference: str, base: Path) -> Recipe:
         RecipeError: the file or module is missing, or has a syntax error.
         Exception: whatever the user's file raises when it is imported.
     """
+    refuse_call(reference)
     path = locate(reference, base)
     project = project_root(Path.cwd() / "recipe.py" if path is None else path.resolve())
     record_loading(project=project)

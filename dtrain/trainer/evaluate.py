@@ -22,7 +22,7 @@ from dtrain.engine.train_step import Task
 from dtrain.errors import RecipeError, UsageError
 from dtrain.layout import CHECKPOINTS
 from dtrain.recipe.loader import bind, load_recipe
-from dtrain.trainer.train import agree
+from dtrain.trainer.agreed import agree
 
 Which = Literal["best", "last"]
 Split = Literal["valid", "train"]

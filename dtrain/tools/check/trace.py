@@ -26,8 +26,8 @@ from dtrain.engine.metrics import Mean, Observed, Value
 from dtrain.engine.options import RunOptions
 from dtrain.engine.position import Limits
 from dtrain.model.compile import wanted
+from dtrain.trainer.agreed import agree
 from dtrain.trainer.setup import configured_engine, load_task
-from dtrain.trainer.train import agree
 
 
 class Trace(EngineCallback):

@@ -26,8 +26,8 @@ from dtrain.engine.train_step import Task
 from dtrain.errors import StepError, StopRequested, UsageError
 from dtrain.recipe.loader import Recipe, bind, load_recipe
 from dtrain.tools.find.curve import Curve, growing
+from dtrain.trainer.agreed import agree
 from dtrain.trainer.setup import configured_engine
-from dtrain.trainer.train import agree
 
 Tell = Callable[[Curve], None]
 TIMES_AGAIN = 2

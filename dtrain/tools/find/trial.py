@@ -27,8 +27,8 @@ from dtrain.recipe.loader import load_recipe
 from dtrain.tools.find.lr import load_bound, shortened
 from dtrain.tools.find.memory import Guard, is_out_of_memory, limit_device, peak_of
 from dtrain.tools.find.search import BatchTrial
+from dtrain.trainer.agreed import agree
 from dtrain.trainer.setup import configured_engine
-from dtrain.trainer.train import agree
 
 FACTS, RESULT = "facts.json", "result.json"
 STEPS = 3  # optimizer steps: before the second one there are no optimizer states yet; the first one is not timed
