@@ -14,9 +14,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.api.fit_forms import FitPlan, read_fit
+from dtrain.api.in_run import CallRun, call_run, run_of_call, train_in_run
+from dtrain.api.keeping import Keeping
 from dtrain.api.spawn.call import call_on_ranks, starts_ranks
-from dtrain.callbacks.early_stopping import BestKeeper, load_state
+from dtrain.callbacks.early_stopping import load_state
 from dtrain.callbacks.progress import fed, progress_of
+from dtrain.config.calls import KERAS
 from dtrain.data.batches import BatchFunctions
 from dtrain.data.partition import BatchMode
 from dtrain.distributed.fsdp_settings import refuse_sharding
@@ -25,7 +28,7 @@ from dtrain.engine.call_hooks import call_hooks
 from dtrain.engine.callback import Callbacks, EngineCallback
 from dtrain.engine.hooks import check_callbacks, hooks_of, states_of
 from dtrain.engine.loop import Engine
-from dtrain.engine.monitored import check_early, check_plateau
+from dtrain.engine.monitored import check_plateau
 from dtrain.engine.options import RunOptions
 from dtrain.engine.predict import evaluate_task, predict
 from dtrain.engine.schedules import check_total_steps
@@ -153,6 +156,8 @@ class KerasModel(nn.Module):
         cpu: bool = False,
         world: World | None = None,
         num_processes: int | None = None,
+        run: str | Path | None = None,
+        config: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> pd.DataFrame:
         """Trains the net, in either of two calling forms::
@@ -181,6 +186,7 @@ class KerasModel(nn.Module):
             world: ranks that were brought up before, by default brought up here.
             num_processes: start this many ranks on this machine for the call, from a notebook, a prompt or a script
                 that is no rank itself; with 1, as without, it trains in this process.
+            run, config: as in `dtrain.train_model`.
             kwargs: see above.
 
         Returns:
@@ -189,7 +195,7 @@ class KerasModel(nn.Module):
 
         Raises:
             UsageError: an argument is wrong, or there is no loss.
-            StepError, DataError, RankError: as in `dtrain.train_model`.
+            StepError, DataError, RankError, StopRequested: as in `dtrain.train_model`.
         """  # fmt: skip
         given = {name: value for name, value in locals().items() if name not in ("self", "args", "kwargs")}
         plan, options = read_fit(args, kwargs), RunOptions.of(given)
@@ -197,16 +203,21 @@ class KerasModel(nn.Module):
         hooks = hooks_of({}, objects, "callbacks")
         self._cpu, self._options = cpu, replace(options, same_draws=False)
         self._batches = BatchFunctions(batch_size, split_batch)
+        task = self._task(plan.train_data, plan.val_data)  # tells what is missing; makes the default optimizer
+        task.monitor, task.hooks, task.others = plan.monitor, hooks, dict(states_of(objects))
+        how = run_of_call(run, config, lambda: self._run_of(run, task, plan, options, given))
         if num_processes is not None and starts_ranks(num_processes, world):
-            self._task(plan.train_data, plan.val_data)  # tells what is missing; makes the default optimizer
-            how = {**given, "model": self, **vars(plan)}
-            del how["world"], how["num_processes"]
-            with fed(verbose, log_step_freq=plan.log_step_freq) as (how["verbose"], meanwhile):
-                return call_on_ranks(_fit, how, num_processes, cpu=cpu, meanwhile=meanwhile)
+            arguments = {**given, "model": self, **vars(plan), "run": how, "config": None}
+            del arguments["world"], arguments["num_processes"]
+            with fed(verbose, log_step_freq=plan.log_step_freq) as (arguments["verbose"], meanwhile):
+                return call_on_ranks(_fit, arguments, num_processes, cpu=cpu, meanwhile=meanwhile)
         world = world if world is not None else bring_up(cpu=cpu)
         refuse_sharding(world.sharding, world.size, "KerasModel.fit")
-        task = self._task(plan.train_data, plan.val_data)
-        task.monitor, task.hooks, task.others = plan.monitor, hooks, dict(states_of(objects))
+        keeping = Keeping(plan)
+        if how is not None:
+            engine = train_in_run(how, task, world, verbose=verbose, ready=keeping.ready, begun=keeping.begun)
+            keeping.restore()
+            return engine.history.dataframe()
         engine = Engine(
             task,
             world,
@@ -215,8 +226,8 @@ class KerasModel(nn.Module):
             callbacks=Callbacks(progress_of(verbose, is_main=world.is_main, log_step_freq=plan.log_step_freq)),
         )
         call_hooks(engine)
-        keeper = _keeper(plan, engine)
-        engine.callbacks.add(keeper)
+        keeping.ready(engine)
+        keeping.begun(engine)
         check_plateau(engine, "monitor", "the argument of fit", plan.mode)
         check_total_steps(engine)
         history = engine.fit()
@@ -224,9 +235,37 @@ class KerasModel(nn.Module):
             put(f"{engine.ended}\n", sys.stdout)
         if engine.average is not None:
             engine.average.settle()
-        if keeper is not None:
-            keeper.restore()
+        keeping.restore()
         return history.dataframe()
+
+    def _run_of(self, run: Any, task: Task, plan: FitPlan, options: RunOptions, given: Mapping[str, Any]) -> CallRun:
+        """Returns the run of a `fit` that keeps one."""
+        own = {f"train.{name}": (getattr(plan, name), name) for name in ("epochs", "log_step_freq")}
+        if self.lr_scheduler is not None:
+            own |= {
+                "scheduler.interval": (task.interval, "lr_scheduler"),
+                "scheduler.monitor": (plan.monitor, "monitor"),
+            }
+        roots = {name: given[name] for name in ("batch_size", "split_batch", "callbacks")}
+        return call_run(
+            KERAS,
+            run,
+            task,
+            options=options,
+            own=own,
+            roots={
+                "loss_fn": self.loss_fn,
+                "metrics_dict": self.metrics_dict,
+                "net": self.net,
+                "optimizer": self.optimizer,
+                "lr_scheduler": self.lr_scheduler,
+                "train_data": plan.train_data,
+                "val_data": plan.val_data,
+                **roots,
+            },
+            loaders={"train_data": plan.train_data, "val_data": plan.val_data},
+            config=given["config"],
+        )
 
     def evaluate(  # noqa: PLR0913 - keyword-only
         self,
@@ -365,11 +404,3 @@ def _checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
                 "or a single torchmetrics metric; dtrain cannot reduce the state of anything else over the ranks."
             )
     return dict(metrics or {})
-
-
-def _keeper(plan: FitPlan, engine: Engine) -> BestKeeper | None:
-    if plan.ckpt_path is None and plan.patience is None:
-        return None
-    path = None if plan.ckpt_path is None else Path(plan.ckpt_path)
-    check_early(engine, plan.monitor, "monitor", "the argument of fit")
-    return BestKeeper(engine, plan.monitor, plan.mode, plan.patience, path)

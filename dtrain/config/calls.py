@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 TRAIN_MODEL, KERAS, SCRIPT = "dtrain.train_model", "dtrain.KerasModel.fit", "dtrain.run"
 CALLS = (TRAIN_MODEL, KERAS, SCRIPT)
+ACCEPT = "checkpoint.accept"
 _CONFIG = "argument config"
 
 
@@ -57,7 +58,7 @@ def way(settings: Settings, key: str, value: Any = None) -> str:
     """
     if not is_call(settings.config.recipe):
         text = str(value).lower() if isinstance(value, bool) else value
-        return key if value is None else f"{key}={text}"
+        return key if value is None else f"{'accept' if key == ACCEPT else key}={text}"
     argument, _, name = settings.place_of(key).partition(" ")
     if argument == "argument" and name != "config":
         return f"{name}=" if value is None else f"{name}={value!r}"

@@ -19,29 +19,26 @@ from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.config import bundled as share
 from dtrain.config.calls import refuse_call
 from dtrain.config.recipe_file import locate, module_name, syntax_problem
 from dtrain.data.batches import BatchFunctions
-from dtrain.data.sources import parts_of
 from dtrain.engine.hooks import check_callbacks, hooks_of, states_of
 from dtrain.engine.synced_metrics import check_metrics
 from dtrain.engine.train_step import Interval, Task
 from dtrain.errors import ConfigError, RecipeError, add_remark, nearest
 from dtrain.model.activation_checkpointing import KEY as RECOMPUTED
 from dtrain.model.activation_checkpointing import recompute
-from dtrain.model.attributes import attributes_of
 from dtrain.provenance.code import Code, project_root
 from dtrain.provenance.loading import loadings, record_loading
 from dtrain.provenance.opened import opened_files
 from dtrain.recipe.import_steps import ImportStep, import_steps
 from dtrain.recipe.param_groups import freeze, regroup
 from dtrain.recipe.signature import MONITOR, Builder, check_parameters, mark_secrets, own_keys, with_values
+from dtrain.recipe.stateful import stateful_in
 from dtrain.recipe.supplied import supplied_names, supplied_values
 
 T = TypeVar("T")
@@ -206,7 +203,7 @@ def bind(recipe: Recipe, settings: Settings) -> Task:
     task = Task(module, train_step, dl_train, valid_step, dl_valid, optimizer, scheduler, interval, **more)
     objects = check_callbacks(_built_bare(recipe, "build_callbacks"), f"{recipe.path}: build_callbacks()")
     task.hooks = hooks_of(vars(recipe.module), objects, str(recipe.path))
-    task.others = _others(recipe, task)
+    task.others = stateful_in(vars(recipe.module), task)
     named = {id(other) for other in task.others.values()}
     task.others |= {name: one for name, one in states_of(objects).items() if id(one) not in named}
     task.valid_together = _switch(recipe, "valid_together")
@@ -231,33 +228,10 @@ def _plateau_monitor(recipe: Recipe, settings: Settings, scheduler: Any) -> str 
     return (given or settings.config.checkpoint.monitor) if plateau else None
 
 
-def _others(recipe: Recipe, task: Task) -> dict[str, Any]:
-    """What else has a state, by its name: objects of the recipe's file, and attributes of the net and its modules.
-
-    What belongs to the loaders is kept with them, see `dtrain.data.sources`.
-    """
-    named = dict(vars(recipe.module)) | attributes_of(task.module)
-    own = (*task.module.modules(), task.optimizer, task.scheduler, *task.metrics.values())
-    loaders = (part for loader in (task.dl_train, task.dl_valid) for part in parts_of(loader).values())
-    known = {id(thing) for thing in (*own, *loaders)}
-    found = {}
-    for name, thing in named.items():
-        if id(thing) not in known and _has_state(thing):
-            known.add(id(thing))
-            found[name] = thing
-    return found
-
-
 def _batches(recipe: Recipe) -> BatchFunctions:
     """What the recipe says of its batches; `batch_size` may also be a number, for the recipe's own use."""
     named = {name: getattr(recipe.module, name, None) for name in ("batch_size", "split_batch")}
     return BatchFunctions(**{name: function for name, function in named.items() if callable(function)})
-
-
-def _has_state(thing: Any) -> bool:
-    methods = (getattr(thing, name, None) for name in ("state_dict", "load_state_dict"))
-    elsewhere = (type, ModuleType, Optimizer, DataLoader, Sampler, IterableDataset)
-    return not isinstance(thing, elsewhere) and all(callable(method) for method in methods)
 
 
 def _switch(recipe: Recipe, name: str) -> bool:

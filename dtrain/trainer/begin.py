@@ -118,7 +118,7 @@ def _check(engine: Engine, settings: Settings, loaded: Loaded | None, samples: M
             accepted += check_code(loaded.facts, engine.task.code, settings, run)
             if not accepted:
                 warn_of_globals(loaded.facts.get("samples", {}).get(GLOBALS, {}), samples.get(GLOBALS, {}))
-        accepted += check_data(loaded.facts.get("samples", {}), samples, engine, settings.config.checkpoint.accept)
+        accepted += check_data(loaded.facts.get("samples", {}), samples, engine, settings)
         check_ranks(loaded.facts, loaded.run["step"], engine.world.size, settings)
     check_shapes(engine, loaded.weights, loaded.run, loaded.ranks, str(loaded.path))
     return accepted
