@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from dtrain.api.fit_forms import FitPlan, read_fit
 from dtrain.api.in_run import CallRun, call_run, run_of_call, train_in_run
 from dtrain.api.keeping import Keeping
+from dtrain.api.keras_steps import KerasSteps, checked_metrics, counts_epochs
 from dtrain.api.spawn.call import call_on_ranks, starts_ranks
 from dtrain.callbacks.early_stopping import load_state
 from dtrain.callbacks.progress import fed, progress_of
@@ -74,7 +75,7 @@ class KerasModel(nn.Module):
         self.loss_fn = loss_fn
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.metrics_dict = _checked_metrics(metrics_dict)
+        self.metrics_dict = checked_metrics(metrics_dict)
         self._cpu = False
         self._options = RunOptions(same_draws=False)  # of `evaluate` and `predict`: those of `fit`
         self._batches = BatchFunctions()
@@ -103,7 +104,7 @@ class KerasModel(nn.Module):
         self.optimizer = optimizer if optimizer is not None else self.optimizer
         self.lr_scheduler = lr_scheduler if lr_scheduler is not None else self.lr_scheduler
         if metrics_dict is not None:
-            self.metrics_dict = _checked_metrics(metrics_dict)
+            self.metrics_dict = checked_metrics(metrics_dict)
 
     def summary(
         self,
@@ -348,7 +349,7 @@ class KerasModel(nn.Module):
             raise UsageError("no loss: pass KerasModel(net, loss_fn=...) or compile(loss_func=...).")
         if train_data is not None and self.optimizer is None:
             self.optimizer = torch.optim.Adam(self.net.parameters(), lr=3e-4)
-        steps = _Steps(self.loss_fn, self.metrics_dict)
+        steps = KerasSteps(self.loss_fn, self.metrics_dict)
         metrics = {name: copy.deepcopy(metric) for name, metric in self.metrics_dict.items() if is_torchmetric(metric)}
         return Task(
             module=self.net,
@@ -358,7 +359,7 @@ class KerasModel(nn.Module):
             dl_valid=val_data,
             optimizer=self.optimizer,
             scheduler=self.lr_scheduler,
-            interval="epoch" if _counts_epochs(self.lr_scheduler) else "step",
+            interval="epoch" if counts_epochs(self.lr_scheduler) else "step",
             metrics=metrics,
             batches=self._batches,
         )
@@ -366,41 +367,3 @@ class KerasModel(nn.Module):
 
 def _fit(model: KerasModel, **how: Any) -> pd.DataFrame:
     return model.fit(**how)
-
-
-class _Steps:
-    """The step of a loss function and metrics; declarative, so that the engine learns."""
-
-    def __init__(self, loss_fn: Callable[..., Any], metrics: Mapping[str, Any]) -> None:
-        self._loss_fn = loss_fn
-        self._metrics = metrics
-
-    def step(self, model: Any, features: Any, labels: Any) -> dict[str, Any]:
-        predictions = model(features)
-        if isinstance(self._loss_fn, nn.Module) and isinstance(labels, torch.Tensor):
-            self._loss_fn.to(labels.device)  # class weights, say
-        loss = self._loss_fn(predictions, labels)
-        with torch.no_grad():
-            return {"loss": loss} | {name: _value(m, predictions, labels) for name, m in self._metrics.items()}
-
-
-def _value(metric: Any, predictions: Any, labels: Any) -> Any:
-    if not is_torchmetric(metric):
-        return metric(predictions, labels)
-    return predictions, labels
-
-
-def _counts_epochs(scheduler: Any) -> bool:
-    return isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-
-
-def _checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Refuses what is neither a function nor a torchmetrics metric."""
-    for name, metric in (metrics or {}).items():
-        keeps_state = hasattr(metric, "compute") and hasattr(metric, "reset")
-        if not callable(metric) or (keeps_state and not is_torchmetric(metric)):
-            raise UsageError(
-                f"metrics_dict[{name!r}] is a {type(metric).__name__}. Use a function (predictions, labels) -> mean, "
-                "or a single torchmetrics metric; dtrain cannot reduce the state of anything else over the ranks."
-            )
-    return dict(metrics or {})

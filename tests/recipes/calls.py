@@ -1,0 +1,89 @@
+"""A run of each style that keeps a folder; killed on request: python calls.py STYLE RUN [EPOCHS].
+
+DIE=N kills the process by SIGKILL in its Nth step; RANKS=N starts ranks for the call; the other variables change the call.
+"""
+
+import os
+import signal
+import sys
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import dtrain
+
+SCALE = float(os.environ.get("SCALE", "1"))
+steps = 0
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        hidden, p = int(os.environ.get("HIDDEN", "6")), float(os.environ.get("DROP", "0.2"))
+        self.layers = nn.Sequential(
+            nn.Linear(3, hidden), nn.BatchNorm1d(hidden), nn.Dropout(p), nn.Tanh(), nn.Linear(hidden, 1)
+        )
+
+    def forward(self, features):
+        return self.layers(features)
+
+
+def die():
+    global steps
+    steps += 1
+    if os.environ.get("DIE") == str(steps) and dtrain.rank() == dtrain.world_size() - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def loss_of(predictions, labels):
+    return ((predictions - labels) ** 2).mean() * SCALE
+
+
+def train_step(model, features, labels):
+    die()
+    return {"loss": loss_of(model(features), labels)}
+
+
+def valid_step(model, features, labels):
+    return {"loss": loss_of(model(features), labels)}
+
+
+def error(predictions, labels):
+    if torch.is_grad_enabled() or predictions.shape:
+        die()
+    return (predictions - labels).abs().mean()
+
+
+def data():
+    torch.manual_seed(int(os.environ.get("DATA", "0")))
+    x = torch.randn(60, 3)
+    y = x.sum(1, keepdim=True) + 0.1 * torch.randn(60, 1)
+    shuffle = "ORDERED" not in os.environ
+    return DataLoader(TensorDataset(x[:48], y[:48]), 8, shuffle=shuffle), DataLoader(TensorDataset(x[48:], y[48:]), 8)
+
+
+def main(style, run, epochs):
+    dl_train, dl_valid = data()
+    net = Net()
+    kind = getattr(torch.optim, os.environ.get("OPTIMIZER", "Adam"))
+    optimizer = kind(net.parameters(), lr=float(os.environ.get("LR", "0.01")))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=float(os.environ.get("GAMMA", "0.9")))
+    how = {"run": run, "config": {"checkpoint.every_steps": 1}, "cpu": True, "seed": int(os.environ.get("SEED", "1"))}
+    how["batch"], how["verbose"] = os.environ.get("BATCH", "global"), False
+    how["num_processes"] = int(os.environ["RANKS"]) if "RANKS" in os.environ else None
+    if style == "train_model":
+        steps_of = {"train_step": train_step, "valid_step": valid_step}
+        frame = dtrain.train_model(
+            net, epochs, dl_train, dl_valid, optimizer=optimizer, scheduler=scheduler, **steps_of, **how
+        )
+    else:
+        model = dtrain.KerasModel(net, loss_of, {"error": error}, optimizer, scheduler)
+        frame = model.fit(dl_train, dl_valid, epochs=epochs, ckpt_path=f"{run}.best.safetensors", patience=9, **how)
+    if dtrain.is_main():
+        print(frame.drop(columns=["seconds", "samples_per_second"]).to_csv(index=False))
+        print(b"".join(value.numpy().tobytes() for value in net.state_dict().values()).hex())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 3)
