@@ -66,7 +66,7 @@ def run_state(engine: Engine) -> State:
         "gradients": waiting_gradients(engine),
         "scheduler": None if task.scheduler is None else _kept(task.scheduler),
         "others": {name: _kept(other) for name, other in task.others.items()},
-        "buffers": _other_buffers(task.module),
+        "buffers": other_buffers(task.module),
         "trained weights": None if engine.average is None else engine.average.trained(),
         "averages": {} if engine.average is None else engine.average.exact(),
     }
@@ -118,7 +118,7 @@ def _optimizer_state(optimizer: Optimizer, engine: Engine) -> State:
     return {**_kept(optimizer), **held, "own": optimizer is task.optimizer}
 
 
-def _other_buffers(module: nn.Module) -> dict[str, Tensor]:
+def other_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Returns the buffers that are not in the net's `state_dict()`, which training may have changed all the same.
 
     Sparse ones are left out: the recipe makes them.
@@ -150,7 +150,7 @@ def restore(engine: Engine, weights: Mapping[str, Any], run: State, ranks: list[
     task.module.load_state_dict(cut, strict=False)
     if engine.average is not None:
         engine.average.take_up(run["trained weights"], run.get("averages", {}), run["updates"])
-    _load_buffers(task.module, run["buffers"])
+    load_buffers(task.module, run["buffers"])
     optimizers = find_optimizers(run["optimizers"], task)
     for optimizer, saved in zip(optimizers, run["optimizers"], strict=True):
         regroup(optimizer, saved["holds"], task.module)
@@ -188,7 +188,7 @@ def _resume_end(engine: Engine, run: State, ranks: list[State]) -> None:
 
 
 @torch.no_grad()
-def _load_buffers(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+def load_buffers(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Puts back the buffers that are not in the net's `state_dict()`; one may have come or changed its size since."""
     there = dict(module.named_buffers())
     device = next((p.device for p in module.parameters()), torch.device("cpu"))

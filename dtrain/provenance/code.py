@@ -65,16 +65,19 @@ class Code:
         return code
 
     @classmethod
-    def of_pieces(cls, place: Path, pieces: Mapping[str, bytes], modules: Iterable[str]) -> Code:
+    def of_pieces(
+        cls, place: Path, pieces: Mapping[str, bytes], modules: Iterable[str], main: ModuleType | None = None
+    ) -> Code:
         """Returns the code of a call that has no recipe.
 
         Args:
             place: of the script that calls.
             pieces: name -> content.
             modules: names of modules of the user's own that belong to it, with those that they lead to.
+            main: the script, where all that it leads to belongs to it.
         """
         code = cls(place, next(iter(pieces), place.name), dict(pieces), _seen=loadings())
-        for name in sorted(modules):
+        for name in sorted({*modules, *(name for name, _ in (() if main is None else _reached(main)))}):
             module = sys.modules[name]
             for found, path in ((name, Path(str(module.__file__)).resolve()), *_reached(module)):
                 if path.suffix == ".py" and path not in code.places.values() and found != "__main__":

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import dtrain
 
 SCALE = float(os.environ.get("SCALE", "1"))
-steps = 0
+steps = [0]
 
 
 class Net(nn.Module):
@@ -30,9 +30,8 @@ class Net(nn.Module):
 
 
 def die():
-    global steps
-    steps += 1
-    if os.environ.get("DIE") == str(steps) and dtrain.rank() == dtrain.world_size() - 1:
+    steps[0] += 1
+    if os.environ.get("DIE") == str(steps[0]) and dtrain.rank() == dtrain.world_size() - 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -63,7 +62,37 @@ def data():
     return DataLoader(TensorDataset(x[:48], y[:48]), 8, shuffle=shuffle), DataLoader(TensorDataset(x[48:], y[48:]), 8)
 
 
+def script(run, epochs):
+    """The same in a loop of its own."""
+    dl_train, dl_valid = data()
+    net = Net()
+    optimizer = torch.optim.Adam(net.parameters(), lr=float(os.environ.get("LR", "0.01")))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
+    net, dl_train, dl_valid = dtrain.prepare(net, dl_train, dl_valid, batch="global", cpu=True)
+    run = dtrain.run(run, net, optimizer, scheduler, config={"checkpoint.every_steps": 1})
+    for epoch in run.epochs(epochs):
+        net.train()
+        train, valid = dtrain.Meter(), dtrain.Meter()
+        for features, labels in dl_train:
+            die()
+            optimizer.zero_grad()
+            loss = loss_of(net(features), labels)
+            loss.backward()
+            optimizer.step()
+            train.add(loss=loss)
+        net.eval()
+        for features, labels in dl_valid:
+            die()
+            with torch.no_grad():
+                valid.add(loss=loss_of(net(features), labels))
+        scheduler.step()
+        run.history.append({"epoch": epoch, **train.means(), **valid.means("val_"), "lr": scheduler.get_last_lr()[0]})
+    tell(run.history.dataframe(), net)
+
+
 def main(style, run, epochs):
+    if style == "script":
+        return script(run, epochs)
     dl_train, dl_valid = data()
     net = Net()
     kind = getattr(torch.optim, os.environ.get("OPTIMIZER", "Adam"))
@@ -80,9 +109,14 @@ def main(style, run, epochs):
     else:
         model = dtrain.KerasModel(net, loss_of, {"error": error}, optimizer, scheduler)
         frame = model.fit(dl_train, dl_valid, epochs=epochs, ckpt_path=f"{run}.best.safetensors", patience=9, **how)
+    return tell(frame.drop(columns=["seconds", "samples_per_second"]), net)
+
+
+def tell(frame, net):
+    """Prints all numbers to the last bit, and nothing else, on rank 0."""
     if dtrain.is_main():
-        print(frame.drop(columns=["seconds", "samples_per_second"]).to_csv(index=False))
-        print(b"".join(value.numpy().tobytes() for value in net.state_dict().values()).hex())
+        weights = b"".join(value.numpy().tobytes() for value in net.state_dict().values()).hex()
+        print(f"<<<{frame.to_csv(index=False)}{weights}>>>")
 
 
 if __name__ == "__main__":
