@@ -15,6 +15,7 @@ from dtrain.api.described import at_first, described, net_text
 from dtrain.callbacks.progress import ConsoleOptions, progress_of
 from dtrain.callbacks.tracking.wanted import check_installed
 from dtrain.config import Settings, call_settings
+from dtrain.config.calls import run_folder
 from dtrain.distributed.world import World
 from dtrain.engine.callback import EngineCallback
 from dtrain.engine.loop import Engine
@@ -87,7 +88,7 @@ def call_run(  # noqa: PLR0913 - keyword-only
     if isinstance(run, CallRun):
         return CallRun(run.settings, run.roots, run.code)
     given = {f"train.{field.name}": (getattr(options, field.name), field.name) for field in fields(options)}
-    place = Path(run)
+    place = run_folder(run)
     optimizer = task.optimizer or getattr(task.module, "optimizer", None)
     objects = described(place, model=task.module, optimizer=optimizer, scheduler=task.scheduler, loaders=loaders)
     settings = call_settings(call, run, {**given, **own, **objects}, config)

@@ -33,7 +33,7 @@ from dtrain.checkpoint.retention import RetentionPolicy
 from dtrain.checkpoint.rows import RowLines
 from dtrain.checkpoint.saver import checkpoint_files, packed
 from dtrain.config import call_settings
-from dtrain.config.calls import SCRIPT
+from dtrain.config.calls import SCRIPT, run_folder
 from dtrain.distributed.seeding import derive, load_random_state, random_state, seed_everything
 from dtrain.distributed.stopping import Stopping
 from dtrain.distributed.time_limit import AgreedClock
@@ -83,7 +83,7 @@ class ScriptRun:
 
     def __init__(self, folder: str | Path, objects: Objects, config: Mapping[str, Any] | None) -> None:
         first = check_prepared(PROCESS)
-        self._shown = Path(folder)
+        self._shown = run_folder(folder)
         self._world, self._objects, self._config = first.world, objects, config
         self._seed = first.seed
         self._pass = self._step = self._steps = 0  # of the epoch: passes that began, steps of this one, and of all
@@ -269,7 +269,7 @@ class ScriptRun:
         optimizer, scheduler = (next(iter(things), None) for things in (self._objects.optimizers, self._objects.others))
         loaders = {f"loader_{number}": one.loader for number, one in enumerate(PROCESS.loaders, start=1)}
         objects = described(
-            Path(folder), model=self._objects.nets[0], optimizer=optimizer, scheduler=scheduler, loaders=loaders
+            self._shown, model=self._objects.nets[0], optimizer=optimizer, scheduler=scheduler, loaders=loaders
         )
         own = {"train.batch": (first.batch, "batch"), "train.seed": (first.seed, "seed")}
         settings = call_settings(SCRIPT, folder, {**own, **objects}, self._config)

@@ -85,7 +85,7 @@ def call_values(
         UsageError: the folder has no name, or `config` is no mapping.
         ConfigError: a key of `config` is that of another argument, or of a builder.
     """
-    folder = _folder(run)
+    folder = run_folder(run)
     values = {"recipe": Value(call, "the call", raw=call)}
     for key, text in (("run.dir", str(folder.parent)), ("run.name", folder.name)):
         values[key] = Value(text, "argument run", raw=text)
@@ -107,7 +107,12 @@ def _instead(key: str, own: Mapping[str, tuple[Any, str]]) -> str:
     return "a call has no recipe with such parameters: it gets the objects themselves."
 
 
-def _folder(run: str | Path) -> Path:
+def run_folder(run: Any) -> Path:
+    """Returns the folder that an argument `run` names.
+
+    Raises:
+        UsageError: it is no path that ends in a name.
+    """
     if not isinstance(run, (str, os.PathLike)) or not str(run):
         raise UsageError(f"run = {run!r}: should be the path of the run's folder, such as 'runs/first'.")
     folder = Path(run).expanduser()

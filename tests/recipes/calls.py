@@ -1,6 +1,6 @@
 """A run of each style that keeps a folder; killed on request: python calls.py STYLE RUN [EPOCHS].
 
-DIE=N kills the process by SIGKILL in its Nth step; RANKS=N starts ranks for the call; the other variables change the call.
+DIE=N kills the last rank by SIGKILL in its Nth step, TERM_IN=N asks to stop; RANKS=N starts ranks for the call; the other variables change the call.
 """
 
 import os
@@ -21,9 +21,8 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         hidden, p = int(os.environ.get("HIDDEN", "6")), float(os.environ.get("DROP", "0.2"))
-        self.layers = nn.Sequential(
-            nn.Linear(3, hidden), nn.BatchNorm1d(hidden), nn.Dropout(p), nn.Tanh(), nn.Linear(hidden, 1)
-        )
+        norm = getattr(nn, os.environ.get("NORM", "BatchNorm1d"))
+        self.layers = nn.Sequential(nn.Linear(3, hidden), norm(hidden), nn.Dropout(p), nn.Tanh(), nn.Linear(hidden, 1))
 
     def forward(self, features):
         return self.layers(features)
@@ -33,6 +32,8 @@ def die():
     steps[0] += 1
     if os.environ.get("DIE") == str(steps[0]) and dtrain.rank() == dtrain.world_size() - 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ.get("TERM_IN") == str(steps[0]):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def loss_of(predictions, labels):
