@@ -34,6 +34,7 @@ _HOME_OF = {
     "print_main": "dtrain.api.here",
     "rank": "dtrain.api.here",
     "read_history": "dtrain.rundir.history",
+    "run": "dtrain.api.script_run",
     "save_weights": "dtrain.api.script",
     "train_model": "dtrain.api.function",
     "world_size": "dtrain.api.here",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from dtrain.api.here import is_main, print_main, rank, world_size
     from dtrain.api.keras import KerasModel
     from dtrain.api.script import Meter, prepare, save_weights
+    from dtrain.api.script_run import run
     from dtrain.engine.hooks import Callback
     from dtrain.engine.metrics import Mean
     from dtrain.engine.run import Run
@@ -85,6 +87,7 @@ __all__ = [
     "print_main",
     "rank",
     "read_history",
+    "run",
     "save_weights",
     "train_model",
     "world_size",

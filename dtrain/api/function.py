@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from dtrain.api.in_run import CallRun, call_run, run_of_call, train_in_run
 from dtrain.api.spawn.call import call_on_ranks, starts_ranks
 from dtrain.callbacks.progress import fed, progress_of
+from dtrain.config.calls import TRAIN_MODEL
 from dtrain.data.batches import BatchFunctions
 from dtrain.data.partition import BatchMode
 from dtrain.data.rank_shards import DataSharding
@@ -89,6 +92,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     cpu: bool = False,
     world: World | None = None,
     num_processes: int | None = None,
+    run: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Trains a net with its steps, on as many ranks as the process was started as.
 
@@ -141,14 +146,18 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         world: ranks that were brought up before, by default brought up here.
         num_processes: start this many ranks on this machine for the call, from a notebook, a prompt or a script
             that is no rank itself; with 1, as without, it trains in this process.
+        run: a folder that keeps the run, such as "runs/first": config, history, checkpoints. The same call again
+            resumes it, and returns the history of a complete one; see docs/checkpoints.md.
+        config: with `run`, further keys of a run's config: `{"checkpoint.every_steps": 100}`; see docs/configs.md.
 
     Returns:
         `dfhistory` on every rank, a row an epoch: epoch, loss, METRIC, val_loss, val_METRIC, lr, seconds,
         samples_per_second. The means are over all samples of all ranks.
 
     Raises:
-        UsageError: an argument is wrong, or the ranks did not come up as launched.
+        UsageError: an argument is wrong, the ranks did not come up as launched, or `run` has another run.
         StepError: a step breaks the step contract.
+        StopRequested: with `run`, training was asked to stop, and is saved.
         DataError: a loader yields nothing.
         RankError: a rank that was started for the call failed; its report says how, also where the cause is one of
             the above.
@@ -174,12 +183,16 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         hooks=hooks_of({}, objects, "callbacks"),
         valid_together=valid_together,
     )
+    how = run_of_call(run, config, lambda: _run_of(arguments["run"], task, options, arguments))
     if num_processes is not None and starts_ranks(num_processes, world):
+        arguments["run"] = how
         del arguments["world"], arguments["num_processes"]
         with fed(verbose, log_step_freq=log_step_freq) as (arguments["verbose"], meanwhile):
             return call_on_ranks(train_model, arguments, num_processes, cpu=cpu, meanwhile=meanwhile)
     world = world if world is not None else bring_up(cpu=cpu)
     refuse_sharding(world.sharding, world.size, "train_model")
+    if how is not None:
+        return train_in_run(how, task, world, verbose=verbose).history.dataframe()
     engine = Engine(
         task,
         world,
@@ -194,6 +207,32 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     if engine.average is not None:
         engine.average.settle()
     return history.dataframe()
+
+
+def _run_of(run: str | Path | CallRun, task: Task, options: RunOptions, arguments: Mapping[str, Any]) -> CallRun:
+    """Returns the run of a call, of which all arguments are known."""
+    own = {f"train.{name}": (arguments[name], name) for name in ("epochs", "log_step_freq")}
+    if task.scheduler is not None:
+        own["scheduler.interval"] = (task.interval, "scheduler_interval")
+        own["scheduler.monitor"] = (task.monitor, "scheduler_monitor")
+    objects = ("scheduler", "metrics", "batch_size", "split_batch", "callbacks", "optimizer")
+    return call_run(
+        TRAIN_MODEL,
+        run,
+        task,
+        options=options,
+        own=own,
+        roots={
+            "train_step": task.train_step,
+            "valid_step": task.valid_step,
+            "model": task.module,
+            "dl_train": task.dl_train,
+            "dl_valid": task.dl_valid,
+            **{name: arguments[name] for name in objects},
+        },
+        loaders={"dl_train": task.dl_train, "dl_valid": task.dl_valid},
+        config=arguments["config"],
+    )
 
 
 def _tutorials(step: Step, model: nn.Module) -> Step:

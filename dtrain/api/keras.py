@@ -14,9 +14,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.api.fit_forms import FitPlan, read_fit
+from dtrain.api.in_run import CallRun, call_run, run_of_call, train_in_run
+from dtrain.api.keeping import Keeping
+from dtrain.api.keras_steps import KerasSteps, checked_metrics, counts_epochs
 from dtrain.api.spawn.call import call_on_ranks, starts_ranks
-from dtrain.callbacks.early_stopping import BestKeeper, load_state
+from dtrain.callbacks.early_stopping import load_state
 from dtrain.callbacks.progress import fed, progress_of
+from dtrain.config.calls import KERAS
 from dtrain.data.batches import BatchFunctions
 from dtrain.data.partition import BatchMode
 from dtrain.data.rank_shards import DataSharding
@@ -26,7 +30,7 @@ from dtrain.engine.call_hooks import call_hooks
 from dtrain.engine.callback import Callbacks, EngineCallback
 from dtrain.engine.hooks import check_callbacks, hooks_of, states_of
 from dtrain.engine.loop import Engine
-from dtrain.engine.monitored import check_early, check_plateau
+from dtrain.engine.monitored import check_plateau
 from dtrain.engine.options import RunOptions
 from dtrain.engine.predict import evaluate_task, predict
 from dtrain.engine.schedules import check_total_steps
@@ -72,7 +76,7 @@ class KerasModel(nn.Module):
         self.loss_fn = loss_fn
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.metrics_dict = _checked_metrics(metrics_dict)
+        self.metrics_dict = checked_metrics(metrics_dict)
         self._cpu = False
         self._options = RunOptions(same_draws=False)  # of `evaluate` and `predict`: those of `fit`
         self._batches = BatchFunctions()
@@ -101,7 +105,7 @@ class KerasModel(nn.Module):
         self.optimizer = optimizer if optimizer is not None else self.optimizer
         self.lr_scheduler = lr_scheduler if lr_scheduler is not None else self.lr_scheduler
         if metrics_dict is not None:
-            self.metrics_dict = _checked_metrics(metrics_dict)
+            self.metrics_dict = checked_metrics(metrics_dict)
 
     def summary(
         self,
@@ -156,6 +160,8 @@ class KerasModel(nn.Module):
         cpu: bool = False,
         world: World | None = None,
         num_processes: int | None = None,
+        run: str | Path | None = None,
+        config: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> pd.DataFrame:
         """Trains the net, in either of two calling forms::
@@ -188,6 +194,7 @@ class KerasModel(nn.Module):
             world: ranks that were brought up before, by default brought up here.
             num_processes: start this many ranks on this machine for the call, from a notebook, a prompt or a script
                 that is no rank itself; with 1, as without, it trains in this process.
+            run, config: as in `dtrain.train_model`.
             kwargs: see above.
 
         Returns:
@@ -196,7 +203,7 @@ class KerasModel(nn.Module):
 
         Raises:
             UsageError: an argument is wrong, or there is no loss.
-            StepError, DataError, RankError: as in `dtrain.train_model`.
+            StepError, DataError, RankError, StopRequested: as in `dtrain.train_model`.
         """  # fmt: skip
         given = {name: value for name, value in locals().items() if name not in ("self", "args", "kwargs")}
         plan, options = read_fit(args, kwargs), RunOptions.of(given)
@@ -204,16 +211,21 @@ class KerasModel(nn.Module):
         hooks = hooks_of({}, objects, "callbacks")
         self._cpu, self._options = cpu, replace(options, same_draws=False)
         self._batches = BatchFunctions(batch_size, split_batch)
+        task = self._task(plan.train_data, plan.val_data)  # tells what is missing; makes the default optimizer
+        task.monitor, task.hooks, task.others = plan.monitor, hooks, dict(states_of(objects))
+        how = run_of_call(run, config, lambda: self._run_of(run, task, plan, options, given))
         if num_processes is not None and starts_ranks(num_processes, world):
-            self._task(plan.train_data, plan.val_data)  # tells what is missing; makes the default optimizer
-            how = {**given, "model": self, **vars(plan)}
-            del how["world"], how["num_processes"]
-            with fed(verbose, log_step_freq=plan.log_step_freq) as (how["verbose"], meanwhile):
-                return call_on_ranks(_fit, how, num_processes, cpu=cpu, meanwhile=meanwhile)
+            arguments = {**given, "model": self, **vars(plan), "run": how, "config": None}
+            del arguments["world"], arguments["num_processes"]
+            with fed(verbose, log_step_freq=plan.log_step_freq) as (arguments["verbose"], meanwhile):
+                return call_on_ranks(_fit, arguments, num_processes, cpu=cpu, meanwhile=meanwhile)
         world = world if world is not None else bring_up(cpu=cpu)
         refuse_sharding(world.sharding, world.size, "KerasModel.fit")
-        task = self._task(plan.train_data, plan.val_data)
-        task.monitor, task.hooks, task.others = plan.monitor, hooks, dict(states_of(objects))
+        keeping = Keeping(plan)
+        if how is not None:
+            engine = train_in_run(how, task, world, verbose=verbose, ready=keeping.ready, begun=keeping.begun)
+            keeping.restore()
+            return engine.history.dataframe()
         engine = Engine(
             task,
             world,
@@ -222,8 +234,8 @@ class KerasModel(nn.Module):
             callbacks=Callbacks(progress_of(verbose, is_main=world.is_main, log_step_freq=plan.log_step_freq)),
         )
         call_hooks(engine)
-        keeper = _keeper(plan, engine)
-        engine.callbacks.add(keeper)
+        keeping.ready(engine)
+        keeping.begun(engine)
         check_plateau(engine, "monitor", "the argument of fit", plan.mode)
         check_total_steps(engine)
         history = engine.fit()
@@ -231,9 +243,37 @@ class KerasModel(nn.Module):
             put(f"{engine.ended}\n", sys.stdout)
         if engine.average is not None:
             engine.average.settle()
-        if keeper is not None:
-            keeper.restore()
+        keeping.restore()
         return history.dataframe()
+
+    def _run_of(self, run: Any, task: Task, plan: FitPlan, options: RunOptions, given: Mapping[str, Any]) -> CallRun:
+        """Returns the run of a `fit` that keeps one."""
+        own = {f"train.{name}": (getattr(plan, name), name) for name in ("epochs", "log_step_freq")}
+        if self.lr_scheduler is not None:
+            own |= {
+                "scheduler.interval": (task.interval, "lr_scheduler"),
+                "scheduler.monitor": (plan.monitor, "monitor"),
+            }
+        roots = {name: given[name] for name in ("batch_size", "split_batch", "callbacks")}
+        return call_run(
+            KERAS,
+            run,
+            task,
+            options=options,
+            own=own,
+            roots={
+                "loss_fn": self.loss_fn,
+                "metrics_dict": self.metrics_dict,
+                "net": self.net,
+                "optimizer": self.optimizer,
+                "lr_scheduler": self.lr_scheduler,
+                "train_data": plan.train_data,
+                "val_data": plan.val_data,
+                **roots,
+            },
+            loaders={"train_data": plan.train_data, "val_data": plan.val_data},
+            config=given["config"],
+        )
 
     def evaluate(  # noqa: PLR0913 - keyword-only
         self,
@@ -316,7 +356,7 @@ class KerasModel(nn.Module):
             raise UsageError("no loss: pass KerasModel(net, loss_fn=...) or compile(loss_func=...).")
         if train_data is not None and self.optimizer is None:
             self.optimizer = torch.optim.Adam(self.net.parameters(), lr=3e-4)
-        steps = _Steps(self.loss_fn, self.metrics_dict)
+        steps = KerasSteps(self.loss_fn, self.metrics_dict)
         metrics = {name: copy.deepcopy(metric) for name, metric in self.metrics_dict.items() if is_torchmetric(metric)}
         return Task(
             module=self.net,
@@ -326,7 +366,7 @@ class KerasModel(nn.Module):
             dl_valid=val_data,
             optimizer=self.optimizer,
             scheduler=self.lr_scheduler,
-            interval="epoch" if _counts_epochs(self.lr_scheduler) else "step",
+            interval="epoch" if counts_epochs(self.lr_scheduler) else "step",
             metrics=metrics,
             batches=self._batches,
         )
@@ -334,49 +374,3 @@ class KerasModel(nn.Module):
 
 def _fit(model: KerasModel, **how: Any) -> pd.DataFrame:
     return model.fit(**how)
-
-
-class _Steps:
-    """The step of a loss function and metrics; declarative, so that the engine learns."""
-
-    def __init__(self, loss_fn: Callable[..., Any], metrics: Mapping[str, Any]) -> None:
-        self._loss_fn = loss_fn
-        self._metrics = metrics
-
-    def step(self, model: Any, features: Any, labels: Any) -> dict[str, Any]:
-        predictions = model(features)
-        if isinstance(self._loss_fn, nn.Module) and isinstance(labels, torch.Tensor):
-            self._loss_fn.to(labels.device)  # class weights, say
-        loss = self._loss_fn(predictions, labels)
-        with torch.no_grad():
-            return {"loss": loss} | {name: _value(m, predictions, labels) for name, m in self._metrics.items()}
-
-
-def _value(metric: Any, predictions: Any, labels: Any) -> Any:
-    if not is_torchmetric(metric):
-        return metric(predictions, labels)
-    return predictions, labels
-
-
-def _counts_epochs(scheduler: Any) -> bool:
-    return isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-
-
-def _checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Refuses what is neither a function nor a torchmetrics metric."""
-    for name, metric in (metrics or {}).items():
-        keeps_state = hasattr(metric, "compute") and hasattr(metric, "reset")
-        if not callable(metric) or (keeps_state and not is_torchmetric(metric)):
-            raise UsageError(
-                f"metrics_dict[{name!r}] is a {type(metric).__name__}. Use a function (predictions, labels) -> mean, "
-                "or a single torchmetrics metric; dtrain cannot reduce the state of anything else over the ranks."
-            )
-    return dict(metrics or {})
-
-
-def _keeper(plan: FitPlan, engine: Engine) -> BestKeeper | None:
-    if plan.ckpt_path is None and plan.patience is None:
-        return None
-    path = None if plan.ckpt_path is None else Path(plan.ckpt_path)
-    check_early(engine, plan.monitor, "monitor", "the argument of fit")
-    return BestKeeper(engine, plan.monitor, plan.mode, plan.patience, path)

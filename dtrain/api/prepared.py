@@ -27,6 +27,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from dtrain.api.keeper import Keeper, Resume
 from dtrain.data.batches import BatchFunctions
 from dtrain.data.loader import ShardedLoader
 from dtrain.data.partition import BatchMode, RankBatch, ShardSpec
@@ -61,6 +62,7 @@ class Pass:
         trained: the nets that it trains.
         given: the number, in this process, of the share that was given last.
         interrupted: whether another pass has ended since then.
+        step: shares that were given, also before the script was resumed.
     """
 
     train: bool
@@ -68,6 +70,7 @@ class Pass:
     trained: list[Replica] = field(default_factory=list)
     given: int = 0
     interrupted: bool = False
+    step: int = 0
 
     def weighted_by(self, others: list[Pass]) -> list[Replica]:
         """Returns the nets whose gradients get the weight of this pass's share.
@@ -116,6 +119,8 @@ class Process:
         given: the number of shares that loops were given.
         saved: folder -> the epochs that this process saved in it.
         synced: what BatchNorm without running statistics takes a batch's over in validation; on several ranks alone.
+        loaders: the prepared loaders.
+        run: what keeps the script's run (`dtrain.run`); None where nothing does.
     """
 
     world: World | None = None
@@ -128,6 +133,8 @@ class Process:
     given: int = 0
     saved: dict[Path, set[Path]] = field(default_factory=dict)
     synced: SyncedBatchNorm | None = None
+    loaders: list[PreparedLoader] = field(default_factory=list)
+    run: Keeper | None = None
 
     def joined(self, *, cpu: bool) -> World:
         """Returns the world; brings it up where nobody has.
@@ -253,6 +260,13 @@ class PreparedLoader:
         seed: the order is derived from it and the epoch.
         fetch_batches: see `dtrain.data.fetch`.
         same_draws, sharding: as for `dtrain.train_model`; the second is called `data_sharding` there.
+
+    Attributes:
+        epochs: passes in training (True) and in validation so far.
+        views: this rank's views of the loader, likewise.
+        draws: what leads the random numbers of train and of valid steps.
+        replica: of its net.
+        began: the states of the user's own generators as the pass began.
     """
 
     def __init__(  # noqa: PLR0913 - keyword-only
@@ -269,17 +283,19 @@ class PreparedLoader:
         sharding: DataSharding = "auto",
     ) -> None:
         self.loader = loader
-        self._replica = replica
+        self.replica = replica
         process.fed.add(id(replica))
+        process.loaders.append(self)
         self._process = process
-        self._batch: BatchMode = batch
-        self._seed = seed
+        self.batch: BatchMode = batch
+        self.seed = seed
         self._world = process.joined(cpu=False)
         self._how: dict[str, Any] = {"fetch_batches": fetch_batches, "functions": functions, "world": self._world}
         self._how["sharding"] = sharding
-        self._views: dict[bool, ShardedLoader] = {}
-        self._epochs = {True: 0, False: 0}
-        self._draws = step_draws(self._world, seed, replica, batch, same_draws)
+        self.views: dict[bool, ShardedLoader] = {}
+        self.epochs = {True: 0, False: 0}
+        self.began: list[Any] = []
+        self.draws = step_draws(self._world, seed, replica, batch, same_draws)
         self._place = TrainPosition(self._world.rank, heartbeat=own_heartbeat())  # for the watch of `dtrain launch`
 
     def __len__(self) -> int:
@@ -288,7 +304,7 @@ class PreparedLoader:
         Raises:
             TypeError: the loader has no length.
         """
-        steps = self._view(train=True).steps()
+        steps = self.view(train=True).steps()
         if steps is None:
             raise TypeError(f"the loader ({type(self.loader).__name__}) has no length")
         return steps
@@ -300,39 +316,47 @@ class PreparedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Yields this rank's batches of one epoch, on its device."""
-        net = self._replica.net
+        net = self.replica.net
         current = Pass(train=net.training)
-        self._epochs[current.train] += 1
-        view, draws = self._view(train=current.train), self._draws[0 if current.train else 1]
-        view.varied = draws is not None and draws.varies(self._epochs[current.train])
+        self.epochs[current.train] += 1
+        begin = Resume() if self._process.run is None else self._process.run.enter(self, current)
+        if begin is None:
+            return
+        view, draws = self.view(train=current.train), self.draws[0 if current.train else 1]
+        self.began = [generator.get_state() for generator in view.generators()]
+        view.varied = draws is not None and draws.varies(self.epochs[current.train])
         if not current.train:
             # During training each rank kept its own buffers (BatchNorm's statistics); rank 0's are the ones saved.
             self._world.broadcast_(list(net.buffers()))
         self._process.passes.append(current)
         try:
             with contextlib.ExitStack() as stack:
-                for replica in self._process.trained_with(self._replica):
+                for replica in self._process.trained_with(self.replica):
                     stack.enter_context(replica.training() if current.train else replica.evaluating())
                     if self._process.synced is not None and not current.train:
                         stack.enter_context(synced_layers(replica.net, self._process.synced))
-                self._place.enter("train" if current.train else "valid", self._epochs[current.train])
-                yield from self._batches(current, view.iter_batches(self._epochs[current.train]))
+                self._place.enter("train" if current.train else "valid", self.epochs[current.train])
+                shares = view.iter_batches(self.epochs[current.train], begin.skip, begin.ready)
+                yield from self._batches(current, shares, begin)
         finally:
-            self._place.enter(SCRIPT, self._epochs[True])
+            self._place.enter(SCRIPT, self.epochs[True])
             self._process.close(current)
         if current.train:
             self._check(view)
 
-    def _batches(self, current: Pass, iter_batches: Iterator[RankBatch]) -> Iterator[Any]:
+    def _batches(self, current: Pass, iter_batches: Iterator[RankBatch], begin: Resume) -> Iterator[Any]:
+        current.step = self._place.step = begin.skip
         self._place.advance()  # also while its batch is fetched
-        draws = self._draws[0 if current.train else 1]
+        draws = self.draws[0 if current.train else 1]
+        if draws is not None and begin.skip:
+            draws.used = begin.used
         for rank_batch in (
             iter_batches
             if draws is None
-            else draws.around(iter_batches, self._place.split, self._epochs[current.train])
+            else draws.around(iter_batches, self._place.split, self.epochs[current.train], begin.skip)
         ):
             self._process.give(current, rank_batch)
-            trained = current.trained = self._process.trained_with(self._replica) if current.train else []
+            trained = current.trained = self._process.trained_with(self.replica) if current.train else []
             before = self._process.passes[: self._process.passes.index(current)]
             weighted = current.weighted_by(before) if before else trained
             learns = trained[0].averaging(rank_batch) if trained else contextlib.nullcontext()
@@ -340,14 +364,18 @@ class PreparedLoader:
             with learns, scaled_gradients(leaves, rank_batch.scale if weighted else 1.0):
                 yield to_device(rank_batch.batch, self._world)
             self._process.give(current, None)
+            current.step += 1
+            if self._process.run is not None:
+                self._process.run.step_done(self, current)
             self._place.advance()
 
-    def _view(self, *, train: bool) -> ShardedLoader:
-        if train not in self._views:
-            how = ShardSpec(self._world.rank, self._world.size, self._batch, fill=train)
+    def view(self, *, train: bool) -> ShardedLoader:
+        """Returns this rank's view of the loader, in training or in validation."""
+        if train not in self.views:
+            how = ShardSpec(self._world.rank, self._world.size, self.batch, fill=train)
             split = "train" if train else "valid"
-            self._views[train] = ShardedLoader(self.loader, how, self._seed, split, **self._how)
-        return self._views[train]
+            self.views[train] = ShardedLoader(self.loader, how, self.seed, split, **self._how)
+        return self.views[train]
 
     def _check(self, view: ShardedLoader) -> None:
         """After a training pass: the ranks drew one order and have the same weights."""
@@ -356,4 +384,4 @@ class PreparedLoader:
         order = view.fingerprint
         sums = self._world.all_reduce([order, order**2])
         check_order(sums[0], sums[1], self._world.size, "train")
-        self._replica.compare()
+        self.replica.compare()

@@ -182,10 +182,13 @@ class Meter:
     """Exact means over the samples of all ranks: sums and counts are kept, and divided once.
 
     Make a new one for each pass. `str(meter)` shows the means so far, for a line of progress.
+
+    Attributes:
+        table: the sums.
     """
 
     def __init__(self) -> None:
-        self._table = MeanTable("metered")
+        self.table = MeanTable("metered")
         self._values_of = StepValues(None, "metered")
 
     def add(self, *, count: int | None = None, **values: Value) -> None:
@@ -213,11 +216,13 @@ class Meter:
             count = share.count
         elif isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise UsageError(f"meter.add(count={count!r}): should be a number of samples.")
-        self._table.add(self._values_of(values), count)
+        if PROCESS.run is not None:
+            PROCESS.run.metered(self, adds=True)
+        self.table.add(self._values_of(values), count)
 
     def running(self) -> dict[str, float]:
         """Returns this rank's means so far, without the other ranks'; empty before the first sample."""
-        return self._table.running()
+        return self.table.running()
 
     def __str__(self) -> str:
         return ", ".join(f"{name}: {mean:.3f}" for name, mean in self.running().items())
@@ -234,7 +239,9 @@ class Meter:
             DataError: no rank had a sample.
             StepError: the ranks added values of different names.
         """
-        result, _ = self._table.reduce(PROCESS.joined(cpu=False), 0.0)
+        if PROCESS.run is not None:
+            PROCESS.run.metered(self, adds=False)
+        result, _ = self.table.reduce(PROCESS.joined(cpu=False), 0.0)
         return {prefix + name: mean for name, mean in result.means.items()}
 
 

@@ -173,6 +173,20 @@ class BestKeeper(EngineCallback):
             if self._path is not None and world.is_main:
                 save_state(module, self._path)
 
+    def take_up(self) -> None:
+        """Counts the epochs of the engine's history, where a run is resumed; the weights come from its checkpoint."""
+        for row in self._engine.history.rows:
+            self._stopping.improves(row)
+            self._stopping.ends(self._engine, row["epoch"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the best epoch's weights, for a checkpoint."""
+        return {"weights": self._weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` returned."""
+        self._weights = state["weights"]
+
     def restore(self) -> None:
         """Puts the best epoch's weights back into the net."""
         if self._weights is None:

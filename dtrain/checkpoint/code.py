@@ -13,6 +13,7 @@ from typing import Any
 from zipimport import zipimporter
 
 from dtrain.config import Settings
+from dtrain.config.calls import ACCEPT, is_call, way
 from dtrain.distributed.world import World
 from dtrain.errors import CheckpointError, UsageError, WorldError
 from dtrain.layout import CODE
@@ -122,7 +123,7 @@ def check_code(there: Mapping[str, Any], code: Code, settings: Settings, run: Pa
     _warn_of_opened(there.get("opened", {}))
     differences = code_differences(there, code, run)
     if differences and "code" not in settings.config.checkpoint.accept:
-        raise _refused(differences, there, run)
+        raise _refused(differences, there, settings, run)
     for difference in differences:
         logger.warning("accepted: %s", difference)
     return differences
@@ -151,16 +152,23 @@ def _warn_of_opened(before: Mapping[str, str]) -> None:
         )
 
 
-def _refused(differences: list[str], there: Mapping[str, Any], run: Path) -> UsageError:
+def _refused(differences: list[str], there: Mapping[str, Any], settings: Settings, run: Path) -> UsageError:
     shown = "; ".join(differences[:_MOST_NAMED]) + f"; and {len(differences) - _MOST_NAMED} more" * (
         len(differences) > _MOST_NAMED
     )
     copy = _copy(there, run)
     way_back = "" if copy is None else f"; the original is in {shlex.quote(str(copy))}"
+    accept = way(settings, ACCEPT, "code")
+    if is_call(settings.config.recipe):
+        accept = f"accept the change by {accept}"
+    else:
+        accept = (
+            "accept the change by adding accept=code to the command, or with "
+            f"{shlex.join(['dtrain', 'train', '--resume', str(run), 'accept=code'])}"
+        )
     return UsageError(
         f"the code is not that of the checkpoint: {shown}. One history must not come from two programs. Restore the "
-        f"code{way_back}; or accept the change by adding accept=code to the command, or with "
-        f"{shlex.join(['dtrain', 'train', '--resume', str(run), 'accept=code'])}; or choose another run.name."
+        f"code{way_back}; or {accept}; or choose another {way(settings, 'run.name')}."
     )
 
 

@@ -18,11 +18,13 @@ from dtrain.checkpoint.state import State, at_first, check_order, find_optimizer
 from dtrain.checkpoint.trainable import beginning_of, holds
 from dtrain.checkpoint.weights import WEIGHTS, check_fit
 from dtrain.config import BUILDER_SECTIONS, RunConfig, Settings
+from dtrain.config.calls import is_call, way
 from dtrain.config.flat import flatten
 from dtrain.config.renamed import renamed
 from dtrain.engine.loop import Engine
 from dtrain.engine.monitored import watched_column
 from dtrain.errors import UsageError
+from dtrain.layout import CONFIG
 from dtrain.masking import masked
 from dtrain.provenance.opened import opened_files
 
@@ -115,8 +117,9 @@ def check_facts(there: Mapping[str, Any], here: Mapping[str, Any], settings: Set
         raise UsageError(
             "the config does not match the checkpoint's: "
             + "; ".join(differences)
-            + f". Leave them out (`dtrain train --resume RUN` alone takes the run's), or use another run.name.{hint} "
-            "Keys that don't affect results, such as train.epochs, may change (all of them: docs/checkpoints.md)."
+            + f". Use the run's values ({_where(settings)}), or another {way(settings, 'run.name')}.{hint} Keys "
+            f"that don't affect results, such as {way(settings, 'train.epochs')}, may change (all of them: "
+            "docs/checkpoints.md)."
         )
     _tell_moved(there["config"], here["config"], settings)
     _warn_of_curve(there["config"].get("train", {}), here["config"].get("train", {}))
@@ -126,6 +129,12 @@ def check_facts(there: Mapping[str, Any], here: Mapping[str, Any], settings: Set
     for name in ("dtrain", "torch", "device"):
         if there[name] != here[name]:
             logger.warning("%s was %s and is %s: the last digits may differ", name, there[name], here[name])
+
+
+def _where(settings: Settings) -> str:
+    if is_call(settings.config.recipe):
+        return f"they are in {CONFIG} of its folder"
+    return "`dtrain train --resume RUN` takes them from the run"
 
 
 def _warn_of_curve(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -215,8 +224,9 @@ def check_ranks(there: Mapping[str, Any], step: int | None, ranks: int, settings
     )
     if not settings.config.checkpoint.change_ranks:
         raise UsageError(
-            f"{reason}. Start {before} ranks; or set checkpoint.change_ranks=true to resume anyway, from the start of "
-            "an epoch. A run with train.batch=global can resume on any number of ranks."
+            f"{reason}. Start {before} ranks; or set {way(settings, 'checkpoint.change_ranks', True)} to resume "
+            f"anyway, from the start of an epoch. A run with {way(settings, 'train.batch', 'global')} can resume on "
+            "any number of ranks."
         )
     if step is not None:
         raise UsageError(
@@ -259,4 +269,4 @@ def _name(thing: Any) -> str | None:
 
 def _same(what: str, there: Any, here: Any, where: str) -> None:
     if there != here:
-        raise UsageError(f"{where} does not match the recipe: {what} was {there} and is {here}.")
+        raise UsageError(f"{where} does not match: {what} was {there} and is {here}.")

@@ -41,8 +41,10 @@ def global_marks(engine: Engine) -> dict[str, Any]:
     net = engine.task.module
     known = {id(part) for part in (*net.modules(), *net.parameters(), *net.buffers())}
     found: dict[str, Any] = {}
-    for module in [] if code is None else modules_of(code.places.values()):
-        for name, value in list(vars(module).items()):
+    modules = [] if code is None else modules_of(code.places.values())
+    owners = [(f"{module.__name__.removeprefix(UNIMPORTABLE)}.", vars(module)) for module in modules]
+    for owner, values in [*owners, *([] if code is None else [("", code.values)])]:
+        for name, value in list(values.items()):
             if name.startswith("__") or id(value) in known or len(found) >= _MOST_GLOBALS:
                 continue
             try:
@@ -51,7 +53,7 @@ def global_marks(engine: Engine) -> dict[str, Any]:
                 logger.info("%s is not compared when the run is resumed: %r", name, error)
                 continue
             if mark:
-                found[f"{module.__name__.removeprefix(UNIMPORTABLE)}.{name}"] = mark
+                found[f"{owner}{name}"] = mark
             if not isinstance(value, _PLAIN):  # of which equal ones are one object
                 known.add(id(value))  # another module may have imported it
     return found

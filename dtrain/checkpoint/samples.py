@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from dtrain.checkpoint.tensor_marks import tensor_marks
+from dtrain.config import Settings
+from dtrain.config.calls import ACCEPT, is_call, way
 from dtrain.data.reading import read_again, read_some
 from dtrain.engine.loop import Engine
 from dtrain.engine.valid_loaders import by_name, split_of
@@ -182,21 +184,22 @@ def _close(one: Any, two: Any, norm: float) -> bool:
     return bool(one == two)
 
 
-def check_data(there: Mapping[str, Any], here: Mapping[str, Any], engine: Engine, accept: Sequence[str]) -> list[str]:
+def check_data(there: Mapping[str, Any], here: Mapping[str, Any], engine: Engine, settings: Settings) -> list[str]:
     """Compares the data with that which a run began with.
 
     Returns:
         in words, what differs and was accepted.
 
     Raises:
-        UsageError: it differs, and `accept` has no "data".
+        UsageError: it differs, and that was not accepted (`checkpoint.accept`).
     """
     differences = data_differences(there, here, engine)
-    if differences and "data" not in accept:
+    if differences and "data" not in settings.config.checkpoint.accept:
         raise UsageError(
             f"the data is not the data that the run started with: {'; '.join(differences)}. Restore it; or accept "
-            "the change by adding accept=data to the command; or choose another run.name. "
-            "checkpoint.check_data=false disables this check."
+            f"the change by {'' if is_call(settings.config.recipe) else 'adding '}{way(settings, ACCEPT, 'data')}"
+            f"{'' if is_call(settings.config.recipe) else ' to the command'}; or choose another "
+            f"{way(settings, 'run.name')}. {way(settings, 'checkpoint.check_data', False)} disables this check."
         )
     for difference in differences:
         logger.warning("accepted: %s", difference)

@@ -44,7 +44,7 @@ from dtrain.model.fsdp import ShardedReplica
 logger = logging.getLogger(__name__)
 
 
-class _GlobalState(NamedTuple):
+class GlobalState(NamedTuple):
     """What is the same on all ranks.
 
     Attributes:
@@ -231,7 +231,7 @@ class Checkpointer(EngineCallback):
         position = self._position()
         if engine.learner.finite.when != "ignore":
             check_weights(engine.task.module, world, _told(position))
-        mine = _packed(self._rank_state(), world.rank)
+        mine = packed(self._rank_state(), world.rank)
         ranks = world.gather_tensors(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
         whole = self._gathered() if isinstance(engine.learner.replica, ShardedReplica) else None
         if self._unkept is not None:
@@ -265,7 +265,7 @@ class Checkpointer(EngineCallback):
         position: tuple[int, int | None],
         started: float,
         beside: bool | None,
-        whole: _GlobalState | None,
+        whole: GlobalState | None,
     ) -> None:
         self._writer.wait()  # the copy's memory is in use until then
         structure, named, metadata, rows = whole or self._state()
@@ -288,7 +288,7 @@ class Checkpointer(EngineCallback):
 
         def job() -> None:
             begun = time.perf_counter()
-            files = _files(_GlobalState(structure, copied, metadata, rows), ranks)
+            files = checkpoint_files(GlobalState(structure, copied, metadata, rows), ranks)
             make_way(self._folder / name)
             path = write_checkpoint(self._folder, name, files, facts)
             if part is not None:
@@ -301,7 +301,7 @@ class Checkpointer(EngineCallback):
         if not beside:
             self.stalls[-1] = time.perf_counter() - started
 
-    def _state(self) -> _GlobalState:
+    def _state(self) -> GlobalState:
         """Returns all that is the same on all ranks, its tensors where they are."""
         state = self._run_state()
         rows = {f"{name}{LINES}": self._rows[name].of(state.pop(name)) for name in ROWS}
@@ -312,9 +312,9 @@ class Checkpointer(EngineCallback):
         check_storable(weights, "the net's ")
         named = {f"{WEIGHTS}:{name}": tensor for name, tensor in weights.items()} | tensors
         metadata = extra_metadata(self._engine.task.module.state_dict()) | more
-        return _GlobalState(structure, named, metadata, rows)
+        return GlobalState(structure, named, metadata, rows)
 
-    def _gathered(self) -> _GlobalState:
+    def _gathered(self) -> GlobalState:
         """The same of a sharded net, gathered by all ranks and kept by rank 0; there, one copy at a time."""
         self._writer.settle()
         replica = self._engine.learner.replica
@@ -372,7 +372,7 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu").contiguous()
 
 
-def _packed(state: Any, rank: int) -> bytes:
+def packed(state: Any, rank: int) -> bytes:
     """One rank's state as bytes that travel: the length of its JSON, the JSON, its tensors."""
     structure, tensors = flatten(state, f"rank-{rank}")
     text = json.dumps(structure).encode()
@@ -380,12 +380,18 @@ def _packed(state: Any, rank: int) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *pieces(plain)])
 
 
-def _files(whole: _GlobalState, ranks: list[Tensor | None]) -> dict[str, Any]:
+def checkpoint_files(whole: GlobalState, ranks: list[Tensor | None]) -> dict[str, Any]:
+    """Returns the files of a checkpoint, name -> its bytes in pieces.
+
+    Args:
+        whole: what is the same on all ranks.
+        ranks: what each rank has packed.
+    """
     structure, tensors, metadata, rows = whole
     structures: list[Any] = []
     of_ranks: dict[str, Tensor] = {}
-    for packed in ranks:
-        data = b"" if packed is None else packed.cpu().numpy().tobytes()
+    for one in ranks:
+        data = b"" if one is None else one.cpu().numpy().tobytes()
         end = 8 + int.from_bytes(data[:8], "little")
         structures.append(json.loads(data[8:end]))
         of_ranks |= read_tensors(data[end:])[0]

@@ -67,7 +67,7 @@ def run_state(engine: Engine) -> State:
         "gradients": waiting_gradients(engine),
         "scheduler": None if task.scheduler is None else _kept(task.scheduler),
         "others": {name: _kept(other) for name, other in task.others.items()},
-        "buffers": _other_buffers(task.module),
+        "buffers": other_buffers(task.module),
         "trained weights": None if engine.average is None else engine.average.trained(),
         "averages": {} if engine.average is None else engine.average.exact(),
         "averaged": None if engine.average is None else engine.average.taken,
@@ -120,7 +120,7 @@ def _optimizer_state(optimizer: Optimizer, engine: Engine) -> State:
     return {**_kept(optimizer), **held, "own": optimizer is task.optimizer}
 
 
-def _other_buffers(module: nn.Module) -> dict[str, Tensor]:
+def other_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Returns the buffers that are not in the net's `state_dict()`, which training may have changed all the same.
 
     Sparse ones are left out: the recipe makes them.

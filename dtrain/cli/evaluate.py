@@ -105,7 +105,7 @@ def predict(
         settings = load_run_settings(run, words or [])
 
         def work(world: World) -> None:
-            from dtrain.trainer.agreeing import agree
+            from dtrain.trainer.agreed import agree
             from dtrain.trainer.evaluate import chosen_loader, predict_run, restore_run
             from dtrain.trainer.export import write_predictions
 

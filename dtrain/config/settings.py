@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from dtrain.config import bundled as share
 from dtrain.config import schema
+from dtrain.config.calls import call_values
 from dtrain.config.keeping import bring_back
 from dtrain.config.recipe_file import locate
 from dtrain.config.renamed import new_name, with_new_names
@@ -145,6 +146,16 @@ def load_settings(target: str | None, overrides: Sequence[str], environ: Mapping
     settings.places = {key: value.place for key, value in values.items()}
     settings.texts = {key: value.text() for key, value in values.items()}
     settings.config = _check(values)
+    _refuse_idle(settings)
+    return settings
+
+
+def call_settings(
+    call: str, run: str | Path, own: Mapping[str, tuple[Any, str]], more: Mapping[str, Any] | None
+) -> Settings:
+    """Returns the config of a call such as `train_model(..., run=...)`; see `dtrain.config.calls.call_values`."""
+    values = call_values(call, run, own, more, _full_key)
+    settings = Settings(config=_check(values), places={key: value.place for key, value in values.items()})
     _refuse_idle(settings)
     return settings
 

@@ -139,9 +139,9 @@ class StepDraws:
             if self._module is not None:
                 self._module.set_rng_state(self._own[1])
 
-    def around(self, iter_batches: Iterator[RankBatch], split: str, epoch: int) -> Iterator[RankBatch]:
-        """Yields an epoch's shares, each within its step."""
-        self.begin(split, epoch)
+    def around(self, iter_batches: Iterator[RankBatch], split: str, epoch: int, skip: int = 0) -> Iterator[RankBatch]:
+        """Yields an epoch's shares, each within its step; so many of the first ones were before them."""
+        self.begin(split, epoch, skip)
         for rank_batch in iter_batches:
             self.enter(rank_batch)
             try:

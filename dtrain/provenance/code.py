@@ -33,6 +33,7 @@ class Code:
         files: name -> content. A name follows the module's name and not its place, so that a project that was moved,
             or a copy of it, has the same ones: `nets/deep.py` for `nets.deep`.
         places: name -> where it was loaded from.
+        values: what the functions of a call without a recipe read besides, by name.
         noted: the run's folder, and what a checkpoint of it says of the code as it is; None where that is not known.
     """
 
@@ -41,6 +42,7 @@ class Code:
     files: dict[str, bytes] = field(default_factory=dict)
     places: dict[str, Path] = field(default_factory=dict)
     noted: tuple[Path | None, dict[str, Any]] | None = None
+    values: dict[str, Any] = field(default_factory=dict)
     _seen: int = 0
 
     @classmethod
@@ -59,6 +61,27 @@ class Code:
         for found, path in _reached(module):  # those imported for something else before were not loaded since
             if path not in code.places.values():
                 code._add(newest_of(path) or _read(path, found))
+        code._add_later_ones()
+        return code
+
+    @classmethod
+    def of_pieces(
+        cls, place: Path, pieces: Mapping[str, bytes], modules: Iterable[str], main: ModuleType | None = None
+    ) -> Code:
+        """Returns the code of a call that has no recipe.
+
+        Args:
+            place: of the script that calls.
+            pieces: name -> content.
+            modules: names of modules of the user's own that belong to it, with those that they lead to.
+            main: the script, where all that it leads to belongs to it.
+        """
+        code = cls(place, next(iter(pieces), place.name), dict(pieces), _seen=loadings())
+        for name in sorted({*modules, *(name for name, _ in (() if main is None else _reached(main)))}):
+            module = sys.modules[name]
+            for found, path in ((name, Path(str(module.__file__)).resolve()), *_reached(module)):
+                if path.suffix == ".py" and path not in code.places.values() and found != "__main__":
+                    code._add(newest_of(path) or _read(path, found))
         code._add_later_ones()
         return code
 

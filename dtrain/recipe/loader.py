@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.config import bundled as share
+from dtrain.config.calls import refuse_call
 from dtrain.config.recipe_file import locate, module_name, syntax_problem
 from dtrain.data.batches import BatchFunctions
 from dtrain.engine.hooks import check_callbacks, hooks_of, states_of
@@ -83,6 +84,7 @@ def load_recipe(reference: str, base: Path) -> Recipe:
         RecipeError: the file or module is missing, or has a syntax error.
         Exception: whatever the user's file raises when it is imported.
     """
+    refuse_call(reference)
     path = locate(reference, base)
     project = project_root(Path.cwd() / "recipe.py" if path is None else path.resolve())
     record_loading(project=project)

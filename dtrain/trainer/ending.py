@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from dtrain.config import Settings
+from dtrain.config.calls import is_call
 from dtrain.distributed.world import World
 from dtrain.engine.callback import EngineCallback, Order
 from dtrain.engine.loop import Engine
@@ -26,12 +27,16 @@ from dtrain.masking import hide
 def stopped(why: str, place: TrainPosition, folder: Path, settings: Settings, resume: str) -> str:
     """What a person shall read of a run that stopped on request: where it stands, and how it goes on."""
     where = f"epoch {place.epoch}, after {place.updates} optimizer steps" if place.epoch else "the beginning"
-    saved, again = last_checkpoint(folder), shlex.join(["dtrain", *hide(sys.argv[1:])[0]])
+    saved = last_checkpoint(folder)
+    reached = f"stopped {why}, in {where}; checkpoint: {saved or 'none yet'}"
+    if is_call(settings.config.recipe):
+        return f"{reached}\nresume with: the same call ({settings.config.recipe}, run={str(folder)!r})"
+    again = shlex.join(["dtrain", *hide(sys.argv[1:])[0]])
     if resume in ("auto", "never") or saved is None:
         again += f"{'' if settings.config.run.name else f' run.name={folder.name}'} --resume auto"
     elif Path(resume).expanduser().resolve() != folder.resolve():  # a new run, that began from another one's checkpoint
         again += f" --resume {shlex.quote(str(folder))}"
-    return f"stopped {why}, in {where}; checkpoint: {saved or 'none yet'}\nresume with: {again}"
+    return f"{reached}\nresume with: {again}"
 
 
 class ReportException(EngineCallback):

@@ -21,7 +21,7 @@ from dtrain.engine.train_step import Task
 from dtrain.engine.valid_loaders import by_name
 from dtrain.errors import RecipeError, UsageError, nearest
 from dtrain.recipe.loader import bind, load_recipe
-from dtrain.trainer.agreeing import agree
+from dtrain.trainer.agreed import agree
 from dtrain.trainer.initial import base_of_run
 
 Split = Literal["valid", "train"]

@@ -24,9 +24,10 @@ from dtrain.distributed.world import World
 from dtrain.engine.loop import Engine
 from dtrain.errors import StopRequested
 from dtrain.launch.signals.stop_request import StopRequest, kept_for_later
-from dtrain.trainer.agreeing import agree
+from dtrain.trainer.agreed import agree
+from dtrain.trainer.begin import begin
 from dtrain.trainer.setup import configured_engine, load_task
-from dtrain.trainer.train import begin, train_run
+from dtrain.trainer.train import train_run
 
 STEPS = 2  # optimizer steps: after the first one it is within the epoch, and the second one finds optimizer states
 GROUP = 2  # of accumulated batches, a second one meets the gradients of the first; more of them show no more

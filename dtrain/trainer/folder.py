@@ -14,6 +14,7 @@ from dtrain.checkpoint.compat import config_differences
 from dtrain.checkpoint.folder import MANIFEST, Saved, check_place, remove, remove_leftovers, set_aside, verify
 from dtrain.checkpoint.locate import ResumePoint, checkpoint_at, find_good
 from dtrain.config import Settings, load_settings
+from dtrain.config.calls import is_call, way
 from dtrain.config.keeping import write_secrets
 from dtrain.config.recipe_file import title_of
 from dtrain.config.saved import check_plain
@@ -133,8 +134,9 @@ def _check_checkpoints(path: Path) -> None:
 
 def _check_begins_anew(folder: Path, settings: Settings) -> None:
     """Whether a folder without a checkpoint is that of this run, ended before its first checkpoint."""
-    kept = "Choose another run.name, or omit it."
-    refusal = f"run.name = {settings.config.run.name!r}: {folder} already exists and is not overwritten"
+    another = way(settings, "run.name")
+    kept = f"Choose another {another}{'' if is_call(settings.config.recipe) else ', or omit it'}."
+    refusal = f"{another.rstrip('=')} = {settings.config.run.name!r}: {folder} already exists and is not overwritten"
     if not (folder / CONFIG).is_file():
         # A kill may have left the config half written, under another name.
         half = part_of(folder / CONFIG).name

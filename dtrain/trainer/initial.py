@@ -25,7 +25,7 @@ from dtrain.config import Settings
 from dtrain.distributed.world import World
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.layout import INITIAL
-from dtrain.trainer.agreeing import agree
+from dtrain.trainer.agreed import agree
 
 _NAME = "weights"  # of the one checkpoint in the folder
 

@@ -11,6 +11,7 @@ from dtrain.callbacks.progress import ConsoleOptions
 from dtrain.checkpoint.folder import all_saved
 from dtrain.checkpoint.locate import Loaded
 from dtrain.config import Settings
+from dtrain.config.calls import way
 from dtrain.distributed.world import World
 from dtrain.engine.loop import Engine
 from dtrain.engine.valid_loaders import by_name
@@ -25,7 +26,7 @@ from dtrain.trainer.setup import loader_batch, step_samples
 logger = logging.getLogger(__name__)
 
 
-def log_resumed(opened: OpenRun | None, loaded: Loaded, *, complete: bool = False) -> None:
+def log_resumed(opened: OpenRun | None, loaded: Loaded, voice: ConsoleOptions, *, complete: bool = False) -> None:
     """Says what a run goes on from, and what it does not go on from; on rank 0, which alone has opened its folder.
 
     One that is complete goes on from nothing; what comes next says so.
@@ -33,19 +34,19 @@ def log_resumed(opened: OpenRun | None, loaded: Loaded, *, complete: bool = Fals
     if opened is None or opened.found is None:
         return
     for word in opened.found.words:
-        print(f"skipped checkpoint: {word}")  # noqa: T201
+        voice.say(f"skipped checkpoint: {word}")
     if not complete:
-        print(f"resuming from {loaded.path}")  # noqa: T201
+        voice.say(f"resuming from {loaded.path}")
 
 
-def log_initial(initial: InitialWeights | None, world: World) -> None:
+def log_initial(initial: InitialWeights | None, world: World, voice: ConsoleOptions) -> None:
     """Says which weights a run that begins has, and by name what of them does not match; on rank 0."""
     if initial is None or not world.is_main:
         return
     if initial.fit is not None and initial.fit.left and initial.kept is None:
         logger.warning("%s", initial.words())
     else:
-        print(initial.words())  # noqa: T201
+        voice.say(initial.words())
 
 
 def log_start(engine: Engine, settings: Settings, folder: Path, came_from: Path | None, voice: ConsoleOptions) -> None:
@@ -64,8 +65,8 @@ def log_start(engine: Engine, settings: Settings, folder: Path, came_from: Path 
     if batch is not None and samples is not None and ranks > 1 and train.batch == "per_rank":
         times = f" x accumulation {train.accumulation}" if train.accumulation > 1 else ""
         told = f"{ranks} ranks x batch {batch}{times} = {samples} samples per step"
-        keeps = "" if engine.train_loader.own else f"; train.batch=global keeps {samples // ranks}"
-        print(told + keeps)  # noqa: T201
+        kept = f"; {way(settings, 'train.batch', 'global')} keeps {samples // ranks}"
+        voice.say(told + ("" if engine.train_loader.own else kept))
     voice.tell(
         "start",
         run=str(folder),
@@ -81,22 +82,21 @@ def log_start(engine: Engine, settings: Settings, folder: Path, came_from: Path 
     )
 
 
-_TO_GO_ON = {
-    "early_stopping.patience": "Increase early_stopping.patience",
-    "early_stopping.target": "Change early_stopping.target",
-}
+_TO_GO_ON = {"early_stopping.patience": "Increase", "early_stopping.target": "Change", "patience": "Increase"}
 
 
 def log_complete(engine: Engine, settings: Settings, folder: Path, voice: ConsoleOptions) -> None:
     """Says that there is nothing left to do, and what would give it something."""
     done = len(engine.history.rows)
-    more = "Increase train.epochs, or choose another run.name."
+    other, epochs = f"choose another {way(settings, 'run.name')}", way(settings, "train.epochs")
+    more = f"Increase {epochs}, or {other}."
     if engine.spent:
-        more = f"train.max_steps = {engine.max_steps} is reached. Choose another run.name."
+        more = f"train.max_steps = {engine.max_steps} is reached. {other.capitalize()}."
     elif done < engine.epochs:
+        doing, key = _TO_GO_ON.get(engine.ended_by, ""), engine.ended_by
         more = f"It was {engine.ended or 'stopped early'}. "
-        more += f"{_TO_GO_ON.get(engine.ended_by, 'Set another train.epochs')}, or choose another run.name."
-    print(f"{folder} is complete: {done} {'epoch' if done == 1 else 'epochs'}. {more}")  # noqa: T201
+        more += f"{f'{doing} {key}' if doing else f'Set another {epochs}'}, or {other}."
+    voice.say(f"{folder} is complete: {done} {'epoch' if done == 1 else 'epochs'}. {more}")
     sum_up(engine, settings, folder.absolute(), voice, shown=folder, again=True)
 
 
@@ -120,7 +120,7 @@ def sum_up(  # noqa: PLR0913 - keyword-only
         again: whether there was nothing left to do, which was said already.
     """
     if engine.ended is not None and not again:
-        print(engine.ended)  # noqa: T201
+        voice.say(engine.ended)
     asked = settings.config.checkpoint
     rows = engine.history.rows
     best, monitor = best_row(_saved_rows(rows, folder) if asked.on_error == "warn" else rows, asked.monitor, asked.mode)
@@ -132,11 +132,11 @@ def sum_up(  # noqa: PLR0913 - keyword-only
         )
 
     if best is not None:
-        print(f"best epoch: {words(best)}")  # noqa: T201
+        voice.say(f"best epoch: {words(best)}")
     better = best_row(rows, asked.monitor, asked.mode)[0]
     if better is not None and better is not best:
-        print(f"epoch {words(better)} was better, but has no checkpoint (not due, or not written)")  # noqa: T201
-    print(f"run: {shown}")  # noqa: T201
+        voice.say(f"epoch {words(better)} was better, but has no checkpoint (not due, or not written)")
+    voice.say(f"run: {shown}")
     voice.tell(
         "complete",
         run=str(shown),

@@ -1,15 +1,15 @@
-"""One rank's run: config and recipe in, a run's folder out."""
+"""One rank's run: config and task in, a run's folder out."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from dtrain.callbacks.early_stopping import EarlyStopping, StopEarly
 from dtrain.callbacks.media import RunMedia
 from dtrain.callbacks.param_norms import Norms
 from dtrain.callbacks.profiler import Profile, start_profile
@@ -20,40 +20,32 @@ from dtrain.callbacks.tracking.base import RunEnd
 from dtrain.callbacks.tracking.ending import EndTrackers
 from dtrain.callbacks.tracking.starting import start_tracking
 from dtrain.callbacks.tracking.tracking import Tracking
-from dtrain.checkpoint.code import check_code, check_same_code
-from dtrain.checkpoint.compat import check_facts, check_ranks, check_shapes, facts_of
-from dtrain.checkpoint.folder import Saved
-from dtrain.checkpoint.global_marks import GLOBALS, global_marks, warn_of_globals
-from dtrain.checkpoint.locate import Loaded, Parts, read
-from dtrain.checkpoint.samples import check_data, data_marks
-from dtrain.checkpoint.state import restore
-from dtrain.checkpoint.trainable import beginning_of
+from dtrain.checkpoint.code import check_same_code
 from dtrain.config import Settings
 from dtrain.distributed.seeding import deterministic
 from dtrain.distributed.stopping import Stopping, check_not_asked
 from dtrain.distributed.world import World
 from dtrain.engine.call_hooks import state_of_hooks
 from dtrain.engine.callback import Callbacks, EngineCallback
-from dtrain.engine.hooks import adds_columns
 from dtrain.engine.loop import Engine
 from dtrain.engine.monitored import check_early, check_plateau
 from dtrain.engine.nan_guard import WarnOfValidation
 from dtrain.engine.schedules import check_total_steps
+from dtrain.engine.train_step import Task
 from dtrain.engine.valid_loaders import by_name, column_of
 from dtrain.errors import StopRequested, UsageError
 from dtrain.launch.monitor.exit_report import jointly_supervised, name_run
 from dtrain.launch.signals.stop_request import StopRequest
 from dtrain.launch.terminal.guarded import note_losses_in
-from dtrain.layout import CHECKPOINTS, HISTORY, SLURM, STARTS, STOP, VALIDATIONS
+from dtrain.layout import CHECKPOINTS, HISTORY, SLURM, STARTS, STOP
 from dtrain.rundir.columns import VALID
-from dtrain.rundir.history import History
 from dtrain.rundir.lock import Ownership, check_all, owned
 from dtrain.rundir.starts import commit_of
-from dtrain.trainer.agreeing import agree
+from dtrain.trainer.agreed import agree
+from dtrain.trainer.begin import begin, nothing_left
 from dtrain.trainer.ending import ReportException, stopped
-from dtrain.trainer.folder import OpenRun, open_folder, take_up
 from dtrain.trainer.initial import InitialWeights, initial_of_run
-from dtrain.trainer.messages import log_complete, log_initial, log_resumed, log_start, sum_up
+from dtrain.trainer.messages import log_complete, log_start, sum_up
 from dtrain.trainer.notes import RunContext, keeper_of, noted_start
 from dtrain.trainer.setup import configured_engine, load_task, run_epochs
 
@@ -88,40 +80,83 @@ def train_run(  # noqa: PLR0913 - what a run needs
         AgreedError: some rank could not set up; every rank raises it.
         StopRequested: some rank was asked to stop; every rank raises it, once all is saved.
     """
+    initial = initial_of_run(settings, resume, world)
+    load, shown = lambda: load_task(settings, initial), lambda rank: _progress(voice, rank, settings)
+    work = Work(load, shown, voice or ConsoleOptions(), initial=initial)
+    _, folder = train_task(work, settings, world, resume, request, trial=trial)
+    return folder
+
+
+def _progress(voice: ConsoleOptions | None, rank: int, settings: Settings) -> EngineCallback | None:
+    return (voice or ConsoleOptions()).progress(rank, settings.config.train.log_step_freq)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained, and for whom.
+
+    Attributes:
+        load: returns the task.
+        progress: returns what shows the progress of a rank; None for nothing.
+        voice: says what happens to the run.
+        ready: called with the engine before it is put to where the run was.
+        begun: called with it after that.
+        initial: what the model was built with, to be kept in the folder.
+    """
+
+    load: Callable[[], Task]
+    progress: Callable[[int], EngineCallback | None]
+    voice: ConsoleOptions
+    ready: Callable[[Engine], None] = lambda _: None
+    begun: Callable[[Engine], None] = lambda _: None
+    initial: InitialWeights | None = None
+
+
+def train_task(  # noqa: PLR0913 - what a run needs
+    work: Work,
+    settings: Settings,
+    world: World,
+    resume: str = "auto",
+    request: StopRequest | None = None,
+    *,
+    trial: bool = False,
+) -> tuple[Engine, Path]:
+    """Trains a task in a run's folder on this rank, as `train_run` does a recipe's.
+
+    Args:
+        work: what is trained.
+        settings: the config.
+        world, resume, request, trial: as for `train_run`.
+
+    Returns:
+        the engine, where the run ends, and the run's folder.
+
+    Raises:
+        AgreedError, StopRequested: as for `train_run`.
+    """
     request = StopRequest() if request is None else request
     with contextlib.ExitStack() as owner:
         try:
-            return _train(settings, world, resume, request, owner, voice or ConsoleOptions(), trial)
+            return _train(work, settings, world, resume, request, owner, trial)
         except StopRequested:
             world.close()  # none leaves, and has the launcher end the others, before all have saved
             raise
 
 
-def _train(  # noqa: PLR0913, PLR0917 - train_run's own
+def _train(  # noqa: PLR0913, PLR0917 - train_task's own
+    work: Work,
     settings: Settings,
     world: World,
     resume: str,
     request: StopRequest,
     owner: contextlib.ExitStack,
-    voice: ConsoleOptions,
     trial: bool,
-) -> Path:
-    initial = initial_of_run(settings, resume, world)
-    task = agree(world, lambda: load_task(settings, initial))
-    if task.code is not None:
-        check_same_code(world, task.code)
-    request.look()  # its code may have set handlers of its own
-    settings.pin()
-    train = settings.config.train
-    owner.enter_context(deterministic(train.deterministic))
-    epochs = run_epochs(task, world.size, settings)
-    callbacks = Callbacks(voice.progress(world.rank, train.log_step_freq))
-    engine = configured_engine(task, world, settings, epochs=epochs, nan=train.nan, callbacks=callbacks)
-    _check_monitors(engine, settings)
-    check_not_asked(world, request)
+) -> tuple[Engine, Path]:
+    engine, voice = _engine_of(work, settings, world, request, owner), work.voice
     ownerships: list[Ownership] = []  # of rank 0
     own = lambda folder: ownerships.append(owner.enter_context(_taken(folder, request)))  # noqa: E731
-    begun = begin(engine, settings, resume, own, initial)
+    begun = begin(engine, settings, resume, own, voice, work.initial)
+    work.begun(engine)
     shown, came_from = begun.folder, begun.came_from
     engine.history.guard = engine.validations.guard = lambda: check_all(ownerships)
     folder = shown.absolute()  # a step may change the working directory
@@ -130,10 +165,10 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
     started = partial(_start_tracking, engine, settings, folder, begun.ids, new=new)
     if not trial:
         _make_known(folder, world)
-    if _nothing_left(engine):
+    if nothing_left(engine):
         if world.is_main:
             log_complete(engine, settings, shown, voice)
-        return shown
+        return engine, shown
     check_total_steps(engine)
     tracking = agree(world, lambda: started() if world.is_main else None)
     unbegun = owner.enter_context(_ended(tracking, engine))  # what comes now may fail, before the engine ends them
@@ -152,8 +187,28 @@ def _train(  # noqa: PLR0913, PLR0917 - train_run's own
     if told:
         sum_up(engine, settings, folder, voice, shown=shown)
     if told and profile is not None:
-        print(profile.words())  # noqa: T201
-    return shown
+        voice.say(profile.words())
+    return engine, shown
+
+
+def _engine_of(
+    work: Work, settings: Settings, world: World, request: StopRequest, owner: contextlib.ExitStack
+) -> Engine:
+    """Loads the task and readies an engine for it, which has not been put to where the run was yet."""
+    task = agree(world, work.load)
+    if task.code is not None:
+        check_same_code(world, task.code)
+    request.look()  # its code may have set handlers of its own
+    settings.pin()
+    train = settings.config.train
+    owner.enter_context(deterministic(train.deterministic))
+    epochs = run_epochs(task, world.size, settings)
+    callbacks = Callbacks(work.progress(world.rank))
+    engine = configured_engine(task, world, settings, epochs=epochs, nan=train.nan, callbacks=callbacks)
+    _check_monitors(engine, settings)
+    work.ready(engine)
+    check_not_asked(world, request)
+    return engine
 
 
 def _fit(
@@ -190,11 +245,6 @@ def _place_hooks(engine: Engine, folder: Path, tracking: Tracking | None) -> Non
     if state is not None:
         state.folder = folder
         state.media = RunMedia(folder, engine.place.updates, tracking) if engine.world.is_main else None
-
-
-def _nothing_left(engine: Engine) -> bool:
-    """Whether the run that an engine was put to is complete."""
-    return engine.start.epoch > engine.epochs or engine.stopping
 
 
 def _ended(tracking: Tracking | None, engine: Engine) -> contextlib.ExitStack:
@@ -241,104 +291,6 @@ def _watched(
         owner.callback(profile.close)
         engine.callbacks.add(profile)
     return profile
-
-
-def begin(
-    engine: Engine,
-    settings: Settings,
-    resume: str,
-    own: Callable[[Path], None],
-    initial: InitialWeights | None = None,
-) -> RunContext:
-    """Opens the run's folder and puts the engine to where the run in it was.
-
-    Args:
-        engine: it has not trained yet.
-        settings: the config.
-        resume: as for `train_run`.
-        own: takes a run's folder, before anything in it is looked at; called by rank 0.
-        initial: what the net was built with, to be kept in the folder.
-
-    Returns:
-        where it begins or is resumed.
-
-    Raises:
-        AgreedError: some rank could not; every rank raises it, and what was there is as it was.
-    """
-    world = engine.world
-    beginning_of(engine)
-    samples = _marks(engine) if world.is_main and settings.config.checkpoint.check_data else {}
-    opened = agree(world, lambda: _opened(engine, settings, resume, own) if world.is_main else None)
-    folder, resumes = world.gather_json(None if opened is None else [str(opened.folder), opened.found is not None])[0]
-    loaded, accepted = None, list[str]()
-    if resumes:
-        parts = agree(world, lambda: read(opened.found.saved.path) if opened and opened.found else Parts())
-        shared = parts.shared(world)
-        loaded = agree(world, shared.loaded)
-        accepted = agree(world, lambda: _check(engine, settings, loaded, samples))
-    rows = [] if loaded is None else loaded.run["rows"]
-    history = agree(world, lambda: None if opened is None else take_up(opened, settings, rows, initial))
-    engine.history = History() if history is None else history
-    engine.history.rows = list(rows)
-    _take_up_validations(engine, opened, [] if loaded is None else loaded.run.get("validations", []))
-    if loaded is not None:
-        restore(engine, loaded.weights, loaded.run, loaded.ranks)
-    early = settings.config.early_stopping
-    if early.patience is not None or early.target is not None:
-        place = settings.place_of("early_stopping.monitor")
-        how: dict[str, Any] = {"target": early.target, "may_lack": adds_columns(engine.task.hooks)}
-        stopping = EarlyStopping(early.monitor, early.mode, early.patience, "early_stopping.", place, **how)
-        engine.callbacks.add(StopEarly(engine, stopping))
-    if loaded is None:
-        log_initial(initial, world)
-        return RunContext(Path(folder), samples=samples)
-    log_resumed(opened, loaded, complete=_nothing_left(engine))
-    # A new run that begins from another one's checkpoint has trackers' runs of its own.
-    again = opened is not None and opened.again
-    ids = loaded.facts.get("trackers", {}) if again else {}
-    return RunContext(Path(folder), ids, loaded.path, accepted, loaded.facts, samples, frozenset(loaded.weights))
-
-
-def _marks(engine: Engine) -> dict[str, Any]:
-    """What a run begins with besides its code: marks of its data, and of what its code has read into globals."""
-    return {**data_marks(engine), GLOBALS: global_marks(engine)}
-
-
-def _take_up_validations(engine: Engine, opened: OpenRun | None, rows: list[dict[str, Any]]) -> None:
-    """Has the validations within epochs go on after these, on every rank; rank 0 writes them beside the history."""
-    path = None if opened is None else opened.folder / VALIDATIONS
-    engine.validations = agree(engine.world, lambda: History() if path is None else History.resumed(path, rows))
-    engine.validations.rows = list(rows)
-
-
-def _opened(engine: Engine, settings: Settings, resume: str, own: Callable[[Path], None]) -> OpenRun:
-    """Rank 0's part: finds what is to be gone on from."""
-
-    def usable(saved: Saved) -> str:
-        change = settings.config.checkpoint.change_ranks and settings.config.train.batch == "per_rank"
-        if change and saved.step is not None and saved.facts["ranks"] != engine.world.size:
-            return f"{saved.path} was saved within an epoch on another number of ranks"
-        return ""
-
-    return open_folder(settings, resume, usable, own)
-
-
-def _check(engine: Engine, settings: Settings, loaded: Loaded | None, samples: Mapping[str, Any]) -> list[str]:
-    """Compares a checkpoint with what shall be resumed from it; returns, in words, what differs and is accepted."""
-    accepted: list[str] = []
-    if loaded is None:
-        return accepted
-    if engine.world.is_main:
-        check_facts(loaded.facts, facts_of(engine, settings.plain()), settings)
-        if engine.task.code is not None:
-            run = loaded.path.parent.parent
-            accepted += check_code(loaded.facts, engine.task.code, settings, run)
-            if not accepted:
-                warn_of_globals(loaded.facts.get("samples", {}).get(GLOBALS, {}), samples.get(GLOBALS, {}))
-        accepted += check_data(loaded.facts.get("samples", {}), samples, engine, settings.config.checkpoint.accept)
-        check_ranks(loaded.facts, loaded.run["step"], engine.world.size, settings)
-    check_shapes(engine, loaded)
-    return accepted
 
 
 @contextlib.contextmanager

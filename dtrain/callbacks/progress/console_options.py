@@ -21,11 +21,18 @@ class ConsoleOptions:
         view: how progress is shown, where there are no events.
         events: takes events instead; None where words are wanted.
         all_ranks: whether every rank tells of its progress, and not rank 0 alone.
+        words: whether what happens to the run is said besides.
     """
 
     view: View = "auto"
     events: Events | None = None
     all_ranks: bool = False
+    words: bool = True
+
+    def say(self, text: str) -> None:
+        """Prints a line of what happens to a run, where that is wanted; rank 0 calls it."""
+        if self.words:
+            print(text)  # noqa: T201
 
     def progress(self, rank: int, log_step_freq: int) -> EngineCallback | None:
         """Returns what shows a rank's progress; None for nothing.

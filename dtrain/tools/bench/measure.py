@@ -23,7 +23,7 @@ from dtrain.engine.metrics import Value
 from dtrain.engine.position import Limits
 from dtrain.tools.bench.advice import BenchResult
 from dtrain.tools.bench.stopwatch import ItemCounter, Stopwatch
-from dtrain.trainer.agreeing import agree
+from dtrain.trainer.agreed import agree
 from dtrain.trainer.setup import configured_engine, load_task
 
 WARM_UP = 5

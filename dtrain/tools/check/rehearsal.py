@@ -27,9 +27,9 @@ from dtrain.engine.loop import Engine
 from dtrain.engine.metrics import Mean, Observed, Value
 from dtrain.engine.position import Limits, TrainPosition
 from dtrain.layout import CHECKPOINTS
-from dtrain.trainer.agreeing import agree
+from dtrain.trainer.agreed import agree
+from dtrain.trainer.begin import begin
 from dtrain.trainer.setup import configured_engine, load_task
-from dtrain.trainer.train import begin
 
 EPOCHS = 2
 # Every second step, so that a kill mostly takes something that must be done again; on the disk before the next step.

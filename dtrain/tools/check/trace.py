@@ -28,7 +28,7 @@ from dtrain.engine.metrics import Mean, Observed, Value
 from dtrain.engine.options import RunOptions
 from dtrain.engine.position import Limits
 from dtrain.model.compile import wanted
-from dtrain.trainer.agreeing import agree
+from dtrain.trainer.agreed import agree
 from dtrain.trainer.setup import configured_engine, load_task
 
 

@@ -23,7 +23,7 @@ from dtrain.errors import StepError, StopRequested, UsageError
 from dtrain.recipe.loader import Recipe
 from dtrain.tools.find.curve import Curve, growing
 from dtrain.tools.find.rates import TestedRates, name_of, own_rate, ratios_of
-from dtrain.trainer.agreeing import agree
+from dtrain.trainer.agreed import agree
 from dtrain.trainer.setup import configured_engine, load_bound
 
 Tell = Callable[[Curve], None]

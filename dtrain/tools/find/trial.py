@@ -27,7 +27,7 @@ from dtrain.recipe.loader import load_recipe
 from dtrain.tools.find.lr import shortened
 from dtrain.tools.find.memory import Guard, is_out_of_memory, limit_device, peak_of
 from dtrain.tools.find.search import BatchTrial
-from dtrain.trainer.agreeing import agree
+from dtrain.trainer.agreed import agree
 from dtrain.trainer.setup import configured_engine, load_bound
 
 FACTS, RESULT = "facts.json", "result.json"

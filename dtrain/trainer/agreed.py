@@ -1,4 +1,4 @@
-"""A part of the set-up that every rank does: if it fails on one of them, all know, and none waits for the others."""
+"""Parts of the set-up that may fail on one rank alone: all ranks hear of it, so that none waits for the others."""
 
 from __future__ import annotations
 
