@@ -27,6 +27,7 @@ from dtrain.launch.signals.stop_request import STOP_SIGNALS, StopRequest, reques
 from dtrain.provenance.code import Code
 from dtrain.provenance.loading import loadings
 from dtrain.provenance.pieces import Reached
+from dtrain.recipe.monitors import name_monitors
 from dtrain.recipe.others import others_with_state
 from dtrain.trainer.train import Work, train_task
 
@@ -92,6 +93,7 @@ def call_run(  # noqa: PLR0913 - keyword-only
     optimizer = task.optimizer or getattr(task.module, "optimizer", None)
     objects = described(place, model=task.module, optimizer=optimizer, scheduler=task.scheduler, loaders=loaders)
     settings = call_settings(call, run, {**given, **own, **objects}, config)
+    name_monitors(settings, task.dl_valid)
     check_installed(settings.config.track)
     if settings.config.train.shard is not None:
         raise UsageError(f"{call.removeprefix('dtrain.')} cannot shard a model (train.shard): use `dtrain train`.")

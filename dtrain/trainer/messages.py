@@ -56,9 +56,9 @@ def log_start(engine: Engine, settings: Settings, folder: Path, came_from: Path 
     """
     if settings.place_of("checkpoint.monitor") == PLACE:
         named = ", ".join(by_name(engine.task.dl_valid))
-        print(  # noqa: T201
+        voice.say(
             f"validation loaders: {named}; the best epoch is that of {settings.config.checkpoint.monitor} "
-            "(another: checkpoint.monitor)"
+            f"(another: {way(settings, 'checkpoint.monitor')})"
         )
     ranks, train, batch = engine.world.size, settings.config.train, loader_batch(engine.task)
     samples = None if batch is None else step_samples(batch, ranks, train)
