@@ -113,7 +113,7 @@ def seen(kind: type[subprocess.Popen[Any]], folder: Path, *words: object, ranks:
     [
         (["train", "looks.py", "--cpu"], ["alone"], False),
         (["train", "looks.py", "--cpu", "-n", 2], ["0", "1"], True),
-        (["launch", "-n", 2, "looks.py", "word"], ["0", "1"], False),
+        (["launch", "-n", 2, "--cpu", "looks.py", "word"], ["0", "1"], False),
         ([sys.executable, "looks.py", "word"], ["alone"], True),
     ],
 )
@@ -153,7 +153,8 @@ SKLEARN = ({"KMP_DUPLICATE_LIB_OK": "True"}, {"KMP_INIT_AT_FORK": "FALSE"})  # s
 def test_what_is_no_warm_start_is_an_ordinary_one(folder: Path) -> None:
     assert is_warm() and warm.Popen.warm is not None
     environment = clean_environment()
-    for late in ({"RANK": "0", "OMP_NUM_THREADS": "3", MARK: "1"}, {"TORCHINDUCTOR_CACHE_DIR": "x"}, *SKLEARN):
+    on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}  # by `dtrain launch --cpu`
+    for late in ({"RANK": "0", "OMP_NUM_THREADS": "3", MARK: "1"}, {"TORCHINDUCTOR_CACHE_DIR": "x"}, *SKLEARN, on_cpu):
         assert warm.Popen.warm.suits(environment | late)
     for name, value in {"PYTHONPATH": "x", "OMP_NUM_THREADS": "1,2", "LC_ALL": "C", "TORCH_LOGS": "all"}.items():
         assert not warm.Popen.warm.suits(environment | {name: value})
