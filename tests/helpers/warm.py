@@ -279,6 +279,7 @@ def _become(request: dict[str, Any], fds: Sequence[int]) -> list[str]:
     if request["session"]:
         os.setsid()
     os.chdir(request["folder"])
+    sys.modules["multiprocessing.process"].ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]  # noqa: PTH109
     os.environ.clear()
     os.environ.update(request["environment"])
     _rename(argv, os.environ)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="made of what Li
 
 # Of a recipe, which a rank imports.
 LOOKS = """
-import __main__, atexit, gc, json, locale, os, random, resource, signal, sys, threading
+import __main__, atexit, gc, json, locale, multiprocessing, os, random, resource, signal, sys, threading
 from pathlib import Path
 
 import numpy
@@ -53,7 +53,7 @@ seen = {
     "name": Path("/proc/self/comm").read_text(),
     "main": [__main__.__name__, __main__.__file__, str(__main__.__spec__), __main__.__package__],
     "path": sys.path,
-    "folder": os.getcwd(),
+    "folder": [os.getcwd(), multiprocessing.process.ORIGINAL_DIR],
     "environment": kept(os.environ),
     "shown environment": kept(dict(line.split("=", 1) for line in words("/proc/self/environ") if line)),
     "flags": [str(sys.flags), sys.warnoptions, str(__import__("warnings").filters[-8:])],
