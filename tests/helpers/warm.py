@@ -56,7 +56,7 @@ MODULES = (
 )
 # What may differ from the warm process's environment: it is read when it is needed, and by no import.
 _LATE = re.compile(
-    r"(DTRAIN|SLURM|WANDB)_\w+|((LOCAL|NODE|GROUP)_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|GLOO_SOCKET_IFNAME|"
+    r"(DTRAIN|SLURM|WANDB|ACCELERATE)_\w+|CUDA_VISIBLE_DEVICES|((LOCAL|NODE|GROUP)_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|GLOO_SOCKET_IFNAME|"
     r"OMP_NUM_THREADS|OPENBLAS_NUM_THREADS|PATH|TMPDIR|COLUMNS|LINES|PYTEST_\w+|TORCHINDUCTOR_CACHE_DIR|SLOW|SECRET|NOTED|"
     r"KMP_(DUPLICATE_LIB_OK|INIT_AT_FORK)"  # scikit-learn sets them as it is imported
 )
@@ -279,6 +279,7 @@ def _become(request: dict[str, Any], fds: Sequence[int]) -> list[str]:
     if request["session"]:
         os.setsid()
     os.chdir(request["folder"])
+    sys.modules["multiprocessing.process"].ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]  # noqa: PTH109
     os.environ.clear()
     os.environ.update(request["environment"])
     _rename(argv, os.environ)

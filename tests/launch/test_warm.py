@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="made of what Li
 
 # Of a recipe, which a rank imports.
 LOOKS = """
-import __main__, atexit, gc, json, locale, os, random, resource, signal, sys, threading
+import __main__, atexit, gc, json, locale, multiprocessing, os, random, resource, signal, sys, threading
 from pathlib import Path
 
 import numpy
@@ -53,7 +53,7 @@ seen = {
     "name": Path("/proc/self/comm").read_text(),
     "main": [__main__.__name__, __main__.__file__, str(__main__.__spec__), __main__.__package__],
     "path": sys.path,
-    "folder": os.getcwd(),
+    "folder": [os.getcwd(), multiprocessing.process.ORIGINAL_DIR],
     "environment": kept(os.environ),
     "shown environment": kept(dict(line.split("=", 1) for line in words("/proc/self/environ") if line)),
     "flags": [str(sys.flags), sys.warnoptions, str(__import__("warnings").filters[-8:])],
@@ -113,7 +113,7 @@ def seen(kind: type[subprocess.Popen[Any]], folder: Path, *words: object, ranks:
     [
         (["train", "looks.py", "--cpu"], ["alone"], False),
         (["train", "looks.py", "--cpu", "-n", 2], ["0", "1"], True),
-        (["launch", "-n", 2, "looks.py", "word"], ["0", "1"], False),
+        (["launch", "-n", 2, "--cpu", "looks.py", "word"], ["0", "1"], False),
         ([sys.executable, "looks.py", "word"], ["alone"], True),
     ],
 )
@@ -153,7 +153,8 @@ SKLEARN = ({"KMP_DUPLICATE_LIB_OK": "True"}, {"KMP_INIT_AT_FORK": "FALSE"})  # s
 def test_what_is_no_warm_start_is_an_ordinary_one(folder: Path) -> None:
     assert is_warm() and warm.Popen.warm is not None
     environment = clean_environment()
-    for late in ({"RANK": "0", "OMP_NUM_THREADS": "3", MARK: "1"}, {"TORCHINDUCTOR_CACHE_DIR": "x"}, *SKLEARN):
+    on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}  # by `dtrain launch --cpu`
+    for late in ({"RANK": "0", "OMP_NUM_THREADS": "3", MARK: "1"}, {"TORCHINDUCTOR_CACHE_DIR": "x"}, *SKLEARN, on_cpu):
         assert warm.Popen.warm.suits(environment | late)
     for name, value in {"PYTHONPATH": "x", "OMP_NUM_THREADS": "1,2", "LC_ALL": "C", "TORCH_LOGS": "all"}.items():
         assert not warm.Popen.warm.suits(environment | {name: value})

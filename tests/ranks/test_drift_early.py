@@ -46,6 +46,52 @@ def test_right_steps_are_as_in_one_process(ranks: int) -> None:
         assert list(found) == list(RIGHT)
 
 
+class SlowStore:
+    """A store to which rank 1's values come no sooner than they must, and later than rank 0 looks, where that can be."""
+
+    def __init__(self, store: Any, rank: int) -> None:
+        self._store, self._rank = store, rank
+        self._set: list[tuple[str, str]] = []
+        self._looks = 0
+
+    def set(self, key: str, value: str) -> None:
+        if self._rank == 1:
+            self._set.append((key, value))
+        else:
+            self._store.set(key, value)
+
+    def check(self, keys: list[str]) -> bool:
+        several = len(keys) > 1
+        if several and self._set:
+            self._store.wait([f"looked/{self._looks}"])
+        for key, value in self._set:
+            self._store.set(key, value)
+        self._set.clear()
+        found: bool = self._store.check(keys)
+        if several:
+            if self._rank == 0:
+                self._store.set(f"looked/{self._looks}", "")
+            self._looks += 1
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def right_steps_with_a_slow_store(world: Any, names: list[str]) -> dict[str, Any]:
+    from dtrain.model.gradients import completion
+
+    store = SlowStore(completion._get_default_store(), world.rank)
+    completion._get_default_store = lambda: store
+    return right_steps(world, names)
+
+
+def test_ranks_that_leave_parameters_out_know_so_however_slow_the_store_is() -> None:
+    for found in run_ranks(right_steps_with_a_slow_store, 2, timeout=100, names=["heads_later", "a_part_later"]):
+        assert all(how <= 1e-9 for how in found.values()), found
+        assert len(found) == 2
+
+
 def wrong_steps(world: Any, names: list[str]) -> dict[str, Any]:
     from dtrain import DtrainError
 

@@ -87,7 +87,9 @@ class PassCompletion:
             whether all ranks have left some out, and so know it.
         """
         store = _get_default_store()
-        store.set(f"{self._key}/{self._passes}/{self._world.rank}", used.hex())
+        own = f"{self._key}/{self._passes}/{self._world.rank}"
+        store.set(own, used.hex())
+        store.check([own])  # set() does not wait for the store: what another rank looks at next might be older
         self._forget(store)
         before = {number: parameters[number].grad for number in lacking}
         self.running = True
