@@ -72,6 +72,7 @@ class Settings:
                 known += [name for names in signatures.values() for name in names]
                 raise ConfigError(_unknown_bare(key, value, known, signatures))
             _refuse_ambiguous(key, [f"{home}.{key}" for home in homes])
+            self._refuse_twice(f"{homes[0]}.{key}", key, value)
             getattr(self.config, homes[0])[key] = value.value
             self.places[f"{homes[0]}.{key}"] = value.place
             self.texts[f"{homes[0]}.{key}"] = value.text()
@@ -79,6 +80,14 @@ class Settings:
         for key, taken_for in self.bare.items():
             homes = [f"{section}.{key}" for section, names in signatures.items() if key in names]
             _refuse_ambiguous(key, [taken_for, *homes])
+
+    def _refuse_twice(self, full: str, key: str, value: Value) -> None:
+        """Refuses one parameter given by both its names, of which the order was not kept."""
+        given = self.places.get(full)
+        if given == value.place and self.texts[full] != value.text():
+            raise ConfigError(
+                f"{key} = {value.raw} and {full} = {self.texts[full]} ({given}) are one parameter. Give it once."
+            )
 
     def pin(self) -> None:
         """Has the recipe's file mean the same after a change of the working directory."""

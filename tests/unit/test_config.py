@@ -183,6 +183,18 @@ def test_a_bare_key_that_nobody_has_lists_what_is_there() -> None:
         load_settings(None, ["widht=4"], {}).place({"model": ["width"]})
 
 
+@pytest.mark.parametrize("key", ["width", "step"])
+def test_a_builder_s_parameter_given_by_both_its_names_is_refused(key: str, tmp_path: Path) -> None:
+    for words in ([f"{key}=A", f"model.{key}=B"], [f"model.{key}=B", f"{key}=A"]):
+        told = rf"{key} = A and model\.{key} = B \(command line\) are one parameter\. Give it once\."
+        with pytest.raises(ConfigError, match=told):
+            load_settings(None, words, {}).place({"model": [key]})
+    (tmp_path / "run.yaml").write_text(f"model:\n  {key}: B\n")
+    settings = load_settings(str(tmp_path / "run.yaml"), [f"{key}=A"], {})
+    settings.place({"model": [key]})
+    assert settings.config.model == {key: "A"}, "the command line's over the file's"
+
+
 def test_a_key_that_an_older_dtrain_did_not_have_counts_as_its_default() -> None:
     from dtrain.checkpoint.compat import config_differences
 
