@@ -17,6 +17,7 @@ from typing import Any
 from dtrain.data.collate import Collated
 from dtrain.data.count_exchange import CountExchange
 from dtrain.data.fingerprints import edge_mark
+from dtrain.data.libraries import begins_anew
 from dtrain.data.partition import RANK_STRIDE, RankBatch, ShardSpec, in_groups
 from dtrain.data.places import END, Place, begin_anew, keeper_of, mark_of, random_of, state_of
 from dtrain.data.rank_shards import check_first_batches
@@ -58,6 +59,7 @@ class RankStream:
         self._exchange: CountExchange | None = None
         self._compared = False
         self._loaded = False
+        self._warned = how.rank != 0
 
     @property
     def keeps(self) -> bool:
@@ -67,6 +69,8 @@ class RankStream:
     def iter_batches(self, seed: int, epoch: int, skip: int, ready: Callable[[], None]) -> Iterator[RankBatch]:
         """Iterates over the rank's shares of one epoch; see `ShardedLoader.iter_batches`."""
         saved, self.resume = self.resume, None
+        limited = self._how.limit is not None and self._sources.kept and not self._warned
+        before = repr(state_of(self._keeper)) if limited else ""
         reading = self._begin(seed, epoch, saved if skip else None)
         shares = self._together(reading) if self._how.fill else self._apart(reading)
         if self._how.group > 1:
@@ -78,6 +82,8 @@ class RankStream:
             self.place = share.place
             share.batch = _opened(share.batch)
             yield share
+        if limited and self._keeper is not None and reading.is_cut:
+            self._warn_of_left(before, reading)
 
     # --- reading ----------------------------------------------------------------------------------------
 
@@ -126,6 +132,19 @@ class RankStream:
         common = CommonRandomness(seed)
         keeps = self._sources.kept and self._how.fill
         return _Reading(source, common, self._stream.reader.size_of, limit, self._keeper, keeps=keeps)
+
+    def _warn_of_left(self, before: str, reading: _Reading) -> None:
+        """Tells of a state that stays within a pass which was left at `limit`: a resumed run may begin there."""
+        within = repr(state_of(self._keeper))
+        reading.close()
+        if before != repr(state_of(self._keeper)) == within and not begins_anew(self._keeper):
+            self._warned = True
+            logger.warning(
+                "the state of %s is still within the %s pass, which limit_batches has ended: a resumed run goes on "
+                "there in the next epoch. If a new __iter__ begins at the start, have its state do so, too, once the "
+                "iterator is closed: try/finally around the loop in __iter__ (docs/recipes.md#streams).",
+                *(type(self._keeper).__name__, self._split),
+            )
 
     # --- sharing out ------------------------------------------------------------------------------------
 
@@ -259,6 +278,11 @@ class _Reading:
         """Reads so many batches for nothing."""
         while self.read < count and self._next() is not END:
             self.read += 1
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it ended before the loader did."""
+        return self._limit is not None and self.read >= self._limit
 
     def close(self) -> None:
         """Lets go of the iterator, with its workers."""

@@ -31,12 +31,14 @@ class Shards(IterableDataset):
         order = [self.shards[i] for i in torch.randperm(len(self.shards), generator=draw)]
         rows = [(shard, row) for shard in order for row in range(SHARDS[shard])]
         self.at, self.start = self.start, 0
-        for shard, row in rows[self.at :]:
-            self.at += 1
-            self.reads.append(shard)
-            x = torch.tensor([float(shard), float(row)])
-            yield x, x.sum().reshape(1)
-        self.at = 0
+        try:
+            for shard, row in rows[self.at :]:
+                self.at += 1
+                self.reads.append(shard)
+                x = torch.tensor([float(shard), float(row)])
+                yield x, x.sum().reshape(1)
+        finally:
+            self.at = 0
 
 
 def build_model(kill: str = ""):

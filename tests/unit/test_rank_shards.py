@@ -173,3 +173,38 @@ def test_a_builder_that_got_the_rank_makes_streams_of_its_own() -> None:
     assert ShardedLoader(DataLoader(Stream(), 2), how, 1, "train", functions=made).own
     assert not ShardedLoader(DataLoader(Stream(), 2), how, 1, "train", functions=made, sharding="dtrain").own
     assert not ShardedLoader(DataLoader(TensorDataset(torch.ones(4)), 2), how, 1, "train", functions=made).own
+
+
+class Placed(Stream):
+    """Knows where it is; its state begins anew once its iterator is closed, or does not."""
+
+    def __init__(self, resets: bool) -> None:
+        self.at, self.resets = 0, resets
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        raise AssertionError
+
+    def __iter__(self) -> Any:
+        try:
+            for self.at in range(1, 13):
+                yield torch.ones(1) * self.at
+        finally:
+            self.at = 0 if self.resets else self.at
+
+
+@pytest.mark.parametrize("resets", [True, False])
+@pytest.mark.parametrize("fill", [True, False])
+def test_a_state_that_stays_within_a_pass_that_was_left_is_told_of_once(resets: bool, fill: bool, caplog: Any) -> None:
+    """A resumed run would go on there, and one that was not interrupted begins at the start."""
+    dataset = Placed(resets)
+    dataset.sharded_by_rank = True
+    view = ShardedLoader(DataLoader(dataset, 2), ShardSpec(0, 1, "per_rank", fill=fill, limit=3), 1, "valid")
+    view.sources.kept = True
+    with caplog.at_level(logging.WARNING):
+        for epoch in (1, 2):
+            assert len(list(view.iter_batches(epoch))) == 3
+    assert ["the state of Placed is still within the valid pass" in one for one in caplog.messages] == [True][resets:]
+    assert dataset.at == (0 if resets else 6)

@@ -74,12 +74,13 @@ class Recorder(EngineCallback):
 
     def on_batch_start(self, batch: RankBatch) -> None:
         """Takes the batch as it is before the step, which may change it."""
-        self._rows = [zlib.crc32(tensor_bytes(part)) for part in _tensors(batch.batch).values()]
+        parts = _tensors(batch.batch).values() if batch.count else ()  # what only keeps a rank in step may be any batch
+        self._rows = [zlib.crc32(tensor_bytes(part)) for part in parts]
 
     def on_batch_end(self, batch: RankBatch, values: Mapping[str, Value]) -> None:
         """Notes what a train step was given and returned."""
         indices = None if batch.indices is None else repr(batch.indices)
-        numbers = {name: _number(value) for name, value in values.items()}
+        numbers = {name: _number(value) for name, value in values.items()} if batch.count else {}
         self._shares.append({"rows": self._rows, "indices": indices, "values": numbers})
 
 
