@@ -24,6 +24,7 @@ _HOME_OF = {
     "RecipeError": "dtrain.errors",
     "Run": "dtrain.engine.run",
     "StepError": "dtrain.errors",
+    "StopRequested": "dtrain.errors",
     "UsageError": "dtrain.errors",
     "WorldError": "dtrain.errors",
     "gather": "dtrain.model.gather",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         RankError,
         RecipeError,
         StepError,
+        StopRequested,
         UsageError,
         WorldError,
     )
@@ -73,6 +75,7 @@ __all__ = [
     "RecipeError",
     "Run",
     "StepError",
+    "StopRequested",
     "UsageError",
     "WorldError",
     "__version__",
