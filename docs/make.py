@@ -23,7 +23,7 @@ _BEGIN, _END = "<!-- keys: made by `python docs/make.py` -->", "<!-- end of the 
 # The public names, by what they are for. Those with a module before them are not in `dtrain.__all__`.
 GROUPS = {
     "Training": ["train_model", "KerasModel", "Mean"],
-    "A loop of your own": ["prepare", "Meter", "History", "save_weights"],
+    "A loop of your own": ["prepare", "Meter", "History", "run", "save_weights"],
     "Ranks": ["rank", "world_size", "is_main", "print_main", "gather"],
     "After the training": [
         *("load", "load_weights"),
@@ -35,7 +35,7 @@ GROUPS = {
     "Callbacks": ["Callback", "Run", "dtrain.engine.callback.EngineCallback"],
     "Errors": [
         *("DtrainError", "UsageError", "ConfigError", "RecipeError", "WorldError"),
-        *("DataError", "StepError", "RankError"),
+        *("DataError", "StepError", "RankError", "StopRequested"),
     ],
 }
 _API_HEAD = """# The Python API

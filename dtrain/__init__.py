@@ -24,6 +24,7 @@ _HOME_OF = {
     "RecipeError": "dtrain.errors",
     "Run": "dtrain.engine.run",
     "StepError": "dtrain.errors",
+    "StopRequested": "dtrain.errors",
     "UsageError": "dtrain.errors",
     "WorldError": "dtrain.errors",
     "gather": "dtrain.model.gather",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
         RankError,
         RecipeError,
         StepError,
+        StopRequested,
         UsageError,
         WorldError,
     )
@@ -76,6 +78,7 @@ __all__ = [
     "RecipeError",
     "Run",
     "StepError",
+    "StopRequested",
     "UsageError",
     "WorldError",
     "__version__",

@@ -108,6 +108,10 @@ class StopRequested(DtrainError):  # noqa: N818 - no error: somebody asked for i
     exit_code = EXIT_STOPPED
     on_all_ranks = True
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: where the run stands and how it goes on, and not how dtrain came to raise it here."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 @dataclass(frozen=True)
 class Failure:

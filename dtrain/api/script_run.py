@@ -61,7 +61,7 @@ def run(folder: str | Path, model: Any, *others: Any, config: Mapping[str, Any] 
         config: further keys of a run's config: `{"checkpoint.every_steps": 100}`; see docs/configs.md.
 
     Returns:
-        the run: `run.epochs(n)` iterates over the epochs that are left, `run.history` takes its rows.
+        the run: its `epochs(n)` iterates over the epochs that are left, its `history` takes the rows.
 
     Raises:
         UsageError: an argument is wrong, or the folder has another run; what differs is named.

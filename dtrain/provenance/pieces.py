@@ -65,8 +65,8 @@ class Reached:
         """
         if self._unread:
             logger.warning(
-                "the source of %s is not known, so a resumed run cannot tell whether it has changed. Define it in a "
-                "file or a notebook's cell.",
+                "the source of %s is not known (typed at a prompt, or its file was edited since it was loaded), so a "
+                "resumed run cannot tell whether it has changed. Define it in a file or a notebook's cell.",
                 ", ".join(self._unread[:5]),
             )
         files = {f"{name}.py": text for name, text in self.pieces.items()} | dict(more)
@@ -210,9 +210,24 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 def _source(thing: Any) -> str | None:
     try:
-        return inspect.getsource(thing)
+        text = inspect.getsource(thing)
     except (OSError, TypeError, IndexError, SyntaxError):
         return None
+    code = getattr(thing, "__code__", None)
+    return text if code is None or code.co_freevars or _is_of(text, [code]) else None
+
+
+def _is_of(text: str, codes: list[CodeType]) -> bool:
+    """Whether a text is the source of code that is loaded: its file may have been edited since."""
+    try:
+        there = list(_codes(compile(textwrap.dedent(text), "<source>", "exec", dont_inherit=True)))
+    except (SyntaxError, ValueError):
+        return True  # a lambda's line is not always whole
+    return all(any(_alike(code, one) for one in there) for code in codes if not code.co_freevars)
+
+
+def _alike(code: CodeType, other: CodeType) -> bool:
+    return (code.co_name, code.co_names) == (other.co_name, other.co_names) and code.co_code == other.co_code
 
 
 def _class_source(kind: type) -> str | None:
@@ -229,5 +244,6 @@ def _class_source(kind: type) -> str | None:
             if isinstance(node, ast.ClassDef) and node.name == kind.__name__:
                 first = min((node.lineno, *(one.lineno for one in node.decorator_list)))
                 if first <= code.co_firstlineno <= (node.end_lineno or 0):
-                    return "".join(lines[first - 1 : node.end_lineno])
-    return _source(kind)
+                    text = "".join(lines[first - 1 : node.end_lineno])
+                    return text if _is_of(text, codes) else None
+    return _source(kind) if not codes else None
