@@ -28,10 +28,10 @@ from dtrain.api.prepared import PROCESS, Pass, PreparedLoader
 from dtrain.api.script_begin import Begun, begin_script, check_prepared, script_code
 from dtrain.api.script_state import Objects, load_loader, loader_state
 from dtrain.callbacks.tracking.wanted import check_installed
+from dtrain.checkpoint.contents import checkpoint_files, packed
 from dtrain.checkpoint.folder import write_checkpoint
 from dtrain.checkpoint.retention import RetentionPolicy
 from dtrain.checkpoint.rows import RowLines
-from dtrain.checkpoint.saver import checkpoint_files, packed
 from dtrain.config import call_settings
 from dtrain.config.calls import SCRIPT, run_folder
 from dtrain.distributed.seeding import derive, load_random_state, random_state, seed_everything

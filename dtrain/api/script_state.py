@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtrain.api.prepared import PreparedLoader
+from dtrain.checkpoint.contents import GlobalState
 from dtrain.checkpoint.extra import extra_metadata, load_extra
-from dtrain.checkpoint.saver import GlobalState
 from dtrain.checkpoint.state import load_buffers, load_optimizer, other_buffers
 from dtrain.checkpoint.tree import flatten
 from dtrain.checkpoint.weights import WEIGHTS

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from dtrain.checkpoint.contents import GlobalState, checkpoint_files, packed, plain
 from dtrain.checkpoint.extra import extra_metadata
 from dtrain.checkpoint.folder import make_way, write_checkpoint
 from dtrain.checkpoint.left_out import LeftOut, known_names
-from dtrain.checkpoint.locate import LINES, RANKS, ROWS, RUN
+from dtrain.checkpoint.locate import LINES, ROWS, RUN
 from dtrain.checkpoint.pretrained import PRETRAINED, check_pretrained, write_pretrained
 from dtrain.checkpoint.retention import RetentionPolicy
 from dtrain.checkpoint.rows import RowLines
 from dtrain.checkpoint.sources import UnsavedState, check_keepable
 from dtrain.checkpoint.state import State, rank_state, run_state, weights_state
-from dtrain.checkpoint.tensors import check_storable, pieces, read_tensors
+from dtrain.checkpoint.tensors import check_storable
 from dtrain.checkpoint.trainable import beginning_of
 from dtrain.checkpoint.tree import flatten
 from dtrain.checkpoint.weights import WEIGHTS
@@ -42,22 +42,6 @@ from dtrain.layout import checkpoint_name
 from dtrain.model.fsdp import ShardedReplica
 
 logger = logging.getLogger(__name__)
-
-
-class GlobalState(NamedTuple):
-    """What is the same on all ranks.
-
-    Attributes:
-        structure: what JSON holds of it.
-        tensors: its tensors.
-        metadata: what the file of weights has as text.
-        rows: files of rows, by name.
-    """
-
-    structure: Any
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-    rows: dict[str, bytes]
 
 
 # Rank 0 writes all, also what the others have of their own: it comes through the process group, a few kilobytes a
@@ -273,7 +257,7 @@ class Checkpointer(EngineCallback):
             beside, copied = self._writer.beside if beside is None else beside, named
         else:
             beside = self._writer.beside and self._has_room(named) if beside is None else beside
-            copied = self._snapshot.take(named) if beside else {name: _plain(tensor) for name, tensor in named.items()}
+            copied = self._snapshot.take(named) if beside else {name: plain(tensor) for name, tensor in named.items()}
         row = self._engine.history.rows[-1] if position[1] is None else None
         stall = time.perf_counter() - started
         facts = {**self._facts(), "epoch": position[0], "step": position[1], "row": row, "stall_seconds": stall}
@@ -366,41 +350,3 @@ class Checkpointer(EngineCallback):
 def _told(position: tuple[int, int | None]) -> str:
     epoch, step = position
     return f"after epoch {epoch}" if step is None else f"after train step {step} of epoch {epoch}"
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu").contiguous()
-
-
-def packed(state: Any, rank: int) -> bytes:
-    """One rank's state as bytes that travel: the length of its JSON, the JSON, its tensors."""
-    structure, tensors = flatten(state, f"rank-{rank}")
-    text = json.dumps(structure).encode()
-    plain = {name: _plain(tensor) for name, tensor in tensors.items()}
-    return b"".join([len(text).to_bytes(8, "little"), text, *pieces(plain)])
-
-
-def checkpoint_files(whole: GlobalState, ranks: list[Tensor | None]) -> dict[str, Any]:
-    """Returns the files of a checkpoint, name -> its bytes in pieces.
-
-    Args:
-        whole: what is the same on all ranks.
-        ranks: what each rank has packed.
-    """
-    structure, tensors, metadata, rows = whole
-    structures: list[Any] = []
-    of_ranks: dict[str, Tensor] = {}
-    for one in ranks:
-        data = b"" if one is None else one.cpu().numpy().tobytes()
-        end = 8 + int.from_bytes(data[:8], "little")
-        structures.append(json.loads(data[8:end]))
-        of_ranks |= read_tensors(data[end:])[0]
-    prefix = f"{WEIGHTS}:"
-    return {
-        WEIGHTS: pieces({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, metadata),
-        f"{RUN}.json": [json.dumps(structure).encode()],
-        f"{RUN}.safetensors": pieces({n: t for n, t in tensors.items() if not n.startswith(prefix)}),
-        f"{RANKS}.json": [json.dumps({"list": structures}).encode()],
-        f"{RANKS}.safetensors": pieces(of_ranks),
-        **{name: [lines] for name, lines in rows.items()},
-    }
