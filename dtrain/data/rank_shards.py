@@ -131,7 +131,8 @@ def check_first_batches(told: list[int], split: str) -> None:
                 f"ranks {told.index(mark)} and {rank} read the same first batch of the {split} loader, which is to "
                 "shard itself: each sample would count several times. Have its dataset yield the rank's part, as in "
                 "paths[rank::world_size], with an order that is drawn the same on all ranks before; or have dtrain "
-                f"shard it: train.data_sharding=dtrain ({PYTHON.format('dtrain')}).",
+                f"shard it: set sharded_by_rank = False on this loader, or train.data_sharding=dtrain "
+                f"({PYTHON.format('dtrain')}) for all.",
                 on_all_ranks=True,
             )
 
