@@ -72,7 +72,7 @@ def popen(argv: list[str], *, cold: bool = False, **how: Any) -> subprocess.Pope
     """
     ours = argv[0] in (str(BIN / "dtrain"), "python", sys.executable)
     first = argv[1:2] if argv[0] == str(BIN / "dtrain") else []  # the verb
-    kind = (argv[0], *first, *(word for word in argv if word in ("-n", "--cpu")))
+    kind = (argv[0], *first, *sorted({"-n", "--cpu"} & {*argv}))
     if ours and not (cold or COLD) and kind in _STARTED and is_warm():
         STARTS["warm" if warm.suits(how.get("env")) else "unsuited"] += 1
         return warm.Popen(argv, **how)
