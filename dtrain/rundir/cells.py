@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 _BOM = b"\xef\xbb\xbf"
 _MOST_HEAD_LINES = 10  # of a head whose names hold line ends, as older versions wrote them
+_QUOTED = re.compile('"[^"]*"')
 _MOST_FAULTS = 3  # that are named
 _MOST_COLUMNS = 50_000  # further ones are left out: a table of a million would keep those who look at it waiting
 
@@ -45,7 +47,8 @@ def parse_table(data: bytes) -> Table:
     first, number = lines[0], 1
     while first.count('"') % 2 and number < min(len(lines), _MOST_HEAD_LINES):
         first, number = f"{first}\n{lines[number]}", number + 1
-    separator = ";" if ";" in first and "," not in first else ","
+    bare = _QUOTED.sub("", first)
+    separator = ";" if ";" in bare and "," not in bare else ","
     if separator == ";":
         table.faults.append("its cells are separated by semicolons")
     table.columns = _cells(first, separator) or []
@@ -83,8 +86,10 @@ def normal_text(data: bytes) -> str:
 
 def line_of(cells: Iterable[Any]) -> str:
     """Returns a row as a line of the file."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(cells)
+    buffer, texts = io.StringIO(), list(cells)
+    # A sole column's name with a semicolon would be taken for names that a spreadsheet has separated by it.
+    quoting = csv.QUOTE_ALL if len(texts) == 1 and ";" in str(texts[0]) else csv.QUOTE_MINIMAL
+    csv.writer(buffer, lineterminator="\n", quoting=quoting).writerow(texts)
     return buffer.getvalue()
 
 

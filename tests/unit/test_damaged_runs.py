@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from helpers.runs import make_run, rows
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dtrain.report.compare import as_plain, compare
@@ -192,6 +192,7 @@ NAMES = st.lists(
 )
 
 
+@example(names=[";"], values=[[1.0] * 5], crlf=False)
 @given(names=NAMES, values=st.lists(st.lists(NUMBERS, min_size=5, max_size=5), max_size=5), crlf=st.booleans())
 def test_what_is_written_is_read_as_it_was(
     tmp_path_factory: pytest.TempPathFactory, names: list[str], values: list[list[float]], crlf: bool
