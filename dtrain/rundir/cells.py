@@ -88,8 +88,8 @@ def line_of(cells: Iterable[Any]) -> str:
     """Returns a row as a line of the file."""
     buffer, texts = io.StringIO(), list(cells)
     # A sole column's name with a semicolon would be taken for names that a spreadsheet has separated by it.
-    quoting = csv.QUOTE_ALL if len(texts) == 1 and ";" in str(texts[0]) else csv.QUOTE_MINIMAL
-    csv.writer(buffer, lineterminator="\n", quoting=quoting).writerow(texts)
+    sole = len(texts) == 1 and ";" in str(texts[0])
+    csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL if sole else csv.QUOTE_MINIMAL).writerow(texts)
     return buffer.getvalue()
 
 
