@@ -195,6 +195,8 @@ class _Collected:
                     f"predict_step returned a tensor of shape {tuple(leaf.shape)} for a batch of {rank_batch.count} "
                     "samples. Return one row per sample."
                 )
+            if kept and kept[0].shape[1:] != leaf.shape[1:]:
+                raise StepError(_ragged([tuple(kept[0].shape[1:]), tuple(leaf.shape[1:])], "for different batches"))
             kept.append(leaf.detach().cpu())
         self._blocks.append((rank_batch.start, rank_batch.count))
 
@@ -244,8 +246,16 @@ def _joined(parts: list[Tensor | None], order: Tensor) -> Tensor:
     there = [part for part in parts if part is not None]
     sizes = {tuple(part.shape[1:]) for part in there}
     if len(sizes) > 1:
-        raise StepError(f"predict_step returned rows of different shapes on different ranks: {sorted(sizes)}.")
+        raise StepError(_ragged(sorted(sizes), "on different ranks"))
     return torch.cat(there)[order]
+
+
+def _ragged(shapes: list[tuple[int, ...]], where: str) -> str:
+    return (
+        f"predict_step returned rows of the shapes {', '.join(map(str, shapes))} {where}, as from batches padded to "
+        "their longest sample. Return a list with an entry per sample, [row.tolist() for row in rows], or pad all rows "
+        "to one length."
+    )
 
 
 def _flatten(returned: Any, leaves: list[Tensor]) -> Any:

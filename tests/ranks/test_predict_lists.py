@@ -102,3 +102,18 @@ def test_from_the_command(tmp_path: Path, dtrain: Dtrain, recipes: Path) -> None
     refused = dtrain("predict", "runs/it", "-o", "x.csv", "--cpu")
     assert refused.code == 2
     assert "Use .jsonl" in refused.err
+
+
+def test_rows_of_unequal_lengths_name_a_remedy_that_works() -> None:
+    world = bring_up(cpu=True)
+
+    def padded(model: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(x), 1 + int(x[0, 0]) % 4)
+
+    told = r"rows of the shapes \(1,\), \(3,\) for different batches.*\[row\.tolist\(\) for row in rows\]"
+    with pytest.raises(StepError, match=told):
+        predict(nn.Linear(1, 1), loader(), world, predict_step=padded)
+    found = predict(
+        nn.Linear(1, 1), loader(), world, predict_step=lambda model, x: [row.tolist() for row in padded(model, x)]
+    )
+    assert [len(row) for row in found] == [1, 1, 3, 3] * 2 + [1, 1, 3]

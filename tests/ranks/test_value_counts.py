@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers.pages import PAGES, blocks
 from helpers.ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
+
+import dtrain
 
 SAMPLES, BATCH = 24, 8
 Step = Callable[[Any, Tensor, Tensor, Tensor], Any]  # (model, padded (rows, longest, 3), lengths, classes) -> a loss
@@ -148,3 +152,22 @@ def alone(step: Step) -> list[float]:
         (getattr(loss, "total", loss) / getattr(loss, "count", 1)).backward()
         net.optimizer.step()
     return weights(net)
+
+
+def test_the_recipe_for_padded_texts_in_the_docs_is_the_mean_over_all_tokens() -> None:
+    page = next(page for page in PAGES if page.name == "moving.md")
+    (text,) = (block.text for block in blocks(page, "python") if "a causal language model" in block.text)
+    known: dict[str, Any] = {"dtrain": dtrain, "torch": torch, "DataLoader": DataLoader}
+    exec(text, known)  # noqa: S102 - the page's
+    scores = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([[1, 2, 3, -100, -100], [1, 2, 3, 4, 5], [6, 5, -100, -100, -100]])
+
+    def model(labels: torch.Tensor, logits: torch.Tensor) -> Any:
+        flat = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return SimpleNamespace(loss=nn.functional.cross_entropy(*flat))
+
+    parts = [known["train_step"](model, {"labels": labels[rows], "logits": scores[rows]}) for rows in ([0, 2], [1])]
+    real = [(row, at) for row in range(3) for at in range(4) if labels[row, at + 1] >= 0]
+    errors = [-scores[row, at].log_softmax(0)[labels[row, at + 1]] for row, at in real]
+    assert sum(part.count for part in parts) == len(real) == 7
+    assert float(sum(part.total for part in parts)) == pytest.approx(float(sum(errors)), rel=1e-6)
