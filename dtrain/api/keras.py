@@ -21,6 +21,7 @@ from dtrain.data.batches import BatchFunctions
 from dtrain.data.partition import BatchMode
 from dtrain.distributed.fsdp_settings import refuse_sharding
 from dtrain.distributed.world import World, bring_up
+from dtrain.engine.arguments import check_whole
 from dtrain.engine.call_hooks import call_hooks
 from dtrain.engine.callback import Callbacks, EngineCallback
 from dtrain.engine.hooks import check_callbacks, hooks_of, states_of
@@ -147,6 +148,7 @@ class KerasModel(nn.Module):
         clip_norm: float | None = None,
         clip_value: float | None = None,
         ema_decay: float | None = None,
+        epoch_steps: int | None = None,
         seed: int = 42,
         callbacks: Any = None,
         verbose: bool | EngineCallback = True,
@@ -175,6 +177,7 @@ class KerasModel(nn.Module):
             fetch_batches, precision, compile: as in `dtrain.train_model`; `evaluate` and `predict` then do so, too.
             ema_decay: of an exponential moving average of the weights (above 0, below 1), with which is validated, and
                 which the net has in the end; of the best epoch, where its weights are kept.
+            epoch_steps: as in `dtrain.train_model`.
             seed: the order of the samples and each rank's random stream are derived from it.
             callbacks: `dtrain.Callback` objects, in a list; see docs/callbacks.md.
             verbose: whether rank 0 shows progress; or what is to show it, as in `dtrain.train_model`.
@@ -194,6 +197,7 @@ class KerasModel(nn.Module):
         """  # fmt: skip
         given = {name: value for name, value in locals().items() if name not in ("self", "args", "kwargs")}
         plan, options = read_fit(args, kwargs), RunOptions.of(given)
+        check_whole(epoch_steps=1 if epoch_steps is None else epoch_steps)
         objects = check_callbacks(callbacks, "callbacks")
         hooks = hooks_of({}, objects, "callbacks")
         self._cpu, self._options = cpu, replace(options, same_draws=False)
@@ -212,6 +216,7 @@ class KerasModel(nn.Module):
             task,
             world,
             epochs=plan.epochs,
+            epoch_steps=epoch_steps,
             options=options,
             callbacks=Callbacks(progress_of(verbose, is_main=world.is_main, log_step_freq=plan.log_step_freq)),
         )
