@@ -258,7 +258,7 @@ def test_killed_in_the_midst_it_is_resumed_to_the_last_bit(tmp_path: Path) -> No
     words = ["epoch_steps=5", "kind=stream", "train.batch=global", "model.dropout=0.5", "--steps", 5, "-n", 2]
     done = Dtrain(tmp_path)("check", "resume", "steps.py", *words, CUDA_VISIBLE_DEVICES="")
     assert done.code == 0, done.text
-    assert "killed after step 9 of 10" in done.out
+    assert "the same, killed after step" in done.out  # a random one
     assert "equal: samples, losses, weights, optimizer and history, to the last bit, on 2 ranks." in done.out
 
 
