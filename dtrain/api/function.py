@@ -85,6 +85,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     clip_value: float | None = None,
     ema_decay: float | None = None,
     swa_from: float | None = None,
+    epoch_steps: int | None = None,
     seed: int = 42,
     valid_together: bool = False,
     callbacks: Any = None,
@@ -137,6 +138,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
             which the net has in the end.
         swa_from: the share of the optimizer steps (above 0, below 1) after which the weights of all further steps are
             averaged equally (SWA), in place of `ema_decay`.
+        epoch_steps: optimizer steps of an epoch, the next of which goes on with `dl_train` where this one has ended; by
+            default an epoch is a pass over it.
         seed: the order of the samples and each rank's random stream are derived from it.
         valid_together: whether every rank takes part in every step of validation, as `dtrain.gather` in it needs.
         callbacks: `dtrain.Callback` objects, in a list; see docs/callbacks.md.
@@ -164,6 +167,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     """
     arguments = dict(locals())
     check_whole(epochs=epochs, log_step_freq=log_step_freq)
+    check_whole(epoch_steps=1 if epoch_steps is None else epoch_steps)
     options = RunOptions.of(arguments)
     objects = check_callbacks(callbacks, "callbacks")
     check_switch(valid_together=valid_together)
@@ -197,6 +201,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         task,
         world,
         epochs=epochs,
+        epoch_steps=epoch_steps,
         options=options,
         callbacks=Callbacks(progress_of(verbose, is_main=world.is_main, log_step_freq=log_step_freq)),
     )

@@ -26,6 +26,7 @@ from dtrain.data.partition import BatchMode
 from dtrain.data.rank_shards import DataSharding
 from dtrain.distributed.fsdp_settings import refuse_sharding
 from dtrain.distributed.world import World, bring_up
+from dtrain.engine.arguments import check_whole
 from dtrain.engine.call_hooks import call_hooks
 from dtrain.engine.callback import Callbacks, EngineCallback
 from dtrain.engine.hooks import check_callbacks, hooks_of, states_of
@@ -154,6 +155,7 @@ class KerasModel(nn.Module):
         clip_value: float | None = None,
         ema_decay: float | None = None,
         swa_from: float | None = None,
+        epoch_steps: int | None = None,
         seed: int = 42,
         callbacks: Any = None,
         verbose: bool | EngineCallback = True,
@@ -187,6 +189,7 @@ class KerasModel(nn.Module):
                 which the net has in the end; of the best epoch, where its weights are kept.
             swa_from: the share of the optimizer steps (above 0, below 1) after which the weights of all further ones
                 are averaged equally (SWA), in place of `ema_decay`.
+            epoch_steps: as in `dtrain.train_model`.
             seed: the order of the samples and each rank's random stream are derived from it.
             callbacks: `dtrain.Callback` objects, in a list; see docs/callbacks.md.
             verbose: whether rank 0 shows progress; or what is to show it, as in `dtrain.train_model`.
@@ -207,6 +210,7 @@ class KerasModel(nn.Module):
         """  # fmt: skip
         given = {name: value for name, value in locals().items() if name not in ("self", "args", "kwargs")}
         plan, options = read_fit(args, kwargs), RunOptions.of(given)
+        check_whole(epoch_steps=1 if epoch_steps is None else epoch_steps)
         objects = check_callbacks(callbacks, "callbacks")
         hooks = hooks_of({}, objects, "callbacks")
         self._cpu, self._options = cpu, replace(options, same_draws=False)
@@ -230,6 +234,7 @@ class KerasModel(nn.Module):
             task,
             world,
             epochs=plan.epochs,
+            epoch_steps=epoch_steps,
             options=options,
             callbacks=Callbacks(progress_of(verbose, is_main=world.is_main, log_step_freq=plan.log_step_freq)),
         )

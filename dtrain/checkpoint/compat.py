@@ -230,7 +230,8 @@ def check_ranks(there: Mapping[str, Any], step: int | None, ranks: int, settings
         )
     if step is not None:
         raise UsageError(
-            f"{reason}, which is only possible from the start of an epoch, and there is no such checkpoint."
+            f"{reason}, which is only possible from the start of an epoch, or of a pass over the data with "
+            "train.epoch_steps, and there is no such checkpoint."
         )
 
 

@@ -130,7 +130,7 @@ class Checkpointer(EngineCallback):
         """Keeps what a stop in validation needs: that is left in its midst, and done again by the run that goes on."""
         self._trained = trained, rank_state(self._engine)
         self._trained_epoch = self._engine.place.epoch or self._engine.start.epoch
-        if not self._engine.spent:
+        if not self._engine.spent and self._engine.epoch_steps is None:
             self._passed = trained.result.samples
             self._compare_passes()
 

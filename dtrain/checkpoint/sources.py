@@ -52,7 +52,7 @@ def kept_state(engine: Engine, *, within: bool) -> State:
 
     Args:
         engine: where the run is.
-        within: whether it is within a train pass, of which the loaders' states are those that it began with.
+        within: whether it is within a pass over the training data, of which its loader's states are those of its start.
     """
     sources = sources_of(engine)
     states = {split: source.after_epoch() for split, source in sources.items()}
@@ -87,11 +87,15 @@ def replay_epochs(engine: Engine, epoch: int, *, trained: bool) -> None:
         epoch: in which it begins.
         trained: whether that one's train pass is over.
     """
-    sources = sources_of(engine)
+    sources, position = sources_of(engine), engine.train_loader.position
     for earlier in range(1, epoch):
-        for source in sources.values():
-            source.replay(earlier)
-    if trained:
+        for split, source in sources.items():
+            if split != "train" or position is None:
+                source.replay(earlier)
+    if position is not None:
+        for earlier in range(1, position[0]):
+            sources["train"].replay(earlier)
+    elif trained:
         sources["train"].replay(epoch)
 
 

@@ -51,6 +51,7 @@ def run_state(engine: Engine) -> State:
         "epoch": place.epoch,
         "step": place.step if place.split == "train" else None,
         "updates": place.updates,
+        "data": engine.train_loader.position,
         "seconds": engine.watch.so_far,
         "aside": engine.watch.aside,
         "untimed": engine.watch.untimed,
@@ -77,13 +78,15 @@ def run_state(engine: Engine) -> State:
 def rank_state(engine: Engine) -> State:
     """Returns what this rank has of its own."""
     within, hooks = _is_within(engine), state_of_hooks(engine)
+    reading = within or engine.train_loader.position is not None  # a pass over the training data runs
+    began = engine.train_loader.order_state if reading else {}
     return {
         "asks for an end": None if hooks is None else hooks.reason,
         "random": random_state(engine.world.device),
-        "order": engine.order_state if within else [generator.get_state() for generator in engine.generators()],
+        "order": [began.get(id(generator), generator.get_state()) for generator in engine.generators()],
         "table": engine.table.state() if within and engine.table is not None else None,
-        **kept_state(engine, within=within),
-        "draws": engine.draws.used if within and engine.draws is not None else None,
+        **kept_state(engine, within=reading),
+        "draws": engine.draws.used if reading and engine.draws is not None else None,
         "rows": {split: draws.evidence.state() for split, draws in engine_draws(engine).items()},
     }
 
@@ -215,6 +218,7 @@ def _start(engine: Engine, run: State, ranks: list[State]) -> StartPosition:
     mine = ranks[world.rank] if same else ranks[0]
     for generator, state in zip(engine.generators(), mine["order"], strict=True):
         generator.set_state(state)
+    engine.train_loader.resume(run.get("data"))
     replay_epochs(engine, epoch, trained=trained is not None)
     load_kept(engine, mine if same else {**mine, "place": None})
     if engine.draws is not None:

@@ -44,6 +44,12 @@ class TrainConfig(_Section):
     max_steps: int | None = Field(
         None, ge=1, description="stop after this many optimizer steps; train.epochs then defaults to what that takes"
     )
+    epoch_steps: int | None = Field(
+        None,
+        ge=1,
+        description="make an epoch of this many optimizer steps, which goes on with the training data where the "
+        "last one ended; default: an epoch is a pass over the data",
+    )
     limit_batches: int | None = Field(None, ge=1, description="use only this many batches of each loader per epoch")
     overfit_batches: int | None = Field(
         None,
@@ -176,6 +182,9 @@ class TrainConfig(_Section):
     def _check_batches(self) -> TrainConfig:
         if self.limit_batches is not None and self.overfit_batches is not None:
             raise ValueError("limit_batches and overfit_batches both limit the batches: set only one of them")
+        for name in ("limit_batches", "overfit_batches"):
+            if self.epoch_steps is not None and getattr(self, name) is not None:
+                raise ValueError(f"epoch_steps and {name} both say how long an epoch is: set only one of them")
         return self
 
     @model_validator(mode="after")

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def _nothing() -> None:
+def do_nothing() -> None:
     """Does nothing."""
 
 
@@ -69,6 +69,9 @@ class ShardedLoader:
         own: whether the loader shards itself, so that each rank reads batches of its own.
         varied: whether the first global batch of the next passes is cut into unequal parts; see
             `dtrain.data.partition`.
+        order_state: of each generator that the user gave the loader, by its id, the state as the pass began.
+        on_pass: called with the number of a pass that begins within an epoch.
+        position: where a loader that goes on over the ends of epochs is; None for one that begins anew.
 
     Raises:
         UsageError: the loader was already sharded by another library, or shards itself where that cannot be used.
@@ -96,6 +99,8 @@ class ShardedLoader:
             )
         self.loader = loader
         self.varied = False
+        self.order_state: dict[int, torch.Tensor] = {}
+        self.on_pass: Callable[[int], object] = lambda _: None
         self._how = how
         self._seed = seed
         self._split = split
@@ -161,6 +166,45 @@ class ShardedLoader:
         """Whether its indices are dealt, so that each rank fetches its own samples alone."""
         return self._indexed is not None
 
+    @property
+    def position(self) -> tuple[int, int] | None:
+        """None: each epoch is a pass."""
+        return None
+
+    def resume(self, position: Any) -> None:
+        """Goes on from a saved `position`, which is None."""
+
+    def enter(self, epoch: int) -> None:
+        """An epoch's pass begins: the parts are told of it, and states noted."""
+        self.sources.enter(epoch)
+        self.order_state = {id(generator): generator.get_state() for generator in self.generators()}
+
+    def pass_of(self, epoch: int) -> int:
+        """Returns the number of the pass over the loader that an epoch is in."""
+        return epoch
+
+    def ends(self, epoch: int, step: int, updates: int) -> bool:
+        """Whether an epoch's pass is known to be over after a train step, the rank's shares being all that it has."""
+        return step == self.steps()
+
+    def expected(self, epoch: int, skip: int, updates: int, most: int | None) -> int | None:
+        """Returns the rank's shares of an epoch, as far as they are known, with an optimizer step for each group.
+
+        Args:
+            epoch: 1 or more.
+            skip: shares that are done.
+            updates: optimizer steps that were taken so far.
+            most: of the run; None for any.
+        """
+        steps = self.steps()
+        if most is None:
+            return steps
+        bound = skip + (most - updates) * self._how.group
+        return bound if steps is None else min(steps, bound)
+
+    def close(self) -> None:
+        """The run is over."""
+
     def steps(self) -> int | None:
         """Returns the number of steps of a pass, None where the loader cannot tell."""
         if self.own and self._how.size > 1:
@@ -191,7 +235,7 @@ class ShardedLoader:
         indices = rank_batch.indices.tolist() if isinstance(rank_batch.indices, torch.Tensor) else rank_batch.indices
         return [zlib.crc32(repr(index).encode()) for index in indices or () if rank_batch.count]
 
-    def iter_batches(self, epoch: int, skip: int = 0, ready: Callable[[], None] = _nothing) -> Iterator[RankBatch]:
+    def iter_batches(self, epoch: int, skip: int = 0, ready: Callable[[], None] = do_nothing) -> Iterator[RankBatch]:
         """Iterates over the rank's shares of one epoch.
 
         Args:
@@ -209,7 +253,7 @@ class ShardedLoader:
         if self._indexed is not None:
             if skip and self.sources.replays:
                 self.sources.rewind()
-                return _after(self._indexed.iter_batches(seed, epoch, 0, _nothing, varied=self.varied), skip, ready)
+                return _after(self._indexed.iter_batches(seed, epoch, 0, do_nothing, varied=self.varied), skip, ready)
             return self._indexed.iter_batches(seed, epoch, skip, ready, varied=self.varied)
         if self._alone is not None:
             return self._alone.iter_batches(seed, epoch, skip, ready)

@@ -38,14 +38,14 @@ class AgreedSteps:
         world: the ranks.
         place: where the run is.
         last: after so many optimizer steps training ends; None where it does not.
-        every: every so many of them, all ranks do something together; None for nothing.
+        every: after each multiple of one of these, all ranks do something together; None for nothing.
 
     Attributes:
         every: the same for all that is done so; more may be added.
     """
 
-    def __init__(self, world: World, place: TrainPosition, last: int | None = None, every: int | None = None) -> None:
-        self.every: list[int] = [] if every is None else [every]
+    def __init__(self, world: World, place: TrainPosition, last: int | None = None, *every: int | None) -> None:
+        self.every = [one for one in every if one is not None]
         self._last = last
         self._world = world
         self._place = place

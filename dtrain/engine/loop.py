@@ -20,6 +20,7 @@ What listens to it, from progress to checkpoints: `dtrain.engine.callback`, whic
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,11 +35,13 @@ from dtrain.engine.agreed_steps import AgreedSteps, check_counts
 from dtrain.engine.averaged import follow, weight_average
 from dtrain.engine.callback import Callbacks, each
 from dtrain.engine.facts import RunFacts
+from dtrain.engine.lengths import check_epochs, run_updates
+from dtrain.engine.loader_checks import check_loaders
 from dtrain.engine.metrics import MeanTable, PassResult, Value
 from dtrain.engine.modes import Modes
 from dtrain.engine.nan_guard import WhenNan
 from dtrain.engine.options import RunOptions
-from dtrain.engine.passes import PassWatch, batches_on_device, check_loaders, train_facts, train_loader, valid_pass
+from dtrain.engine.passes import PassWatch, batches_on_device, train_facts, train_loader
 from dtrain.engine.position import FinishedPass, Limits, StartPosition, TrainPosition
 from dtrain.engine.random_draws import step_draws
 from dtrain.engine.rates import Rates
@@ -47,6 +50,7 @@ from dtrain.engine.step_contract import Kind
 from dtrain.engine.synced_metrics import ready
 from dtrain.engine.train_step import Learner, Task
 from dtrain.engine.valid_loaders import by_name, first_loss
+from dtrain.engine.valid_passes import valid_pass
 from dtrain.engine.validation import within_epochs
 from dtrain.errors import DtrainError, StopRequested, add_place, add_remark
 from dtrain.launch.monitor.heartbeat import DONE, own_heartbeat
@@ -74,6 +78,7 @@ class Engine:
         sharding: how the net is sharded over several ranks; None for a whole net on each.
         val_every_steps: optimizer steps from one validation within an epoch to the next; None for none.
         max_steps: optimizer steps after which training ends, with the epoch's row; None where the epochs end it.
+        epoch_steps: optimizer steps of an epoch, the next of which goes on with the loader; None for a pass over it.
         history: gets a row an epoch, on every rank.
         validations: gets a row a validation within an epoch, on every rank.
         callbacks: what listens, in its order.
@@ -82,7 +87,6 @@ class Engine:
         table: the values of the train pass that runs; None outside of one.
         watch: the time of that pass.
         facts: what is told to who shows it.
-        order_state: the states of the users' own generators that draw the order, as they were when it began.
         stopping: whether training ends with the present epoch.
         ended: why, in words, where a callback has ended it.
         ended_by: the key of the config that did; "" for a hook of the user's.
@@ -98,6 +102,7 @@ class Engine:
     sharding: Sharding | None = None
     val_every_steps: int | None = None
     max_steps: int | None = None
+    epoch_steps: int | None = None
     history: History = field(default_factory=History)
     validations: History = field(default_factory=History)
     callbacks: Callbacks = field(default_factory=Callbacks)
@@ -114,22 +119,24 @@ class Engine:
             self.place.heartbeat.computes_on(str(self.world.device))
         self.table: MeanTable | None = None
         self.watch = PassWatch(self.world)
-        self.order_state: list[torch.Tensor] = []
         self.names: tuple[str, ...] | None = None
         self.rates = Rates(self.task)
         self.modes = Modes(self.task.module)
         self.facts = RunFacts(self.epochs, self.world.size, self.rates.now, lambda: self.place.updates)
-        self.train_loader = train_loader(self.task, self.world, self.options, self.limits)
+        steps = (self.epoch_steps, lambda: self.place.updates)
+        self.train_loader = train_loader(self.task, self.world, self.options, self.limits, *steps)
         in_step = self.sharding is not None and not self.sharding.validate_whole
         self.valid = valid_pass(self.task, self.world, self.options, self.limits, in_step=in_step)
         self.task.monitor = self.task.monitor or first_loss(self.task.dl_valid)
         passes = () if self.valid is None else self.valid.parts
-        check_loaders(self.task, self.world, self.epochs, self.train_loader, passes)
+        check_epochs(self)
+        check_loaders(self.task, self.world, self.train_loader, passes)
         ready(self.task.metrics, self.world)
         self.learner = Learner(self.task, self.world, self.options, nan=self.nan, sharding=self.sharding)
         drawn = (self.options.seed, self.learner.replica, self.options.batch, self.options.same_draws)
         self.draws, *draws = step_draws(self.world, *drawn, loaders=len(passes))
-        self.counts = AgreedSteps(self.world, self.place, self.max_steps, self.val_every_steps)
+        together = (self.val_every_steps, self.epoch_steps)
+        self.counts = AgreedSteps(self.world, self.place, self.max_steps, *together)
         for one, own in zip(passes, draws, strict=True):
             one.around, one.draws = self.learner.replica.validating, own
         self.average = weight_average(self.task.module, self.task.optimizer, self.options, self.updates_in_all)
@@ -187,11 +194,7 @@ class Engine:
 
     def updates_in_all(self) -> int | None:
         """Returns the optimizer steps of the whole run; None where the loader cannot tell its length."""
-        epochs = self.train_loader.steps_of_epochs(self.epochs)
-        total = None if epochs is None else sum(-(-steps // self.options.accumulation) for steps in epochs)
-        if self.max_steps is None:
-            return total
-        return self.max_steps if total is None else min(total, self.max_steps)
+        return run_updates(self.train_loader, self.epochs, self.options.accumulation, self.max_steps)
 
     @property
     def is_over(self) -> bool:
@@ -226,6 +229,7 @@ class Engine:
             ending.callback(self.validations.sync)
             ending.callback(self.history.sync)
             ending.callback(self.learner.close)
+            ending.callback(self.train_loader.close)
             if self.draws is not None:
                 ending.callback(self.draws.leave)
 
@@ -292,8 +296,7 @@ class Engine:
         self.modes.ensure()
         self.place.enter("train", epoch)
         start = self.start if epoch == self.start.epoch else StartPosition(epoch)
-        self.train_loader.sources.enter(epoch)
-        self.order_state = [generator.get_state() for generator in self.generators()]
+        self.train_loader.enter(epoch)
         self.table = table = MeanTable("train", self.names, self.task.metrics)
         if start.table is not None:
             table.load(start.table, self.world.device)
@@ -301,9 +304,7 @@ class Engine:
         learner.steps.on_step = self._count_step
         self._begin_pass(epoch, start, table)
         compare = self.world.size > 1 and self.options.accumulation == 1
-        # The streams are put back after the iteration has begun, which draws from them.
-        ready = start.randomness if start.skip else None
-        done = lambda: self.spent  # noqa: E731
+        ready, done = self._bounds(start)
         calls, unknown = self.callbacks, self.names is None
         how = (start.skip, ready, done, self.draws, calls)
         for share in batches_on_device(self.train_loader, self.world, self.place, *how):
@@ -316,7 +317,7 @@ class Engine:
                 self.counts.after()
             if unknown:
                 unknown = False
-                self._on_values_known(table)
+                each(calls.on_values_known, "train", tuple(table.names or ()))
             for progress in calls.on_progress:
                 progress(table)
             if table.asked is not None:
@@ -329,6 +330,16 @@ class Engine:
         self.modes.note()
         return self._end_pass(epoch, table)
 
+    def _bounds(self, start: StartPosition) -> tuple[Callable[[], None] | None, Callable[[], bool]]:
+        """Returns what is called once the iteration has begun, and what says that the pass ends before its loader."""
+        # The streams are put back after the iteration has begun, which draws from them.
+        ready = start.randomness if start.skip else None
+        if self.epoch_steps is None:
+            return ready, lambda: self.spent
+        if ready is not None:
+            ready()  # now: a loader that goes on leaves them as they are
+        return None, lambda: self._is_last(self.place.step)
+
     def _learn(self, share: RankBatch, clock: CompileClock | None) -> dict[str, Value]:
         for start in self.callbacks.on_batch_start:
             start(share)
@@ -340,9 +351,6 @@ class Engine:
             end(share, values)
         return values
 
-    def _on_values_known(self, table: MeanTable) -> None:
-        each(self.callbacks.on_values_known, "train", tuple(table.names or ()))
-
     def _end_step(self) -> None:
         each(self.callbacks.on_step_end, self.place)
         if self.within is not None and self.within.is_due and not self._is_last(self.place.step):
@@ -350,11 +358,12 @@ class Engine:
 
     def _is_last(self, step: int) -> bool:
         """Whether the epoch's own validation comes after a step."""
-        return self.spent or step == self.train_loader.steps()
+        return self.spent or self.train_loader.ends(self.place.epoch, step, self.place.updates)
 
     def _begin_pass(self, epoch: int, start: StartPosition, table: MeanTable) -> None:
         self.watch.begin(start)
-        facts = train_facts(epoch, self._expected(start), start, table, self.watch, self.facts)
+        steps = self.train_loader.expected(epoch, start.skip, self.place.updates, self.max_steps)
+        facts = train_facts(epoch, steps, start, table, self.watch, self.facts)
         each(self.callbacks.on_pass_start, facts)
         # Where a stop came into it:
         if self.within is not None and start.skip and self.within.is_due and not self._is_last(start.skip):
@@ -379,14 +388,6 @@ class Engine:
         # DDP keeps rank 0's buffers (BatchNorm's statistics) for all while it trains; so does what comes after.
         world.broadcast_(list(module.buffers()))
         return replace(result, aside=sums[2] / world.size, untimed=round(sums[3]))
-
-    def _expected(self, start: StartPosition) -> int | None:
-        """Returns this rank's shares of the epoch, as far as they are known, with one optimizer step for each group."""
-        steps = self.train_loader.steps()
-        if self.max_steps is None:
-            return steps
-        most = start.skip + (self.max_steps - self.place.updates) * self.options.accumulation
-        return most if steps is None else min(steps, most)
 
     def generators(self) -> list[torch.Generator]:
         """Returns the generators that the user gave the loaders or their samplers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,15 +15,13 @@ import torch
 from torch import nn
 
 from dtrain.data.batches import takes_fixed_parts
+from dtrain.data.continued import ContinuedLoader
 from dtrain.data.loader import ShardedLoader
 from dtrain.data.partition import RankBatch, ShardSpec
-from dtrain.data.same_data import check_whole
 from dtrain.distributed.consistency import (
     check_first_batch,
     check_order,
-    check_same_task,
     check_takes,
-    check_validation,
 )
 from dtrain.distributed.world import World
 from dtrain.engine.callback import Callbacks, each
@@ -33,13 +32,12 @@ from dtrain.engine.position import Limits, StartPosition, TrainPosition
 from dtrain.engine.random_draws import StepDraws
 from dtrain.engine.step_contract import Step, StepValues, no_grad_step
 from dtrain.engine.train_step import Task
-from dtrain.engine.valid_loaders import by_name, column_of, named_step, split_of
-from dtrain.errors import StepError, UsageError
-from dtrain.model.compile import CompileClock, wanted
+from dtrain.engine.valid_loaders import column_of, split_of
+from dtrain.errors import UsageError
+from dtrain.model.compile import CompileClock
 from dtrain.model.gather import PRESENT
 from dtrain.model.sync_batchnorm import SyncedBatchNorm
-from dtrain.model.untracked_batchnorm import PartStatistics, synced_validation
-from dtrain.rundir.columns import VALID
+from dtrain.model.untracked_batchnorm import PartStatistics
 
 NOBODY = Callbacks()
 _NOTHING = contextlib.nullcontext()
@@ -70,11 +68,13 @@ def batches_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all 
         calls: are called around the wait for each share.
         together: whether every rank takes part in every step.
     """
-    loader.varied = draws is not None and draws.varies(place.epoch)
+    number = loader.pass_of(place.epoch)
+    loader.varied = draws is not None and draws.varies(number)
     iter_batches = loader.iter_batches(place.epoch) if ready is None else loader.iter_batches(place.epoch, skip, ready)
     place.step = skip
     if draws is not None:
-        draws.begin(place.split, place.epoch, skip)
+        draws.begin(place.split, number, skip if loader.position is None else loader.position[1])
+        loader.on_pass = functools.partial(draws.begin, place.split)
     # Once, before the first step, where a difference between the ranks could still hang them.
     compare = place.split == "train" and not place.compared
     try:
@@ -290,111 +290,6 @@ class ValidPass:
         return PartStatistics() if first and self.eager and self.world.size > 1 else _NOTHING
 
 
-class SeveralValid:
-    """Validation over several loaders, a pass each, one after another.
-
-    Args:
-        parts: the passes; each has its loader's name.
-
-    Attributes:
-        parts: the same.
-    """
-
-    def __init__(self, parts: Sequence[ValidPass]) -> None:
-        self.parts = parts
-
-    @property
-    def module(self) -> nn.Module:
-        """The net."""
-        return self.parts[0].module
-
-    @property
-    def names(self) -> dict[str, tuple[str, ...] | None]:
-        """The values' names of each loader, known after its first pass."""
-        return {part.name: part.names for part in self.parts}
-
-    @names.setter
-    def names(self, known: Mapping[str, tuple[str, ...] | None]) -> None:
-        for part in self.parts:
-            part.names = known.get(part.name)
-
-    def aside(self) -> SeveralValid:
-        """Returns a copy as `ValidPass.aside` does."""
-        return SeveralValid([part.aside() for part in self.parts])
-
-    def run(
-        self, epoch: int, place: TrainPosition, calls: Callbacks, facts: RunFacts | None = None, *, within: bool = False
-    ) -> PassResult:
-        """Validates once with each loader, as `ValidPass.run` does.
-
-        Returns:
-            the means of all of them, each under its loader's name; samples, steps and seconds are sums.
-
-        Raises:
-            StepError: two values come to one column.
-        """
-        results = {part.name: part.run(epoch, place, calls, facts, within=within) for part in self.parts}
-        means: dict[str, float] = {}
-        for name, result in results.items():
-            for value, mean in result.means.items():
-                column = column_of(name, value)
-                if column in means:
-                    raise StepError(
-                        f"two validation loaders have the column {VALID}{column}: the value {value!r} of {name!r}, and "
-                        "another one's. Choose another name for one of the loaders.",
-                        on_all_ranks=True,
-                    )
-                means[column] = mean
-        samples, steps, seconds = zip(*((one.samples, one.steps, one.seconds) for one in results.values()), strict=True)
-        return PassResult(means, sum(samples), sum(steps), sum(seconds))
-
-
-Validation = ValidPass | SeveralValid
-
-
-def valid_pass(
-    task: Task, world: World, options: RunOptions, limits: Limits | None = None, *, in_step: bool = False
-) -> Validation | None:
-    """Returns a task's validation, None where it has no validation loader; usable without its train loader.
-
-    Raises:
-        UsageError: a name of several loaders makes no good column name.
-    """
-    if task.dl_valid is None or task.valid_step is None:
-        return None
-    compiled = world.size > 1 and wanted(options.compile, world) is not None
-    synced = synced_validation(task.module, world, compiled=compiled, together=task.valid_together)
-    limits, in_step = limits or Limits(), in_step or task.valid_together or synced is not None
-    how = ShardSpec(world.rank, world.size, options.batch, fill=in_step, limit=limits.valid, merge=limits.merge)
-    about: dict[str, Any] = {"in_step": in_step, "synced": synced, "eager": not compiled}
-    parts = []
-    for name, dl_valid in by_name(task.dl_valid).items():
-        step = named_step(task.valid_step, name)
-        read: dict[str, Any] = {"functions": task.batches, "fixed": takes_fixed_parts(step)}
-        read |= {"fetch_batches": options.fetch_batches, "sharding": options.data_sharding, "world": world}
-        loader = ShardedLoader(dl_valid, how, options.seed, split_of(name), **read)
-        parts.append(ValidPass(task.module, step, loader, world, task.metrics, name=name, **about))
-    return SeveralValid(parts) if isinstance(task.dl_valid, Mapping) else parts[0]
-
-
-def check_loaders(task: Task, world: World, epochs: int, train: ShardedLoader, passes: Sequence[ValidPass]) -> None:
-    """Compares the ranks' nets and loaders before the first step.
-
-    Raises:
-        UsageError, DataError, StepError: they differ, or cannot be read in each epoch, or do not fit the step.
-    """
-    views = {"train": train} | {split_of(one.name): one.loader for one in passes}
-    loaders = {split: view.loader for split, view in views.items()} | {"train": task.dl_train}
-    own = [split for split, view in views.items() if view.own]
-    check_starts_anew(epochs, *loaders.values())
-    check_same_task(world, task.module, loaders, own)
-    for one in passes:
-        split = split_of(one.name)
-        check_validation(one.step, None if split in own else one.loader.loader, split)
-    if task.batches.by_rank:
-        check_whole({split: loader for split, loader in loaders.items() if views[split].indexed}, world)
-
-
 def check_starts_anew(epochs: int, *loaders: Any) -> None:
     """Whether loaders can be read in each epoch.
 
@@ -424,7 +319,14 @@ def train_facts(  # noqa: PLR0913, PLR0917 - called at one place with all of the
     )
 
 
-def train_loader(task: Task, world: World, options: RunOptions, limits: Limits) -> ShardedLoader:
+def train_loader(  # noqa: PLR0913, PLR0917 - the engine's own
+    task: Task,
+    world: World,
+    options: RunOptions,
+    limits: Limits,
+    epoch_steps: int | None = None,
+    updates: Callable[[], int] = int,
+) -> ShardedLoader:
     """Returns the rank's view of a task's training loader; the arguments are the engine's."""
     how = ShardSpec(
         world.rank,
@@ -438,4 +340,7 @@ def train_loader(task: Task, world: World, options: RunOptions, limits: Limits) 
     read: dict[str, Any] = {"functions": task.batches, "fixed": takes_fixed_parts(task.train_step)}
     read |= {"fetch_batches": options.fetch_batches, "same_order": limits.same}
     read |= {"sharding": options.data_sharding, "world": world}
-    return ShardedLoader(task.dl_train, how, options.seed, "train", **read)
+    if epoch_steps is not None:
+        read |= {"steps": epoch_steps, "updates": updates, "device": world.device}
+    kind = ShardedLoader if epoch_steps is None else ContinuedLoader
+    return kind(task.dl_train, how, options.seed, "train", **read)

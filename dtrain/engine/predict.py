@@ -19,11 +19,12 @@ from dtrain.engine.facts import PassFacts
 from dtrain.engine.metrics import PassResult
 from dtrain.engine.options import RunOptions
 from dtrain.engine.packed import gather_entries
-from dtrain.engine.passes import batches_on_device, valid_pass
+from dtrain.engine.passes import batches_on_device
 from dtrain.engine.position import TrainPosition
 from dtrain.engine.random_draws import draws_of
 from dtrain.engine.synced_metrics import ready
 from dtrain.engine.train_step import Task
+from dtrain.engine.valid_passes import valid_pass
 from dtrain.errors import DataError, StepError, UsageError, add_place, nothing_yielded
 from dtrain.launch.monitor.heartbeat import own_heartbeat
 from dtrain.model.compile import Compilation, compilation, compiled, wanted

@@ -23,8 +23,9 @@ from dtrain.distributed.world import World
 from dtrain.engine.callback import Callbacks, each
 from dtrain.engine.facts import RunFacts
 from dtrain.engine.metrics import PassResult
-from dtrain.engine.passes import PassWatch, Validation
+from dtrain.engine.passes import PassWatch
 from dtrain.engine.position import TrainPosition
+from dtrain.engine.valid_passes import Validation
 from dtrain.errors import UsageError
 from dtrain.rundir.columns import VALID
 from dtrain.rundir.history import History

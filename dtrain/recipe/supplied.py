@@ -67,7 +67,9 @@ def supplied_values(
         {_EPOCHS: train.epochs} if limit is None else {_TOTAL_STEPS: limit}
     )
     asked = [name for name in names if name not in values]
-    each = optimizer_steps(dl_train, ranks, train) if asked and dl_train is not None else None
+    each = train.epoch_steps
+    if asked and dl_train is not None and each is None:
+        each = epoch_length(dl_train, ranks, settings) or optimizer_steps(dl_train, ranks, train)
     if each:
         epochs = train.epochs if limit is None else -(-limit // each)
         most = train.max_steps or epochs * each
@@ -100,3 +102,15 @@ def optimizer_steps(dl_train: Any, ranks: int, train: TrainConfig) -> int | None
     """Returns the optimizer steps of an epoch, with one for each group of micro-batches."""
     steps = rank_steps(dl_train, ranks, train)
     return None if steps is None else -(-steps // train.accumulation)
+
+
+def epoch_length(dl_train: Any, ranks: int, settings: Settings) -> int | None:
+    """Returns the optimizer steps of an epoch that goes on with the data; None where an epoch is a pass over it.
+
+    Where only `train.max_steps` says how long a run is, and the loader has no length, the run is one such epoch.
+    """
+    train = settings.config.train
+    alone = train.max_steps is not None and "train.epochs" not in settings.places
+    if train.epoch_steps is not None or not alone or train.limit_batches or train.overfit_batches:
+        return train.epoch_steps
+    return train.max_steps if rank_steps(dl_train, ranks, train) is None else None

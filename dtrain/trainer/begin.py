@@ -123,7 +123,8 @@ def _check(engine: Engine, settings: Settings, loaded: Loaded | None, samples: M
             if not accepted:
                 warn_of_globals(loaded.facts.get("samples", {}).get(GLOBALS, {}), samples.get(GLOBALS, {}))
         accepted += check_data(loaded.facts.get("samples", {}), samples, engine, settings)
-        check_ranks(loaded.facts, loaded.run["step"], engine.world.size, settings)
+        within = loaded.run["step"] if loaded.run.get("data") is None else loaded.run["data"][1]
+        check_ranks(loaded.facts, within, engine.world.size, settings)
     check_shapes(engine, loaded)
     return accepted
 

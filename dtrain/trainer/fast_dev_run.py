@@ -72,6 +72,7 @@ def small(settings: Settings, ranks: int, folder: str) -> Settings:
     changes = {
         "epochs": 1,
         "max_steps": None,
+        "epoch_steps": None,
         "accumulation": group,
         "limit_batches": STEPS * group * (ranks if train.batch == "per_rank" else 1),
         "overfit_batches": None,

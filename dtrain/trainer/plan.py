@@ -12,7 +12,7 @@ from dtrain.engine.train_step import Task
 from dtrain.masking import masked
 from dtrain.model.fsdp_parts import parts_of
 from dtrain.recipe.loader import Recipe
-from dtrain.recipe.supplied import rank_steps
+from dtrain.recipe.supplied import epoch_length, rank_steps
 from dtrain.trainer.setup import loader_batch, run_epochs, step_samples
 
 
@@ -46,7 +46,8 @@ def make_plan(task: Task, settings: Settings, ranks: int) -> Plan:
     train = settings.config.train
     if train.shard_modules is not None:
         parts_of(task.module, Sharding(tuple(train.shard_modules)))
-    steps, epochs = rank_steps(task.dl_train, ranks, train), run_epochs(task, ranks, settings)
+    epochs, length = run_epochs(task, ranks, settings), epoch_length(task.dl_train, ranks, settings)
+    steps = rank_steps(task.dl_train, ranks, train) if length is None else length * train.accumulation
     size = loader_batch(task)
     per_rank = in_all = None
     if size is not None:

@@ -22,7 +22,7 @@ from dtrain.engine.train_step import Task
 from dtrain.errors import UsageError
 from dtrain.model.fsdp_parts import check_parts
 from dtrain.recipe.loader import Recipe, bind, load_recipe
-from dtrain.recipe.supplied import rank_steps
+from dtrain.recipe.supplied import epoch_length, rank_steps
 from dtrain.trainer.initial import InitialWeights, initial_weights
 
 
@@ -68,16 +68,19 @@ def run_epochs(task: Task, ranks: int, settings: Settings) -> int:
     """Returns the epochs of a run: those of the config, or, where only `train.max_steps` is given, as many as it takes.
 
     Raises:
-        UsageError: the training loader has no length, so that this cannot be known.
+        UsageError: the training loader has no length, and only a part of its batches is taken.
     """
     train = settings.config.train
     if train.max_steps is None or "train.epochs" in settings.places:
         return train.epochs
+    length = epoch_length(task.dl_train, ranks, settings)
+    if length is not None:
+        return -(-train.max_steps // length)
     steps = rank_steps(task.dl_train, ranks, train)
     if steps is None:
         raise UsageError(
-            f"train.max_steps = {train.max_steps}: the training loader has no length. Also set train.epochs: training "
-            "stops at whichever comes first."
+            f"train.max_steps = {train.max_steps} with train.limit_batches or train.overfit_batches: the training "
+            "loader has no length, so the number of epochs is unknown. Also set train.epochs."
         )
     # Without a batch there is nothing to count by; that is told where the loader is read.
     return -(-train.max_steps // -(-steps // train.accumulation)) if steps else train.epochs
@@ -100,6 +103,7 @@ def configured_engine(
         task.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batches = train.overfit_batches or train.limit_batches
     more.setdefault("options", RunOptions.of(dict(train)))
+    more.setdefault("epoch_steps", epoch_length(task.dl_train, world.size, settings))
     more.setdefault("limits", Limits(batches, train.limit_batches, same=train.overfit_batches is not None))
     sharding = chosen_sharding(train, world.sharding)
     check_parts(task.module, sharding)

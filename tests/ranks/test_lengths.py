@@ -194,12 +194,13 @@ def train_step(model, x, y):
     assert lies and all(lies)
 
 
-def test_without_a_length_the_epochs_are_to_be_given(recipe: Path) -> None:
+def test_without_a_length_the_steps_are_one_epoch_unless_batches_are_limited(recipe: Path) -> None:
     recipe.write_text(RECIPE + "\ndef build_dataloaders():\n    return iter([(X / 19, X)]), None\n")
     settings = load_settings(str(recipe), ["max_steps=3"], {})
-    task = load_task(settings)
-    with pytest.raises(UsageError, match=r"train\.max_steps = 3: the training loader has no length"):
-        run_epochs(task, 1, settings)
+    assert run_epochs(load_task(settings), 1, settings) == 1
+    settings = load_settings(str(recipe), ["max_steps=3", "limit_batches=1"], {})
+    with pytest.raises(UsageError, match=r"train\.max_steps = 3 .*the training loader has no length"):
+        run_epochs(load_task(settings), 1, settings)
     with pytest.raises(Exception, match="limit_batches and overfit_batches both limit"):
         load_settings(str(recipe), ["limit_batches=3", "overfit_batches=1"], {})
 

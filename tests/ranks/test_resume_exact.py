@@ -128,6 +128,7 @@ def train(world: World, case: dict[str, Any], folder: Path | None, stop_at: int 
         task_of(case, order),
         world,
         epochs=case["epochs"],
+        epoch_steps=case["epoch_steps"],
         options=RunOptions(batch=case["mode"], accumulation=case["accumulation"]),
     )
     skipped = 0
@@ -198,7 +199,7 @@ def resume_example(world: World, case: dict[str, Any]) -> dict[str, Any]:
 
 def cases(ranks: int) -> list[dict[str, Any]]:
     """Drawn by a fixed seed, so that the ranks of every run see the same."""
-    draw = random.Random(ranks)
+    draw, lengths = random.Random(ranks), random.Random(ranks)
     found = []
     for _ in range(EXAMPLES):
         imperative = draw.random() < 0.5
@@ -219,6 +220,7 @@ def cases(ranks: int) -> list[dict[str, Any]]:
                 "saved": draw.random() < 0.7,
                 "stops": sorted(draw.sample(range(1, 12), 2)),
                 "in_valid": draw.random() < 0.3,
+                "epoch_steps": lengths.choice([None, 2, 3, 5, 11]),
             }
         )
     found[0] |= {"data": "persistent", "in_valid": True}  # workers begin in another epoch than they had

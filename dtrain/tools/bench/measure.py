@@ -95,6 +95,7 @@ def _engine(settings: Settings, world: World, steps: int) -> Engine:
         settings,
         hooks=IN_TRAINING,
         epochs=1,
+        epoch_steps=None,
         limits=Limits(train=(steps + WARM_UP + 1) * per_step),
         callbacks=Callbacks(PlainLines(train.log_step_freq, io.StringIO())),  # lines as in training, to nowhere
     )

@@ -27,6 +27,7 @@ from dtrain.engine.loop import Engine
 from dtrain.engine.metrics import Mean, Observed, Value
 from dtrain.engine.position import Limits, TrainPosition
 from dtrain.layout import CHECKPOINTS
+from dtrain.recipe.supplied import epoch_length
 from dtrain.trainer.agreed import agree
 from dtrain.trainer.begin import begin
 from dtrain.trainer.setup import configured_engine, load_task
@@ -141,8 +142,12 @@ def rehearse(settings: Settings, world: World, record: Path, *, steps: int, kill
     task = agree(world, lambda: load_task(settings))
     train = settings.config.train
     batches = steps * train.accumulation * (world.size if train.batch == "per_rank" else 1)
-    limits = Limits(train=batches, valid=batches)
-    engine = configured_engine(task, world, settings, epochs=EPOCHS, limits=limits)
+    length = epoch_length(task.dl_train, world.size, settings)
+    if length is None:
+        limits = Limits(train=batches, valid=batches)
+    else:  # epochs that go on with the data, as in the run itself
+        length, limits = min(steps, length), Limits(valid=batches)
+    engine = configured_engine(task, world, settings, epochs=EPOCHS, limits=limits, epoch_steps=length)
     folder, *_ = begin(engine, settings, "auto", lambda _: None)  # nobody else knows of this folder
     config = settings.plain()
     keeper = Checkpointer(engine, folder / CHECKPOINTS, _POLICY, lambda: facts_of(engine, config, folder))

@@ -185,6 +185,7 @@ def trace_run(  # noqa: PLR0913 - what `check trace` is given
         world,
         settings,
         epochs=1,
+        epoch_steps=None,
         options=replace(options, same_draws=True) if always else options,
         limits=Limits(train=batches, valid=batches, merge=merge),
     )

@@ -104,7 +104,8 @@ def find_lr(settings: Settings, world: World, rates: list[float], tell: Tell | N
     once = isinstance(task.dl_train, Iterator)
     short = shortened(settings, max_steps=len(rates))
     epochs = 1 if once else len(rates)
-    engine = configured_engine(task, world, short, hooks=IN_TRAINING, epochs=epochs, nan="ignore")
+    how: dict[str, Any] = {"hooks": IN_TRAINING, "nan": "ignore", "epoch_steps": None}
+    engine = configured_engine(task, world, short, epochs=epochs, **how)
     test = RangeTest(engine, Curve(rates), tell)
     engine.callbacks.add(test)
     with contextlib.suppress(StopRequested):

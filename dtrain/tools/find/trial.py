@@ -118,7 +118,8 @@ def _measured(task: Task, world: World, settings: Settings, batch: int) -> Batch
     # A second micro-batch meets the gradients of the first; more of them take no more memory.
     short = shortened(settings, max_steps=STEPS, accumulation=min(2, train.accumulation), ema_decay=train.ema_decay)
     limits = Limits(valid=world.size if train.batch == "per_rank" else 1)
-    engine = configured_engine(task, world, short, hooks=IN_TRAINING, epochs=STEPS, limits=limits, nan="ignore")
+    how: dict[str, Any] = {"limits": limits, "nan": "ignore", "epoch_steps": None}
+    engine = configured_engine(task, world, short, hooks=IN_TRAINING, epochs=STEPS, **how)
     clock = StepClock(engine.world)
     engine.callbacks.add(clock)
     engine.fit()
