@@ -1,0 +1,177 @@
+"""A map-style DataLoader whose indices are dealt out: each rank fetches its own samples alone."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, default_collate, default_convert
+
+from dtrain.data.batches import BatchFunctions
+from dtrain.data.dataloaders import OwnGenerator, rebuilt, reseed
+from dtrain.data.fetch import RowsOf, row_batches
+from dtrain.data.partition import BatchOps, RankBatch, ShardSpec, shard_batches
+from dtrain.data.samplers import without_distributed
+from dtrain.data.sources import Sources
+from dtrain.data.stream import DroppedSamplesCheck, LengthCheck
+from dtrain.data.worker_seeds import Seeding
+from dtrain.distributed.seeding import CommonRandomness, derive
+from dtrain.errors import UsageError
+
+T = TypeVar("T")
+
+
+class IndexedBatches:
+    """A map-style DataLoader: the indices are dealt out, so that each rank fetches its own samples alone."""
+
+    def __init__(  # noqa: PLR0913 - what a ShardedLoader has
+        self,
+        loader: DataLoader[Any],
+        how: ShardSpec,
+        sources: Sources,
+        length: LengthCheck,
+        split: str,
+        *,
+        functions: BatchFunctions | None,
+        fetch_batches: bool,
+    ) -> None:
+        self._how = how
+        self._sources = sources
+        self._batches = without_distributed(loader, split, how.rank)
+        self._length = length
+        size = None if functions is None else functions.batch_size
+        own = size is not None or loader.collate_fn not in (default_collate, default_convert)
+        self._dropped = DroppedSamplesCheck(split, how.rank, size) if own else None
+        self._begun = _Iteration(0)
+        self._started: int | None = None  # in which epoch workers that live on were
+        self.fingerprint = 0.0
+        self._loader = rebuilt(loader, self, fetch_batches=fetch_batches)
+        # Whole batches that are not made elsewhere need nothing of what else a DataLoader does at each of them.
+        here = loader.num_workers == 0 and not loader.pin_memory
+        self._rows = self._loader.dataset if here and isinstance(self._loader.dataset, RowsOf) else None
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterates over the indices of this rank's batches; the DataLoader calls this as its batch sampler."""
+        return self._indices(self._begun)
+
+    def _indices(self, of: _Iteration) -> Iterator[Any]:
+        for number, rank_batch in enumerate(islice(self._index_shares(of), of.skip, None), of.skip):
+            of.dealt.append(rank_batch)
+            told = of.epoch, self._started
+            yield (
+                rank_batch.batch
+                if of.workers_seed is None
+                else Seeding(rank_batch.batch, of.workers_seed, number, *told)
+            )
+
+    def _index_shares(self, of: _Iteration) -> Iterator[RankBatch]:
+        source, form = self._batches, _INDICES
+        if not reseed(source, of.seed):
+            source = under(CommonRandomness(of.seed), self._sources.restarting(source))
+        elif self._rows is not None:
+            source, form = row_batches(source, self._rows), _ROWS
+        self.fingerprint = 0.0
+        return shard_batches(
+            self._noted(self._length.checked(source, self._batches)), self._how, form, varied=of.varied
+        )
+
+    def _noted(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Takes a fingerprint of the first batch on its way."""
+        for number, batch in enumerate(batches):
+            if number == 0:
+                indices = batch.tolist() if isinstance(batch, torch.Tensor) else batch
+                self.fingerprint = 1.0 + zlib.crc32(repr(indices).encode())
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]
+
+    def iter_batches(
+        self, seed: int, epoch: int, skip: int, ready: Callable[[], None], *, varied: bool
+    ) -> Iterator[RankBatch]:
+        """Iterates over the rank's shares of one epoch; the arguments are those of `ShardedLoader.iter_batches`."""
+        workers_seed = derive(seed, "workers", self._how.rank) if self._loader.num_workers > 0 else None
+        if self._loader.persistent_workers and self._loader._iterator is None:
+            self._started = epoch
+        told = epoch if self._loader.persistent_workers else None
+        own = self._begun = _Iteration(seed, skip, workers_seed, told, varied)
+        if isinstance(self._loader.generator, OwnGenerator):
+            self._loader.generator.manual_seed(derive(seed, "base", self._how.rank))
+        batches = iter(self._loader)  # draws from the random state, also where it is not used
+        ready()
+        if self._rows is None:
+            for batch in batches:
+                rank_batch = own.dealt.popleft()
+                rank_batch.indices, rank_batch.batch = rank_batch.batch, batch
+                if self._dropped is not None:
+                    self._dropped.look(rank_batch)
+                yield rank_batch
+                self._refuse_mixture(own)
+            return
+        for rank_batch in islice(self._index_shares(own), skip, None):
+            rank_batch.indices = rank_batch.batch
+            rank_batch.batch = self._rows.__getitems__(rank_batch.batch)
+            yield rank_batch
+
+    def _refuse_mixture(self, own: _Iteration) -> None:
+        if self._loader.persistent_workers and self._begun is not own:
+            raise UsageError(
+                "a loop over a loader goes on after another one over the same loader began, such as next(iter(loader)) "
+                "in its body. With persistent_workers=True both would get the batches of the second. Read a batch "
+                "before the loop, or disable persistent_workers."
+            )
+
+
+@dataclass(slots=True)
+class _Iteration:
+    """One of a DataLoader's iterations, of which several may be open at once.
+
+    Attributes:
+        seed: of its order.
+        skip: so many of the first shares are left out.
+        workers_seed: of its batches in workers, None where there are none.
+        epoch: that workers are told of, None where they are started in it.
+        varied: as for `ShardedLoader`.
+        dealt: shares of which the indices were asked for and the batches did not come yet.
+    """
+
+    seed: int
+    skip: int = 0
+    workers_seed: int | None = None
+    epoch: int | None = None
+    varied: bool = False
+    dealt: deque[RankBatch] = field(default_factory=deque)
+
+
+def _cut(indices: Any, start: int, stop: int) -> Any:
+    return indices[start:stop]
+
+
+def _join_rows(parts: list[Any]) -> Any:
+    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else _join_lists(parts)
+
+
+def _join_lists(lists: list[list[Any]]) -> list[Any]:
+    return [index for indices in lists for index in indices]
+
+
+_INDICES: BatchOps[list[Any]] = BatchOps(len, _cut, _join_lists)
+_ROWS: BatchOps[Any] = BatchOps(len, _cut, _join_rows)
+
+
+def under(common: CommonRandomness, source: Iterable[T]) -> Iterator[T]:
+    """Iterates with the common random state active while the source draws, and only then."""
+    end = object()
+    with common():
+        iterator = iter(source)
+    while True:
+        with common():
+            item: Any = next(iterator, end)
+        if item is end:
+            return
+        yield item
