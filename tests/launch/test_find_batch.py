@@ -237,3 +237,11 @@ def test_bounds_are_checked_before_anything_starts(dtrain: Dtrain, recipe: Path)
     assert done.code == 2 and "--memory -1: should be above 0, in GiB per rank." in done.err
     done = dtrain("find", "batch", recipe, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="x", MASTER_PORT="1")
     assert done.code == 2 and "find batch starts its own ranks" in done.err
+
+
+def test_several_optimizers_in_a_step(dtrain: Dtrain, recipes: Path) -> None:
+    done = dtrain("find", "batch", recipes / "two_optimizers.py", "--cpu", "--max", 12)
+    assert done.code == 0, done.text
+    assert "largest batch that fits: 12 samples per rank" in done.out
+    states = re.search(r"parameters (\d[\d.]*) (K?i?B), .*optimizer states (\d[\d.]*) (K?i?B)", done.out)
+    assert states is not None and float(states[3]) > 0, "Adam's, of one of the two"
