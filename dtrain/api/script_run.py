@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -47,6 +48,8 @@ from dtrain.rundir.history import History
 from dtrain.rundir.lock import check_all
 from dtrain.trainer.agreed import agree
 from dtrain.trainer.ending import report_exception
+
+logger = logging.getLogger(__name__)
 
 State = dict[str, Any]
 
@@ -89,7 +92,7 @@ class ScriptRun:
         self._pass = self._step = self._steps = 0  # of the epoch: passes that began, steps of this one, and of all
         self._meters: dict[int, tuple[Any, set[int]]] = {}  # by id: a meter, and the passes that it was used in
         self._pending: list[tuple[set[int], State]] = []  # those of the epoch that is resumed
-        self._active = False  # within an epoch
+        self._active = self._iterated = False  # within an epoch; whether `epochs` was iterated over
         self._resumed: State | None = None
         self._running: tuple[PreparedLoader, Pass] | None = None
         self._before: list[dict[bool, int]] = []
@@ -105,7 +108,7 @@ class ScriptRun:
             )
         self.folder = self._begun.folder
         self.history: History = self._begun.history
-        self.history.guard = lambda: check_all(self._begun.ownerships)
+        self.history.guard = self._check_append
         self._policy = settings.config.checkpoint
         self._clock = AgreedClock(self._policy.every_minutes * 60, self._world) if self._policy.every_minutes else None
         self._keeping = RetentionPolicy(
@@ -131,6 +134,7 @@ class ScriptRun:
             StopRequested: the run was asked to stop, by a signal or the file STOP; it is saved.
         """
         check_whole(epochs=count)
+        self._iterated = True
         start = self._epoch + (0 if self._resumed is not None else 1)
         if start > count:
             if self._world.is_main:
@@ -146,6 +150,14 @@ class ScriptRun:
                 yield epoch
                 self._end()
         self._close(None)
+
+    def _check_append(self) -> None:
+        if not self._iterated:
+            raise UsageError(
+                "run.history.append: the row is not within an epoch of the run, so nothing would be saved. Write the "
+                "loop as `for epoch in run.epochs(N):`."
+            )
+        check_all(self._begun.ownerships)
 
     # --- what the loops tell ----------------------------------------------------------------------------
 
@@ -256,6 +268,8 @@ class ScriptRun:
     def _at_exit(self) -> None:
         """The program ends without all epochs: what ended it is noted."""
         error = getattr(sys, "last_value", None)
+        if error is None and not self._iterated and self._world.is_main:
+            logger.warning("%s: nothing was saved, since the loop is not `for epoch in run.epochs(N):`", self._shown)
         if isinstance(error, BaseException) and not isinstance(error, StopRequested) and not jointly_supervised():
             report_exception(
                 self.folder, TrainPosition(self._world.rank, self._epoch, "train", self._step), self._world, error

@@ -56,6 +56,9 @@ FREE = (
 )
 
 
+_NOT_GIVEN = "not given"
+
+
 def facts_of(engine: Engine, config: Mapping[str, Any], run: Path | None = None) -> dict[str, Any]:
     """Returns what a checkpoint says of its run besides the state; JSON.
 
@@ -99,6 +102,11 @@ def check_facts(there: Mapping[str, Any], here: Mapping[str, Any], settings: Set
     Raises:
         UsageError: they differ in what the numbers depend on; every difference is named.
     """
+    of, this = (str(facts["config"].get("recipe", "")) for facts in (there, here))
+    if of != this and (is_call(of) or is_call(this)):
+        raise UsageError(
+            f"the folder has a run of {of}, which {this} cannot resume. Choose another {way(settings, 'run.name')}."
+        )
     differences = config_differences(there["config"], here["config"], settings)
     differences += [
         f"the number of {name} was {there['data'].get(name, 'not known')} and is {count}"
@@ -156,10 +164,14 @@ def _warn_of_curve(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 
 def config_differences(there: Mapping[str, Any], here: Mapping[str, Any], settings: Settings) -> list[str]:
     """Returns, in words, the values that differ and that the numbers depend on."""
+    differing = _differing(there, here, settings)
+    others = tuple(f"{key.removesuffix('.class')}." for key in differing if key.endswith(".class"))  # of another class
     return [
         f"{key} was {before!r} and is {now!r} ({settings.place_of(key)})"
-        for key, (before, now) in _differing(there, here, settings).items()
-        if not key.startswith(FREE) and not _is_moved(key, before, now, settings)
+        for key, (before, now) in differing.items()
+        if not key.startswith(FREE)
+        and not _is_moved(key, before, now, settings)
+        and not (key.startswith(others) and _NOT_GIVEN in (before, now))
     ]
 
 
@@ -173,7 +185,7 @@ def _differing(
     # Checkpoints of older versions have secrets as they were.
     before, now = (masked("", {**defaults, **renamed(flatten(values))}) for values in (there, here))
     return {
-        key: (before.get(key, "not given"), now.get(key, "not given"))
+        key: (before.get(key, _NOT_GIVEN), now.get(key, _NOT_GIVEN))
         for key in dict.fromkeys((*before, *now))
         if before.get(key) != now.get(key)
     }

@@ -37,8 +37,8 @@ def refuse_call(reference: str) -> None:
     if is_call(reference):
         raise RecipeError(
             f"this is a run of {reference}, which has no recipe: its model and data are made in your own program. "
-            f"There, {_again(reference)}; or load the run's weights into the model, to evaluate it or to predict with "
-            "it. history, report and plot work as for any run."
+            f"There, {_again(reference)}; or load its weights to evaluate the model or to predict with it: "
+            "dtrain.load(RUN, model=net). history, report and plot work as for any run."
         )
 
 

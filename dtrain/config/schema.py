@@ -47,7 +47,7 @@ class TrainConfig(_Section):
     epoch_steps: int | None = Field(
         None,
         ge=1,
-        description="make an epoch of this many optimizer steps, which goes on with the training data where the "
+        description="make an epoch of this many optimizer steps, which continues in the training data where the "
         "last one ended; default: an epoch is a pass over the data",
     )
     limit_batches: int | None = Field(None, ge=1, description="use only this many batches of each loader per epoch")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dtrain.engine.callback import EngineCallback, Order
@@ -88,14 +90,23 @@ def check_early(engine: Engine, monitor: str | None, key: str, place: str = "") 
         )
     prefixes = [f"{VALID}{column_of(one.name, '')}" for one in passes]
     if passes and monitor.startswith(VALID) and not monitor.startswith(tuple(prefixes)) and not adds:
-        own = [f"{prefix}{base_of(monitor)}" for prefix in prefixes]
         raise UsageError(
             f"{key} = {monitor!r} ({place}): there are several validation loaders, so there is no such column. Name "
-            f"one of theirs, such as {' or '.join(own)}.",
+            f"one of theirs, such as {' or '.join(_alike(monitor, prefixes))}.",
             on_all_ranks=True,
         )
     if not adds:
         engine.callbacks.add(_ColumnCheck(monitor, key, place, loaders=len(passes)))
+
+
+def _alike(monitor: str, prefixes: list[str]) -> list[str]:
+    """Returns columns that may have been meant: of the loader whose name is nearly this one's, else of each."""
+    parts = monitor.split("_")
+    for end in range(len(parts) - 1, 1, -1):
+        near = difflib.get_close_matches("_".join(parts[:end]) + "_", prefixes, n=1, cutoff=0.8)
+        if near:
+            return [near[0] + "_".join(parts[end:])]
+    return [f"{prefix}{base_of(monitor)}" for prefix in prefixes]
 
 
 class _ColumnCheck(EngineCallback):

@@ -14,6 +14,7 @@ from dtrain.checkpoint.fitted import Wanted, log_of, put_into
 from dtrain.checkpoint.folder import MANIFEST
 from dtrain.checkpoint.outside import read_outside
 from dtrain.checkpoint.restored import restore_net
+from dtrain.config.calls import is_call
 from dtrain.config.saved import load_run_settings
 from dtrain.config.settings import Settings
 from dtrain.distributed.seeding import load_random_state, random_state, seed_everything
@@ -119,7 +120,7 @@ def _settings(folder: Path, recipe: str | Path | None, *, needed: bool) -> Setti
         if not needed:
             return None
         raise UsageError(
-            f"{folder} has checkpoints but no {CONFIG} that says how the net is built. Pass the net: "
+            f"{folder} has checkpoints but no {CONFIG} that says how the model is built. Pass it: "
             f"dtrain.load({str(folder)!r}, model=net)."
         )
     return load_run_settings(folder, [] if recipe is None else [f"recipe={recipe}"])
@@ -135,9 +136,14 @@ def _built(settings: Settings, folder: Path) -> nn.Module:
         recipe = load_recipe(settings.config.recipe, settings.base)
         return build_net(recipe, settings, base_of_run(folder, settings))
     except RecipeError as error:
+        if is_call(settings.config.recipe):
+            raise RecipeError(
+                f"{folder / CONFIG}: a run of {settings.config.recipe} has no build_model. Pass the model: "
+                f"dtrain.load({str(folder)!r}, model=net)."
+            ) from None
         raise RecipeError(
             f"{folder / CONFIG}: {error} If the recipe was moved, say where it is now: dtrain.load({str(folder)!r}, "
-            "recipe=PATH); or pass a net: model=net."
+            "recipe=PATH); or pass a model: model=net."
         ) from None
     finally:
         load_random_state(before, device)

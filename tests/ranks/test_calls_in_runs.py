@@ -54,20 +54,22 @@ def made(
     )
 
 
-def trained(cells: SimpleNamespace, run: Path, epochs: int = 3, step: Any = train_step, **more: Any) -> pd.DataFrame:
+def trained(
+    cells: SimpleNamespace, run: Path | None, epochs: int = 3, step: Any = train_step, **more: Any
+) -> pd.DataFrame:
     how = {"optimizer": cells.optimizer, "scheduler": cells.scheduler, "config": {"checkpoint.every_steps": 1}}
     how |= {"run": run, "cpu": True, "verbose": False, "train_step": step, "valid_step": valid_step, **more}
     return dtrain.train_model(cells.net, epochs, cells.train, cells.valid, **how)
 
 
-def fitted(cells: SimpleNamespace, run: Path, epochs: int = 3, **more: Any) -> pd.DataFrame:
+def fitted(cells: SimpleNamespace, run: Path | None, epochs: int = 3, **more: Any) -> pd.DataFrame:
     def loss(predictions: Any, labels: Any) -> Any:
         die()
         return ((predictions - labels) ** 2).mean()
 
     model = dtrain.KerasModel(cells.net, loss, optimizer=cells.optimizer, lr_scheduler=cells.scheduler)
     how = {"run": run, "cpu": True, "verbose": False, "config": {"checkpoint.every_steps": 1}, "ckpt_path": None}
-    return model.fit(cells.train, cells.valid, epochs=epochs, patience=3, **how, **more)
+    return model.fit(cells.train, cells.valid, epochs=epochs, patience=3, **{**how, **more})
 
 
 def same(one: pd.DataFrame, other: pd.DataFrame) -> bool:
@@ -128,13 +130,28 @@ def test_another_call_is_refused_by_name_and_the_remedy_works(tmp_path: Path) ->
     sgd = made()
     sgd.optimizer = torch.optim.SGD(sgd.net.parameters(), lr=0.05)
     sgd.scheduler = torch.optim.lr_scheduler.StepLR(sgd.optimizer, 1, gamma=0.9)
-    with pytest.raises(UsageError, match=r"optimizer\.class was 'Adam' and is 'SGD'"):
+    with pytest.raises(UsageError, match=r"optimizer\.class was 'Adam' and is 'SGD' \(argument optimizer\)") as refused:
         trained(sgd, run, 2)
-    with pytest.raises(UsageError, match=r"recipe was dtrain\.train_model and is dtrain\.KerasModel\.fit"):
+    assert "not given" not in str(refused.value), "what only one of the classes has is not listed"
+    with pytest.raises(
+        UsageError, match=r"a run of dtrain\.train_model, which dtrain\.KerasModel\.fit cannot resume\."
+    ):
         fitted(made(), run, 2)
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "config.yaml"}
     accept = {"checkpoint.accept": "data", "checkpoint.every_steps": 1}
     assert same(trained(made(data=1), run, 2, config=accept), expected), "as the message says"
+
+
+@pytest.mark.parametrize("call", [trained, fitted])
+def test_epoch_steps_hold_in_a_run_and_are_compared(tmp_path: Path, call: Any) -> None:
+    ends.update(at=0)
+    run = tmp_path / "it"
+    without = call(made(), None, 2, epoch_steps=3, config=None)
+    assert same(call(made(), run, 2, epoch_steps=3), without)
+    with pytest.raises(UsageError, match=r"train\.epoch_steps was 3 and is 2 \(argument epoch_steps\)"):
+        call(made(), run, 3, epoch_steps=2)
+    with pytest.raises(UsageError, match=r"train\.epoch_steps was 3 and is None"):
+        call(made(), run, 3)
 
 
 def cell(name: str, text: str) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def test_a_checkpoint_and_a_folder_of_weights_alone_are_meant_too(run: Path, tmp
     for which, value in (("best", 1.0), ("last", 2.0)):
         assert float(dtrain.load(folder, which, model=nn.Linear(2, 1)).weight[0, 0].detach()) == value
     with pytest.raises(
-        dtrain.UsageError, match=re.escape("no config.yaml that says how the net is built. Pass the net: ")
+        dtrain.UsageError, match=re.escape("no config.yaml that says how the model is built. Pass it: ")
     ):
         dtrain.load(folder)
 
@@ -151,7 +151,9 @@ def test_what_is_wrong_is_named_with_a_remedy_that_works(run: Path, caplog: pyte
     config = run / "config.yaml"
     text = config.read_text()
     config.write_text(re.sub(r"recipe: .*", f"recipe: {run.parent}/gone.py", text))
-    with pytest.raises(dtrain.RecipeError, match=r"config\.yaml: .*gone\.py.* recipe=PATH\); or pass a net: model=net"):
+    with pytest.raises(
+        dtrain.RecipeError, match=r"config\.yaml: .*gone\.py.* recipe=PATH\); or pass a model: model=net"
+    ):
         dtrain.load(run)
     net = dtrain.load(run, recipe=moved)
     config.write_text(text)

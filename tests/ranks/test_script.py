@@ -329,6 +329,27 @@ def test_the_tutorials_script_needs_ten_lines(dtrain: Dtrain, recipes: Path) -> 
     assert len([line for line in diff if line.startswith("+ ") and line.strip("+ ")]) <= 10
 
 
+def test_a_run_whose_loop_is_over_a_range_of_its_own_is_told(dtrain: Dtrain, recipes: Path) -> None:
+    text = (recipes / "script_after.py").read_text()
+    made = 'rows = dtrain.History("history.csv")\n'
+    run = 'run = dtrain.run("runs/first", net, optimizer)\nrows = run.history\n'
+    assert made in text and "range(1, epochs + 1)" in text
+    (dtrain.folder / "page.py").write_text(
+        text.replace(made, run).replace("range(1, epochs + 1)", "run.epochs(epochs)")
+    )
+    done = dtrain.run("python", "page.py", 1)
+    assert done.code == 0 and "EPOCH = 1," in done.out, "the three lines of the page"
+    assert "resuming from runs/first/checkpoints/epoch-1" in dtrain.run("python", "page.py", 2).out
+    (dtrain.folder / "range.py").write_text(text.replace(made, run.replace("first", "second")))
+    done = dtrain.run("python", "range.py", 2)
+    assert done.code == 1 and "Write the loop as `for epoch in run.epochs(N):`." in done.err
+    (dtrain.folder / "own.py").write_text(
+        text.replace(made, run.replace("first", "third").replace("run.history", "[]"))
+    )
+    done = dtrain.run("python", "own.py", 1)
+    assert done.code == 0 and "runs/third: nothing was saved" in done.err
+
+
 def test_the_page_s_commands_can_be_typed_one_after_another(dtrain: Dtrain, recipes: Path) -> None:
     (dtrain.folder / "script_after.py").write_text((recipes / "script_after.py").read_text())
     (page,) = (page for page in PAGES if page.name == "script-style.md")

@@ -148,6 +148,8 @@ def test_another_column_may_be_named_and_a_wrong_one_is_refused_before_the_start
     with pytest.raises(dtrain.UsageError, match=r"checkpoint\.monitor = 'val_loss'.* val_easy_loss or val_hard_loss"):
         start(tmp_path, "checkpoint.monitor=val_loss", "run.name=other")
     assert not (tmp_path / "other").exists()
+    with pytest.raises(dtrain.UsageError, match=r"'val_hrad_ones'.*such as val_hard_ones\.$"):
+        start(tmp_path, "checkpoint.monitor=val_hrad_ones", "run.name=other")
     with pytest.raises(dtrain.UsageError, match=r"'val_easy_los'.*Did you mean 'val_easy_loss'"):
         start(tmp_path, "checkpoint.monitor=val_easy_los", "run.name=third")
     assert not (tmp_path / "third/history.csv").exists()
