@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from dtrain.checkpoint.extra import extra_keys, load_extra
 from dtrain.checkpoint.left_out import changed
 from dtrain.checkpoint.outside import OutsideWeights
 from dtrain.errors import UsageError, nearest
+from dtrain.layout import CONFIG
 
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's prefix, and torch.compile's
 _MOST_NAMED = 20
@@ -73,12 +75,18 @@ def put_into(module: nn.Module, source: OutsideWeights, how: Wanted) -> Fit:
         )
     if fit.left and not how.partial:
         raise UsageError(
-            f"{source.where} does not match the model: {_few(fit.left)}. To begin with the {len(fit.values)} of "
-            f"{fit.total} tensors that match, and the rest as the model is built: {how.ask_partial}. For other names: "
-            f"{how.ask_rename}."
+            f"{source.where} does not match the model: {_few(fit.left)}. {_built_there(source)}To begin with the "
+            f"{len(fit.values)} of {fit.total} tensors that match, and the rest as the model is built: "
+            f"{how.ask_partial}. For other names: {how.ask_rename}."
         )
     module.load_state_dict(load_extra(module, fit.values), strict=False)
     return fit
+
+
+def _built_there(source: OutsideWeights) -> str:
+    """Says where the parameters of the source's own model stand, if it is a run's."""
+    config = next((one / CONFIG for one in Path(source.where).parents[2:3] if (one / CONFIG).is_file()), None)
+    return "" if config is None else f"To build the model as there, see model: in {config}. "
 
 
 def log_of(fit: Fit, where: str) -> str:

@@ -179,7 +179,11 @@ def make_folder(settings: Settings, *, again: bool = False) -> Path:
         except OSError as error:
             given = f"run.dir = {run.dir!r} ({settings.place_of('run.dir')})"
             given += "" if run.name is None else f", run.name = {run.name!r} ({settings.place_of('run.name')})"
-            raise UsageError(f"{given}: cannot create {folder}: {error.strerror}.") from None
+            given = f"run = {str(folder)!r}" if is_call(settings.config.recipe) else given
+            where = way(settings, "run.dir")  # run= in a call
+            raise UsageError(
+                f"{given}: cannot create {folder}: {error.strerror}. Choose a {where} that can be written to."
+            ) from None
         return folder
     raise UsageError(f"run.dir = {run.dir!r}: there are already a thousand runs named {stem}.")
 

@@ -212,6 +212,7 @@ def test_a_call_that_cannot_be_is_refused_before_anything_is_made(tmp_path: Path
         ({"config": {"checkpoint.every_steps": 0}}, "checkpoint.every_steps = 0 (argument config)"),
         ({"run": ""}, "run = ''"),
         ({"run": 3}, "run = 3"),
+        ({"run": "/proc/it"}, "run = '/proc/it': cannot create /proc/it: "),
     ):
         with pytest.raises(UsageError) as refused:
             trained(made(), **{"run": tmp_path / "it", **how})

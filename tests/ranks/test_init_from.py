@@ -154,6 +154,7 @@ def test_what_does_not_match_is_named_and_refused_or_left_out(
     with pytest.raises(AgreedError) as refused:
         start(tmp_path, *words)
     assert "head.weight has shape (2, 4) there and has shape (5, 4) here; head.bias" in str(refused.value)
+    assert re.search(r"To build the model as there, see model: in .*config\.yaml\. To begin", str(refused.value))
     assert "the 2 of 4 tensors that match" in str(refused.value) and "train.init_partial=true" in str(refused.value)
     assert not (tmp_path / "it").exists(), "no folder is left behind"
     run = start(tmp_path, *words, "train.init_partial=true", "epochs=1", "optimizer.lr=1e-9")
