@@ -187,10 +187,12 @@ def place_of(depth: int = 2) -> Where:
     frame: Any = sys._getframe(depth)
     last, way = frame, 0
     while frame is not None:
-        last, code = frame, frame.f_code
-        if not code.co_filename.startswith((_TORCH, *_OWN)):
-            break
-        way = (31 * way + 7 * code.co_firstlineno + frame.f_lasti) & 0xFFFFFFFF
+        code = frame.f_code
+        if code.co_name != "__torch_function__":  # of a mode that looks at calls, maybe in some steps only
+            last = frame
+            if not code.co_filename.startswith((_TORCH, *_OWN)):
+                break
+            way = (31 * way + 7 * code.co_firstlineno + frame.f_lasti) & 0xFFFFFFFF
         frame = frame.f_back
     return last.f_code.co_filename, last.f_code.co_firstlineno, last.f_lasti, way
 

@@ -219,11 +219,11 @@ def main(fd: int) -> None:
     """The warm process; what it forks returns into the program that was asked for."""
     connection = socket.socket(fileno=fd)
     before = len([*Path("/proc/self/fd").iterdir()])
+    sys.path[:] = sys.path[1:]  # the current folder, which "-c" puts first, and which may be a checkout
     for name in MODULES:
         importlib.import_module(name)
     threads, files = (len([*Path("/proc/self", name).iterdir()]) for name in ("task", "fd"))
     _rename(sys.orig_argv, os.environ)  # where it is not allowed, this says so
-    sys.path[:] = sys.path[1:]  # the current folder, which "-c" puts first
     if threads != 1 or files != before or "torch._dynamo" in sys.modules:
         sys.exit("not fit to be forked")
     gc.collect()

@@ -68,7 +68,7 @@ def test_a_moved_path_is_no_other_run_and_is_said_once(folder: Path, caplog: pyt
         start(folder, "other", "epochs=5")
     with pytest.raises(AgreedError, match=r"data\.more was None and is \['a'\]"):
         start(folder, "new", "epochs=5", "data.more=[a]")  # something else, and not the same elsewhere
-    with pytest.raises(AgreedError, match=r"data\.batch_size was 4 and is 6 .*Leave them out"):
+    with pytest.raises(AgreedError, match=r"data\.batch_size was 4 and is 6 .*Use the run's values"):
         start(folder, "new", "epochs=5", "data.batch_size=6")
 
 

@@ -89,5 +89,5 @@ def test_a_job_or_a_node_that_does_not_come(slurm: Cluster, tmp_path: Path, faul
         assert "1 of 2 nodes started: n1; n2 did not start: " in done.out
         assert "No such file or directory" in done.out
     assert done.code == 1, done.text
-    assert slurm.queue() == {}
+    assert set(slurm.queue().values()) <= {"COMPLETING"}
     assert list((tmp_path / "runs").iterdir()) == []

@@ -18,7 +18,18 @@ from dtrain.errors import UsageError
 
 OPTIONS = {field.name: field.default for field in fields(RunOptions)}
 # What is the call's own, besides: who computes, what is shown, how a batch is read.
-OF_THE_CALL = {"callbacks", "batch_size", "split_batch", "verbose", "cpu", "world", "num_processes"}
+OF_THE_CALL = {
+    "callbacks",
+    "batch_size",
+    "split_batch",
+    "verbose",
+    "cpu",
+    "world",
+    "num_processes",
+    "run",
+    "config",
+    "epoch_steps",
+}
 
 
 def keywords(function: Any) -> dict[str, Any]:

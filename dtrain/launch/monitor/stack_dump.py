@@ -29,7 +29,7 @@ _MOST_WORKERS = 8
 # Where a rank is while it waits for the others: in a collective, or in backward, where DDP averages gradients.
 _WAITING = re.compile(
     r"torch/distributed/|torch/autograd/(graph|__init__)\.py|torch/nn/parallel/distributed\.py"
-    r"|dtrain/(distributed/(world|standing|stopping)|engine/(agreed_steps|row_evidence)"
+    r"|dtrain/(distributed/(world|standing|stopping)|engine/(agreed_steps|row_evidence)|data/count_exchange"
     r"|model/(ddp|gather|sync_batchnorm|gradients/(flat|agreement|drift|buffers)))\.py"
 )
 # Where it is at a debugger's prompt: pdb and those that are built on it, the one of IPython, of an editor.
