@@ -44,7 +44,7 @@ from dtrain.model.ddp import Replica
 from dtrain.model.gather import PRESENT
 from dtrain.model.gradients.averaging import GradientAveraging, Way
 from dtrain.model.sync_batchnorm import SyncedBatchNorm
-from dtrain.model.untracked_batchnorm import synced_layers
+from dtrain.model.untracked_batchnorm import refuse_apart, synced_layers
 
 _MODE_REMEDY = (
     "Call model.train() before the loop over the training batches (and set parts to eval mode after it), and "
@@ -323,6 +323,8 @@ class PreparedLoader:
         if begin is None:
             return
         view, draws = self.view(train=current.train), self.draws[0 if current.train else 1]
+        if not current.train and view.own and self._world.size > 1:
+            refuse_apart((one.net for one in self._process.trained_with(self.replica)), self._world.size)
         self.began = [generator.get_state() for generator in view.generators()]
         view.varied = draws is not None and draws.varies(self.epochs[current.train])
         if not current.train:

@@ -140,7 +140,8 @@ def load_loader(loader: PreparedLoader, state: State, epochs: Mapping[bool, int]
     view = loader.view(train=True)
     for epoch in range(1, epochs[True] + 1):
         view.sources.replay(epoch)
-    view.sources.load(state["sources"])
+    for train in (True, False):  # one loader, and a validation pass, too, begins anew where its state is that of an end
+        loader.view(train=train).sources.load(state["sources"])
     for generator, saved in zip(view.generators(), state["generators"], strict=True):
         generator.set_state(saved)
     for draws, evidence in zip(loader.draws, state["evidence"], strict=True):

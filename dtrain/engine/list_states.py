@@ -53,7 +53,7 @@ def gathered_lists(name: str, metric: Any, updates: Sequence[Update], world: Wor
         usual(*args, **kwargs)
         for state, values in found.items():
             reduction, device = metric._reductions[state], "cpu" if metric.compute_on_cpu else metric.device
-            there = [_unwrapped(value, device) for value in values]
+            there = [unwrapped(value, device) for value in values]
             setattr(metric, state, there if reduction is None else reduction(there))
 
     metric._sync_dist = sync
@@ -71,22 +71,23 @@ def _gathered(whose: str, state: str, values: list[Any], updates: Sequence[Updat
     entries: list[Entry] = []
     position = 0
     for start, count in grown:
-        entries.append((start, count, [_wrapped(value) for value in values[position : position + count]]))
+        entries.append((start, count, [wrapped(value) for value in values[position : position + count]]))
         position += count
     everywhere = sorted(gather_entries(entries, world, whose), key=lambda entry: entry[0])
     return [value for _, _, part in everywhere for value in part]
 
 
-def _wrapped(value: Any) -> Any:
+def wrapped(value: Any) -> Any:
     """A value as it is sent: bytes, such as those of masks, as text."""
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
-    return type(value)(map(_wrapped, value)) if type(value) in (list, tuple) else value
+    return type(value)(map(wrapped, value)) if type(value) in (list, tuple) else value
 
 
-def _unwrapped(value: Any, device: Any) -> Any:
+def unwrapped(value: Any, device: Any) -> Any:
+    """Returns what was wrapped, its tensors on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict) and value.keys() == {"bytes"}:
         return bytes.fromhex(value["bytes"])
-    return type(value)(_unwrapped(part, device) for part in value) if type(value) in (list, tuple) else value
+    return type(value)(unwrapped(part, device) for part in value) if type(value) in (list, tuple) else value

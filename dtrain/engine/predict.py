@@ -128,6 +128,7 @@ def predict(  # noqa: PLR0913 - keyword-only after the net, the data and the ran
         )
         how = ShardSpec(world.rank, world.size, options.batch, fill=synced is not None)
         read: dict[str, Any] = {"fetch_batches": options.fetch_batches, "functions": batches}
+        read["sharding"] = options.data_sharding
         iter_batches = ShardedLoader(in_data_order(loader), how, options.seed, "predict", **read)
         with _set_up(module, world, options):
             # A net that was trained and not yet validated has buffers of its own on each rank.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dtrain.engine.list_states import Update, gathered_lists, lengths
+from dtrain.engine.list_states import Update, gathered_lists, lengths, unwrapped, wrapped
 from dtrain.engine.whole_set import WholeSet
 from dtrain.errors import StepError, UsageError
 
@@ -170,7 +170,7 @@ def metric_state(metric: Any) -> dict[str, Any]:
     """Returns what a metric was updated with so far."""
     if isinstance(metric, WholeSet):
         return {"entries": metric.state()}
-    return {"updates": metric._update_count, "states": dict(metric.metric_state)}
+    return {"updates": metric._update_count, "states": {n: wrapped(one) for n, one in metric.metric_state.items()}}
 
 
 def load_metric_state(metric: Any, state: Mapping[str, Any]) -> None:
@@ -179,7 +179,6 @@ def load_metric_state(metric: Any, state: Mapping[str, Any]) -> None:
         metric.load(state["entries"])
         return
     for name, value in state["states"].items():
-        parts = [part.to(metric.device) for part in value] if isinstance(value, list) else value.to(metric.device)
-        setattr(metric, name, parts)
+        setattr(metric, name, unwrapped(value, metric.device))  # of lists that do not concatenate, parts may be any
     metric._update_count = state["updates"]
     metric._computed = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +77,25 @@ def warn_of_parts(module: nn.Module, world: World, remedy: str) -> None:
             "each rank's part of a batch in training, as with DistributedDataParallel. %s",
             _some(layers),
             remedy,
+        )
+
+
+def refuse_apart(modules: Iterable[nn.Module], ranks: int) -> None:
+    """Looks for such layers where each rank validates on a stream of its own, in a loop of a user's own.
+
+    There, ranks take different numbers of steps, and do not know which others take part in one.
+
+    Raises:
+        UsageError: there is one.
+    """
+    layers = {name: layer for module in modules for name, layer in untracked(module).items()}
+    if layers:
+        raise UsageError(
+            f"{_some(layers)}: BatchNorm with track_running_stats=False takes the statistics of a batch of all {ranks} "
+            "ranks in validation, too, but the validation loader shards itself, so each rank has its own number of "
+            "batches. Track running statistics, have dtrain shard the loader (sharded_by_rank = False on it), or use "
+            "one rank.",
+            on_all_ranks=True,
         )
 
 

@@ -306,7 +306,8 @@ def _built(recipe: Recipe, settings: Settings, section: str, *first: Any, dl_tra
     own = own_keys(recipe.builders, section)
     parameters = {key: value for key, value in getattr(settings.config, section).items() if key not in own}
     names = supplied_names(section, builder.parameters, parameters)
-    parameters |= supplied_values(names, builder.parameters, dl_train, settings, builder.where)
+    by_rank = _batches(recipe, settings).by_rank
+    parameters |= supplied_values(names, builder.parameters, dl_train, settings, builder.where, by_rank=by_rank)
     try:
         inspect.signature(builder.function).bind(*first, **parameters)
     except ValueError:

@@ -8,8 +8,9 @@ from typing import Any
 
 from dtrain.config import Settings
 from dtrain.config.schema import TrainConfig
-from dtrain.data.loader import ShardedLoader
+from dtrain.data.loader import ShardedLoader, is_own
 from dtrain.data.partition import ShardSpec
+from dtrain.data.rank_shards import DataSharding, refuse_global
 from dtrain.errors import RecipeError
 from dtrain.launch.env.rank_env import read_rank_facts
 
@@ -44,8 +45,14 @@ def _is_open(default: Any) -> bool:
     return default is None or default is Parameter.empty
 
 
-def supplied_values(
-    names: Sequence[str], parameters: Mapping[str, Parameter], dl_train: Any, settings: Settings, where: str
+def supplied_values(  # noqa: PLR0913 - called at one place with all of them
+    names: Sequence[str],
+    parameters: Mapping[str, Parameter],
+    dl_train: Any,
+    settings: Settings,
+    where: str,
+    *,
+    by_rank: bool,
 ) -> dict[str, int]:
     """Returns the values of these parameters, as far as they are known.
 
@@ -55,6 +62,7 @@ def supplied_values(
         dl_train: the training loader; None while there is none.
         settings: the config.
         where: the builder's "file:line".
+        by_rank: as for `rank_steps`.
 
     Raises:
         RecipeError: a value is not known, since the loader has no length or is not there yet, and there is no default.
@@ -69,7 +77,8 @@ def supplied_values(
     asked = [name for name in names if name not in values]
     each = train.epoch_steps
     if asked and dl_train is not None and each is None:
-        each = epoch_length(dl_train, ranks, settings) or optimizer_steps(dl_train, ranks, train)
+        each = epoch_length(dl_train, ranks, settings, by_rank=by_rank)
+        each = each or optimizer_steps(dl_train, ranks, train, by_rank=by_rank)
     if each:
         epochs = train.epochs if limit is None else -(-limit // each)
         most = train.max_steps or epochs * each
@@ -79,6 +88,8 @@ def supplied_values(
     missing = [n for n in names if n not in values and parameters[n].default is Parameter.empty]
     if missing:
         why = "only train.max_steps is set" if dl_train is None else "the training loader has no length, or no batch"
+        if dl_train is not None and ranks > 1:
+            why += ", or yields this rank's part alone"
         also = {_TOTAL_STEPS: ", or set train.max_steps", _EPOCHS: ", or set train.epochs"}.get(missing[0], "")
         raise RecipeError(
             f"{where} takes {missing[0]}, which is not known: {why}. Give it a value in the config, or a default{also}."
@@ -86,25 +97,35 @@ def supplied_values(
     return {name: values[name] for name in names if name in values}
 
 
-def rank_steps(dl_train: Any, ranks: int, train: TrainConfig) -> int | None:
+def rank_steps(dl_train: Any, ranks: int, train: TrainConfig, *, by_rank: bool) -> int | None:
     """Returns the train steps (micro-batches) of each rank in an epoch; None where the loader cannot tell its length.
 
     Args:
-        dl_train: the training loader.
+        dl_train: the training loader, as this process has it.
         ranks: how many there are.
         train: the config's section.
+        by_rank: as in `dtrain.data.batches.BatchFunctions`.
+
+    Raises:
+        UsageError: the loader's sharding contradicts the config's.
     """
+    facts = read_rank_facts()  # for which it was built; a plan may be of other ranks
+    sharding: DataSharding = "loader" if by_rank and train.data_sharding == "auto" else train.data_sharding
+    if ranks > 1 and is_own(dl_train, "train", facts.rank, facts.size, sharding):
+        if train.batch == "global":
+            raise refuse_global("train")
+        return None  # a length is that of this rank's part, and other ranks may have more
     how = ShardSpec(0, ranks, train.batch, fill=True, limit=train.overfit_batches or train.limit_batches)
-    return ShardedLoader(dl_train, how, train.seed, "train").steps()
+    return ShardedLoader(dl_train, how, train.seed, "train", sharding=sharding).steps()
 
 
-def optimizer_steps(dl_train: Any, ranks: int, train: TrainConfig) -> int | None:
+def optimizer_steps(dl_train: Any, ranks: int, train: TrainConfig, *, by_rank: bool) -> int | None:
     """Returns the optimizer steps of an epoch, with one for each group of micro-batches."""
-    steps = rank_steps(dl_train, ranks, train)
+    steps = rank_steps(dl_train, ranks, train, by_rank=by_rank)
     return None if steps is None else -(-steps // train.accumulation)
 
 
-def epoch_length(dl_train: Any, ranks: int, settings: Settings) -> int | None:
+def epoch_length(dl_train: Any, ranks: int, settings: Settings, *, by_rank: bool) -> int | None:
     """Returns the optimizer steps of an epoch that goes on with the data; None where an epoch is a pass over it.
 
     Where only `train.max_steps` says how long a run is, and the loader has no length, the run is one such epoch.
@@ -113,4 +134,4 @@ def epoch_length(dl_train: Any, ranks: int, settings: Settings) -> int | None:
     alone = train.max_steps is not None and "train.epochs" not in settings.places
     if train.epoch_steps is not None or not alone or train.limit_batches or train.overfit_batches:
         return train.epoch_steps
-    return train.max_steps if rank_steps(dl_train, ranks, train) is None else None
+    return train.max_steps if rank_steps(dl_train, ranks, train, by_rank=by_rank) is None else None

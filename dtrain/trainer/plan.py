@@ -46,8 +46,9 @@ def make_plan(task: Task, settings: Settings, ranks: int) -> Plan:
     train = settings.config.train
     if train.shard_modules is not None:
         parts_of(task.module, Sharding(tuple(train.shard_modules)))
-    epochs, length = run_epochs(task, ranks, settings), epoch_length(task.dl_train, ranks, settings)
-    steps = rank_steps(task.dl_train, ranks, train) if length is None else length * train.accumulation
+    epochs, by_rank = run_epochs(task, ranks, settings), task.batches.by_rank
+    length = epoch_length(task.dl_train, ranks, settings, by_rank=by_rank)
+    steps = rank_steps(task.dl_train, ranks, train, by_rank=by_rank) if length is None else length * train.accumulation
     size = loader_batch(task)
     per_rank = in_all = None
     if size is not None:

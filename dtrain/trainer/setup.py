@@ -70,13 +70,13 @@ def run_epochs(task: Task, ranks: int, settings: Settings) -> int:
     Raises:
         UsageError: the training loader has no length, and only a part of its batches is taken.
     """
-    train = settings.config.train
+    train, by_rank = settings.config.train, task.batches.by_rank
     if train.max_steps is None or "train.epochs" in settings.places:
         return train.epochs
-    length = epoch_length(task.dl_train, ranks, settings)
+    length = epoch_length(task.dl_train, ranks, settings, by_rank=by_rank)
     if length is not None:
         return -(-train.max_steps // length)
-    steps = rank_steps(task.dl_train, ranks, train)
+    steps = rank_steps(task.dl_train, ranks, train, by_rank=by_rank)
     if steps is None:
         raise UsageError(
             f"train.max_steps = {train.max_steps} with train.limit_batches or train.overfit_batches: the training "
@@ -103,7 +103,8 @@ def configured_engine(
         task.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batches = train.overfit_batches or train.limit_batches
     more.setdefault("options", RunOptions.of(dict(train)))
-    more.setdefault("epoch_steps", epoch_length(task.dl_train, world.size, settings))
+    length = epoch_length(task.dl_train, world.size, settings, by_rank=task.batches.by_rank)
+    more.setdefault("epoch_steps", length)
     more.setdefault("limits", Limits(batches, train.limit_batches, same=train.overfit_batches is not None))
     sharding = chosen_sharding(train, world.sharding)
     check_parts(task.module, sharding)

@@ -142,7 +142,7 @@ def rehearse(settings: Settings, world: World, record: Path, *, steps: int, kill
     task = agree(world, lambda: load_task(settings))
     train = settings.config.train
     batches = steps * train.accumulation * (world.size if train.batch == "per_rank" else 1)
-    length = epoch_length(task.dl_train, world.size, settings)
+    length = epoch_length(task.dl_train, world.size, settings, by_rank=task.batches.by_rank)
     if length is None:
         limits = Limits(train=batches, valid=batches)
     else:  # epochs that go on with the data, as in the run itself
