@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.overrides import handle_torch_function
 
 from dtrain.distributed.standing import words_of
 from dtrain.distributed.world import World
@@ -187,14 +188,25 @@ def place_of(depth: int = 2) -> Where:
     frame: Any = sys._getframe(depth)
     last, way = frame, 0
     while frame is not None:
-        code = frame.f_code
-        if code.co_name != "__torch_function__":  # of a mode that looks at calls, maybe in some steps only
-            last = frame
-            if not code.co_filename.startswith((_TORCH, *_OWN)):
-                break
-            way = (31 * way + 7 * code.co_firstlineno + frame.f_lasti) & 0xFFFFFFFF
+        frame = _below_modes(frame)
+        last, code = frame, frame.f_code
+        if not code.co_filename.startswith((_TORCH, *_OWN)):
+            break
+        way = (31 * way + 7 * code.co_firstlineno + frame.f_lasti) & 0xFFFFFFFF
         frame = frame.f_back
     return last.f_code.co_filename, last.f_code.co_firstlineno, last.f_lasti, way
+
+
+def _below_modes(frame: Any) -> Any:
+    """Returns the frame below those of a TorchFunctionMode, which may look at calls in some of the steps only.
+
+    A function of torch's that is written in Python comes by twice then: it hands its call to the mode first.
+    """
+    while frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
+        if frame.f_code is handle_torch_function.__code__:
+            frame = frame.f_back.f_back
+    return frame
 
 
 def _follows(here: int, rows: int, there: int, other_rows: int) -> bool:
