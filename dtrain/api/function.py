@@ -216,7 +216,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
 
 def _run_of(run: str | Path | CallRun, task: Task, options: RunOptions, arguments: Mapping[str, Any]) -> CallRun:
     """Returns the run of a call, of which all arguments are known."""
-    own = {f"train.{name}": (arguments[name], name) for name in ("epochs", "log_step_freq")}
+    own = {f"train.{name}": (arguments[name], name) for name in ("epochs", "epoch_steps", "log_step_freq")}
     if task.scheduler is not None:
         own["scheduler.interval"] = (task.interval, "scheduler_interval")
         own["scheduler.monitor"] = (task.monitor, "scheduler_monitor")

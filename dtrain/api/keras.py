@@ -254,6 +254,7 @@ class KerasModel(nn.Module):
     def _run_of(self, run: Any, task: Task, plan: FitPlan, options: RunOptions, given: Mapping[str, Any]) -> CallRun:
         """Returns the run of a `fit` that keeps one."""
         own = {f"train.{name}": (getattr(plan, name), name) for name in ("epochs", "log_step_freq")}
+        own["train.epoch_steps"] = (given["epoch_steps"], "epoch_steps")
         if self.lr_scheduler is not None:
             own |= {
                 "scheduler.interval": (task.interval, "lr_scheduler"),
