@@ -22,10 +22,19 @@ CALLS = (TRAIN_MODEL, KERAS, SCRIPT)
 ACCEPT = "checkpoint.accept"
 _CONFIG = "argument config"
 # Of dtrain.run: what has an effect in a loop of one's own.
-_OF_SCRIPTS = tuple(
-    f"checkpoint.{name}"
-    for name in ("every_epochs", "every_steps", "every_minutes", "keep_last", "keep_best", "monitor", "mode")
-) + ("checkpoint.change_ranks", "checkpoint.accept", "checkpoint.check_data", "track.")
+_OF_SCRIPTS = (
+    "checkpoint.every_epochs",
+    "checkpoint.every_steps",
+    "checkpoint.every_minutes",
+    "checkpoint.keep_last",
+    "checkpoint.keep_best",
+    "checkpoint.monitor",
+    "checkpoint.mode",
+    "checkpoint.change_ranks",
+    "checkpoint.accept",
+    "checkpoint.check_data",
+    "track.",  # which is refused with words of its own
+)
 # Of the other calls: what has none, and what does it instead.
 _OF_RECIPES = {
     "train.init_": "put the weights into the model before the call: dtrain.load_weights(model, source).",

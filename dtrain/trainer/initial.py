@@ -150,7 +150,8 @@ def _kept(settings: Settings, resume: str) -> InitialWeights | None:
     folders = [named, named.parent.parent] if resume not in ("auto", "never") else []
     if resume == "auto" and run.name is not None:
         folders = [Path(run.dir).expanduser() / run.name]
-    return next((_read_kept(one / INITIAL / INITIAL_NAME) for one in folders if (one / INITIAL / INITIAL_NAME).is_dir()), None)
+    there = (one / INITIAL / INITIAL_NAME for one in folders)
+    return next((_read_kept(path) for path in there if path.is_dir()), None)
 
 
 def base_of_run(run: Path, settings: Settings) -> InitialWeights | None:

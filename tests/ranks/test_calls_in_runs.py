@@ -209,7 +209,7 @@ def test_a_call_that_cannot_be_is_refused_before_anything_is_made(tmp_path: Path
 
 def test_a_scripts_run_refuses_keys_that_would_do_nothing() -> None:
     for key in ("train.clip_norm", "train.init_from", "early_stopping.patience", "checkpoint.weights"):
-        with pytest.raises(UsageError, match="dtrain.run does nothing with it"):
+        with pytest.raises(UsageError, match=r"dtrain\.run does nothing with it"):
             call_settings(SCRIPT, "runs/it", {}, {key: 1})
     call_settings(SCRIPT, "runs/it", {}, {"checkpoint.every_steps": 2, "keep_last": 3})
 
