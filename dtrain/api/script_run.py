@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dtrain.api.described import described
 from dtrain.api.in_run import in_plain_words, requests
@@ -99,8 +100,11 @@ class ScriptRun:
         self._epoch = 0
         self._saved: tuple[int, int | None] = (0, 0)
         self._lines = RowLines()
+        self._stepped: set[int] = set()  # ids of the optimizers that have stepped with the last batch
         self._signals = contextlib.ExitStack()
         self._request = self._signals.enter_context(requests())
+        hook = register_optimizer_step_post_hook(lambda one, *_: self._stepped.add(id(one)))
+        self._signals.callback(hook.remove)
         settings = self._settings(folder, first)
         with in_plain_words(self._world):
             self._begun = begin_script(
@@ -167,6 +171,7 @@ class ScriptRun:
             return Resume()
         self._pass += 1
         self._step = 0
+        self._stepped.clear()
         self._running = (loader, current) if current.train else None
         if self._resumed is None or self._pass > self._resumed["pass"]:
             self._resumed = None
@@ -182,6 +187,7 @@ class ScriptRun:
         def ready() -> None:
             loader.view(train=True).sources.load(mine["loaders"][index]["datasets"])
             self._random(loaded.ranks if loaded is not None else [])
+            self._objects.wait(mine.get("gradients", {}))
 
         return Resume(state["step"], ready, mine["loaders"][index]["used"])
 
@@ -202,6 +208,7 @@ class ScriptRun:
         every, minutes = self._policy.every_steps, self._clock is not None and self._clock.due(self._steps)
         if (minutes or (every is not None and self._steps % every == 0)) and alone:
             self._save(self._steps)
+        self._stepped.clear()
 
     def metered(self, meter: Any, *, adds: bool) -> None:
         """A meter is used: one of a resumed epoch takes up what it had.
@@ -324,6 +331,7 @@ class ScriptRun:
         running = None if self._running is None else self._running[0]
         return {
             "random": random_state(self._world.device),
+            "gradients": self._objects.waiting(self._stepped) if within else {},
             "loaders": [loader_state(one, running=one is running) for one in PROCESS.loaders],
             "meters": [
                 [sorted(places), one.table.state()] for one, places in self._meters.values() if places and within

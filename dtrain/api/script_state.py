@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from dtrain.checkpoint.contents import GlobalState
 from dtrain.checkpoint.extra import extra_metadata, load_extra
 from dtrain.checkpoint.state import load_buffers, load_optimizer, other_buffers
 from dtrain.checkpoint.tree import flatten
-from dtrain.checkpoint.weights import WEIGHTS
+from dtrain.checkpoint.weights import WEIGHTS, check_fit
 from dtrain.errors import UsageError
 
 State = dict[str, Any]
@@ -94,6 +94,35 @@ class Objects:
                 )
         if len(state["nets"]) != len(self.nets) - 1:
             raise UsageError(f"{where} does not match: it has {len(state['nets']) + 1} models, not {len(self.nets)}.")
+        for number, (net, saved) in enumerate(zip(self.nets[1:], state["nets"], strict=True), start=2):
+            check_fit(net, saved, f"{where} (model {number})")
+
+    def waiting(self, stepped: Collection[int]) -> State:
+        """Returns the gradients that wait for an optimizer's step, of a group of batches that is not over.
+
+        Args:
+            stepped: ids of the optimizers that have stepped with the last batch.
+        """
+        held = {
+            id(parameter)
+            for one in self.optimizers
+            if id(one) not in stepped
+            for group in one.param_groups
+            for parameter in group["params"]
+        }
+        return {
+            f"{number}.{name}": parameter.grad.detach()
+            for number, net in enumerate(self.nets)
+            for name, parameter in net.named_parameters()
+            if id(parameter) in held and parameter.grad is not None
+        }
+
+    def wait(self, gradients: Mapping[str, Tensor]) -> None:
+        """Puts back what `waiting` returned."""
+        for number, net in enumerate(self.nets):
+            for name, parameter in net.named_parameters():
+                if (saved := gradients.get(f"{number}.{name}")) is not None:
+                    parameter.grad = saved.to(parameter.device, copy=True)
 
     def load(self, weights: Mapping[str, Any], state: State) -> None:
         """Puts a saved state back."""

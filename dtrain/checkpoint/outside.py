@@ -15,7 +15,7 @@ from dtrain.checkpoint.extra import extra_of
 from dtrain.checkpoint.folder import MANIFEST, read_manifest, verify_file
 from dtrain.checkpoint.left_out import left_out_of
 from dtrain.checkpoint.tensors import read_file
-from dtrain.checkpoint.weights import WEIGHTS
+from dtrain.checkpoint.weights import WEIGHTS, base_in_run
 from dtrain.config.saved import load_run_settings
 from dtrain.errors import CheckpointError, UsageError
 from dtrain.layout import CONFIG, checkpoint_place, checkpoints_in
@@ -75,7 +75,13 @@ def _of_checkpoint(path: Path) -> OutsideWeights:
         verify_file(file, read_manifest(path)["files"][WEIGHTS])
     except (KeyError, CheckpointError) as error:
         raise UsageError(f"{file}: cannot read the weights: {error}. Use another checkpoint.") from None
-    return _of_safetensors(file)
+    found = _of_safetensors(file)
+    try:
+        base = base_in_run(path, found.left_out)
+    except (OSError, KeyError, CheckpointError) as error:
+        raise UsageError(f"the weights that the run of {path} began with cannot be read: {error}.") from None
+    rest = {name: digest for name, digest in found.left_out.items() if name not in base}
+    return OutsideWeights(found.where, found.values | base, rest)
 
 
 def _of_safetensors(file: Path) -> OutsideWeights:

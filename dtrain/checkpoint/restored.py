@@ -45,6 +45,8 @@ def _other_buffers(folder: Path) -> Mapping[str, Tensor]:
         verify_file(structure, files[structure.name])
         (pairs,) = json.loads(structure.read_text()).values()  # of a dict; see `dtrain.checkpoint.tree`
         kept: Any = next((value for name, value in pairs if name == _BUFFERS), None)
+        if kept is not None and "list" in kept:  # of a script's run: of each of its nets
+            kept = next(iter(kept["list"]), None)
         if kept in (None, {"dict": []}):
             return {}
         verify_file(tensors, files[tensors.name])

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from dtrain.checkpoint.extra import extra_keys, extra_metadata, extra_of, load_extra
 from dtrain.checkpoint.folder import Pieces, read_manifest, verify_file, write_checkpoint
-from dtrain.checkpoint.left_out import check_base, left_out_of
+from dtrain.checkpoint.left_out import check_base, digest_of, left_out_of
 from dtrain.checkpoint.retention import RetentionPolicy
 from dtrain.checkpoint.tensors import pieces, read_file
 from dtrain.errors import CheckpointError, UsageError
-from dtrain.layout import checkpoint_name
+from dtrain.layout import INITIAL, INITIAL_NAME, checkpoint_name
 
 WEIGHTS = "model.safetensors"
 NOTHING_LEFT_OUT: Mapping[str, str] = {}
@@ -82,10 +82,30 @@ def load_weights(module: nn.Module, folder: Path) -> None:
         verify_file(file, read_manifest(folder)["files"][WEIGHTS])
         tensors, metadata = read_file(file)
         saved, left_out = tensors | extra_of(metadata), left_out_of(metadata)
-    except (OSError, CheckpointError) as error:
+        base = base_in_run(folder, left_out)
+    except (OSError, KeyError, CheckpointError) as error:
         raise UsageError(f"{file}: cannot read the weights: {error}.") from None
-    check_fit(module, saved, str(file), left_out)
+    saved, lacks = saved | base, {name: digest for name, digest in left_out.items() if name not in base}
+    check_fit(module, saved, str(file), lacks)
     module.load_state_dict(load_extra(module, saved), strict=False)
+
+
+def base_in_run(folder: Path, left_out: Mapping[str, str]) -> dict[str, Tensor]:
+    """Returns those of the weights that a checkpoint lacks which its run began with (`train.init_from`), by name.
+
+    Args:
+        folder: the checkpoint, where it was saved.
+        left_out: name -> hash of what it lacks.
+
+    Raises:
+        OSError, CheckpointError: they cannot be read.
+    """
+    kept = folder.absolute().parent.parent / INITIAL / INITIAL_NAME
+    if not left_out or not kept.is_dir():
+        return {}
+    verify_file(kept / WEIGHTS, read_manifest(kept)["files"][WEIGHTS])
+    values = read_file(kept / WEIGHTS)[0]
+    return {name: values[name] for name in left_out if name in values and digest_of(values[name]) == left_out[name]}
 
 
 def check_fit(

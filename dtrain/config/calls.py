@@ -21,6 +21,27 @@ TRAIN_MODEL, KERAS, SCRIPT = "dtrain.train_model", "dtrain.KerasModel.fit", "dtr
 CALLS = (TRAIN_MODEL, KERAS, SCRIPT)
 ACCEPT = "checkpoint.accept"
 _CONFIG = "argument config"
+# Of dtrain.run: what has an effect in a loop of one's own.
+_OF_SCRIPTS = (
+    "checkpoint.every_epochs",
+    "checkpoint.every_steps",
+    "checkpoint.every_minutes",
+    "checkpoint.keep_last",
+    "checkpoint.keep_best",
+    "checkpoint.monitor",
+    "checkpoint.mode",
+    "checkpoint.change_ranks",
+    "checkpoint.accept",
+    "checkpoint.check_data",
+    "track.",  # which is refused with words of its own
+)
+# Of the other calls: what has none, and what does it instead.
+_OF_RECIPES = {
+    "train.init_": "put the weights into the model before the call: dtrain.load_weights(model, source).",
+    "train.activation_checkpointing": "use torch.utils.checkpoint in the model's forward.",
+    "train.hang_seconds": "it is for `dtrain train`, and `dtrain launch --hang-seconds N -- SCRIPT.py`.",
+    "train.stop_seconds": "it is for `dtrain train`.",
+}
 
 
 def is_call(reference: str) -> bool:
@@ -95,6 +116,7 @@ def call_values(
         full = full_key(key, Value(value, _CONFIG, raw=str(value)))
         if full in values or full.partition(".")[0] in (*BUILDER_SECTIONS, "parameters", "recipe", "run"):
             raise ConfigError(f'config={{"{key}": ...}}: {_instead(full, own)}')
+        _refuse_unused(call, key, full)
         values[full] = Value(value, _CONFIG)
     return values
 
@@ -105,6 +127,19 @@ def _instead(key: str, own: Mapping[str, tuple[Any, str]]) -> str:
     if key.startswith("run."):
         return "pass it as the argument run= of the call, such as run='runs/first'."
     return "a call has no recipe with such parameters: it gets the objects themselves."
+
+
+def _refuse_unused(call: str, key: str, full: str) -> None:
+    """Refuses a key that would do nothing in a call."""
+    if call == SCRIPT and not full.startswith(_OF_SCRIPTS):
+        keys = ", ".join(_OF_SCRIPTS[:-1])
+        raise ConfigError(
+            f'config={{"{key}": ...}}: dtrain.run does nothing with it, since the loop is your own: do it there. Its '
+            f"keys are {keys}."
+        )
+    remedy = next((words for prefix, words in _OF_RECIPES.items() if full.startswith(prefix)), None)
+    if remedy is not None:
+        raise ConfigError(f'config={{"{key}": ...}}: a call does nothing with it; {remedy}')
 
 
 def run_folder(run: Any) -> Path:

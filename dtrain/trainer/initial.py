@@ -24,10 +24,8 @@ from dtrain.checkpoint.weights import WEIGHTS
 from dtrain.config import Settings
 from dtrain.distributed.world import World
 from dtrain.errors import CheckpointError, UsageError
-from dtrain.layout import INITIAL
+from dtrain.layout import INITIAL, INITIAL_NAME
 from dtrain.trainer.agreed import agree
-
-_NAME = "weights"  # of the one checkpoint in the folder
 
 
 @dataclass
@@ -72,11 +70,11 @@ class InitialWeights:
         Raises:
             OSError: it could not be written.
         """
-        if self.fit is None or (run / INITIAL / _NAME).exists():
+        if self.fit is None or (run / INITIAL / INITIAL_NAME).exists():
             return
         facts = self.kept or {"from": self.source.where, "not_taken": self.fit.left, "total": self.fit.total}
         facts = {name: facts[name] for name in ("from", "not_taken", "total")}
-        write_checkpoint(run / INITIAL, _NAME, {WEIGHTS: _file(self.fit.values)}, facts)
+        write_checkpoint(run / INITIAL, INITIAL_NAME, {WEIGHTS: _file(self.fit.values)}, facts)
 
 
 def initial_weights(settings: Settings) -> InitialWeights | None:
@@ -152,7 +150,8 @@ def _kept(settings: Settings, resume: str) -> InitialWeights | None:
     folders = [named, named.parent.parent] if resume not in ("auto", "never") else []
     if resume == "auto" and run.name is not None:
         folders = [Path(run.dir).expanduser() / run.name]
-    return next((_read_kept(one / INITIAL / _NAME) for one in folders if (one / INITIAL / _NAME).is_dir()), None)
+    there = (one / INITIAL / INITIAL_NAME for one in folders)
+    return next((_read_kept(path) for path in there if path.is_dir()), None)
 
 
 def base_of_run(run: Path, settings: Settings) -> InitialWeights | None:
@@ -165,7 +164,7 @@ def base_of_run(run: Path, settings: Settings) -> InitialWeights | None:
     Raises:
         UsageError: it is damaged.
     """
-    path, config = run / INITIAL / _NAME, settings.config
+    path, config = run / INITIAL / INITIAL_NAME, settings.config
     needed = config.train.init_from is not None and config.checkpoint.weights == "trained"
     return _read_kept(path) if needed and path.is_dir() else None
 

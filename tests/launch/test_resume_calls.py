@@ -15,8 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.commands import Dtrain, clean_environment
 from helpers.sweep import FULL, some
+
+from dtrain.trainer.load import load
 
 KILLS = 50 if FULL else 2
 STEPS = 3 * (6 + 2)  # of the program: three epochs of six batches and two of validation
@@ -98,3 +101,47 @@ def test_a_script_on_two_ranks_is_tried_again_and_stopped_on_request(dtrain: Dtr
     assert stopped.code == 75 and "the same program again" in stopped.text, stopped.text
     done = dtrain(*launch, "--", program, "script", "runs/stopped")
     assert told(done.text) == told(whole.text), done.text
+
+
+ACCUMULATING = """
+import os, signal, torch, dtrain
+from torch.utils.data import DataLoader, TensorDataset
+
+class Count:
+    n = 0
+    def state_dict(self):
+        return {"n": self.n}
+    def load_state_dict(self, state):
+        self.n = state["n"]
+
+torch.manual_seed(0)
+net, other, count = torch.nn.Linear(3, 2), torch.nn.Linear(2, 1), Count()
+both = [torch.optim.SGD(net.parameters(), 0.1), torch.optim.SGD(other.parameters(), 0.1)]
+data = TensorDataset(torch.randn(24, 3), torch.randn(24, 1))
+net, batches = dtrain.prepare(net, DataLoader(data, 4, shuffle=True), cpu=True)
+run = dtrain.run("runs/" + os.environ["NAME"], net, other, *both, count, config={"checkpoint.every_steps": 1})
+for epoch in run.epochs(2):
+    for x, y in batches:
+        (other(net(x)) - y).square().mean().backward()
+        count.n += 1
+        if count.n % 3 == 0:
+            for one in both:
+                one.step()
+                one.zero_grad()
+        if os.environ.get("DIE") == str(count.n):
+            os.kill(os.getpid(), signal.SIGKILL)
+    run.history.append({"epoch": epoch})
+print("<<<", *(value.tolist() for part in (net, other) for value in part.parameters()), ">>>")
+"""
+
+
+def test_gradients_that_wait_for_their_step_are_kept(dtrain: Dtrain) -> None:
+    """Killed within a group of three batches, in a script that accumulates gradients of two nets by hand."""
+    (dtrain.folder / "mine.py").write_text(ACCUMULATING)
+    whole = dtrain("launch", "-n", "1", "--cpu", "--", "mine.py", NAME="whole")
+    for number in ("2", "6", "9"):
+        assert dtrain("launch", "-n", "1", "--cpu", "--", "mine.py", NAME="cut", DIE=number).code == 1
+    cut = dtrain("launch", "-n", "1", "--cpu", "--", "mine.py", NAME="cut")
+    assert cut.code == 0 and told(cut.text) == told(whole.text) != "", cut.text
+    net = torch.nn.Linear(3, 2)
+    assert load(dtrain.folder / "runs/cut", "last", model=net) is net and str(net.bias.tolist()) in cut.text

@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dtrain
+from dtrain.config import call_settings
+from dtrain.config.calls import SCRIPT
 from dtrain.errors import UsageError
 
 SCALE = 1.0
@@ -209,6 +211,9 @@ def test_a_call_that_cannot_be_is_refused_before_anything_is_made(tmp_path: Path
         ({"config": {"run.name": "x"}}, "argument run="),
         ({"config": {"optimizer.lr": 0.1}}, "argument optimizer="),
         ({"config": {"data.size": 1}}, "a call has no recipe"),
+        ({"config": {"init_from": "runs/x"}}, "dtrain.load_weights(model, source)"),
+        ({"config": {"train.hang_seconds": 9}}, "a call does nothing with it"),
+        ({"config": {"train.epoch_steps": 9}}, "argument epoch_steps="),
         ({"config": {"checkpoint.every_steps": 0}}, "checkpoint.every_steps = 0 (argument config)"),
         ({"run": ""}, "run = ''"),
         ({"run": 3}, "run = 3"),
@@ -218,3 +223,26 @@ def test_a_call_that_cannot_be_is_refused_before_anything_is_made(tmp_path: Path
             trained(made(), **{"run": tmp_path / "it", **how})
         assert word in str(refused.value), how
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scripts_run_refuses_keys_that_would_do_nothing() -> None:
+    for key in ("train.clip_norm", "train.init_from", "early_stopping.patience", "checkpoint.weights"):
+        with pytest.raises(UsageError, match=r"dtrain\.run does nothing with it"):
+            call_settings(SCRIPT, "runs/it", {}, {key: 1})
+    call_settings(SCRIPT, "runs/it", {}, {"checkpoint.every_steps": 2, "keep_last": 3})
+
+
+@pytest.mark.parametrize("call", [trained, fitted])
+def test_epochs_of_a_number_of_steps_are_so_in_a_run(tmp_path: Path, call: Any) -> None:
+    """Four steps are a pass over the data, of which the second epoch of three goes on to the next."""
+    ends.update(at=0)
+    alone, kept = made(), made()
+    expected = call(alone, None, config=None, epoch_steps=3)
+    ends.update(at=5, steps=0)
+    with pytest.raises(ValueError, match="the kernel is gone"):
+        call(kept, tmp_path / "it", epoch_steps=3)
+    ends.update(at=0)
+    kept = made()
+    assert same(call(kept, tmp_path / "it", epoch_steps=3), expected) and weights(kept) == weights(alone)
+    with pytest.raises(UsageError, match=r"train.epoch_steps was 3 and is 2 \(argument epoch_steps\)"):
+        call(made(), tmp_path / "it", epoch_steps=2)

@@ -19,7 +19,7 @@ import dtrain
 from dtrain.cli.train import settings_to_train
 from dtrain.config import load_settings
 from dtrain.distributed.world import World, bring_up
-from dtrain.errors import AgreedError
+from dtrain.errors import AgreedError, UsageError
 from dtrain.trainer.train import train_run
 
 RECIPE = """
@@ -247,3 +247,23 @@ def test_the_command_takes_the_runs_config_where_none_is_named(
     assert f"weights from {first}/checkpoints/epoch-1" in done.out
     done = Dtrain(tmp_path)("train", "--from", first, "model.classes=3", "--cpu", "run.name=no", f"run.dir={tmp_path}")
     assert done.code == 2 and "does not match the model" in done.err and not (tmp_path / "no").exists(), done.text
+
+
+def test_of_a_run_without_its_base_the_base_is_where_that_began(first: Path, tmp_path: Path) -> None:
+    """`checkpoint.weights=trained` and `--from`: what the checkpoints lack is no builder's, but of the run's folder."""
+    run = start(tmp_path, f"train.init_from={first}", *TUNED, "checkpoint.weights=trained", "epochs=1")
+    expected = best(first)["body.weight"]
+    assert "body.weight" not in best(run)
+    given = nn.Module()
+    given.body, given.head = nn.Linear(3, 4), nn.Linear(4, 2)
+    assert torch.equal(dtrain.load(run, model=given).body.weight, expected)
+    given.body.reset_parameters()
+    assert dtrain.load_weights(given, run) == [] and torch.equal(given.body.weight, expected)
+    start(tmp_path, f"train.init_from={first}", *TUNED, "checkpoint.weights=all", "epochs=2")
+    assert torch.equal(dtrain.load(run, "epoch-1").body.weight, expected), "although the later checkpoints have it"
+    again = start(tmp_path, f"train.init_from={run}", "train.seed=5", "epochs=1", name="again")
+    assert torch.equal(load_file(again / "initial-weights/weights/model.safetensors")["body.weight"], expected)
+    file = run / "initial-weights/weights/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(UsageError, match="began with cannot be read"):
+        dtrain.load_weights(given, run / "checkpoints/epoch-1")
