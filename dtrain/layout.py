@@ -20,7 +20,6 @@ PROFILE = "profile"
 TRACKING = "tracking"
 MEDIA = "media"  # images and the like of the user's hooks
 INITIAL = "initial-weights"  # the weights that the run began with, where they were another run's or a file's
-INITIAL_NAME = "weights"  # of the one checkpoint in that folder
 CODE = "code"  # copies of the sources that the run trains with
 
 SLURM = "slurm"

@@ -15,9 +15,10 @@ from dtrain.checkpoint.left_out import check_base, digest_of, left_out_of
 from dtrain.checkpoint.retention import RetentionPolicy
 from dtrain.checkpoint.tensors import pieces, read_file
 from dtrain.errors import CheckpointError, UsageError
-from dtrain.layout import INITIAL, INITIAL_NAME, checkpoint_name
+from dtrain.layout import INITIAL, checkpoint_name
 
 WEIGHTS = "model.safetensors"
+INITIAL_NAME = "weights"  # of the one checkpoint in a run's folder `INITIAL`
 NOTHING_LEFT_OUT: Mapping[str, str] = {}
 
 

@@ -20,11 +20,11 @@ from dtrain.checkpoint.fitted import Fit, Wanted, log_of, put_into
 from dtrain.checkpoint.folder import Pieces, verify, write_checkpoint
 from dtrain.checkpoint.outside import OutsideWeights, read_outside
 from dtrain.checkpoint.tensors import pieces, read_file, read_tensors
-from dtrain.checkpoint.weights import WEIGHTS
+from dtrain.checkpoint.weights import INITIAL_NAME, WEIGHTS
 from dtrain.config import Settings
 from dtrain.distributed.world import World
 from dtrain.errors import CheckpointError, UsageError
-from dtrain.layout import INITIAL, INITIAL_NAME
+from dtrain.layout import INITIAL
 from dtrain.trainer.agreed import agree
 
 
