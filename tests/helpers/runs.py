@@ -15,7 +15,7 @@ COLUMNS = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "lr", "secon
 
 def a_start(at: float, **more: Any) -> dict[str, Any]:
     """A line of `starts.jsonl`."""
-    versions = {"dtrain": "0.1.0", "torch": "2.13.0", "accelerate": "1.15.0", "python": "3.11.7"}
+    versions = {"dtrain": "0.2.0", "torch": "2.13.0", "accelerate": "1.15.0", "python": "3.11.7"}
     facts = {"host": "node1", "pid": 1, "ranks": 2, "device": "cpu", "job": None, "checkpoint": None, "epoch": 0}
     return {"event": "start", "at": at, **facts, "versions": versions, "gpu": None, "cores": 4, "code": None} | more
 
