@@ -202,10 +202,10 @@ def _below_modes(frame: Any) -> Any:
 
     A function of torch's that is written in Python comes by twice then: it hands its call to the mode first.
     """
-    while frame.f_code.co_name == "__torch_function__":
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:  # C++ may be below
         frame = frame.f_back
         if frame.f_code is handle_torch_function.__code__:
-            frame = frame.f_back.f_back
+            frame = frame.f_back.f_back or frame.f_back
     return frame
 
 
