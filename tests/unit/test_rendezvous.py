@@ -163,10 +163,12 @@ class TestMeeting:
             with listener.accept()[0] as caller:
                 caller.settimeout(5)
                 heard.append(caller.recv(10_000))
-                caller.sendall(json.dumps({"nonce": "0" * 32, "proof": "0" * 64}).encode() + b"\n")
+                proof = json.dumps({"nonce": "0" * 32, "proof": "0" * 64}).encode() + b"\n"
                 start = {"port": 9, "nonce": "0" * 32, "node_rank": 1, "environment": {"PYTHONSTARTUP": "x"}}
-                caller.sendall(json.dumps({"start": start}).encode() + b"\n")
-                heard.append(caller.recv(10_000))
+                # Both at once: the guest may close after the proof, with the start unread, which resets the connection.
+                caller.sendall(proof + json.dumps({"start": start}).encode() + b"\n")
+                with contextlib.suppress(ConnectionResetError):
+                    heard.append(caller.recv(10_000))
 
         with socket.create_server(("127.0.0.1", 0)) as listener:
             thread, raised = in_thread(lambda: rogue(listener))
@@ -175,7 +177,7 @@ class TestMeeting:
             thread.join(60)
         assert raised == []
         assert set(json.loads(heard[0])) == {"rdzv", "nonce"}
-        assert heard[1] == b""
+        assert heard[1:] in ([], [b""])
 
     def test_without_a_secret_another_user_of_this_machine_does_not_pass_for_the_first_node(
         self, monkeypatch: pytest.MonkeyPatch
