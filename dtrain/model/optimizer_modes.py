@@ -32,7 +32,7 @@ def switching(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
 
 def switching_of(module: nn.Module, known: Optimizer | None) -> list[Optimizer]:
     """Returns those of a net's optimizers, also of those that its train step alone knows."""
-    if not any(_switches(kind) for kind in _kinds(Optimizer)):
+    if not any(_switches(kind) and not _wraps(kind) for kind in _kinds(Optimizer)):
         return []  # to look through all objects takes 0.1 s
     holding = optimizers_holding({id(parameter) for parameter in module.parameters()})
     return switching([*([] if known is None else [known]), *holding])
@@ -40,6 +40,10 @@ def switching_of(module: nn.Module, known: Optimizer | None) -> list[Optimizer]:
 
 def _switches(kind: type) -> bool:
     return all(callable(getattr(kind, name, None)) for name in ("train", "eval"))
+
+
+def _wraps(kind: type) -> bool:
+    return kind.__module__.startswith("accelerate.")  # its wrappers pass train() and eval() on to what they wrap
 
 
 def _kinds(kind: type) -> Iterator[type]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
@@ -21,6 +22,7 @@ from dtrain.api.prepared import PROCESS
 from dtrain.distributed.world import World, bring_up
 from dtrain.engine.options import RunOptions
 from dtrain.engine.train_step import Learner, Task
+from dtrain.model import optimizer_modes
 
 KINDS: dict[str, Callable[[Any], Optimizer]] = {
     "made at once": torch.optim.Adagrad,
@@ -123,3 +125,17 @@ def test_another_nets_optimizer_stays_as_it_is(elsewhere: World) -> None:
     dtrain.prepare(net, DataLoader(TensorDataset(torch.ones(4, 4)), 2))
     assert net[0].weight.is_meta
     assert "meta" not in str(places(optimizer.state_dict()))
+
+
+def test_all_objects_are_looked_through_only_where_an_optimizer_of_the_process_switches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Switching(torch.optim.SGD):
+        def train(self) -> None: ...
+        def eval(self) -> None: ...
+
+    net = nn.Linear(1, 1)
+    known, own = torch.optim.SGD(net.parameters()), Switching(net.parameters())
+    for kinds, found in (([AcceleratedOptimizer, torch.optim.SGD], []), ([AcceleratedOptimizer, Switching], [own])):
+        monkeypatch.setattr(optimizer_modes, "_kinds", lambda _, kinds=kinds: kinds)
+        assert optimizer_modes.switching_of(net, known) == found
