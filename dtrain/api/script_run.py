@@ -32,6 +32,7 @@ from dtrain.api.script_state import Objects, load_loader, loader_state
 from dtrain.callbacks.tracking.wanted import check_installed
 from dtrain.checkpoint.contents import checkpoint_files, packed
 from dtrain.checkpoint.folder import write_checkpoint
+from dtrain.checkpoint.locate import LINES, ROWS
 from dtrain.checkpoint.retention import RetentionPolicy
 from dtrain.checkpoint.rows import RowLines
 from dtrain.config import call_settings
@@ -42,7 +43,7 @@ from dtrain.distributed.time_limit import AgreedClock
 from dtrain.engine.arguments import check_whole
 from dtrain.engine.metrics import add_up
 from dtrain.engine.position import TrainPosition
-from dtrain.errors import StopRequested, UsageError
+from dtrain.errors import CheckpointError, StopRequested, UsageError
 from dtrain.launch.monitor.exit_report import jointly_supervised, name_run
 from dtrain.layout import CHECKPOINTS, STOP, checkpoint_name
 from dtrain.rundir.history import History
@@ -203,7 +204,7 @@ class ScriptRun:
             if alone:
                 self._stopping.step()
         except StopRequested:
-            self._save(self._steps)
+            self._save(self._steps, last=True)
             raise self._stopped() from None
         every, minutes = self._policy.every_steps, self._clock is not None and self._clock.due(self._steps)
         if (minutes or (every is not None and self._steps % every == 0)) and alone:
@@ -253,7 +254,7 @@ class ScriptRun:
             self._stopping.step()
         except StopRequested:
             if self._saved != (self._epoch, None):
-                self._save(None)
+                self._save(None, last=True)
             raise self._stopped() from None
 
     def _stopped(self) -> StopRequested:
@@ -299,14 +300,20 @@ class ScriptRun:
             raise UsageError("config: track.* is for train_model, KerasModel.fit and `dtrain train`: remove it.")
         return settings
 
-    def _save(self, step: int | None) -> None:
-        world = self._world
+    def _save(self, step: int | None, *, last: bool = False) -> None:
+        """Saves the run on all ranks; that it cannot be written is a warning, where the config says so.
+
+        Args:
+            step: of the run's, None at an epoch's end.
+            last: whether the program ends with it.
+        """
+        world, warns = self._world, self._policy.on_error == "warn" and not last
         mine = packed(self._rank_state(within=step is not None), world.rank)
         ranks = world.gather_tensors(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
 
-        def write() -> None:
+        def write() -> bool:
             if not world.is_main:
-                return
+                return True
             check_all(self._begun.ownerships)
             rows = self.history.rows
             state = self._objects.state() | {
@@ -315,15 +322,24 @@ class ScriptRun:
                 "within": None if step is None else {"pass": self._pass, "step": self._step, "steps": self._steps},
                 "before": self._before if step is not None else [dict(one.epochs) for one in PROCESS.loaders],
             }
-            whole = self._objects.whole(state, {"rows.jsonl": self._lines.of(rows), "validations.jsonl": b""})
+            lines = dict(zip((f"{name}{LINES}" for name in ROWS), (self._lines.of(rows), b""), strict=True))
+            whole = self._objects.whole(state, lines)
             row = rows[-1] if step is None and rows and rows[-1].get("epoch") == self._epoch else None
             facts = {**self._begun.facts(), "epoch": self._epoch, "step": step, "row": row, "stall_seconds": 0.0}
             folder = self.folder / CHECKPOINTS
-            write_checkpoint(folder, checkpoint_name(self._epoch, step), checkpoint_files(whole, ranks), facts)
-            self._keeping.prune(folder)
+            try:
+                write_checkpoint(folder, checkpoint_name(self._epoch, step), checkpoint_files(whole, ranks), facts)
+                self._keeping.prune(folder)
+            except (OSError, CheckpointError) as error:
+                if not warns:
+                    raise
+                logger.warning("a checkpoint could not be written; training continues: %s", error)
+                return False
+            return True
 
-        agree(world, write)
-        self._saved = (self._epoch, step)
+        written = agree(world, write)
+        if not warns or world.gather_json(written)[0]:
+            self._saved = (self._epoch, step)
         if self._clock is not None:
             self._clock.restart(self._steps)
 

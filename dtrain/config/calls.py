@@ -30,6 +30,7 @@ _OF_SCRIPTS = (
     "checkpoint.keep_best",
     "checkpoint.monitor",
     "checkpoint.mode",
+    "checkpoint.on_error",
     "checkpoint.change_ranks",
     "checkpoint.accept",
     "checkpoint.check_data",

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from dtrain.engine.metrics import Mean, Value
 from dtrain.errors import StepError, UsageError
-from dtrain.model.activation_checkpointing import refuse_synced_batchnorm
-from dtrain.model.sync_batchnorm import SyncedBatchNorm
-from dtrain.model.untracked_batchnorm import warn_of_parts
-
-if TYPE_CHECKING:
-    from dtrain.distributed.world import World
 
 _MOST_NODES = 1000  # of a graph that are looked at
 
@@ -82,26 +76,6 @@ def check_planned(planned: str, taken: int, *, came: bool) -> None:
         "optimizer.step() in each train step), or return your own scheduler from "
         'build_scheduler(optimizer), as (scheduler, "step").'
     )
-
-
-def synced_training(module: nn.Module, world: World, wanted: bool, *, compiled: bool) -> SyncedBatchNorm | None:
-    """Returns what train steps run in, so that BatchNorm takes its statistics over all ranks; None where it does not.
-
-    Raises:
-        UsageError: it is wanted, and cannot be had beside something else.
-    """
-    if world.size == 1:
-        return None
-    if not wanted:
-        warn_of_parts(module, world, "Set train.sync_batchnorm=true (sync_batchnorm=True in Python).")
-        return None
-    refuse_synced_batchnorm(module)
-    if compiled:
-        raise UsageError(
-            "train.compile and train.sync_batchnorm cannot be combined: compiled BatchNorm layers cannot communicate. "
-            "Use only one of the two."
-        )
-    return SyncedBatchNorm(world)
 
 
 def refuse_unused_loss(loss: Value | None) -> None:

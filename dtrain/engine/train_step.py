@@ -62,6 +62,7 @@ from dtrain.model.ddp import Replica
 from dtrain.model.fsdp import ShardedReplica, check_values, refuse_averaging, refuse_compiling, refuse_others
 from dtrain.model.optimizers import place_states
 from dtrain.model.precision import chosen, scaler_of
+from dtrain.model.untracked_batchnorm import synced_training
 from dtrain.provenance.code import Code
 
 logger = logging.getLogger(__name__)
@@ -193,7 +194,7 @@ class Learner:
         self._clipping: Clipping | None = None
         self._values_of = StepValues(task.module, "train", task.metrics)
         compiled = self._replica.clock is not None
-        self._synced = kinds.synced_training(task.module, world, options.sync_batchnorm, compiled=compiled)
+        self._synced = synced_training(task.module, world, options.sync_batchnorm, compiled=compiled)
         gradients = None if isinstance(self._replica, ShardedReplica) else self._replica.gradients
         self._descend = BackwardStep(
             task,

@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dtrain.errors import UsageError
+from dtrain.model.activation_checkpointing import refuse_synced_batchnorm
 from dtrain.model.sync_batchnorm import SyncedBatchNorm
 
 if TYPE_CHECKING:
@@ -29,6 +30,26 @@ def untracked(module: nn.Module) -> dict[str, nn.Module]:
     """Returns the BatchNorm layers that have no running statistics, by name."""
     kind = nn.modules.batchnorm._BatchNorm
     return {name: part for name, part in module.named_modules() if isinstance(part, kind) and part.running_mean is None}
+
+
+def synced_training(module: nn.Module, world: World, wanted: bool, *, compiled: bool) -> SyncedBatchNorm | None:
+    """Returns what train steps run in, so that BatchNorm takes its statistics over all ranks; None where it does not.
+
+    Raises:
+        UsageError: it is wanted, and cannot be had beside something else.
+    """
+    if world.size == 1:
+        return None
+    if not wanted:
+        warn_of_parts(module, world, "Set train.sync_batchnorm=true (sync_batchnorm=True in Python).")
+        return None
+    refuse_synced_batchnorm(module)
+    if compiled:
+        raise UsageError(
+            "train.compile and train.sync_batchnorm cannot be combined: compiled BatchNorm layers cannot communicate. "
+            "Use only one of the two."
+        )
+    return SyncedBatchNorm(world)
 
 
 def synced_validation(

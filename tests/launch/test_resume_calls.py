@@ -145,3 +145,34 @@ def test_gradients_that_wait_for_their_step_are_kept(dtrain: Dtrain) -> None:
     assert cut.code == 0 and told(cut.text) == told(whole.text) != "", cut.text
     net = torch.nn.Linear(3, 2)
     assert load(dtrain.folder / "runs/cut", "last", model=net) is net and str(net.bias.tolist()) in cut.text
+
+
+FULL_DISK = """
+import os, resource, signal, torch, dtrain
+from torch.utils.data import DataLoader, TensorDataset
+
+def room(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+torch.manual_seed(0)
+data = TensorDataset(torch.randn(8, 64), torch.randn(8, 64))
+net, batches = dtrain.prepare(torch.nn.Linear(64, 64), DataLoader(data, 4), cpu=True)
+run = dtrain.run("runs/full", net, config={"checkpoint.keep_last": 9, "checkpoint.on_error": os.environ["POLICY"]})
+for epoch in run.epochs(4):
+    for x, y in batches:
+        pass
+    run.history.append({"epoch": epoch})
+    room(4096 if epoch in (2, 4) else resource.RLIM_INFINITY)  # the history fits, and the weights do not
+    if epoch == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_script_s_full_disk_ends_it_or_is_a_warning_but_never_where_it_stops(dtrain: Dtrain) -> None:
+    (dtrain.folder / "mine.py").write_text(FULL_DISK)
+    checkpoints = dtrain.folder / "runs/full/checkpoints"
+    for policy, saved in (("stop", ["epoch-1"]), ("warn", ["epoch-1", "epoch-3"])):
+        done = dtrain("launch", "-n", "2", "--cpu", "--", "mine.py", POLICY=policy)
+        assert done.code == 1 and "File too large" in done.text, done.text
+        assert done.text.count("a checkpoint could not be written; training continues") == 2 * (policy == "warn")
+        assert sorted(path.name for path in checkpoints.glob("[!.]*")) == saved, done.text
