@@ -32,10 +32,12 @@ def switching(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
 
 def switching_of(module: nn.Module, known: Optimizer | None) -> list[Optimizer]:
     """Returns those of a net's optimizers, also of those that its train step alone knows."""
-    if not any(_switches(kind) for kind in _kinds(Optimizer)):
-        return []  # to look through all objects takes 0.1 s
+    first = [] if known is None else [known]
+    # Accelerate's own classes have both methods whatever they wrap, and what they wrap is of another class.
+    if not any(_switches(kind) for kind in _kinds(Optimizer) if kind.__module__.partition(".")[0] != "accelerate"):
+        return switching(first)  # to look through all objects takes 0.1 s, in each process
     holding = optimizers_holding({id(parameter) for parameter in module.parameters()})
-    return switching([*([] if known is None else [known]), *holding])
+    return switching([*first, *holding])
 
 
 def _switches(kind: type) -> bool:
