@@ -43,6 +43,7 @@ _HEAVY = [
     "safetensors.torch",
     "helpers.commands",
     "helpers.sweep",
+    "helpers.frozen",
 ]
 
 
