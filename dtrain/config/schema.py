@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -327,7 +329,8 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def leaves(section: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, Any]:
+@functools.cache  # each key of a command line asks
+def leaves(section: type[BaseModel] = RunConfig, prefix: str = "") -> MappingProxyType[str, Any]:
     """Returns every key of the schema, dotted, with its annotation; builders' keys are not among them."""
     found: dict[str, Any] = {}
     for name, field in section.model_fields.items():
@@ -336,7 +339,7 @@ def leaves(section: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, 
             found |= leaves(inner, f"{prefix}{name}.")
         elif prefix or name not in BUILDER_SECTIONS:
             found[prefix + name] = field.annotation
-    return found
+    return MappingProxyType(found)
 
 
 def keys_with_defaults(section: type[BaseModel]) -> str:

@@ -7,6 +7,7 @@ count: a program may read them.
 from __future__ import annotations
 
 import ast
+import functools
 import warnings
 from collections.abc import Sequence
 
@@ -66,7 +67,8 @@ def _shown(node: ast.stmt, lines: Sequence[str]) -> str:
     return f"line {line}: `{shown}`"
 
 
-def imports_in_functions(content: bytes, name: str) -> set[str]:
+@functools.lru_cache(maxsize=256)  # a notebook's or a script's next run has much the same files
+def imports_in_functions(content: bytes, name: str) -> frozenset[str]:
     """Returns the names of the modules that a file's functions import, with the packages that these are in.
 
     Args:
@@ -85,4 +87,4 @@ def imports_in_functions(content: bytes, name: str) -> set[str]:
             module = ".".join([*above, *([node.module] if node.module else [])])
             found.update([module, *(f"{module}.{alias.name}".lstrip(".") for alias in node.names)])
     names = [one.split(".") for one in found if one]
-    return {".".join(parts[:count]) for parts in names for count in range(1, len(parts) + 1)}
+    return frozenset(".".join(parts[:count]) for parts in names for count in range(1, len(parts) + 1))

@@ -6,9 +6,10 @@ What names a place or a job differs from start to start and changes no number; w
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from dtrain.masking import is_secret, masked
 from dtrain.provenance.trees import parsed
@@ -46,14 +47,17 @@ def _hash(value: str) -> str:
     return hashlib.sha256(value.encode(errors="surrogateescape")).hexdigest()[:12]
 
 
-def _names_in(content: bytes) -> Iterator[str]:
+@functools.lru_cache(maxsize=256)  # a run asks again for each checkpoint that has more code, and at its resume
+def _names_in(content: bytes) -> frozenset[str]:
     if b"environ" not in content and b"getenv" not in content:
-        return
+        return frozenset()
     tree = parsed(content)
-    if tree is None:
-        return
-    source = _Source(tree)
-    for node in ast.walk(tree):
+    return frozenset() if tree is None else frozenset(_names_read([*ast.walk(tree)]))
+
+
+def _names_read(nodes: Sequence[ast.AST]) -> Iterator[str]:
+    source = _Source(nodes)
+    for node in nodes:
         key = source.read_by(node)
         if isinstance(key, ast.Name):
             key = source.constants.get(key.id)
@@ -71,10 +75,10 @@ class _Source:
         constants: name -> the text, of names that are assigned once.
     """
 
-    def __init__(self, tree: ast.Module) -> None:
+    def __init__(self, nodes: Sequence[ast.AST]) -> None:
         self._environments, self._functions = set(_OF_OS), {"getenv", "getenvb"}
-        assigned = [(node.targets[0], node.value) for node in ast.walk(tree) if _is_assignment(node)]  # type: ignore[attr-defined]
-        for node in ast.walk(tree):
+        assigned = [(node.targets[0], node.value) for node in nodes if _is_assignment(node)]  # type: ignore[attr-defined]
+        for node in nodes:
             if isinstance(node, ast.ImportFrom) and node.module == "os":
                 for alias in node.names:
                     known = self._environments if alias.name in _OF_OS else self._functions

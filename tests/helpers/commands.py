@@ -75,7 +75,10 @@ def popen(argv: list[str], *, cold: bool = False, **how: Any) -> subprocess.Pope
     kind = (argv[0], *first, *sorted({"-n", "--cpu"} & {*argv}))
     if ours and not (cold or COLD) and kind in _STARTED and is_warm():
         STARTS["warm" if warm.suits(how.get("env")) else "unsuited"] += 1
-        return warm.Popen(argv, **how)
+        if argv[0] == str(BIN / "dtrain") and argv[1:2] != ["launch"]:
+            return warm.Popen(argv, **how)
+        warm_for_scripts()
+        return warm.ScriptPopen(argv, **how)
     process = subprocess.Popen(argv, **how)
     _STARTED.add(kind)
     return process
@@ -98,6 +101,14 @@ def is_warm() -> bool:
     warm.Popen.warm, process = made
     SERVERS.add(process)
     return True
+
+
+@functools.cache
+def warm_for_scripts() -> None:
+    """Has a second warm process, in which what optimizers import is there; only where there is the first."""
+    assert warm.Popen.warm is not None
+    warm.ScriptPopen.warm, process = warm.Popen.warm.with_more(warm.SCRIPTS_MODULES)
+    SERVERS.add(process)
 
 
 @dataclass(frozen=True)

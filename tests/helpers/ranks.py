@@ -32,6 +32,18 @@ _HEAVY = [
     "dtrain.api.function",
     "dtrain.api.keras",
     "dtrain.api.script",
+    # What test modules import, as each rank does with its own.
+    "pytest",
+    "hypothesis",
+    "numpy.testing",
+    "torchmetrics.classification",
+    "sklearn.datasets",
+    "sklearn.metrics",
+    "sklearn.model_selection",
+    "safetensors.torch",
+    "helpers.commands",
+    "helpers.sweep",
+    "helpers.frozen",
 ]
 
 

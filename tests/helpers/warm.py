@@ -16,7 +16,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import functools
 import gc
 import importlib
 import importlib.machinery
@@ -35,25 +34,18 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 MODULES = (
     *("torch", "numpy", "pandas", "sklearn.datasets", "sklearn.model_selection", "accelerate", "accelerate.utils"),
-    *(
-        "pydantic.main",
-        "pydantic.types",
-        "pydantic.json_schema",
-        "yaml",
-        "typer",
-        "rich.console",
-        "rich.table",
-        "rich.markup",
-    ),
-    *("safetensors.torch", "psutil", "torchinfo"),
+    *("pydantic.main", "pydantic.types", "pydantic.json_schema", "yaml", "safetensors.torch", "psutil", "torchinfo"),
+    *("typer", "rich.console", "rich.table", "rich.markup"),
     *("dtrain.cli.app", "dtrain.trainer.train"),  # what a launcher and a rank import of dtrain's own
 )
+# What a script's first optimizer imports; of dtrain's verbs, none does.
+SCRIPTS_MODULES = ("torch._dynamo",)
 # What may differ from the warm process's environment: it is read when it is needed, and by no import.
 _LATE = re.compile(
     r"(DTRAIN|SLURM|WANDB|ACCELERATE)_\w+|CUDA_VISIBLE_DEVICES|((LOCAL|NODE|GROUP)_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|GLOO_SOCKET_IFNAME|"
@@ -63,6 +55,7 @@ _LATE = re.compile(
 _ONLY = {"stdin", "stdout", "stderr", "text", "cwd", "env", "start_new_session"}
 _MAY_START_RANKS = ("-n", "--ranks", "launch", "check", "bench", "find", "doctor")
 _LARGEST = 1 << 20  # bytes of a request
+_RENAMED: list[mmap.mmap] = []
 _SET_PDEATHSIG, _SET_NAME, _SET_MM, _SET_MM_MAP, _SET_SUBREAPER = 1, 15, 35, 14, 36
 
 
@@ -90,6 +83,15 @@ class Warm:
         with self._lock, _subreaper():
             socket.send_fds(self._connection, [json.dumps(request).encode()], list(fds))
             return int(self._connection.recv(32))
+
+    def with_more(self, modules: Sequence[str]) -> tuple[Warm, int]:
+        """Has a fork of the warm process import more; returns the connection to it, and its id."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            pid = self.start({"modules": modules}, [theirs.fileno()])
+        atexit.register(_end, ours, pid, os.getpid())
+        assert ours.recv(32) == b"warm", modules
+        return Warm(ours, self._environment), pid
 
 
 class Popen(subprocess.Popen):  # type: ignore[type-arg]
@@ -123,6 +125,10 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         self.pid = self.warm.start(request, streams)
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)  # type: ignore[attr-defined]
+
+
+class ScriptPopen(Popen):
+    """The same for scripts, and for what starts them."""
 
 
 def suits(environment: Mapping[str, str] | None) -> bool:
@@ -204,15 +210,16 @@ def connect(environment: Mapping[str, str]) -> tuple[Warm, int] | None:
         process.kill()
         process.wait()
         raise
-    atexit.register(_end, ours, process, os.getpid())
+    process.returncode = 0  # which `_end` waits for
+    atexit.register(_end, ours, process.pid, os.getpid())
     return Warm(ours, environment), process.pid
 
 
-def _end(connection: socket.socket, process: subprocess.Popen[bytes], owner: int) -> None:
+def _end(connection: socket.socket, pid: int, owner: int) -> None:
     if os.getpid() == owner:  # and none that was forked off it
         connection.close()
-        process.kill()
-        process.wait()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def main(fd: int) -> None:
@@ -220,16 +227,21 @@ def main(fd: int) -> None:
     connection = socket.socket(fileno=fd)
     before = len([*Path("/proc/self/fd").iterdir()])
     sys.path[:] = sys.path[1:]  # the current folder, which "-c" puts first, and which may be a checkout
-    for name in MODULES:
-        importlib.import_module(name)
-    threads, files = (len([*Path("/proc/self", name).iterdir()]) for name in ("task", "fd"))
+    _import(MODULES)
     _rename(sys.orig_argv, os.environ)  # where it is not allowed, this says so
-    if threads != 1 or files != before or "torch._dynamo" in sys.modules:
+    if len([*Path("/proc/self/fd").iterdir()]) != before or "torch._dynamo" in sys.modules:
         sys.exit("not fit to be forked")
-    gc.collect()
-    gc.freeze()
     connection.send(b"warm")
     _run(_serve(connection))
+
+
+def _import(modules: Iterable[str]) -> None:
+    for name in modules:
+        importlib.import_module(name)
+    if len([*Path("/proc/self/task").iterdir()]) != 1:
+        sys.exit("not fit to be forked: it has threads")
+    gc.collect()
+    gc.freeze()
 
 
 def _serve(connection: socket.socket) -> list[str]:
@@ -242,7 +254,13 @@ def _serve(connection: socket.socket) -> list[str]:
         pid = _fork()
         if pid is None:
             connection.close()
-            return _become(json.loads(told), fds)
+            request = json.loads(told)
+            if "modules" not in request:
+                return _become(request, fds)
+            connection = socket.socket(fileno=fds[0])
+            _import(request["modules"])
+            connection.send(b"warm")
+            continue
         for fd in fds:
             os.close(fd)
         connection.send(str(pid).encode())
@@ -285,7 +303,9 @@ def _become(request: dict[str, Any], fds: Sequence[int]) -> list[str]:
     _rename(argv, os.environ)
     _prctl(_SET_NAME, ctypes.c_char_p(request["name"].encode()[:15]))
     _open_streams()
-    _set_threads()
+    threads = os.environ.get("OMP_NUM_THREADS")
+    for path in {*re.findall(r"/\S*libgomp\S*", Path("/proc/self/maps").read_text())} if threads else ():
+        ctypes.CDLL(path).omp_set_num_threads(int(threads))  # which it reads as it is loaded
     tempfile.tempdir = None
     for drawn in (sys.modules["numpy"].random, sys.modules["torch"].default_generator):  # `random` does so by itself
         drawn.seed()
@@ -359,20 +379,6 @@ def _open_streams() -> None:
         setattr(sys, f"__{name}__", text)
 
 
-def _set_threads() -> None:
-    """What OpenMP reads as it is loaded."""
-    threads = os.environ.get("OMP_NUM_THREADS")
-    if threads is not None:
-        for library in _openmp():
-            library.omp_set_num_threads(int(threads))
-
-
-@functools.cache
-def _openmp() -> list[ctypes.CDLL]:
-    found = re.findall(r"/\S*libgomp\S*", Path("/proc/self/maps").read_text())
-    return [ctypes.CDLL(path) for path in sorted(set(found))]
-
-
 def _rename(argv: Sequence[str], environment: Mapping[str, str]) -> None:
     """Has /proc/PID/cmdline and environ show these: prctl(2), PR_SET_MM_MAP."""
     words = b"".join(os.fsencode(word) + b"\0" for word in argv)
@@ -389,6 +395,3 @@ def _rename(argv: Sequence[str], environment: Mapping[str, str]) -> None:
     layout = (*code, *data, int(fields[47]), libc.sbrk(0), stack, start, middle, middle, end)
     packed = struct.pack("11QQIi", *layout, 0, 0, -1)
     _prctl(_SET_MM, _SET_MM_MAP, ctypes.cast(ctypes.c_char_p(packed), ctypes.c_void_p).value or 0, len(packed))
-
-
-_RENAMED: list[mmap.mmap] = []

@@ -16,6 +16,7 @@ from dtrain.engine.loop import Engine
 from dtrain.engine.passes import batches_on_device
 from dtrain.engine.position import TrainPosition
 from dtrain.engine.train_step import Task
+from dtrain.model import optimizer_modes
 
 # Calls of Python and C functions a step, those within the user's step and the optimizer not counted. Measured: 68
 # (imperative), 116 (declarative, torch's own backward() included), 67 (validation), 102 (fetching, the DataLoader's own
@@ -137,3 +138,18 @@ def test_steps_keep_nothing(world: World) -> None:
         kept.append(sys.getallocatedblocks() - before)
     # Whatever else lives in this process may keep something in one epoch or another; what a step keeps is in each.
     assert min(kept) < 20, f"the 100 steps of an epoch left objects behind: {kept}"
+
+
+def test_no_run_looks_through_all_objects_for_optimizers_that_switch(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes 0.1 s in each process; Accelerate's classes have `train()` and `eval()` around any optimizer."""
+    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.utils.megatron_lm import MegatronLMOptimizerWrapper
+
+    wrappers = [AcceleratedOptimizer, MegatronLMOptimizerWrapper]
+    assert {*wrappers} <= {*optimizer_modes._kinds(torch.optim.Optimizer)}
+    # Other tests' optimizers may be alive.
+    monkeypatch.setattr(optimizer_modes, "_kinds", lambda _: [torch.optim.SGD, *wrappers])
+    monkeypatch.setattr(gc, "get_objects", lambda: pytest.fail("looked through all objects"))
+    engine_of(world, Counter(), "declarative").fit()

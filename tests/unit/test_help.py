@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from helpers.commands import BIN, Dtrain, clean_environment
 from helpers.parsing import commands_of, parse, root, verbs
 from helpers.slurm_fakes import Slurm
 from helpers.sweep import some
 
+from dtrain.cli.app import app, needed
 from dtrain.config.variables import ignored_variables
 from dtrain.launch.signals.stop_request import STOP_SIGNALS
 from dtrain.rundir.job_record import JobRecord, write_record
@@ -40,6 +42,21 @@ def test_the_help_of_every_verb_ends_in_examples_that_parse(verb: str) -> None:
 def test_the_root_s_help_names_every_verb() -> None:
     top = {name.partition(" ")[0] for name in verbs()}
     assert top == {name for name, command in root().commands.items() if not command.hidden}
+
+
+def test_a_command_line_has_its_own_verb_made_and_no_other() -> None:
+    """To make all takes each rank 0.1 s."""
+    for name, command in root().commands.items():
+        alone = typer.main.get_command(needed([name, "--help"]))
+        assert alone.commands.keys() == {name}
+        assert alone.params[0].opts == ["--version"]
+        pages = [
+            one.get_help(one.make_context(f"dtrain {name}", [], resilient_parsing=True))
+            for one in (command, alone.commands[name])
+        ]
+        assert pages[0] == pages[1]
+    for words in ([], ["--help"], ["trian"], ["--version", "train"]):
+        assert needed(words) is app
 
 
 @pytest.mark.parametrize("verb", sorted(verbs()))
