@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from dtrain.data.device_data import device_store
 from dtrain.data.partition import RankBatch
 from dtrain.distributed.consistency import check_order
 from dtrain.distributed.fsdp_settings import Sharding
@@ -124,9 +125,10 @@ class Engine:
         self.modes = Modes(self.task.module)
         self.facts = RunFacts(self.epochs, self.world.size, self.rates.now, lambda: self.place.updates)
         steps = (self.epoch_steps, lambda: self.place.updates)
-        self.train_loader = train_loader(self.task, self.world, self.options, self.limits, *steps)
+        store = device_store(self.options.data_on_device, self.world.device)
+        self.train_loader = train_loader(self.task, self.world, self.options, self.limits, *steps, store=store)
         in_step = self.sharding is not None and not self.sharding.validate_whole
-        self.valid = valid_pass(self.task, self.world, self.options, self.limits, in_step=in_step)
+        self.valid = valid_pass(self.task, self.world, self.options, self.limits, in_step=in_step, store=store)
         self.task.monitor = self.task.monitor or first_loss(self.task.dl_valid)
         passes = () if self.valid is None else self.valid.parts
         check_epochs(self)
