@@ -181,7 +181,8 @@ class ShardedLoader:
         Its workers read further ahead anyway, torch's own sampler draws from a generator of dtrain's, and no part of
         the loader has a state.
         """
-        return self._indexed is not None and self._indexed.reads_ahead and not self.sources.stateful()
+        ends = self.position is None  # with its epoch; else a batch that was read ahead would be lost there
+        return ends and self._indexed is not None and self._indexed.reads_ahead and not self.sources.stateful()
 
     @property
     def position(self) -> tuple[int, int] | None:
