@@ -130,7 +130,7 @@ class BatchMover:
         send: Callable[[Any], Any] | None = None,
         least: int = LEAST,
     ) -> None:
-        self._streams, self._least = streams, least
+        self._device, self._streams, self._least = device, streams, least
         self._send = functools.partial(_send, device=device) if send is None else send
         self._pins = True
 
@@ -141,7 +141,11 @@ class BatchMover:
     def begin(self, batch: Any) -> Underway:
         """Begins to copy a batch."""
         parts = None if self._streams is None else parts_of(batch)
-        if self._streams is None or parts is None or sum(map(_size, parts)) < self._least:
+        if self._streams is None or parts is None:
+            return Underway(self._send(batch))
+        if all(isinstance(part, Tensor) and not part.is_cpu and part.device == self._device for part in parts):
+            return Underway(batch)  # it was made there
+        if sum(map(_size, parts)) < self._least:
             return Underway(self._send(batch))
         self._streams.pace()
         with self._streams.copying():

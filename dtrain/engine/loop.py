@@ -35,6 +35,8 @@ from dtrain.distributed.world import World
 from dtrain.engine.agreed_steps import AgreedSteps, check_counts
 from dtrain.engine.averaged import follow, weight_average
 from dtrain.engine.callback import Callbacks, each
+from dtrain.engine.device_errors import explain_errors
+from dtrain.engine.device_memory import peak_memory
 from dtrain.engine.facts import RunFacts
 from dtrain.engine.lengths import check_epochs, run_updates
 from dtrain.engine.loader_checks import check_loaders
@@ -144,6 +146,7 @@ class Engine:
         self.average = weight_average(self.task.module, self.task.optimizer, self.options, self.updates_in_all)
         if self.average is not None:
             self.callbacks.add(follow(self.average))
+        self.callbacks.add(explain_errors(self), peak_memory(self.world))
         self.learner.told_kind.append(self._on_step_kind)
         self.within = within_epochs(
             self.val_every_steps,

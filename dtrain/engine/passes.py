@@ -77,9 +77,7 @@ def batches_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all 
     if draws is not None:
         draws.begin(place.split, number, skip if loader.position is None else loader.position[1])
         loader.on_pass = functools.partial(draws.begin, place.split)
-    move = mover_of(world.device, prefetch=loader.prefetch)
-    if move is not None and loader.prefetch and loader.reads_ahead:
-        iter_batches, move = move.ahead(iter_batches), None
+    iter_batches, arrive = _on_the_way(iter_batches, loader, world, place)
     # Once, before the first step, where a difference between the ranks could still hang them.
     compare = place.split == "train" and not place.compared
     try:
@@ -96,8 +94,8 @@ def batches_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all 
             if rank_batch is None:
                 place.undo_step()
                 break
-            if move is not None:
-                rank_batch.batch = move(rank_batch.batch)
+            if arrive is not None:
+                arrive(rank_batch)
             PRESENT.rank_batch, PRESENT.together, PRESENT.interrupted = rank_batch, together, False
             if draws is None:
                 yield rank_batch
@@ -109,6 +107,23 @@ def batches_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all 
                 draws.leave()
     finally:
         PRESENT.rank_batch = None
+
+
+def _on_the_way(
+    shares: Iterator[RankBatch], loader: ShardedLoader, world: World, place: TrainPosition
+) -> tuple[Iterator[RankBatch], Callable[[RankBatch], None] | None]:
+    """Returns shares, and what has each one's batch on the device; None on the CPU, where they are."""
+    mover = mover_of(world.device, prefetch=loader.prefetch)
+    if mover is None:
+        return shares, None
+    ahead = loader.prefetch and loader.reads_ahead
+
+    def arrive(rank_batch: RankBatch) -> None:
+        place.recent.append((place.split, place.step, loader.loader, rank_batch.indices))
+        if not ahead:
+            rank_batch.batch = mover(rank_batch.batch)
+
+    return mover.ahead(shares) if ahead else shares, arrive
 
 
 def seconds_since(started: float, world: World) -> float:

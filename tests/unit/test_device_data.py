@@ -231,7 +231,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("loader", "words"), REFUSED)
 def test_what_would_be_passed_over_is_refused_by_name_or_left_alone(loader: Any, words: str) -> None:
-    with pytest.raises(UsageError, match=rf"data_on_device=true: the train loader's data.*{words}.*data_on_device=auto"):
+    with pytest.raises(
+        UsageError, match=rf"data_on_device=true: the train loader's data.*{words}.*data_on_device=auto"
+    ):
         view(loader, kept=store(asked=True, free=100_000))
     left = view(loader, kept=store(free=100_000))
     assert left.on_device.startswith("not train: ")
@@ -255,7 +257,7 @@ def test_auto_takes_a_tenth_of_what_is_free_and_counts_shared_data_once() -> Non
 def test_on_the_cpu_there_is_nothing_of_it() -> None:
     assert device_store("auto", CPU) is None
     assert device_store(False, CPU) is None
-    with pytest.raises(UsageError, match="needs a CUDA GPU, and this rank computes on cpu. Use data_on_device=auto"):
+    with pytest.raises(UsageError, match=r"needs a CUDA GPU, and this rank computes on cpu\. Use data_on_device=auto"):
         device_store(True, CPU)
     assert view(rows()).on_device == ""
     with pytest.raises(UsageError, match="data_on_device = 'yes': should be 'auto', True or False"):
