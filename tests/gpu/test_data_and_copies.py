@@ -49,7 +49,7 @@ def net_of(kind: str) -> nn.Module:
     net = (
         nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 10))
         if kind == "mlp"
-        else DigitsNet()
+        else DigitsNet(dropout=0.1)
     )
     net.optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)  # type: ignore[assignment]
     return net
@@ -227,8 +227,8 @@ def by_hand(net: nn.Module, loader: Any, device: torch.device) -> float:
     optimizer: Any = net.optimizer
     began = time.perf_counter()
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for x, y in loader:
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    for batch in loader:
+        x, y = (part.to(device, non_blocking=True) for part in batch)
         loss = nn.functional.cross_entropy(net(x), y)
         optimizer.zero_grad()
         loss.backward()

@@ -69,7 +69,7 @@ def numbers(folder: Path) -> pd.DataFrame:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     last = sorted(folder.glob("checkpoints/epoch-*"), key=lambda path: int(path.name.split("-")[1]))[-1]
     return {
-        name: tensor for path in sorted(last.glob("*weights*.safetensors")) for name, tensor in load_file(path).items()
+        name: tensor for path in sorted(last.glob("model*.safetensors")) for name, tensor in load_file(path).items()
     }
 
 
