@@ -121,7 +121,7 @@ class DeviceStore:
     """
 
     def __init__(self, card: Card, *, asked: bool) -> None:
-        self.card, self._asked = card, asked
+        self.card, self.asked = card, asked
         self._copies: dict[int, _Copy] = {}
         self._promised: dict[int, Tensor] = {}  # what is to be copied; held, so that no other one gets its id
 
@@ -142,7 +142,7 @@ class DeviceStore:
             tensors = tensors_of(loader.dataset)
             self._promised |= {id(tensor): tensor for tensor in tensors}
             return DeviceRows(RowsOf(loader.dataset), self), f"{split} ({amount(_bytes(tensors))})"
-        if self._asked:
+        if self.asked:
             raise UsageError(
                 f"{_KEY}=true: the {split} loader's data cannot be kept on {self.card.device}: {found.why}. "
                 f"{found.remedy}, or use {_KEY}=auto."
@@ -153,7 +153,7 @@ class DeviceStore:
         """What is in the way besides the kind of the loader: whose the memory is, and how much there is."""
         tensors, device = tensors_of(loader.dataset), self.card.device
         foreign = next((number for number, tensor in enumerate(tensors) if _is_foreign(tensor)), None)
-        if foreign is not None and not self._asked:
+        if foreign is not None and not self.asked:
             return Obstacle(
                 f"the memory of its tensor {foreign} is shared with a NumPy array or another process",
                 "Copy it with torch.tensor(array)",
@@ -162,10 +162,10 @@ class DeviceStore:
             return Obstacle("its tensors are on another device", "Keep them on the CPU")
         needed = _bytes([*self._promised.values(), *tensors], device)
         already = sum(copy.data.nbytes for copy in self._copies.values() if copy.data is not copy.source)
-        there, share = self.card.free() + already, 1.0 if self._asked else SHARE
+        there, share = self.card.free() + already, 1.0 if self.asked else SHARE
         if needed <= there * share:
             return None
-        part = "" if self._asked else f"{SHARE:.0%} of "
+        part = "" if self.asked else f"{SHARE:.0%} of "
         return Obstacle(
             f"{amount(needed)} do not fit into {part}the {amount(there)} that are free",
             "Use a smaller dataset or a larger GPU",
@@ -175,15 +175,18 @@ class DeviceStore:
         """Copies tensors to the device as they are now; None where they cannot be there."""
         if any(unfit(tensor) is not None for tensor in tensors):
             return None
-        if not self._asked and any(map(_is_foreign, tensors)):
+        if not self.asked and any(map(_is_foreign, tensors)):
             return None
         kept = {id(tensor) for tensor in tensors} | self._promised.keys()
         self._copies = {key: copy for key, copy in self._copies.items() if key in kept and copy.fits}
         new = [tensor for tensor in tensors if id(tensor) not in self._copies]
         if _bytes(new, self.card.device) > self.card.free():
             return None
-        for tensor in new:
-            self._copies[id(tensor)] = _Copy(tensor, self._empty_like(tensor))
+        try:
+            made = {id(tensor): _Copy(tensor, self._empty_like(tensor)) for tensor in new}
+        except torch.OutOfMemoryError:
+            return None
+        self._copies |= made
         found = [self._copies[id(tensor)] for tensor in tensors]
         for copy in {id(one): one for one in found}.values():
             copy.renew()
@@ -225,11 +228,19 @@ class DeviceRows:
 
         Returns:
             whether they are on the device.
+
+        Raises:
+            UsageError: they are asked to be there, and cannot be any more.
         """
         tensors = self.rows.tensors()
         self._store.promise(self._known, tensors)
         self._known = tensors
         self._copies = self._store.copies(tensors)
+        if self._copies is None and self._store.asked:
+            raise UsageError(
+                f"{_KEY}=true: the data have changed, or the memory was taken meanwhile, so they cannot be kept "
+                f"on {self.device}. Use {_KEY}=auto, which then reads them on the CPU."
+            )
         if self._copies is None and not self._told:
             self._told = True
             logger.warning("the data no longer fit on %s as they are: their batches are made on the CPU", self.device)

@@ -12,6 +12,7 @@ import contextlib
 import resource
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from dtrain.engine.loop import Engine
 
 _GIB = 1 << 30
+_SEARCH_SECONDS = 20.0  # after which no further batch is fetched again
 _IGNORED = -100  # torch's ignore_index
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 _TORCHS = Path(nn.functional.__file__)
@@ -225,7 +227,10 @@ def _named(batch: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 def _likely(engine: Engine) -> str:
     """Looks for an index that is out of range in the samples of the last batches, which are fetched again."""
+    until = time.monotonic() + _SEARCH_SECONDS
     for split, step, loader, indices in reversed(engine.place.recent):
+        if time.monotonic() > until:
+            break
         with contextlib.suppress(Exception):  # the user's dataset, whose GPU is gone
             found = _in_samples(engine.task.module, loader, indices)
             if found:

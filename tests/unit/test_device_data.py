@@ -202,6 +202,12 @@ def test_data_that_grow_beyond_the_memory_are_read_on_the_cpu(caplog: pytest.Log
     dataset.tensors = (torch.ones(400),)
     assert len(sums(kept, 2)) == 200
     assert "no longer fit" in caplog.text
+    other = TensorDataset(torch.ones(4))
+    asked = view(DataLoader(other, 2), kept=store(asked=True, free=1000))
+    assert sums(asked, 1) == [2, 2]
+    other.tensors = (torch.ones(400),)
+    with pytest.raises(UsageError, match=r"cannot be kept on cpu\. Use data_on_device=auto"):
+        sums(asked, 2)
 
 
 def rows(**options: Any) -> DataLoader:
