@@ -14,6 +14,7 @@ from dtrain.api.spawn.call import call_on_ranks, starts_ranks
 from dtrain.callbacks.progress import fed, progress_of
 from dtrain.config.calls import TRAIN_MODEL
 from dtrain.data.batches import BatchFunctions
+from dtrain.data.device_data import DataOnDevice
 from dtrain.data.partition import BatchMode
 from dtrain.data.rank_shards import DataSharding
 from dtrain.distributed.fsdp_settings import refuse_sharding
@@ -79,6 +80,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     average: Way = "auto",
     sync_batchnorm: bool = False,
     fetch_batches: bool = True,
+    data_on_device: DataOnDevice = "auto",
+    prefetch_to_device: bool = True,
     precision: Precision | None = None,
     compile: Compile | None = None,
     clip_norm: float | None = None,
@@ -128,6 +131,10 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
             pass ("step"), which is right for any step, or as the first steps show ("auto").
         sync_batchnorm: whether BatchNorm takes its statistics, in training, over all ranks instead of each one's.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.data.fetch`.
+        data_on_device: whether the data of a `TensorDataset` (or a Subset of one) are kept on a CUDA GPU, where batches
+            are then taken by index: the same batches, without a copy for each. "auto": where they fit into a tenth of
+            its free memory; True: or an error that says why not; see docs/speed.md#on-a-gpu.
+        prefetch_to_device: whether other batches are copied to a CUDA GPU on a stream of their own, beside the steps.
         precision: of the net's forward: "fp32", or mixed with "bf16" or "fp16" (for steps that return the loss with
             its graph); by default that of Accelerate's settings. The weights stay as they are.
         compile: whether the net's forward is compiled by torch.compile, or in which of its modes ("reduce-overhead",

@@ -22,6 +22,7 @@ from dtrain.callbacks.early_stopping import load_state
 from dtrain.callbacks.progress import fed, progress_of
 from dtrain.config.calls import KERAS
 from dtrain.data.batches import BatchFunctions
+from dtrain.data.device_data import DataOnDevice
 from dtrain.data.partition import BatchMode
 from dtrain.data.rank_shards import DataSharding
 from dtrain.distributed.fsdp_settings import refuse_sharding
@@ -149,6 +150,8 @@ class KerasModel(nn.Module):
         average: Way = "auto",
         sync_batchnorm: bool = False,
         fetch_batches: bool = True,
+        data_on_device: DataOnDevice = "auto",
+        prefetch_to_device: bool = True,
         precision: Precision | None = None,
         compile: Compile | None = None,
         clip_norm: float | None = None,
@@ -184,6 +187,7 @@ class KerasModel(nn.Module):
             batch_size, split_batch: as in `dtrain.train_model`; `evaluate` and `predict` then use them, too.
             data_sharding, same_draws, accumulation, average, sync_batchnorm, clip_norm, clip_value: as in
                 `dtrain.train_model`.
+            data_on_device, prefetch_to_device: as in `dtrain.train_model`.
             fetch_batches, precision, compile: as in `dtrain.train_model`; `evaluate` and `predict` then do so, too.
             ema_decay: of an exponential moving average of the weights (above 0, below 1), with which is validated, and
                 which the net has in the end; of the best epoch, where its weights are kept.

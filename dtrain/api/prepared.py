@@ -34,7 +34,7 @@ from dtrain.data.partition import BatchMode, RankBatch, ShardSpec
 from dtrain.data.rank_shards import DataSharding
 from dtrain.distributed.consistency import check_optimizers, check_order
 from dtrain.distributed.world import World, bring_up
-from dtrain.engine.passes import to_device
+from dtrain.engine.device_copy import mover_of
 from dtrain.engine.position import TrainPosition
 from dtrain.engine.random_draws import step_draws
 from dtrain.engine.step_contract import scaled_gradients
@@ -349,7 +349,7 @@ class PreparedLoader:
     def _batches(self, current: Pass, iter_batches: Iterator[RankBatch], begin: Resume) -> Iterator[Any]:
         current.step = self._place.step = begin.skip
         self._place.advance()  # also while its batch is fetched
-        draws = self.draws[0 if current.train else 1]
+        draws, move = self.draws[0 if current.train else 1], mover_of(self._world.device)
         if draws is not None and begin.skip:
             draws.used = begin.used
         for rank_batch in (
@@ -364,7 +364,7 @@ class PreparedLoader:
             learns = trained[0].averaging(rank_batch) if trained else contextlib.nullcontext()
             leaves = (parameter for replica in weighted for parameter in replica.net.parameters())
             with learns, scaled_gradients(leaves, rank_batch.scale if weighted else 1.0):
-                yield to_device(rank_batch.batch, self._world)
+                yield rank_batch.batch if move is None else move(rank_batch.batch)
             self._process.give(current, None)
             current.step += 1
             if self._process.run is not None:

@@ -41,6 +41,8 @@ FREE = (
     "train.profile",
     "train.profile_ranks",
     "train.log_norms",
+    "train.data_on_device",
+    "train.prefetch_to_device",
     "train.average",  # the last digits apart
     "train.compile",  # the last digits apart, of which a warning tells
     "train.activation_checkpointing",

@@ -131,7 +131,7 @@ def _train(  # noqa: PLR0917 - the options
     if not fast_dev_run:
         check_installed(settings.config.track)
     if request is None:
-        _show_plan(settings, ranks or read_rank_facts().size, as_words=manner.events is not None)
+        _show_plan(settings, ranks or read_rank_facts().size, cpu=cpu, as_words=manner.events is not None)
         return 0
 
     def hear() -> None:
@@ -360,16 +360,17 @@ def _print_config(file: str | Path, *, as_words: bool, err: bool = False) -> Non
         typer.echo(f"config: {file}", err=err)
 
 
-def _show_plan(settings: Settings, ranks: int, *, as_words: bool) -> None:
+def _show_plan(settings: Settings, ranks: int, *, cpu: bool, as_words: bool) -> None:
     """Shows it; as words for a person, on standard error, where the standard output is for events."""
     from dtrain.distributed.fsdp_settings import chosen_sharding, launched_sharding
     from dtrain.distributed.lazy_dynamo import defer_dynamo
+    from dtrain.distributed.world import computes_on_cpu
     from dtrain.trainer.plan import make_plan, plan_text, value_rows
     from dtrain.trainer.setup import load_bound
 
     chosen_sharding(settings.config.train, launched_sharding())  # refuses what a run would
     defer_dynamo()
     recipe, task = load_bound(settings)
-    plan = plan_text(make_plan(task, settings, ranks), value_rows(settings, recipe))
+    plan = plan_text(make_plan(task, settings, ranks, cpu=computes_on_cpu(cpu)), value_rows(settings, recipe))
     with piped():
         typer.echo(plan, err=as_words)

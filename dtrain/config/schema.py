@@ -116,6 +116,12 @@ class TrainConfig(_Section):
         None, description="with sharding: gather the whole model for validation; default: true"
     )
     fetch_batches: bool = Field(True, description="fetch whole batches at once where the result is identical")
+    data_on_device: Literal["auto", True, False] = Field(
+        "auto",
+        description="keep the data of a TensorDataset on the GPU and take batches by index there; auto: where they fit "
+        "into a tenth of its free memory (docs/speed.md#on-a-gpu)",
+    )
+    prefetch_to_device: bool = Field(True, description="copy other batches to a CUDA GPU while it computes")
     average: Literal["auto", "ddp", "step"] = Field(
         "auto",
         description="how gradients are averaged over ranks: by DDP, after each backward pass "

@@ -105,15 +105,20 @@ def reseed(batches: Any, seed: int) -> bool:
     Returns:
         whether all randomness of the order is now known to be equal on all ranks.
     """
-    sampler = getattr(batches, "sampler", None)
-    if type(batches) is not BatchSampler or type(sampler) not in (*_SEEDABLE, *_PLAIN):
+    if not is_torchs_own(batches):
         return False
+    sampler = batches.sampler
     if type(sampler) in _SEEDABLE:
-        generator = sampler.generator  # type: ignore[union-attr]
+        generator = sampler.generator
         if generator is None or getattr(generator, "of_dtrain", False):
-            generator = sampler.generator = OwnGenerator()  # type: ignore[union-attr]
+            generator = sampler.generator = OwnGenerator()
             generator.manual_seed(seed)
     return True
+
+
+def is_torchs_own(batches: Any) -> bool:
+    """Whether a batch sampler and its sampler are torch's own, which draw from a generator alone."""
+    return type(batches) is BatchSampler and type(batches.sampler) in (*_SEEDABLE, *_PLAIN)
 
 
 class OwnGenerator(torch.Generator):

@@ -9,7 +9,7 @@ device. Where that is not known to hold, the loader's own way stays.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,17 @@ from torch.utils.data import (
 )
 
 _PARTS = 1024  # of the order that are taken at once
+
+
+class PlacedRows(NamedTuple):
+    """Where a batch's samples lie in the tensors, as a tensor on the CPU and the same on the device."""
+
+    host: Tensor
+    device: Tensor
+
+    def cut(self, start: int, stop: int) -> PlacedRows:
+        """Returns a part."""
+        return PlacedRows(self.host[start:stop], self.device[start:stop])
 
 
 class RowsOf(Dataset[Any]):
@@ -49,7 +60,7 @@ class RowsOf(Dataset[Any]):
         rows = indices if isinstance(indices, Tensor) else self.rows(indices)
         if not isinstance(rows, Tensor):
             return default_collate([self.dataset[index] for index in rows])  # type: ignore[no-any-return]
-        return [tensor.index_select(0, rows if tensor.is_cpu else rows.to(tensor.device)) for tensor in self._tensors()]
+        return [tensor.index_select(0, rows if tensor.is_cpu else rows.to(tensor.device)) for tensor in self.tensors()]
 
     def rows(self, indices: Sequence[Any]) -> Tensor | Sequence[Any]:
         """Returns where samples lie in the tensors, in a form of which a part is quickly taken.
@@ -70,17 +81,23 @@ class RowsOf(Dataset[Any]):
             return indices
         return rows if _within(rows, len(dataset)) else indices
 
-    def _tensors(self) -> Sequence[Tensor]:
+    def tensors(self) -> Sequence[Tensor]:
+        """Returns the dataset's tensors as they are now."""
         dataset: Any = self.dataset
         while type(dataset) is Subset:
             dataset = dataset.dataset
         return dataset.tensors  # type: ignore[no-any-return]
 
 
-def row_batches(batches: Any, rows_of: RowsOf) -> Iterator[Any]:
+def row_batches(batches: Any, rows_of: RowsOf, device: torch.device | None = None) -> Iterator[Any]:
     """Yields the batches of one of torch's own samplers as parts of one tensor, which are quicker to take than lists.
 
     An order that is no such tensor comes in lists.
+
+    Args:
+        batches: the batch sampler.
+        rows_of: the dataset.
+        device: where the order is to be, too, which makes the parts `PlacedRows`; None for the CPU alone.
     """
     size = batches.batch_size
     order = _order(batches.sampler, rows_of)
@@ -89,7 +106,11 @@ def row_batches(batches: Any, rows_of: RowsOf) -> Iterator[Any]:
     if isinstance(order, torch.Tensor):
         # Some at a time: a part takes about 600 bytes, whatever its length, and an epoch may have millions.
         for some in torch.split(order, size * _PARTS):
-            yield from torch.split(some, size)
+            parts = torch.split(some, size)
+            if device is None:
+                yield from parts
+            else:
+                yield from map(PlacedRows, parts, torch.split(some.to(device, non_blocking=True), size))
     else:
         yield from (order[start : start + size] for start in range(0, len(order), size))
 

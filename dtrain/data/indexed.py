@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import DataLoader, default_collate, default_convert
 
 from dtrain.data.batches import BatchFunctions
-from dtrain.data.dataloaders import OwnGenerator, rebuilt, reseed
-from dtrain.data.fetch import RowsOf, row_batches
+from dtrain.data.dataloaders import OwnGenerator, is_torchs_own, rebuilt, reseed
+from dtrain.data.device_data import DeviceRows
+from dtrain.data.fetch import PlacedRows, RowsOf, row_batches
 from dtrain.data.partition import BatchOps, RankBatch, ShardSpec, shard_batches
 from dtrain.data.samplers import without_distributed
 from dtrain.data.sources import Sources
@@ -39,6 +40,7 @@ class IndexedBatches:
         *,
         functions: BatchFunctions | None,
         fetch_batches: bool,
+        placed: DeviceRows | None = None,
     ) -> None:
         self._how = how
         self._sources = sources
@@ -52,8 +54,14 @@ class IndexedBatches:
         self.fingerprint = 0.0
         self._loader = rebuilt(loader, self, fetch_batches=fetch_batches)
         # Whole batches that are not made elsewhere need nothing of what else a DataLoader does at each of them.
-        here = loader.num_workers == 0 and not loader.pin_memory
+        here = loader.num_workers == 0 and not (loader.pin_memory and placed is None)
+        self._placed = placed
         self._rows = self._loader.dataset if here and isinstance(self._loader.dataset, RowsOf) else None
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether workers fetch its batches, and its order is that of one of torch's own samplers."""
+        return self._loader.num_workers > 0 and is_torchs_own(self._batches)
 
     def __iter__(self) -> Iterator[Any]:
         """Iterates over the indices of this rank's batches; the DataLoader calls this as its batch sampler."""
@@ -74,7 +82,8 @@ class IndexedBatches:
         if not reseed(source, of.seed):
             source = under(CommonRandomness(of.seed), self._sources.restarting(source))
         elif self._rows is not None:
-            source, form = row_batches(source, self._rows), _ROWS
+            device = self._placed.device if of.placed and self._placed is not None else None
+            source, form = row_batches(source, self._rows, device), _ROWS if device is None else _PLACED
         self.fingerprint = 0.0
         return shard_batches(
             self._noted(self._length.checked(source, self._batches)), self._how, form, varied=of.varied
@@ -84,7 +93,8 @@ class IndexedBatches:
         """Takes a fingerprint of the first batch on its way."""
         for number, batch in enumerate(batches):
             if number == 0:
-                indices = batch.tolist() if isinstance(batch, torch.Tensor) else batch
+                first = batch.host if isinstance(batch, PlacedRows) else batch
+                indices = first.tolist() if isinstance(first, torch.Tensor) else first
                 self.fingerprint = 1.0 + zlib.crc32(repr(indices).encode())
             yield batch
 
@@ -113,9 +123,21 @@ class IndexedBatches:
                 yield rank_batch
                 self._refuse_mixture(own)
             return
+        if self._placed is not None and self._placed.begin():
+            yield from self._on_device(own, self._placed)
+            return
         for rank_batch in islice(self._index_shares(own), skip, None):
             rank_batch.indices = rank_batch.batch
             rank_batch.batch = self._rows.__getitems__(rank_batch.batch)
+            yield rank_batch
+
+    def _on_device(self, own: _Iteration, placed: DeviceRows) -> Iterator[RankBatch]:
+        """Yields the shares of a pass whose batches are taken on the device."""
+        own.placed = True
+        for rank_batch in islice(self._index_shares(own), own.skip, None):
+            rows = rank_batch.batch
+            rank_batch.indices = rows.host if isinstance(rows, PlacedRows) else rows
+            rank_batch.batch = placed.fetch(rows)
             yield rank_batch
 
     def _refuse_mixture(self, own: _Iteration) -> None:
@@ -138,6 +160,7 @@ class _Iteration:
         epoch: that workers are told of, None where they are started in it.
         varied: as for `ShardedLoader`.
         dealt: shares of which the indices were asked for and the batches did not come yet.
+        placed: whether its batches are taken on the device.
     """
 
     seed: int
@@ -146,6 +169,7 @@ class _Iteration:
     epoch: int | None = None
     varied: bool = False
     dealt: deque[RankBatch] = field(default_factory=deque)
+    placed: bool = False
 
 
 def _cut(indices: Any, start: int, stop: int) -> Any:
@@ -161,7 +185,24 @@ def _join_lists(lists: list[list[Any]]) -> list[Any]:
 
 
 _INDICES: BatchOps[list[Any]] = BatchOps(len, _cut, _join_lists)
+
+
+def _join_placed(parts: list[Any]) -> Any:
+    if all(isinstance(part, PlacedRows) for part in parts):
+        return PlacedRows(*(torch.cat(side) for side in zip(*parts, strict=True)))
+    return _join_rows(parts)
+
+
+def _rows_in(rows: Any) -> int:
+    return len(rows.host) if isinstance(rows, PlacedRows) else len(rows)
+
+
+def _cut_placed(rows: Any, start: int, stop: int) -> Any:
+    return rows.cut(start, stop) if isinstance(rows, PlacedRows) else rows[start:stop]
+
+
 _ROWS: BatchOps[Any] = BatchOps(len, _cut, _join_rows)
+_PLACED: BatchOps[Any] = BatchOps(_rows_in, _cut_placed, _join_placed)
 
 
 def under(common: CommonRandomness, source: Iterable[T]) -> Iterator[T]:

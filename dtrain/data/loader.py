@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dtrain.data.batches import BatchFunctions
 from dtrain.data.dataloaders import has_indices
+from dtrain.data.device_data import DeviceStore
 from dtrain.data.fingerprints import sample_fingerprints
 from dtrain.data.indexed import IndexedBatches, under
 from dtrain.data.partition import RankBatch, ShardSpec, shard_batches
@@ -61,8 +62,11 @@ class ShardedLoader:
         fixed: whether a batch that is a list is known to be parts; see `dtrain.data.batches`.
         sharding: who shards a loader without indices; see `dtrain.data.rank_shards`.
         world: the ranks; None where only questions are asked, or every rank reads the same.
+        store: keeps the data on the rank's device; None where they stay where they are.
 
     Attributes:
+        prefetch: whether its batches are copied to the device by the side; see `dtrain.engine.device_copy`.
+        on_device: in words, whether its data are on the device, or why not; "" where that is no question.
         own: whether the loader shards itself, so that each rank reads batches of its own.
         varied: whether the first global batch of the next passes is cut into unequal parts; see
             `dtrain.data.partition`.
@@ -87,6 +91,7 @@ class ShardedLoader:
         fixed: bool = False,
         sharding: DataSharding = "auto",
         world: World | None = None,
+        store: DeviceStore | None = None,
     ) -> None:
         self._same_order = same_order
         if type(loader).__module__.startswith("accelerate."):
@@ -96,6 +101,8 @@ class ShardedLoader:
             )
         self.loader = loader
         self.varied = False
+        self.prefetch = True
+        self.on_device = ""
         self.order_state: dict[int, torch.Tensor] = {}
         self.on_pass: Callable[[int], object] = lambda _: None
         self._how = how
@@ -126,8 +133,12 @@ class ShardedLoader:
         self.own = shards_itself(loader, how, split, sharding, indexed=indexed)
         self._alone = self._rank_stream(how, world)
         self._warns = how.rank == 0 and sharding == "auto" and not isinstance(loader, (list, tuple))
+        placed = None
+        if store is not None:
+            dealt = indexed and not self.own
+            placed, self.on_device = store.rows(loader, split, fetch_batches=fetch_batches, indexed=dealt)
         if indexed and not self.own:
-            more: dict[str, Any] = {"functions": functions, "fetch_batches": fetch_batches}
+            more: dict[str, Any] = {"functions": functions, "fetch_batches": fetch_batches, "placed": placed}
             self._indexed = IndexedBatches(loader, how, self.sources, self._length, split, **more)
         check_workers_find_recipe(loader, split)
 
@@ -162,6 +173,16 @@ class ShardedLoader:
     def indexed(self) -> bool:
         """Whether its indices are dealt, so that each rank fetches its own samples alone."""
         return self._indexed is not None
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether a batch may be asked for before the step of the one before it, since nothing can tell the difference.
+
+        Its workers read further ahead anyway, torch's own sampler draws from a generator of dtrain's, and no part of
+        the loader has a state.
+        """
+        ends = self.position is None  # with its epoch; else a batch that was read ahead would be lost there
+        return ends and self._indexed is not None and self._indexed.reads_ahead and not self.sources.stateful()
 
     @property
     def position(self) -> tuple[int, int] | None:

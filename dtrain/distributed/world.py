@@ -322,8 +322,7 @@ def _join(facts: RankFacts, cpu: bool, opened: OpenStore | None) -> World:
         warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
         accelerator = Accelerator(cpu=cpu, step_scheduler_with_optimizer=False, kwargs_handlers=handlers)
     make_forks_safe()
-    if facts.size > 1:
-        atexit.register(_leave_group)
+    atexit.register(_leave_group)  # one rank alone has a group, too, where torchrun has started it on a GPU
     return World(
         rank=accelerator.process_index,
         size=accelerator.num_processes,
@@ -371,10 +370,12 @@ def _refuse_precision(cpu: bool) -> None:
 
 
 def _leave_group() -> None:
-    """Before the interpreter is torn down: gloo's threads may else ask for its lock then, and abort."""
+    """Before the interpreter is torn down: gloo's threads may else ask for its lock then and abort; NCCL would warn."""
     failed = hasattr(sys, "last_value")  # then leaving could wait for what the others never send
-    if dist.is_initialized() and not failed:
+    if dist.is_initialized() and not (failed and dist.get_world_size() > 1):
         dist.destroy_process_group()
+    elif dist.is_initialized() and dist.get_backend() == "nccl":
+        dist.distributed_c10d._abort_process_group()
 
 
 def _verify(world: World, facts: RankFacts) -> None:

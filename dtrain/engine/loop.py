@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from dtrain.data.device_data import device_store
 from dtrain.data.partition import RankBatch
 from dtrain.distributed.consistency import check_order
 from dtrain.distributed.fsdp_settings import Sharding
@@ -34,6 +35,8 @@ from dtrain.distributed.world import World
 from dtrain.engine.agreed_steps import AgreedSteps, check_counts
 from dtrain.engine.averaged import follow, weight_average
 from dtrain.engine.callback import Callbacks, each
+from dtrain.engine.device_errors import explain_errors
+from dtrain.engine.device_memory import peak_memory
 from dtrain.engine.facts import RunFacts
 from dtrain.engine.lengths import check_epochs, run_updates
 from dtrain.engine.loader_checks import check_loaders
@@ -124,9 +127,10 @@ class Engine:
         self.modes = Modes(self.task.module)
         self.facts = RunFacts(self.epochs, self.world.size, self.rates.now, lambda: self.place.updates)
         steps = (self.epoch_steps, lambda: self.place.updates)
-        self.train_loader = train_loader(self.task, self.world, self.options, self.limits, *steps)
+        store = device_store(self.options.data_on_device, self.world.device)
+        self.train_loader = train_loader(self.task, self.world, self.options, self.limits, *steps, store=store)
         in_step = self.sharding is not None and not self.sharding.validate_whole
-        self.valid = valid_pass(self.task, self.world, self.options, self.limits, in_step=in_step)
+        self.valid = valid_pass(self.task, self.world, self.options, self.limits, in_step=in_step, store=store)
         self.task.monitor = self.task.monitor or first_loss(self.task.dl_valid)
         passes = () if self.valid is None else self.valid.parts
         check_epochs(self)
@@ -142,6 +146,7 @@ class Engine:
         self.average = weight_average(self.task.module, self.task.optimizer, self.options, self.updates_in_all)
         if self.average is not None:
             self.callbacks.add(follow(self.average))
+        self.callbacks.add(explain_errors(self), peak_memory(self.world))
         self.learner.told_kind.append(self._on_step_kind)
         self.within = within_epochs(
             self.val_every_steps,

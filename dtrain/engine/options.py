@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
+from dtrain.data.device_data import DataOnDevice, check_data_on_device
 from dtrain.data.partition import BatchMode
 from dtrain.data.rank_shards import DataSharding, check_data_sharding
 from dtrain.engine.arguments import check_positive, check_share, check_switch, check_whole
@@ -29,6 +30,9 @@ class RunOptions:
         average: how gradients are averaged over several ranks; see `dtrain.model.gradients.averaging`.
         sync_batchnorm: whether BatchNorm takes its statistics over all ranks while it trains.
         fetch_batches: whether whole batches are fetched at once where that gives the same; see `dtrain.data.fetch`.
+        data_on_device: whether the data of a TensorDataset are kept on the GPU, where batches are taken by index; see
+            `dtrain.data.device_data`.
+        prefetch_to_device: whether batches are copied to a GPU beside the steps; see `dtrain.engine.device_copy`.
         precision: in which the net's forward computes; None for that of Accelerate's settings.
         compile: whether, or in which mode of torch.compile, the net is compiled; None for what Accelerate's say.
         clip_norm: the largest 2-norm of all gradients of an optimizer together; None for any.
@@ -49,6 +53,8 @@ class RunOptions:
     average: Way = "auto"
     sync_batchnorm: bool = False
     fetch_batches: bool = True
+    data_on_device: DataOnDevice = "auto"
+    prefetch_to_device: bool = True
     precision: Precision | None = None
     compile: Compile | None = None
     clip_norm: float | None = None
@@ -66,6 +72,8 @@ class RunOptions:
         if self.same_draws not in (True, False, None):
             raise UsageError(f"same_draws = {self.same_draws!r}: should be True, False or None.")
         check_switch(sync_batchnorm=self.sync_batchnorm, fetch_batches=self.fetch_batches)
+        check_switch(prefetch_to_device=self.prefetch_to_device)
+        check_data_on_device(self.data_on_device)
         check_whole(accumulation=self.accumulation)
         check_way(self.average)
         check_precision(self.precision)

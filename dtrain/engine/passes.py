@@ -16,6 +16,7 @@ from torch import nn
 
 from dtrain.data.batches import takes_fixed_parts
 from dtrain.data.continued import ContinuedLoader
+from dtrain.data.device_data import DeviceStore
 from dtrain.data.loader import ShardedLoader
 from dtrain.data.partition import RankBatch, ShardSpec
 from dtrain.distributed.consistency import (
@@ -25,6 +26,7 @@ from dtrain.distributed.consistency import (
 )
 from dtrain.distributed.world import World
 from dtrain.engine.callback import Callbacks, each
+from dtrain.engine.device_copy import mover_of
 from dtrain.engine.facts import PassFacts, RunFacts
 from dtrain.engine.metrics import MeanTable, PassResult, Value
 from dtrain.engine.options import RunOptions
@@ -75,6 +77,7 @@ def batches_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all 
     if draws is not None:
         draws.begin(place.split, number, skip if loader.position is None else loader.position[1])
         loader.on_pass = functools.partial(draws.begin, place.split)
+    iter_batches, arrive = _on_the_way(iter_batches, loader, world, place)
     # Once, before the first step, where a difference between the ranks could still hang them.
     compare = place.split == "train" and not place.compared
     try:
@@ -91,7 +94,8 @@ def batches_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all 
             if rank_batch is None:
                 place.undo_step()
                 break
-            rank_batch.batch = to_device(rank_batch.batch, world)
+            if arrive is not None:
+                arrive(rank_batch)
             PRESENT.rank_batch, PRESENT.together, PRESENT.interrupted = rank_batch, together, False
             if draws is None:
                 yield rank_batch
@@ -105,6 +109,23 @@ def batches_on_device(  # noqa: PLR0913, PLR0917 - called at one place with all 
         PRESENT.rank_batch = None
 
 
+def _on_the_way(
+    shares: Iterator[RankBatch], loader: ShardedLoader, world: World, place: TrainPosition
+) -> tuple[Iterator[RankBatch], Callable[[RankBatch], None] | None]:
+    """Returns shares, and what has each one's batch on the device; None on the CPU, where they are."""
+    mover = mover_of(world.device, prefetch=loader.prefetch)
+    if mover is None:
+        return shares, None
+    ahead = loader.prefetch and loader.reads_ahead
+
+    def arrive(rank_batch: RankBatch) -> None:
+        place.recent.append((place.split, place.step, loader.loader, rank_batch.indices))
+        if not ahead:
+            rank_batch.batch = mover(rank_batch.batch)
+
+    return mover.ahead(shares) if ahead else shares, arrive
+
+
 def seconds_since(started: float, world: World) -> float:
     """Returns the duration of work that is done, not only sent to the device.
 
@@ -115,15 +136,6 @@ def seconds_since(started: float, world: World) -> float:
     if world.device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter() - started
-
-
-def to_device(batch: Any, world: World) -> Any:
-    """Returns a nested batch on the rank's device; from pinned memory without waiting for it."""
-    if world.device.type == "cpu":
-        return batch
-    from accelerate.utils import send_to_device
-
-    return send_to_device(batch, world.device, non_blocking=True)
 
 
 class PassWatch:
@@ -326,6 +338,8 @@ def train_loader(  # noqa: PLR0913, PLR0917 - the engine's own
     limits: Limits,
     epoch_steps: int | None = None,
     updates: Callable[[], int] = int,
+    *,
+    store: DeviceStore | None = None,
 ) -> ShardedLoader:
     """Returns the rank's view of a task's training loader; the arguments are the engine's."""
     how = ShardSpec(
@@ -339,8 +353,10 @@ def train_loader(  # noqa: PLR0913, PLR0917 - the engine's own
     )
     read: dict[str, Any] = {"functions": task.batches, "fixed": takes_fixed_parts(task.train_step)}
     read |= {"fetch_batches": options.fetch_batches, "same_order": limits.same}
-    read |= {"sharding": options.data_sharding, "world": world}
+    read |= {"sharding": options.data_sharding, "world": world, "store": store}
     if epoch_steps is not None:
         read |= {"steps": epoch_steps, "updates": updates, "device": world.device}
     kind = ShardedLoader if epoch_steps is None else ContinuedLoader
-    return kind(task.dl_train, how, options.seed, "train", **read)
+    loader = kind(task.dl_train, how, options.seed, "train", **read)
+    loader.prefetch = options.prefetch_to_device
+    return loader

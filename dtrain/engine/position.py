@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dtrain.engine.metrics import PassResult
 from dtrain.errors import StopRequested
 from dtrain.launch.monitor.heartbeat import Heartbeat
 from dtrain.launch.signals.exiting import reserve_standard_descriptors
+
+_RECENT = 8  # batches
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class TrainPosition:
     loader: str = ""  # of several validation loaders, the one that is read
     compared: bool = False  # whether the ranks' first batches were found equal
     heartbeat: Heartbeat | None = None  # where a supervisor reads the same
+    # On a GPU, which tells of an error late: (split, step, loader, indices of the samples) of the last batches.
+    recent: deque[tuple[str, int, Any, Any]] = field(default_factory=lambda: deque(maxlen=_RECENT))
 
     def __str__(self) -> str:
         """Words such as "rank 1, epoch 2, train step 7"."""

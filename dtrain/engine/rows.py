@@ -35,9 +35,9 @@ def epoch_row(epoch: int, train: PassResult, valid: PassResult | None, rate: flo
 
 def with_columns(row: Mapping[str, Any], columns: Mapping[str, float]) -> dict[str, Any]:
     """Returns a row with further columns, which come after its metrics."""
-    own = dict(row)
+    own = {**row, **columns}
     after = {name: own.pop(name) for name in NO_METRICS if name in own and name != EPOCH}
-    return {**own, **columns, **after}
+    return {**own, **after}
 
 
 def warn_unused_metrics(metrics: Iterable[str], row: Mapping[str, Any], loaders: Iterable[str] = ("",)) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from dtrain.data.batches import takes_fixed_parts
+from dtrain.data.device_data import DeviceStore
 from dtrain.data.loader import ShardedLoader
 from dtrain.data.partition import ShardSpec
 from dtrain.distributed.world import World
@@ -87,8 +88,14 @@ class SeveralValid:
 Validation = ValidPass | SeveralValid
 
 
-def valid_pass(
-    task: Task, world: World, options: RunOptions, limits: Limits | None = None, *, in_step: bool = False
+def valid_pass(  # noqa: PLR0913 - keyword-only after what a run has
+    task: Task,
+    world: World,
+    options: RunOptions,
+    limits: Limits | None = None,
+    *,
+    in_step: bool = False,
+    store: DeviceStore | None = None,
 ) -> Validation | None:
     """Returns a task's validation, None where it has no validation loader; usable without its train loader.
 
@@ -107,6 +114,7 @@ def valid_pass(
         step = named_step(task.valid_step, name)
         read: dict[str, Any] = {"functions": task.batches, "fixed": takes_fixed_parts(step)}
         read |= {"fetch_batches": options.fetch_batches, "sharding": options.data_sharding, "world": world}
-        loader = ShardedLoader(dl_valid, how, options.seed, split_of(name), **read)
+        loader = ShardedLoader(dl_valid, how, options.seed, split_of(name), store=store, **read)
+        loader.prefetch = options.prefetch_to_device
         parts.append(ValidPass(task.module, step, loader, world, task.metrics, name=name, **about))
     return SeveralValid(parts) if isinstance(task.dl_valid, Mapping) else parts[0]

@@ -11,9 +11,10 @@ from dtrain.errors import UsageError, nearest
 Mode = Literal["min", "max"]
 
 EPOCH, LR, SECONDS, RATE = "epoch", "lr", "seconds", "samples_per_second"
-NO_METRICS = (EPOCH, LR, SECONDS, RATE)
+MEMORY = "gpu_memory_mib"  # at most, by torch's tensors; on a GPU
+NO_METRICS = (EPOCH, LR, SECONDS, RATE, MEMORY)
 OWN = "dtrain."  # begins the names of what dtrain notes in a tracker for itself
-TIMES = (SECONDS, RATE)  # which are another one each time
+TIMES = (SECONDS, RATE, MEMORY)  # which may be another one each time
 VALID = "val_"
 
 # Words of a name that say that less is better; of any other metric, more is.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from dtrain.config import Settings
 from dtrain.config.calls import way
 from dtrain.distributed.world import World
 from dtrain.engine.loop import Engine
+from dtrain.engine.passes import ValidPass
 from dtrain.engine.valid_loaders import by_name
 from dtrain.layout import CHECKPOINTS, CONFIG
 from dtrain.recipe.monitors import PLACE
@@ -60,6 +61,9 @@ def log_start(engine: Engine, settings: Settings, folder: Path, came_from: Path 
             f"validation loaders: {named}; the best epoch is that of {settings.config.checkpoint.monitor} "
             f"(another: {way(settings, 'checkpoint.monitor')})"
         )
+    placed = [one.on_device for one in (engine.train_loader, *(part.loader for part in _valid_parts(engine)))]
+    if any(placed):
+        voice.say(f"data on the GPU: {', '.join(filter(None, placed))}")
     ranks, train, batch = engine.world.size, settings.config.train, loader_batch(engine.task)
     samples = None if batch is None else step_samples(batch, ranks, train)
     if batch is not None and samples is not None and ranks > 1 and train.batch == "per_rank":
@@ -80,6 +84,10 @@ def log_start(engine: Engine, settings: Settings, folder: Path, came_from: Path 
         step=engine.start.skip,
         checkpoint=None if came_from is None else str(came_from),
     )
+
+
+def _valid_parts(engine: Engine) -> Sequence[ValidPass]:
+    return () if engine.valid is None else engine.valid.parts
 
 
 _TO_GO_ON = {"early_stopping.patience": "Increase", "early_stopping.target": "Change", "patience": "Increase"}

@@ -7,8 +7,10 @@ from typing import Any
 
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.config.schema import leaves
+from dtrain.data.device_data import dry_words
 from dtrain.distributed.fsdp_settings import Sharding
 from dtrain.engine.train_step import Task
+from dtrain.engine.valid_loaders import by_name, split_of
 from dtrain.masking import masked
 from dtrain.model.fsdp_parts import parts_of
 from dtrain.recipe.loader import Recipe
@@ -27,6 +29,7 @@ class Plan:
         steps_per_epoch: train steps (micro-batches) of each rank per epoch, None where the loader cannot tell.
         epochs: at most so many.
         optimizer_steps: of the whole run.
+        data_on_device: in words, which data are kept on the GPU, or why not.
     """
 
     ranks: int
@@ -35,10 +38,17 @@ class Plan:
     steps_per_epoch: int | None
     epochs: int
     optimizer_steps: int | None
+    data_on_device: str = ""
 
 
-def make_plan(task: Task, settings: Settings, ranks: int) -> Plan:
+def make_plan(task: Task, settings: Settings, ranks: int, *, cpu: bool = False) -> Plan:
     """Works out a run's sizes from its loaders.
+
+    Args:
+        task: the recipe's objects.
+        settings: the config.
+        ranks: how many there are to be.
+        cpu: whether they compute on the CPU.
 
     Raises:
         UsageError: how long it is cannot be known; or a part of the net that `train.shard_modules` names is not there.
@@ -56,7 +66,10 @@ def make_plan(task: Task, settings: Settings, ranks: int) -> Plan:
         in_all = step_samples(size, ranks, train)
     total = None if steps is None else -(-steps // train.accumulation) * epochs
     bounds = [bound for bound in (total, train.max_steps) if bound is not None]
-    return Plan(ranks, per_rank, in_all, steps, epochs, min(bounds, default=None))
+    loaders = {"train": task.dl_train} | {split_of(name): one for name, one in by_name(task.dl_valid).items()}
+    how: dict[str, Any] = {"fetch_batches": train.fetch_batches, "cpu": cpu}
+    placed = dry_words(train.data_on_device, loaders, **how)
+    return Plan(ranks, per_rank, in_all, steps, epochs, min(bounds, default=None), placed)
 
 
 def value_rows(settings: Settings, recipe: Recipe) -> list[tuple[str, str, str]]:
@@ -94,4 +107,5 @@ def plan_text(plan: Plan, rows: list[tuple[str, str, str]]) -> str:
         ("total optimizer steps", plan.optimizer_steps),
     ]
     lines += ["", *(f"{name:<24}  {'unknown: the loader has no length' if n is None else n}" for name, n in sizes)]
+    lines.append(f"{'data on the GPU':<24}  {plan.data_on_device}")
     return "\n".join([*lines, "", "Nothing was started (--dry-run)."])

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from dtrain.checkpoint.writer import fits_on_disk
 from dtrain.cli.app import app
 from dtrain.errors import WorldError
-from dtrain.tools.doctor import cluster, cores, folder, gpus, network, ranks, versions
+from dtrain.tools.doctor import card, cluster, cores, folder, gpus, network, ranks, versions
 from dtrain.tools.doctor.finding import Finding, State, guarded, passed
 from dtrain.tools.doctor.report import json_text, lines_of, summary
 
@@ -344,3 +344,29 @@ def test_nothing_loads_torch_but_the_ranks() -> None:
     argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, capture_output=True, text=True, check=True, env=clean_environment(), timeout=120)
     assert done.stdout == "False\n"
+
+
+CARD = {"bf16": 7.2e14, "pageable": 9e9, "pinned": 5.2e10, "within": 4.1e12}
+
+
+def test_a_card_is_compared_with_what_it_is_known_for() -> None:
+    well = card.judge_card("NVIDIA H200", CARD)
+    has(well, "pass", "NVIDIA H200: 720 TFLOP/s in bf16 (73% of its 989 TFLOP/s)")
+    assert "52 GB/s pinned, 9 GB/s pageable" in well.measured
+    assert "within it: 4.1 TB/s (85% of its 4.8 TB/s)" in well.measured
+    has(card.judge_card("NVIDIA H200", {**CARD, "bf16": 4e14}), "warn", "40%", "throttled")
+    has(card.judge_card("NVIDIA H200", {**CARD, "within": 2e12}), "warn", "42%", "ECC")
+    has(card.judge_card("NVIDIA H200", {**CARD, "pinned": 5e9}), "warn", "5 GB/s pinned", "PCIe link")
+    has(card.judge_card("Unknown 1", {**CARD, "bf16": 1e12}), "pass", "1 TFLOP/s in bf16; copies")
+    slow = ["n2", "NVIDIA H200", {**CARD, "bf16": 6e14}]
+    (found,) = card.judge_cards([["n1", "NVIDIA H200", CARD], slow, None])
+    has(found, "pass", "NVIDIA H200 (rank 1 of n2, the slowest of 2): 600 TFLOP/s")
+
+
+def test_the_same_measurements_on_the_cpu() -> None:
+    waits = []
+    bench = card.Bench(torch.device("cpu"), 32, 1 << 12, lambda: waits.append(1), pins=False)
+    found = card.measure_card(bench)
+    assert found.keys() == {"bf16", "pageable", "within"}
+    assert min(found.values()) > 0
+    assert len(waits) >= 18

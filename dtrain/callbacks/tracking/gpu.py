@@ -23,7 +23,7 @@ class GpuGauge:
         self._utilisation = self._is_cuda
 
     def read(self) -> dict[str, float]:
-        """Returns MiB in use and at most so far, and percent of the last moments in which a kernel ran."""
+        """Returns MiB in use and at most since the epoch began, percent of the last moments in which a kernel ran."""
         if not self._is_cuda:
             return {}
         values = {

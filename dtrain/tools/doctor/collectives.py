@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain.distributed.world import World
+from dtrain.tools.doctor.card import bench_of, measure_card
 from dtrain.tools.doctor.pairing import rounds_of_pairs
 
 _MIB = 1 << 20
@@ -36,7 +37,8 @@ def measure(world: World, *, gpu_too: bool = False) -> dict[str, Any]:
         `torch`: versions, of each rank's machine the first one's; `reduces`: a list, for each backend, of what
         `_reduce` returns; `ranks`: for each rank its node, host, device, floating point operations a second, and
         whether its product was right; `pairs`: [node, node, bytes a second] of nodes that were timed in pairs; `gpu`:
-        name, speed and whether its product was right, of the GPU that rank 0 tried.
+        name, speed and whether its product was right, of the GPU that rank 0 tried; `cards`: for each rank its host,
+        its GPU's name and speeds, or None.
     """
     reduces = []
     if world.size > 1:
@@ -55,12 +57,22 @@ def measure(world: World, *, gpu_too: bool = False) -> dict[str, Any]:
         "ranks": world.gather_json(mine),
         "pairs": _pairs(world),
         "gpu": _gpu() if gpu_too and world.is_main and torch.cuda.is_available() else None,
+        "cards": world.gather_json(_card(world, gpu_too=gpu_too)),
     }
 
 
 def _gpu() -> list[Any]:
     device = torch.device("cuda", 0)
     return [torch.cuda.get_device_name(device), *_product(device)]
+
+
+def _card(world: World, *, gpu_too: bool) -> list[Any] | None:
+    """Returns host, name and speeds of this rank's GPU, or of the one that rank 0 tries; None where there is none."""
+    tries = gpu_too and world.is_main and torch.cuda.is_available()
+    if world.device.type != "cuda" and not tries:
+        return None
+    device = world.device if world.device.type == "cuda" else torch.device("cuda", 0)
+    return [os.uname().nodename, torch.cuda.get_device_name(device), measure_card(bench_of(device))]
 
 
 def torch_facts() -> dict[str, Any]:

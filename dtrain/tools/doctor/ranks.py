@@ -65,11 +65,14 @@ def failed_start(ranks: int, text: str) -> Finding:
 
 def judge(measured: dict[str, Any], gpus: Gpus, *, cpu: bool) -> list[Finding]:
     """Returns findings from what `collectives.measure` returned."""
+    from dtrain.tools.doctor.card import judge_cards
+
     count = len(measured["ranks"])
     reduces = [judge_reduce(one, count) for one in measured["reduces"]]
     if not reduces:
         reduces = [Finding(REDUCE, "skip", "a single rank has nothing to reduce: use -n 2")]
     alone = [] if measured["gpu"] is None else [judge_gpu(*measured["gpu"])]
+    alone += judge_cards(measured.get("cards", []))
     return [judge_torch(measured["torch"], gpus, cpu=cpu), *reduces, judge_compute(measured["ranks"]), *alone]
 
 

@@ -19,8 +19,10 @@ def seconds(span: float) -> str:
 
 
 def rate(bytes_per_second: float) -> str:
-    """Returns a speed as "120 MB/s" or "1.2 GB/s"; decimal, as vendors count."""
+    """Returns a speed as "120 MB/s", "1.2 GB/s" or "3.4 TB/s"; decimal, as vendors count."""
     mega = bytes_per_second / 1e6
+    if mega >= 1e6:
+        return f"{mega / 1e6:.3g} TB/s"
     return f"{mega / 1e3:.3g} GB/s" if mega >= 1000 else f"{mega:.3g} MB/s"
 
 
