@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from helpers.ranks import run_ranks
 import dtrain
 from dtrain.config import load_settings
 from dtrain.distributed.world import World, bring_up
+from dtrain.errors import DataError, UsageError
 from dtrain.rundir.history import read_history
+from dtrain.trainer.plan import make_plan
+from dtrain.trainer.setup import load_task
 from dtrain.trainer.train import train_run
 
 RECIPE = """
 import os
-import signal
 
 import torch
 from torch import nn, optim
@@ -71,8 +74,8 @@ def train_step(model, *batch, loader_name=""):
 
 
 def after_step(step, run):
-    if step == int(os.environ.get("KILL_AT", 0)):
-        os.kill(os.getpid(), signal.SIGKILL)
+    if step == int(os.environ.get("END_AT", 0)):
+        raise RuntimeError("ended")
 """
 OWN: dict[str, Any] = {}
 exec(RECIPE, OWN)  # noqa: S102 - its own text
@@ -135,7 +138,7 @@ def start(folder: Path, *words: str, world: World | None = None, name: str = "it
 
 
 def weights_of(run: Path) -> list[float]:
-    return [number.item() for p in dtrain.load(run, which="last").parameters() for number in p.flatten()]
+    return [number.item() for p in dtrain.load(run, "last").parameters() for number in p.flatten()]
 
 
 def of_ranks(world: World, folder: str) -> list[Any]:
@@ -185,3 +188,78 @@ def test_a_plain_loop_computes_the_same_on_any_number_of_ranks(tmp_path: Path, a
         known = list(read_history(alone / name)["loss"])
         assert list(read_history(folder / name)["loss"]) == pytest.approx(known, rel=1e-12), name
         assert weights_of(folder / name) == pytest.approx(weights_of(alone / name), rel=1e-11), name
+
+
+RESUMED = [
+    ("combine=max_cycle", "shuffle=true", "drawn=true", "batch=global", "accumulation=2"),
+    ("combine=alternate", "shuffle=true", "workers=1", "drawn=true", "dropout=0.5", "batch=global"),
+    ("combine=min", "batch=per_rank", "epoch_steps=2", "epochs=3"),
+    ("combine=max_cycle", "shuffle=true", "drawn=true", "epoch_steps=4"),
+]
+
+
+def ended_and_resumed(world: World, folder: str) -> list[list[Any]]:
+    found = []
+    for number, words in enumerate(RESUMED):
+        how = [*words, "checkpoint.every_steps=1"]
+        whole = start(Path(folder), *how, world=world, name=f"whole{number}")
+        os.environ["END_AT"] = "3"
+        with pytest.raises(Exception, match="ended"):
+            start(Path(folder), *how, world=world, name=f"cut{number}")
+        del os.environ["END_AT"]
+        resumed = start(Path(folder), *how, world=world, name=f"cut{number}")
+        found.append([weights_of(whole), weights_of(resumed)])
+        found[-1] += [list(read_history(run)["loss"]) for run in (whole, resumed)]
+    return found
+
+
+def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    (tmp_path / "several.py").write_text(RECIPE)
+    for weights, resumed, losses_of_whole, losses_of_resumed in run_ranks(ended_and_resumed, 2, folder=str(tmp_path))[
+        0
+    ]:
+        assert weights == resumed
+        assert losses_of_whole == losses_of_resumed
+
+
+@pytest.mark.parametrize(
+    ("loaders", "combine", "said"),
+    [
+        ({"a": [1], "b": [1]}, None, r"mapping of 2 loaders \(easy, hard\).*Set combine\. \"min\""),
+        ([1], "min", "there is one training loader. Remove combine"),
+        ({}, "min", "the mapping of training loaders is empty"),
+        ({"a": None}, "min", "the training loader 'a' is None"),
+        ({"a b": [1]}, "min", "'a b' is the name of a training loader"),
+        ({"a": [1]}, "sometimes", r"combine = 'sometimes': should be \"min\""),
+        ({"a": [(torch.ones(2, 4), torch.ones(2, 1))], "b": []}, "min", "no batch|yields no"),
+        ({"a": [(torch.ones(2, 4), torch.ones(2, 1))] * 3, "b": iter([(torch.ones(2, 4), torch.ones(2, 1))])},
+         "max_cycle", "loader 'b' is exhausted after one pass"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_combined_is_named(loaders: Any, combine: Any, said: str) -> None:
+    net = OWN["build_model"]().float()
+    how: dict[str, Any] = {"train_step": OWN["train_step"], "optimizer": torch.optim.SGD(net.parameters(), 0.1)}
+    with pytest.raises((UsageError, DataError), match=said):
+        dtrain.train_model(net, 1, loaders, combine=combine, verbose=False, cpu=True, **how)
+
+
+def test_a_loss_of_features_and_labels_has_no_place_for_several(tmp_path: Path) -> None:
+    model = dtrain.KerasModel(torch.nn.Linear(4, 1), torch.nn.MSELoss())
+    with pytest.raises(UsageError, match=r"Use combine='alternate', or dtrain\.train_model"):
+        model.fit(1, OWN["build_dataloaders"]()[0], combine="min", cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        (["combine=min"], (6 + 8 + 5, 3)),
+        (["combine=max_cycle"], (6 + 8 + 5, 5)),
+        (["combine=alternate"], (None, 12)),
+        (["combine=max_cycle", "epoch_steps=7", "accumulation=2"], (6 + 8 + 5, 14)),
+    ],
+)
+def test_the_dry_run_knows_the_steps(tmp_path: Path, words: list[str], sizes: tuple[int | None, int]) -> None:
+    (tmp_path / "several.py").write_text(RECIPE)
+    settings = load_settings(str(tmp_path / "several.py"), ["shuffle=true", "batch=global", "epochs=2", *words], {})
+    plan = make_plan(load_task(settings), settings, 1)
+    assert (plan.batch_per_rank, plan.steps_per_epoch) == sizes
