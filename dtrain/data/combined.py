@@ -139,20 +139,20 @@ class CombinedLoader(ShardedLoader):
         return dealt if self._how.group == 1 else in_groups(dealt, self._how)
 
     def _combined(self, epoch: int, skip: int, ready: Callable[[], None]) -> Iterator[RankBatch]:
-        cycles = self.combine == "max_cycle"
-        deal: Deal = (
-            DealTogether(self.children, self._how, epoch, cycles=cycles, idle=self._warn_of_idle)
-            if self.mixes
-            else DealInTurn(self.children, self._how, epoch, varied=self.varied)
-        )
         reads_again = skip > 0 and self.sources.replays
         if reads_again:
             self.sources.rewind()
-        else:
-            deal.skip(skip)
+        what = (self.children, self._how, epoch, 0 if reads_again else skip)
+        cycles = self.combine == "max_cycle"
+        deal: Deal = (
+            DealTogether(*what, cycles=cycles, idle=self._warn_of_idle)
+            if self.mixes
+            else DealInTurn(*what, varied=self.varied)
+        )
         # All are begun, and have drawn what they draw, before random streams are put back and the first one fetches.
         children = self.children.items()
-        opened = {name: child.opened(epoch, deal.dealt[name], deal.column(name)) for name, child in children}
+        opened = {name: child.opened(epoch, deal.column(name), deal.left_out(name)) for name, child in children}
+        deal.begin()
         found = deal.combined(opened)
         if reads_again:
             next(islice(found, skip, skip), None)

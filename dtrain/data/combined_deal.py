@@ -31,35 +31,42 @@ class Deal:
         loaders: name -> the rank's view of it.
         how: rank, size and mode, for each of them.
         epoch: counts from 1.
-
-    Attributes:
-        dealt: name -> the shares of a loader that were left out.
+        skip: so many of the first steps are left out, once all loaders' iterations have begun.
     """
 
-    def __init__(self, loaders: Mapping[str, ShardedLoader], how: ShardSpec, epoch: int) -> None:
-        self._loaders, self._how, self._epoch = loaders, how, epoch
+    def __init__(self, loaders: Mapping[str, ShardedLoader], how: ShardSpec, epoch: int, skip: int) -> None:
+        self._loaders, self._how, self._epoch, self._skip = loaders, how, epoch, skip
         self._waiting: dict[str, deque[RankBatch]] = {name: deque() for name in loaders}
         self._order: deque[str] = deque()  # whose batches the steps have
-        self.dealt = dict.fromkeys(loaders, 0)
+        self._left_out = dict.fromkeys(loaders, 0)
 
-    def skip(self, shares: int) -> None:
-        """Leaves out so many shares."""
+    def begin(self) -> None:
+        """Leaves out the first shares, where that was not done by somebody who reads ahead."""
+        shares, self._skip = self._skip, 0
         for _ in range(shares):
             if not self._pull():
                 return
             for name in self._names(self._order.popleft()):
                 self._waiting[name].popleft()
-                self.dealt[name] += 1
+                self._left_out[name] += 1
 
     def column(self, name: str) -> Iterator[RankBatch]:
         """Yields the rank's shares of one loader: of indices, or of batches. It may be ahead of the others."""
-        while self._waiting[name] or self._pull():
+        while self._waiting[name] or self._next():
             if self._waiting[name]:
                 yield self._waiting[name].popleft()
+
+    def left_out(self, name: str) -> Callable[[], int]:
+        """Returns what tells how many shares of a loader were left out, once the first one is asked for."""
+        return lambda: self._left_out[name]
 
     def combined(self, opened: dict[str, Iterator[RankBatch]]) -> Iterator[RankBatch]:
         """Yields the rank's shares of the steps."""
         raise NotImplementedError
+
+    def _next(self) -> bool:
+        self.begin()
+        return self._pull()
 
     def _names(self, step: str) -> Sequence[str]:
         """The loaders that a step has a batch of."""
@@ -80,14 +87,14 @@ class DealInTurn(Deal):
     """The loaders take turns, a global batch each; those that have ended are left out.
 
     Args:
-        loaders, how, epoch: as for `Deal`.
+        loaders, how, epoch, skip: as for `Deal`.
         varied: as for `dtrain.data.partition.shard_batches`, of the first loader.
     """
 
     def __init__(
-        self, loaders: Mapping[str, ShardedLoader], how: ShardSpec, epoch: int, *, varied: bool = False
+        self, loaders: Mapping[str, ShardedLoader], how: ShardSpec, epoch: int, skip: int = 0, *, varied: bool = False
     ) -> None:
-        super().__init__(loaders, how, epoch)
+        super().__init__(loaders, how, epoch, skip)
         self._seen = 0
         alone = ShardSpec(self._how.rank, self._how.size, self._how.mode, fill=True)
         self._shares: dict[str, Iterator[RankBatch]] = {}
@@ -120,7 +127,7 @@ class DealInTurn(Deal):
 
     def combined(self, opened: dict[str, Iterator[RankBatch]]) -> Iterator[RankBatch]:
         """Yields the rank's shares of the steps."""
-        while self._order or self._pull():
+        while self._order or self._next():
             yield next(opened[self._order.popleft()])
 
 
@@ -128,22 +135,23 @@ class DealTogether(Deal):
     """A step has a global batch of each loader, of which each rank has the same share.
 
     Args:
-        loaders, how, epoch: as for `Deal`.
+        loaders, how, epoch, skip: as for `Deal`.
         cycles: whether the pass ends with the longest loader, and others begin anew; else with the shortest.
         idle: called with each loader's samples of a step, and the parts of one ratio that they can be cut into, where
             these are fewer than the ranks.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - keyword-only after what it deals
         self,
         loaders: Mapping[str, ShardedLoader],
         how: ShardSpec,
         epoch: int,
+        skip: int = 0,
         *,
         cycles: bool,
         idle: Callable[[Sequence[int], int], None],
     ) -> None:
-        super().__init__(loaders, how, epoch)
+        super().__init__(loaders, how, epoch, skip)
         self._cycle, self._idle = cycles, idle
         self._passes = {name: self._pass(name) for name in loaders}
         self._cycles = dict.fromkeys(loaders, 0)
@@ -209,7 +217,7 @@ class DealTogether(Deal):
     def combined(self, opened: dict[str, Iterator[RankBatch]]) -> Iterator[RankBatch]:
         """Yields the rank's shares of the steps."""
         one = self._how.size == 1
-        while self._order or self._pull():
+        while self._order or self._next():
             self._order.popleft()
             parts = {name: next(opened[name]) for name in opened}
             by_rank = () if one else [sum(some) for some in zip(*(p.counts for p in parts.values()), strict=True)]

@@ -60,7 +60,8 @@ class IndexedBatches:
         return self._indices(self._begun)
 
     def _indices(self, of: _Iteration) -> Iterator[Any]:
-        for number, rank_batch in enumerate(self._index_shares(of), of.skip):
+        for place, rank_batch in enumerate(self._index_shares(of)):
+            number = place + (of.skip if of.before is None else of.before())
             of.dealt.append(rank_batch)
             told = of.epoch, self._started
             yield (
@@ -108,15 +109,17 @@ class IndexedBatches:
         ready()
         yield from self._fetched(own, batches)
 
-    def opened(self, seed: int, epoch: int, skip: int, column: Iterator[RankBatch]) -> Iterator[RankBatch]:
+    def opened(
+        self, seed: int, epoch: int, column: Iterator[RankBatch], before: Callable[[], int]
+    ) -> Iterator[RankBatch]:
         """Begins an iteration at once, and returns it, over shares that were dealt elsewhere.
 
         Args:
             seed, epoch: as for `iter_batches`.
-            skip: so many shares were dealt before.
             column: this rank's shares of the indices.
+            before: tells how many were left out, once the first one is asked for.
         """
-        return self._fetched(*self._begin(_Iteration(seed, skip, column=column), epoch))
+        return self._fetched(*self._begin(_Iteration(seed, column=column, before=before), epoch))
 
     def _begin(self, own: _Iteration, epoch: int) -> tuple[_Iteration, Iterator[Any]]:
         loader = self._loader
@@ -160,11 +163,12 @@ class _Iteration:
 
     Attributes:
         seed: of its order.
-        skip: so many of the first shares are left out; of a `column` they are already.
+        skip: so many of the first shares are left out.
         workers_seed: of its batches in workers, None where there are none.
         epoch: that workers are told of, None where they are started in it.
         varied: as for `ShardedLoader`.
         column: this rank's shares, where they are dealt elsewhere.
+        before: tells how many of the first ones were left out there.
         dealt: shares of which the indices were asked for and the batches did not come yet.
     """
 
@@ -174,6 +178,7 @@ class _Iteration:
     epoch: int | None = None
     varied: bool = False
     column: Iterator[RankBatch] | None = None
+    before: Callable[[], int] | None = None
     dealt: deque[RankBatch] = field(default_factory=deque)
 
 

@@ -286,17 +286,17 @@ class ShardedLoader:
         seed = self._order(1 if self._same_order else epoch, cycle)
         return (self._read(seed), self._stream.form) if self._indexed is None else self._indexed.source(seed)
 
-    def opened(self, epoch: int, skip: int, column: Iterator[RankBatch]) -> Iterator[RankBatch]:
+    def opened(self, epoch: int, column: Iterator[RankBatch], before: Callable[[], int]) -> Iterator[RankBatch]:
         """Begins an iteration over the rank's shares of `source`, at once.
 
         Args:
             epoch: counts from 1.
-            skip: so many shares were dealt before.
-            column: the others.
+            column: the shares, as they are dealt.
+            before: tells how many were left out, once the first one is asked for.
         """
         if self._indexed is None:
             return self._stream.plain(column)
-        return self._indexed.opened(self._order(1 if self._same_order else epoch), epoch, skip, column)
+        return self._indexed.opened(self._order(1 if self._same_order else epoch), epoch, column, before)
 
     def views(self, split: str) -> dict[str, ShardedLoader]:
         """Returns the loaders that it is made of, by what they are called: this one."""

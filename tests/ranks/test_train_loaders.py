@@ -225,15 +225,15 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("loaders", "combine", "said"),
     [
-        ({"a": [1], "b": [1]}, None, r"mapping of 2 loaders \(easy, hard\).*Set combine\. \"min\""),
+        ({"easy": [1], "hard": [1]}, None, r"mapping of 2 loaders \(easy, hard\).*Set combine\. \"min\""),
         ([1], "min", "there is one training loader. Remove combine"),
         ({}, "min", "the mapping of training loaders is empty"),
-        ({"a": None}, "min", "the training loader 'a' is None"),
+        ({"easy": None}, "min", "the training loader 'easy' is None"),
         ({"a b": [1]}, "min", "'a b' is the name of a training loader"),
-        ({"a": [1]}, "sometimes", r"combine = 'sometimes': should be \"min\""),
-        ({"a": [(torch.ones(2, 4), torch.ones(2, 1))], "b": []}, "min", "no batch|yields no"),
-        ({"a": [(torch.ones(2, 4), torch.ones(2, 1))] * 3, "b": iter([(torch.ones(2, 4), torch.ones(2, 1))])},
-         "max_cycle", "loader 'b' is exhausted after one pass"),
+        ({"easy": [1]}, "sometimes", r"combine = 'sometimes': should be \"min\""),
+        ({"easy": [(torch.ones(2, 4), torch.ones(2, 1))], "hard": []}, "min", "no batch|yields no"),
+        ({"easy": [(torch.ones(2, 4), torch.ones(2, 1))] * 3, "hard": iter([(torch.ones(2, 4), torch.ones(2, 1))])},
+         "max_cycle", "loader 'hard' is exhausted after one pass"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_combined_is_named(loaders: Any, combine: Any, said: str) -> None:
