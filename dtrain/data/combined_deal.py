@@ -39,12 +39,14 @@ class Deal:
         self._waiting: dict[str, deque[RankBatch]] = {name: deque() for name in loaders}
         self._order: deque[str] = deque()  # whose batches the steps have
         self._left_out = dict.fromkeys(loaders, 0)
+        self._over = False
 
     def begin(self) -> None:
         """Leaves out the first shares, where that was not done by somebody who reads ahead."""
         shares, self._skip = self._skip, 0
         for _ in range(shares):
             if not self._pull():
+                self._over = True
                 return
             for name in self._names(self._order.popleft()):
                 self._waiting[name].popleft()
@@ -66,7 +68,8 @@ class Deal:
 
     def _next(self) -> bool:
         self.begin()
-        return self._pull()
+        self._over = self._over or not self._pull()  # after the end nothing more is drawn, whoever asks how often
+        return not self._over
 
     def _names(self, step: str) -> Sequence[str]:
         """The loaders that a step has a batch of."""

@@ -193,7 +193,7 @@ def test_a_plain_loop_computes_the_same_on_any_number_of_ranks(tmp_path: Path, a
 RESUMED = [
     ("combine=max_cycle", "shuffle=true", "drawn=true", "batch=global", "accumulation=2"),
     ("combine=alternate", "shuffle=true", "workers=1", "drawn=true", "dropout=0.5", "batch=global"),
-    ("combine=min", "batch=per_rank", "epoch_steps=2", "epochs=3"),
+    ("combine=min", "batch=per_rank", "shuffle=true", "drawn=true", "epoch_steps=2", "epochs=3"),
     ("combine=max_cycle", "shuffle=true", "drawn=true", "epoch_steps=4"),
 ]
 

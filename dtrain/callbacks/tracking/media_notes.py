@@ -6,6 +6,7 @@ what a tracker has of it is not sent again, and what it has not got is sent.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -37,15 +38,14 @@ class MediaNotes:
         return key_of(entry) in self._known
 
     def add(self, *entries: Entry) -> None:
-        """Notes what the tracker has taken."""
-        make_folder(self._run, TRACKING)
-        descriptor = open_below(self._run, self._file, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-        try:
-            for entry in entries:
-                self._known.add(key_of(entry))
-                append_line(descriptor, (json.dumps(key_of(entry)) + "\n").encode(), self._run / self._file)
-        finally:
-            os.close(descriptor)
+        """Notes what the tracker has taken; in this process alone, where the disk takes nothing."""
+        self._known.update(map(key_of, entries))
+        with contextlib.suppress(OSError):
+            make_folder(self._run, TRACKING)
+            descriptor = open_below(self._run, self._file, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+            with os.fdopen(descriptor, "r+b", closefd=True):
+                for entry in entries:
+                    append_line(descriptor, (json.dumps(key_of(entry)) + "\n").encode(), self._run / self._file)
 
     def _read(self) -> set[Key]:
         try:
