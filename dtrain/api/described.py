@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dtrain.data.loader_group import train_by_name
+
 Facts = dict[str, Any]
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -49,7 +51,9 @@ def described(
     for argument, loader in loaders.items():
         if loader is not None:
             split = argument.removeprefix("dl_").removesuffix("_data").removesuffix("id") or argument
-            found |= {f"data.{split}.{key}": (value, argument) for key, value in loader_facts(loader).items()}
+            for name, one in train_by_name(loader).items():
+                place = f"data.{split}.{name}" if name else f"data.{split}"
+                found |= {f"{place}.{key}": (value, argument) for key, value in loader_facts(one).items()}
     return found
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtrain.data.loader_group import Combine, grouped
 from dtrain.engine.arguments import check_whole
 from dtrain.engine.valid_loaders import first_loss
 from dtrain.errors import UsageError
@@ -46,6 +47,21 @@ def read_fit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> FitPlan:
         return plan
     usual = "loss" if plan.val_data is None else first_loss(plan.val_data) or plan.monitor
     return FitPlan(**{**vars(plan), "monitor": usual})
+
+
+def in_turn(train_data: Any, combine: Combine | None) -> Any:
+    """Returns a mapping of training loaders as one, of loaders that take turns.
+
+    Raises:
+        UsageError: they are combined otherwise, for which the loss of features and labels has no place.
+    """
+    found = grouped(train_data, combine, where="KerasModel.fit")
+    if combine not in (None, "alternate"):
+        raise UsageError(
+            f"KerasModel.fit with combine={combine!r}: a step would get a batch of each loader, and KerasModel's takes "
+            "features and labels. Use combine='alternate', or dtrain.train_model with a train_step of your own."
+        )
+    return found
 
 
 def _classic_form(  # noqa: PLR0913, PLR0917 - the calling form

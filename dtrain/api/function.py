@@ -15,6 +15,7 @@ from dtrain.callbacks.progress import fed, progress_of
 from dtrain.config.calls import TRAIN_MODEL
 from dtrain.data.batches import BatchFunctions
 from dtrain.data.device_data import DataOnDevice
+from dtrain.data.loader_group import Combine, grouped
 from dtrain.data.partition import BatchMode
 from dtrain.data.rank_shards import DataSharding
 from dtrain.distributed.fsdp_settings import refuse_sharding
@@ -72,6 +73,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     scheduler_monitor: str | None = None,
     metrics: Mapping[str, Any] | None = None,
     batch: BatchMode = "per_rank",
+    combine: Combine | None = None,
     batch_size: Callable[[Any], int] | None = None,
     split_batch: Callable[[Any, list[int]], Any] | None = None,
     data_sharding: DataSharding = "auto",
@@ -105,7 +107,8 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         model: the net; it is changed in place. Without `train_step` it must carry the tutorial's attributes
             `loss_func`, `metric_func` and `optimizer`; `metric_name` names the metric.
         epochs: passes over the training data, at least 1.
-        dl_train: loader of training batches: a DataLoader or any iterable of batches.
+        dl_train: loader of training batches: a DataLoader or any iterable of batches; or a mapping of names to several,
+            with `combine`.
         dl_valid: loader of validation batches, or None; or a mapping of names to several, with the columns
             val_NAME_loss and so on.
         log_step_freq: train steps between two lines of plain output.
@@ -119,6 +122,9 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         metrics: name -> torchmetrics metric, computed once an epoch over all samples of all ranks; a step's value
             of that name is what it is updated with: `{"loss": loss, "auroc": (predictions, labels)}`.
         batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
+        combine: with several training loaders, how their batches make steps: "min" (a batch of each, as a mapping,
+            until the shortest loader ends), "max_cycle" (until the longest one ends, others beginning anew) or
+            "alternate" (the loaders take turns); see docs/steps-and-recipes.md#several-training-loaders.
         batch_size: batch -> its number of samples, where a loader has no indices and it is not known by the batch.
         split_batch: (batch, sizes) -> a list of batches of so many samples each; for `batch="global"` on several ranks.
         data_sharding: who shards a loader without indices (a stream) over the ranks: the "loader" itself, each rank's
@@ -176,6 +182,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     check_whole(epochs=epochs, log_step_freq=log_step_freq)
     check_whole(epoch_steps=1 if epoch_steps is None else epoch_steps)
     options = RunOptions.of(arguments)
+    dl_train = grouped(dl_train, combine, where="train_model")
     objects = check_callbacks(callbacks, "callbacks")
     check_switch(valid_together=valid_together)
     task = Task(

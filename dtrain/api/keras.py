@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.api.fit_forms import FitPlan, read_fit
+from dtrain.api.fit_forms import FitPlan, in_turn, read_fit
 from dtrain.api.in_run import CallRun, call_run, run_of_call, train_in_run
 from dtrain.api.keeping import Keeping
 from dtrain.api.keras_steps import KerasSteps, checked_metrics, counts_epochs
@@ -23,6 +23,7 @@ from dtrain.callbacks.progress import fed, progress_of
 from dtrain.config.calls import KERAS
 from dtrain.data.batches import BatchFunctions
 from dtrain.data.device_data import DataOnDevice
+from dtrain.data.loader_group import Combine
 from dtrain.data.partition import BatchMode
 from dtrain.data.rank_shards import DataSharding
 from dtrain.distributed.fsdp_settings import refuse_sharding
@@ -142,6 +143,7 @@ class KerasModel(nn.Module):
         self,
         *args: Any,
         batch: BatchMode = "per_rank",
+        combine: Combine | None = None,
         batch_size: Callable[[Any], int] | None = None,
         split_batch: Callable[[Any, list[int]], Any] | None = None,
         data_sharding: DataSharding = "auto",
@@ -179,11 +181,13 @@ class KerasModel(nn.Module):
         says which end is best, "min" or "max"; with None, the lowest of a loss or an error, else the highest),
         restores the weights of the best epoch, and keeps them at `ckpt_path`: as safetensors where it ends so, else as
         torch.save does. The first form does so where it is told to. The data for validation may be a mapping of names
-        to loaders, with the columns val_NAME_loss and so on; "val_loss" then stands for the first one's loss.
+        to loaders, with the columns val_NAME_loss and so on; "val_loss" then stands for the first one's loss. So may
+        those for training, which then take turns: `combine="alternate"`.
 
         Args:
             args: see above.
             batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
+            combine: as in `dtrain.train_model`; a step takes features and labels, so loaders can only take turns.
             batch_size, split_batch: as in `dtrain.train_model`; `evaluate` and `predict` then use them, too.
             data_sharding, same_draws, accumulation, average, sync_batchnorm, clip_norm, clip_value: as in
                 `dtrain.train_model`.
@@ -215,6 +219,7 @@ class KerasModel(nn.Module):
         given = {name: value for name, value in locals().items() if name not in ("self", "args", "kwargs")}
         plan, options = read_fit(args, kwargs), RunOptions.of(given)
         check_whole(epoch_steps=1 if epoch_steps is None else epoch_steps)
+        plan = replace(plan, train_data=in_turn(plan.train_data, combine))
         objects = check_callbacks(callbacks, "callbacks")
         hooks = hooks_of({}, objects, "callbacks")
         self._cpu, self._options = cpu, replace(options, same_draws=False)

@@ -22,6 +22,7 @@ from torch import Tensor
 from dtrain.checkpoint.tensor_marks import tensor_marks
 from dtrain.config import Settings
 from dtrain.config.calls import ACCEPT, is_call, way
+from dtrain.data.loader_group import train_splits
 from dtrain.data.reading import read_again, read_some
 from dtrain.engine.loop import Engine
 from dtrain.engine.valid_loaders import by_name, split_of
@@ -102,7 +103,7 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _loaders(engine: Engine) -> dict[str, Any]:
-    return {"train": engine.task.dl_train} | {
+    return train_splits(engine.task.dl_train) | {
         split_of(name): loader for name, loader in by_name(engine.task.dl_valid).items()
     }
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dtrain.data.loader_group import train_splits
 from dtrain.engine.loop import Engine
 from dtrain.engine.valid_loaders import by_name, split_of
 from dtrain.errors import CheckpointError
@@ -63,7 +64,7 @@ def _optimizers(engine: Engine) -> list[Optimizer]:
 def _lengths(engine: Engine) -> dict[str, int]:
     found: dict[str, int] = {}
     valid = {split_of(name): loader for name, loader in by_name(engine.task.dl_valid).items()}
-    for split, loader in {"train": engine.task.dl_train, **valid}.items():
+    for split, loader in {**train_splits(engine.task.dl_train), **valid}.items():
         for what, sized in (("samples", getattr(loader, "dataset", None)), ("batches", loader)):
             with contextlib.suppress(TypeError):  # what has no length
                 found[f"{split} {what}"] = len(sized)  # type: ignore[arg-type]

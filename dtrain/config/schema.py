@@ -78,6 +78,11 @@ class TrainConfig(_Section):
     batch: Literal["per_rank", "global"] = Field(
         "per_rank", description="whether the loader's batch size is per rank or global"
     )
+    combine: Literal["min", "max_cycle", "alternate"] | None = Field(
+        None,
+        description="how several training loaders make steps: a batch of each until the shortest ends (min) or the "
+        "longest, others beginning anew (max_cycle), or one loader's batch in turn (alternate)",
+    )
     data_sharding: Literal["auto", "loader", "dtrain"] = Field(
         "auto",
         description="who shards a loader without indices (a stream) over the ranks: the loader itself, dtrain, which "

@@ -68,7 +68,8 @@ class IndexedBatches:
         return self._indices(self._begun)
 
     def _indices(self, of: _Iteration) -> Iterator[Any]:
-        for number, rank_batch in enumerate(islice(self._index_shares(of), of.skip, None), of.skip):
+        for place, rank_batch in enumerate(self._index_shares(of)):
+            number = place + (of.skip if of.before is None else of.before())
             of.dealt.append(rank_batch)
             told = of.epoch, self._started
             yield (
@@ -78,16 +79,26 @@ class IndexedBatches:
             )
 
     def _index_shares(self, of: _Iteration) -> Iterator[RankBatch]:
+        if of.column is not None:
+            return of.column
+        source, form = self.source(of.seed, placed=of.placed)
+        return islice(shard_batches(source, self._how, form, varied=of.varied), of.skip, None)
+
+    def source(self, seed: int, *, placed: bool = False) -> tuple[Iterator[Any], BatchOps[Any]]:
+        """Returns the indices of a pass's batches, and what can be done with them.
+
+        Args:
+            seed: of their order.
+            placed: whether they are to be on the device, too, where its data are.
+        """
         source, form = self._batches, _INDICES
-        if not reseed(source, of.seed):
-            source = under(CommonRandomness(of.seed), self._sources.restarting(source))
+        if not reseed(source, seed):
+            source = under(CommonRandomness(seed), self._sources.restarting(source))
         elif self._rows is not None:
-            device = self._placed.device if of.placed and self._placed is not None else None
+            device = self._placed.device if placed and self._placed is not None else None
             source, form = row_batches(source, self._rows, device), _ROWS if device is None else _PLACED
         self.fingerprint = 0.0
-        return shard_batches(
-            self._noted(self._length.checked(source, self._batches)), self._how, form, varied=of.varied
-        )
+        return self._noted(self._length.checked(source, self._batches)), form
 
     def _noted(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Takes a fingerprint of the first batch on its way."""
@@ -105,15 +116,35 @@ class IndexedBatches:
         self, seed: int, epoch: int, skip: int, ready: Callable[[], None], *, varied: bool
     ) -> Iterator[RankBatch]:
         """Iterates over the rank's shares of one epoch; the arguments are those of `ShardedLoader.iter_batches`."""
-        workers_seed = derive(seed, "workers", self._how.rank) if self._loader.num_workers > 0 else None
-        if self._loader.persistent_workers and self._loader._iterator is None:
-            self._started = epoch
-        told = epoch if self._loader.persistent_workers else None
-        own = self._begun = _Iteration(seed, skip, workers_seed, told, varied)
-        if isinstance(self._loader.generator, OwnGenerator):
-            self._loader.generator.manual_seed(derive(seed, "base", self._how.rank))
-        batches = iter(self._loader)  # draws from the random state, also where it is not used
+        own, batches = self._begin(_Iteration(seed, skip, varied=varied), epoch)
         ready()
+        yield from self._fetched(own, batches)
+
+    def opened(
+        self, seed: int, epoch: int, column: Iterator[RankBatch], before: Callable[[], int]
+    ) -> Iterator[RankBatch]:
+        """Begins an iteration at once, and returns it, over shares that were dealt elsewhere.
+
+        Args:
+            seed, epoch: as for `iter_batches`.
+            column: this rank's shares of the indices.
+            before: tells how many were left out, once the first one is asked for.
+        """
+        return self._fetched(*self._begin(_Iteration(seed, column=column, before=before), epoch))
+
+    def _begin(self, own: _Iteration, epoch: int) -> tuple[_Iteration, Iterator[Any]]:
+        loader = self._loader
+        if loader.num_workers > 0:
+            own.workers_seed = derive(own.seed, "workers", self._how.rank)
+        if loader.persistent_workers:
+            self._started = epoch if loader._iterator is None else self._started
+            own.epoch = epoch
+        self._begun = own
+        if isinstance(loader.generator, OwnGenerator):
+            loader.generator.manual_seed(derive(own.seed, "base", self._how.rank))
+        return own, iter(loader)  # draws from the random state, also where it is not used
+
+    def _fetched(self, own: _Iteration, batches: Iterator[Any]) -> Iterator[RankBatch]:
         if self._rows is None:
             for batch in batches:
                 rank_batch = own.dealt.popleft()
@@ -126,7 +157,7 @@ class IndexedBatches:
         if self._placed is not None and self._placed.begin():
             yield from self._on_device(own, self._placed)
             return
-        for rank_batch in islice(self._index_shares(own), skip, None):
+        for rank_batch in self._index_shares(own):
             rank_batch.indices = rank_batch.batch
             rank_batch.batch = self._rows.__getitems__(rank_batch.batch)
             yield rank_batch
@@ -134,7 +165,7 @@ class IndexedBatches:
     def _on_device(self, own: _Iteration, placed: DeviceRows) -> Iterator[RankBatch]:
         """Yields the shares of a pass whose batches are taken on the device."""
         own.placed = True
-        for rank_batch in islice(self._index_shares(own), own.skip, None):
+        for rank_batch in self._index_shares(own):
             rows = rank_batch.batch
             rank_batch.indices = rows.host if isinstance(rows, PlacedRows) else rows
             rank_batch.batch = placed.fetch(rows)
@@ -159,6 +190,8 @@ class _Iteration:
         workers_seed: of its batches in workers, None where there are none.
         epoch: that workers are told of, None where they are started in it.
         varied: as for `ShardedLoader`.
+        column: this rank's shares, where they are dealt elsewhere.
+        before: tells how many of the first ones were left out there.
         dealt: shares of which the indices were asked for and the batches did not come yet.
         placed: whether its batches are taken on the device.
     """
@@ -168,6 +201,8 @@ class _Iteration:
     workers_seed: int | None = None
     epoch: int | None = None
     varied: bool = False
+    column: Iterator[RankBatch] | None = None
+    before: Callable[[], int] | None = None
     dealt: deque[RankBatch] = field(default_factory=deque)
     placed: bool = False
 

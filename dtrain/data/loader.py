@@ -20,7 +20,8 @@ from dtrain.data.dataloaders import has_indices
 from dtrain.data.device_data import DeviceStore
 from dtrain.data.fingerprints import sample_fingerprints
 from dtrain.data.indexed import IndexedBatches, under
-from dtrain.data.partition import RankBatch, ShardSpec, shard_batches
+from dtrain.data.loader_group import LoaderGroup
+from dtrain.data.partition import BatchOps, RankBatch, ShardSpec, shard_batches
 from dtrain.data.rank_shards import (
     NO_PARITY,
     DataSharding,
@@ -116,8 +117,8 @@ class ShardedLoader:
         if isinstance(loader, Mapping) or (isinstance(loader, (list, tuple)) and _holds_loaders(loader)):
             raise UsageError(
                 f"the {split} data is a {type(loader).__name__} of {len(loader)} loaders, and should be one loader. "
-                "Join the datasets, DataLoader(ConcatDataset([a, b]), ...), or StackDataset for pairs; or yield the "
-                "batches from the __iter__ of an object of your own."
+                "Give several training loaders as a mapping of names to loaders, with train.combine (combine=). Or "
+                "join the datasets: DataLoader(ConcatDataset([a, b]), ...), or StackDataset for pairs."
             )
         if not hasattr(loader, "__iter__"):
             raise UsageError(
@@ -267,7 +268,7 @@ class ShardedLoader:
             tell_rank(self.loader, self._how.rank, self._how.size)
         self.sources.begin(epoch)
         epoch = 1 if self._same_order else epoch
-        seed = derive(self._seed, "order", self._split, epoch)
+        seed = self._order(epoch)
         if self._indexed is not None:
             if skip and self.sources.replays:
                 self.sources.rewind()
@@ -275,6 +276,16 @@ class ShardedLoader:
             return self._indexed.iter_batches(seed, epoch, skip, ready, varied=self.varied)
         if self._alone is not None:
             return self._alone.iter_batches(seed, epoch, skip, ready)
+        varied = self.varied and self._how.mode == "global"  # other batches cannot always be joined and cut
+        dealt = shard_batches(self._read(seed), self._how, self._stream.form, varied=varied)
+        return _after(self._stream.plain(dealt), skip, ready)
+
+    def _order(self, epoch: int, cycle: int = 0) -> int:
+        """Returns the seed of an epoch's order, and of those with which it begins anew within it."""
+        return derive(self._seed, "order", self._split, epoch, *([cycle] if cycle else []))
+
+    def _read(self, seed: int) -> Iterator[Any]:
+        """Returns the batches of a loader without indices."""
         if self._warns and self._how.size > 1 and not says_whole(self.loader):
             self._warns = False
             logger.warning(whole_read(self.loader, self._split, self._how.size))
@@ -284,10 +295,33 @@ class ShardedLoader:
         source = self.sources.restarting(source)
         if not isinstance(source, (list, tuple)):  # a list of batches draws nothing at random
             source = under(CommonRandomness(seed), source)
-        source = self._length.checked(source, self.loader)
-        varied = self.varied and self._how.mode == "global"  # other batches cannot always be joined and cut
-        dealt = shard_batches(self._stream.noted(source), self._how, self._stream.form, varied=varied)
-        return _after(self._stream.plain(dealt), skip, ready)
+        return self._stream.noted(self._length.checked(source, self.loader))
+
+    def source(self, epoch: int, cycle: int = 0) -> tuple[Iterator[Any], BatchOps[Any]]:
+        """Returns a pass's batches, or the indices of these, before they are dealt, and what can be done with them.
+
+        Args:
+            epoch: counts from 1.
+            cycle: how often the loader was begun anew within it.
+        """
+        seed = self._order(1 if self._same_order else epoch, cycle)
+        return (self._read(seed), self._stream.form) if self._indexed is None else self._indexed.source(seed)
+
+    def opened(self, epoch: int, column: Iterator[RankBatch], before: Callable[[], int]) -> Iterator[RankBatch]:
+        """Begins an iteration over the rank's shares of `source`, at once.
+
+        Args:
+            epoch: counts from 1.
+            column: the shares, as they are dealt.
+            before: tells how many were left out, once the first one is asked for.
+        """
+        if self._indexed is None:
+            return self._stream.plain(column)
+        return self._indexed.opened(self._order(1 if self._same_order else epoch), epoch, column, before)
+
+    def views(self, split: str) -> dict[str, ShardedLoader]:
+        """Returns the loaders that it is made of, by what they are called: this one."""
+        return {split: self}
 
     def _check_world(self) -> None:
         if self._alone is None:
@@ -307,6 +341,8 @@ class ShardedLoader:
 
 def is_own(loader: Any, split: str, rank: int, size: int, sharding: DataSharding) -> bool:
     """Whether a loader shards itself, so that each rank reads batches of its own; see `dtrain.data.rank_shards`."""
+    if isinstance(loader, LoaderGroup):
+        return False
     how = ShardSpec(rank, size, "per_rank", fill=False)
     return shards_itself(loader, how, split, sharding, indexed=has_indices(loader))
 

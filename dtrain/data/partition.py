@@ -14,8 +14,8 @@ A validation pass has no fillers; there, ranks may take different numbers of ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, Generic, Literal, TypeVar
 
@@ -71,6 +71,8 @@ class RankBatch:
         varied: whether it is one of a global batch of which the first and the last rank have unequal parts, and each
             rank some, as is asked for in `shard_batches`.
         place: where a rank's own stream is after it; None for other loaders. See `dtrain.data.places`.
+        loader: the name of the loader that it comes from, where several take turns; else "".
+        parts: name -> the part that each of several loaders has in it; empty where the batch is one loader's.
     """
 
     batch: Any
@@ -86,6 +88,13 @@ class RankBatch:
     varied: bool = False
     counts: Sequence[int] = ()
     place: Any = None
+    loader: str = ""
+    parts: Mapping[str, RankBatch] = field(default_factory=dict)
+
+    @property
+    def row_counts(self) -> dict[str, int]:
+        """The samples in the batch by the name of their loader."""
+        return {name: part.rows for name, part in self.parts.items()} or {self.loader: self.rows}
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ def shard_batches(
     if how.limit is not None:
         batches = islice(batches, how.limit)
     if how.merge > 1:
-        batches = _merged(iter(batches), how.merge, form)
+        batches = merged(iter(batches), how.merge, form)
     if how.size == 1:
         dealt = _take_all(batches, form)
     elif how.mode == "global":
@@ -131,7 +140,8 @@ def shard_batches(
     return dealt if how.group == 1 else in_groups(dealt, how)
 
 
-def _merged(batches: Iterator[T], length: int, form: BatchOps[T]) -> Iterator[T]:
+def merged(batches: Iterator[T], length: int, form: BatchOps[T]) -> Iterator[T]:
+    """Joins so many batches to one."""
     while some := list(islice(batches, length)):
         yield form.join(some)
 
@@ -165,7 +175,7 @@ def _take_turns(
         sizes = [form.size_of(batch) for batch in some]
         if len(some) == how.size and sizes[0] == sizes[-1] >= _LEAST_VARIED and min(sizes) > 0:
             sizes = [sizes[0] + 1, *sizes[1:-1], sizes[-1] - 1]
-            for rank_batch in _cut(form.join(some), sizes, 0, how, form):
+            for rank_batch in cut_to(form.join(some), sizes, 0, how, form):
                 rank_batch.varied = True
                 yield rank_batch
             some, seen = [], sum(sizes)
@@ -176,11 +186,11 @@ def _take_turns(
         first = batch if sum(counts[:-1]) == 0 else first  # the first one with samples
         mine = batch if turn == how.rank else mine
         if len(counts) == how.size:
-            yield from _share(mine, counts, first, seen, how)
+            yield from rank_share(mine, counts, first, seen, how)
             seen += sum(counts)
             first, mine, counts = None, None, []
     if counts:
-        yield from _share(mine, counts + [0] * (how.size - len(counts)), first, seen, how)
+        yield from rank_share(mine, counts + [0] * (how.size - len(counts)), first, seen, how)
 
 
 def _cut_each(batches: Iterable[T], how: ShardSpec, form: BatchOps[T], *, varied: bool) -> Iterator[RankBatch]:
@@ -191,22 +201,22 @@ def _cut_each(batches: Iterable[T], how: ShardSpec, form: BatchOps[T], *, varied
         if varied and counts[0] == counts[-1] >= _LEAST_VARIED:
             counts[0] += 1
             counts[-1] -= 1
-        for rank_batch in _cut(batch, counts, seen, how, form):
+        for rank_batch in cut_to(batch, counts, seen, how, form):
             rank_batch.varied = varied and counts[0] != counts[-1] > 0
             varied = False
             yield rank_batch
         seen += total
 
 
-def _cut(batch: T, counts: list[int], seen: int, how: ShardSpec, form: BatchOps[T]) -> Iterator[RankBatch]:
-    """Cuts a global batch into parts of so many samples."""
+def cut_to(batch: T, counts: list[int], seen: int, how: ShardSpec, form: BatchOps[T]) -> Iterator[RankBatch]:
+    """Cuts a global batch into parts of so many samples, and yields this rank's."""
     start = sum(counts[: how.rank])
     mine = form.cut(batch, start, start + counts[how.rank]) if counts[how.rank] else None
     filler = form.cut(batch, 0, counts[0]) if mine is None else None
-    return _share(mine, counts, filler, seen, how)
+    return rank_share(mine, counts, filler, seen, how)
 
 
-def _share(mine: T | None, counts: list[int], filler: T | None, seen: int, how: ShardSpec) -> Iterator[RankBatch]:
+def rank_share(mine: T | None, counts: list[int], filler: T | None, seen: int, how: ShardSpec) -> Iterator[RankBatch]:
     """Yields a rank's share of a global batch, of which each rank has so many samples.
 
     The filler is the batch of the first rank that has some.

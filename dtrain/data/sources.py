@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from dtrain.data.loader_group import LoaderGroup
 from dtrain.distributed.seeding import CommonRandomness
 from dtrain.errors import UsageError
 
@@ -57,6 +58,9 @@ def _collect(thing: Any, name: str, found: dict[str, Any], seen: set[int]) -> No
 
 
 def _inner(thing: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(thing, LoaderGroup):
+        yield from thing.loaders.items()
+        return
     if isinstance(thing, DataLoader):
         own = {key: getattr(thing, key) for key in ("dataset", "batch_sampler", "sampler")}  # samplers know the dataset
     else:

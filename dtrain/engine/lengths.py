@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dtrain.data.continued import refuse_shared
 from dtrain.data.dataloaders import has_indices
 from dtrain.data.loader import ShardedLoader
+from dtrain.data.loader_group import train_by_name
 from dtrain.data.sources import knows_epochs
 from dtrain.engine.passes import check_starts_anew
 from dtrain.engine.position import Limits
@@ -42,12 +43,16 @@ def check_epochs(engine: Engine) -> None:
         UsageError: one is used up after the first, or one that goes on shares a part with validation.
     """
     train, passes = engine.task.dl_train, () if engine.valid is None else engine.valid.parts
-    anew = [*([train] if engine.epoch_steps is None else []), *(one.loader.loader for one in passes)]
+    anew = [
+        *(train_by_name(train).values() if engine.epoch_steps is None else []),
+        *(one.loader.loader for one in passes),
+    ]
     check_starts_anew(engine.epochs, *anew)
     for one in passes if engine.epoch_steps is not None else ():
         refuse_shared(engine.train_loader.sources, one.loader.sources)
     if engine.world.is_main:
-        _warn_of_same_batches(train, engine.limits, engine.epochs)
+        for one_train in train_by_name(train).values():
+            _warn_of_same_batches(one_train, engine.limits, engine.epochs)
 
 
 def _warn_of_same_batches(loader: Any, limits: Limits, epochs: int) -> None:

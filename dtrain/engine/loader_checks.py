@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dtrain.data.loader import ShardedLoader
+from dtrain.data.loader_group import train_splits
 from dtrain.data.same_data import check_whole
 from dtrain.distributed.consistency import check_same_task, check_validation
 from dtrain.distributed.world import World
@@ -19,8 +20,8 @@ def check_loaders(task: Task, world: World, train: ShardedLoader, passes: Sequen
     Raises:
         UsageError, DataError, StepError: they differ, or do not fit the step.
     """
-    views = {"train": train} | {split_of(one.name): one.loader for one in passes}
-    loaders = {split: view.loader for split, view in views.items()} | {"train": task.dl_train}
+    views = train.views("train") | {split_of(one.name): one.loader for one in passes}
+    loaders = {split: view.loader for split, view in views.items()} | train_splits(task.dl_train)
     own = [split for split, view in views.items() if view.own]
     check_same_task(world, task.module, loaders, own)
     for one in passes:

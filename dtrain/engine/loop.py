@@ -44,7 +44,7 @@ from dtrain.engine.metrics import MeanTable, PassResult, Value
 from dtrain.engine.modes import Modes
 from dtrain.engine.nan_guard import WhenNan
 from dtrain.engine.options import RunOptions
-from dtrain.engine.passes import PassWatch, batches_on_device, train_facts, train_loader
+from dtrain.engine.passes import PassWatch, batches_on_device, mixes, train_facts, train_loader
 from dtrain.engine.position import FinishedPass, Limits, StartPosition, TrainPosition
 from dtrain.engine.random_draws import step_draws
 from dtrain.engine.rates import Rates
@@ -139,6 +139,8 @@ class Engine:
         self.learner = Learner(self.task, self.world, self.options, nan=self.nan, sharding=self.sharding)
         drawn = (self.options.seed, self.learner.replica, self.options.batch, self.options.same_draws)
         self.draws, *draws = step_draws(self.world, *drawn, loaders=len(passes))
+        if self.world.size > 1 and mixes(self.train_loader):
+            self.draws = None  # each rank draws numbers of its own
         together = (self.val_every_steps, self.epoch_steps)
         self.counts = AgreedSteps(self.world, self.place, self.max_steps, *together)
         for one, own in zip(passes, draws, strict=True):

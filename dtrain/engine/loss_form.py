@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +42,20 @@ from dtrain.engine.loss_graph import (
     values_of,
 )
 from dtrain.engine.loss_memory import LossMemory
+from dtrain.engine.loss_words import (
+    ALONE,
+    AVERAGED,
+    BETWEEN_SAMPLES,
+    COUNT,
+    DIFFERING,
+    FOLLOWS,
+    FUNCTIONS,
+    GROUPED,
+    GROUPING,
+    LEAVE_OUT,
+    MIXED,
+    STATISTICS,
+)
 from dtrain.engine.metrics import Mean
 from dtrain.engine.sample_mixing import SampleMixing
 from dtrain.engine.value_counts import ToldForms, ValueCounts
@@ -49,59 +63,14 @@ from dtrain.errors import StepError
 
 logger = logging.getLogger(__name__)
 
+_Sizes = tuple[tuple[str, int], ...]  # the samples by loader
+
 _MEAN, _SUM = 1, 2  # torch's reductions
 _MOST_LOOKS = 2
 _MOST_NOTED = 10  # steps whose outputs are noted, whether or not there is a loss to look at
 _MOST_NODES = 1000  # of a graph that are looked at
 _MOST_BELOW = 12
 _NOTHING = contextlib.nullcontext()
-
-_FUNCTIONS = {
-    "Sqrt": "the square root",
-    "Rsqrt": "the square root",
-    "Pow": "a power",
-    "Log": "the logarithm",
-    "Log1P": "the logarithm",
-    "Exp": "the exponential",
-    "Abs": "the absolute value",
-    "Reciprocal": "the reciprocal",
-}
-_STATISTICS = {
-    "Std": "the standard deviation",
-    "Var": "the variance",
-    "LinalgVectorNorm": "the norm",
-    "Norm": "the norm",
-    "Max": "the maximum",
-    "Min": "the minimum",
-    "Median": "the median",
-    "Logsumexp": "a log-sum-exp",
-}
-
-_GROUPING = frozenset(("IndexAdd", "ScatterAdd"))
-
-_AVERAGED = "The losses of several ranks or micro-batches are averaged with the weights of their samples"
-_COUNT = (
-    "Return dtrain.Mean(total, count), with the sum of these as the count, and leave backward() and the optimizer's "
-    "step to dtrain."
-)
-_MIXED = "What a part of the batch gives for it is another value than the whole batch gives."
-_BETWEEN_SAMPLES = (
-    "what a sample adds to it depends on other samples of the batch, as in x - x.mean(0), softmax(0) or z @ z.T"
-)
-_DIFFERING = (
-    "it is the mean over %g values for each sample on the first rank and over %g on the last one, as where batches are "
-    "padded to their longest sample"
-)
-_FOLLOWS = (
-    "a part of it is multiplied by %g, which follows the number of samples, %d here: as a constant it would be right, "
-    "or divided by that number"
-)
-_GROUPED = "it adds up samples by groups (index_add or scatter_add), and then the groups"
-_LEAVE_OUT = (
-    "Return dtrain.Mean(total, count) of the values that count, without padding, and leave backward() and the "
-    "optimizer's step to dtrain; or give all samples equally many."
-)
-_ALONE = "One rank without accumulation computes it of the whole batch; `dtrain check parity` shows the difference."
 
 
 class LossForm:
@@ -131,23 +100,23 @@ class LossForm:
         self._mixing = SampleMixing(module) if averaged and warns and eager else None
         self._counts, self._forms = counts, forms
         self._left, self._notes_left = _MOST_LOOKS if averaged else 0, _MOST_NOTED
-        self._sizes: set[int] = set()
+        self._sizes: set[_Sizes] = set()
         self._again = _MOST_NOTED  # looks that may be taken once more, as they have left it open
-        self._memory = LossMemory()
+        self._memories: dict[str, LossMemory] = {}  # by loader
 
     def look_at(self, loss: Any, rank_batch: RankBatch) -> None:
         """Looks at a loss that was returned with its graph, where that is due; see `look`."""
-        if self._left and rank_batch.rows not in self._sizes:
-            self.look(loss, rank_batch.rows, step=rank_batch.whole_start)
+        if self._left and _sizes_of(rank_batch) not in self._sizes:
+            self.look(loss, rank_batch.rows, step=rank_batch.whole_start, by_loader=rank_batch.row_counts)
             self._forget()
 
     def of_step(self, rank_batch: RankBatch) -> AbstractContextManager[None]:
         """While inside, a step is watched: what the net returns, and each loss, before `backward()` is called on it."""
         if self._counts is not None and self._warns and (differing := self._counts.differing()) is not None:
-            self._warn(_Form(_DIFFERING % differing, _LEAVE_OUT))
+            self._warn(_Form(DIFFERING % differing, LEAVE_OUT))
         if self._forms is not None and self._warns and (told := self._forms.told()) is not None:
             self._warn(_Form(*told))
-        return self._watching(rank_batch) if self._left and rank_batch.rows not in self._sizes else _NOTHING
+        return self._watching(rank_batch) if self._left and _sizes_of(rank_batch) not in self._sizes else _NOTHING
 
     def _forget(self) -> None:
         if self._mixing is not None:
@@ -161,7 +130,7 @@ class LossForm:
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
             losses = (tensors,) if isinstance(tensors, (Tensor, GradientEdge)) else tuple(tensors)
             for one in losses:
-                self.look(one, rank_batch.rows, step=rank_batch.whole_start)
+                self.look(one, rank_batch.rows, step=rank_batch.whole_start, by_loader=rank_batch.row_counts)
             own(losses, *args, **kwargs)
 
         torch.autograd.backward = backward
@@ -170,16 +139,17 @@ class LossForm:
                 yield
         finally:
             torch.autograd.backward = own
-            if rank_batch.rows in self._sizes:  # else the loss is returned with its graph, and looked at then
+            if _sizes_of(rank_batch) in self._sizes:  # else the loss is returned with its graph, and looked at then
                 self._forget()
 
-    def look(self, loss: Any, rows: int, *, step: int = 0) -> None:
+    def look(self, loss: Any, rows: int, *, step: int = 0, by_loader: Mapping[str, int] | None = None) -> None:
         """Refuses a loss that is a sum over the samples, and warns of one that is no mean over them.
 
         Args:
             loss: with its graph, also as `dtrain.Mean`, whose total need be no mean; what else it is is let by.
             rows: samples that it was computed of.
             step: where the whole batch begins in the epoch.
+            by_loader: the samples of each of several loaders, of which the loss has means or sums of its own.
 
         Raises:
             StepError: it is a sum.
@@ -187,20 +157,22 @@ class LossForm:
         total = loss.total if isinstance(loss, Mean) else loss
         if not isinstance(total, Tensor) or total.grad_fn is None or total.numel() != 1:
             return
-        self._begin(rows)
-        walk = _Walk(rows, self._shapes, self._memory)
-        found = None if total is not loss else walk.of(total.grad_fn)
+        sizes: _Sizes = tuple((by_loader or {"": rows}).items())
+        self._begin(sizes)
+        walks = [_Walk(count, self._shapes, self._memories[name]) for name, count in sizes]
+        found = None if total is not loss else _of_all([walk.of(total.grad_fn) for walk in walks])
         if self._counts is not None:
-            self._counts.say(step, rows, walk.values)
-        if found is None and self._warns and self._mixing is not None and self._mixing.found(total, rows):
-            found = _Form(_BETWEEN_SAMPLES, f"{_MIXED} {_ALONE}")
+            self._counts.say(step, rows, walks[0].values)
+        mixing = self._mixing if self._warns and len(sizes) == 1 else None
+        if found is None and mixing is not None and mixing.found(total, rows):
+            found = _Form(BETWEEN_SAMPLES, f"{MIXED} {ALONE}")
         if found is None:
-            if walk.is_open:
-                self._leave_open(rows)
+            if any(walk.is_open for walk in walks):
+                self._leave_open(sizes)
             return
         if found.is_sum:
             raise StepError(
-                f"the loss is a sum over the batch's samples ({found.what}). {_AVERAGED}, so the result would differ "
+                f"the loss is a sum over the batch's samples ({found.what}). {AVERAGED}, so the result would differ "
                 "from that of a single process. Return the mean over the samples (times the "
                 "batch size, as a constant, for steps as "
                 "long as the sum's), or dtrain.Mean(total, count) where another count is right."
@@ -210,28 +182,32 @@ class LossForm:
         elif self._forms is not None:
             self._forms.say(found.what, found.remedy)
 
-    def _begin(self, rows: int) -> None:
-        self._memory.begin(rows)
-        if rows in self._sizes:
+    def _begin(self, sizes: _Sizes) -> None:
+        new = [name for name, _ in sizes if name not in self._memories]
+        self._left += _MOST_LOOKS if new and self._memories else 0  # loaders that take turns
+        self._memories |= {name: LossMemory() for name in new}
+        for name, rows in sizes:
+            self._memories[name].begin(rows)
+        if sizes in self._sizes:
             return
-        self._sizes.add(rows)
+        self._sizes.add(sizes)
         self._left -= 1
         if self._forms is not None:
             self._forms.look()
 
-    def _leave_open(self, rows: int) -> None:
+    def _leave_open(self, sizes: _Sizes) -> None:
         """The next batch of so many samples is looked at, too."""
         if self._again:
             self._again -= 1
             self._left += 1
-            self._sizes.discard(rows)
+            self._sizes.discard(sizes)
 
     def _warn(self, found: _Form) -> None:
         self._warns = False
         logger.warning(
             "the loss is no mean over the batch's samples: %s. %s, so that gradients and history are not those of "
             "one process. %s",
-            *(found.what, _AVERAGED, found.remedy),
+            *(found.what, AVERAGED, found.remedy),
         )
 
 
@@ -242,6 +218,16 @@ class _Form:
     what: str
     remedy: str = ""
     is_sum: bool = False
+
+
+def _of_all(forms: list[_Form | None]) -> _Form | None:
+    """Returns what a loss is, looked at for the samples of each loader: a sum for any, or no mean for any of them."""
+    found = [form for form in forms if form is not None]
+    return next((form for form in found if form.is_sum), found[0] if len(found) == len(forms) else None)
+
+
+def _sizes_of(rank_batch: RankBatch) -> _Sizes:
+    return tuple(rank_batch.row_counts.items())
 
 
 class _Walk:
@@ -280,7 +266,7 @@ class _Walk:
                 reducing = [below for below in nodes_below(node) if self._reduces(below)]
                 divided_by = kind == "Div" and node.next_functions[1][0] in reducing
                 if divided_by or len(reducing) > 1:
-                    found.append(_Form("a ratio or product of several sums over the batch", _MIXED))
+                    found.append(_Form("a ratio or product of several sums over the batch", MIXED))
                 else:  # as of a loss and its learnt weight
                     nodes += [(below, divisors, place) for below in reducing]
             elif (form := self._form(node, kind, divisors, place)) is not None:
@@ -290,21 +276,21 @@ class _Walk:
     def _form(self, node: Any, kind: str, divisors: tuple[Divisor, ...], place: int) -> _Form | None:
         """What the end of the linear part is."""
         if kind in {"Sum", "Mean"} and self._is_of_groups(node):
-            return _Form(_GROUPED, _MIXED)
+            return _Form(GROUPED, MIXED)
         is_sum = (kind == "Sum" and self._is_over_rows(node, place)) or saved_of(node, "reduction") == _SUM
         form = self._sum(divisors) if is_sum else self._reduced(node, kind, place)
         if (form is None or not form.is_sum) and not any(divisor.computed for divisor in divisors):
             factor = 1 / math.prod(divisor.value for divisor in divisors)
             if self._memory.follows("factor", place, factor * self._rows if is_sum else factor):
-                return _Form(_FOLLOWS % (factor, self._rows), is_sum=True)
+                return _Form(FOLLOWS % (factor, self._rows), is_sum=True)
         return form
 
     def _reduced(self, node: Any, kind: str, place: int) -> _Form | None:
         """What it is, where it is no sum over the samples."""
-        if kind in _FUNCTIONS and is_one(node) and any(map(self._reduces, nodes_below(node))):
-            return _Form(f"it is {_FUNCTIONS[kind]} of a mean over them", _MIXED)
-        if kind in _STATISTICS and is_one(node) and self._is_of_rows(shape_of(node)):
-            return _Form(f"it is {_STATISTICS[kind]} over them", _MIXED)
+        if kind in FUNCTIONS and is_one(node) and any(map(self._reduces, nodes_below(node))):
+            return _Form(f"it is {FUNCTIONS[kind]} of a mean over them", MIXED)
+        if kind in STATISTICS and is_one(node) and self._is_of_rows(shape_of(node)):
+            return _Form(f"it is {STATISTICS[kind]} over them", MIXED)
         if kind.startswith("NllLoss") and saved_of(node, "reduction") == _MEAN:
             return self._likelihood(node, place)
         if kind == "Mean" or saved_of(node, "reduction") == _MEAN:
@@ -318,7 +304,7 @@ class _Walk:
         computed = [divisor.value for divisor in divisors if divisor.computed]
         if computed:
             given = f"{computed[0]:g} where the batch has {self._rows} samples"
-            return _Form(f"it is a sum divided by a number that the batch gives ({given}: tokens, positives?)", _COUNT)
+            return _Form(f"it is a sum divided by a number that the batch gives ({given}: tokens, positives?)", COUNT)
         said = [divisor.words for divisor in divisors if divisor.value != 1.0]
         return _Form(", ".join([".sum(), or reduction='sum'", *said]), is_sum=True)
 
@@ -326,15 +312,15 @@ class _Walk:
         """Of `cross_entropy` and `nll_loss`."""
         scores, weight, target = (saved_of(node, name) for name in ("self", "weight", "target"))
         if isinstance(weight, Tensor) and bool((weight != weight.reshape(-1)[0]).any()):
-            return _Form("classes have weights, by whose sum it is divided", _COUNT)
+            return _Form("classes have weights, by whose sum it is divided", COUNT)
         ignored = saved_of(node, "ignore_index")
         if isinstance(target, Tensor) and ignored is not None:
             ignored -= (ignored >= 1 << 63) << 64  # torch tells it without its sign
             if bool((target == ignored).any()):
-                return _Form(f"labels of {ignored} are left out, and it is divided by the number of the others", _COUNT)
+                return _Form(f"labels of {ignored} are left out, and it is divided by the number of the others", COUNT)
         shape = () if scores is None else tuple(scores.shape)
         if shape == (self._rows, self._rows) and self._memory.follows("pairs", place, self._rows):
-            return _Form("it compares each of them with all others of the batch", _MIXED)
+            return _Form("it compares each of them with all others of the batch", MIXED)
         return self._selection(node)
 
     def _reduces(self, node: Any) -> bool:
@@ -348,7 +334,7 @@ class _Walk:
             over = kind in {"Sum", "Mean"} and self._is_of_rows(shape_of(node))
             if over or saved_of(node, "reduction") in {_MEAN, _SUM}:
                 return True
-            if kind in PASSED_ON or kind in {"Mul", "Div"} or (kind in _FUNCTIONS and is_one(node)):
+            if kind in PASSED_ON or kind in {"Mul", "Div"} or (kind in FUNCTIONS and is_one(node)):
                 nodes += nodes_below(node)
         return False
 
@@ -358,7 +344,7 @@ class _Walk:
         while nodes and left:
             node, left = nodes.pop(), left - 1
             kind, index = kind_of(node), saved_of(node, "index")
-            if kind in _GROUPING and isinstance(index, Tensor) and index.shape[:1] == (self._rows,):
+            if kind in GROUPING and isinstance(index, Tensor) and index.shape[:1] == (self._rows,):
                 return True
             if kind in PASSED_ON or kind in {"Mul", "Div"}:
                 nodes += nodes_below(node)
@@ -392,4 +378,4 @@ class _Walk:
         if shape[0] % self._rows == 0 or self._rows in shape[:2]:
             self.is_open = True
             return None
-        return _Form(f"it is the mean over {shape[0]} that are selected from {self._rows} samples", _COUNT)
+        return _Form(f"it is the mean over {shape[0]} that are selected from {self._rows} samples", COUNT)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from dtrain.data.device_data import DataOnDevice, check_data_on_device
+from dtrain.data.loader_group import Combine, check_combine
 from dtrain.data.partition import BatchMode
 from dtrain.data.rank_shards import DataSharding, check_data_sharding
 from dtrain.engine.arguments import check_positive, check_share, check_switch, check_whole
@@ -24,6 +25,7 @@ class RunOptions:
     Attributes:
         seed: the order of samples, and each rank's random stream, are derived from it.
         batch: whose batch size the loaders' is: "per_rank", or "global", the whole world's.
+        combine: how the batches of several training loaders make steps; see `dtrain.data.loader_group`.
         data_sharding: who shards loaders without indices over the ranks: "loader", "dtrain", or "auto", as they say.
         same_draws: whether random numbers within steps are one process's; None: with batch "global".
         accumulation: micro-batches that make one optimizer step.
@@ -47,6 +49,7 @@ class RunOptions:
 
     seed: int = 42
     batch: BatchMode = "per_rank"
+    combine: Combine | None = None
     data_sharding: DataSharding = "auto"
     same_draws: bool | None = None
     accumulation: int = 1
@@ -68,6 +71,7 @@ class RunOptions:
             raise UsageError(f"seed = {self.seed!r}: should be a whole number of at least 0.")
         if self.batch not in get_args(BatchMode):
             raise UsageError(f"batch = {self.batch!r}: should be 'per_rank' or 'global'.")
+        check_combine(self.combine)
         check_data_sharding(self.data_sharding)
         if self.same_draws not in (True, False, None):
             raise UsageError(f"same_draws = {self.same_draws!r}: should be True, False or None.")

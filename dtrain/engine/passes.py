@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dtrain.data.batches import takes_fixed_parts
-from dtrain.data.continued import ContinuedLoader
+from dtrain.data.combined import CombinedLoader, sharded
 from dtrain.data.device_data import DeviceStore
 from dtrain.data.loader import ShardedLoader
 from dtrain.data.partition import RankBatch, ShardSpec
@@ -356,7 +356,17 @@ def train_loader(  # noqa: PLR0913, PLR0917 - the engine's own
     read |= {"sharding": options.data_sharding, "world": world, "store": store}
     if epoch_steps is not None:
         read |= {"steps": epoch_steps, "updates": updates, "device": world.device}
-    kind = ShardedLoader if epoch_steps is None else ContinuedLoader
-    loader = kind(task.dl_train, how, options.seed, "train", **read)
-    loader.prefetch = options.prefetch_to_device
-    return loader
+    view = sharded(task.dl_train, how, options.seed, "train", **read)
+    view.prefetch = options.prefetch_to_device
+    if options.same_draws and world.size > 1 and mixes(view):
+        raise UsageError(
+            f"same_draws with train.combine={options.combine}: a step has batches of several loaders, and dtrain "
+            "cannot tell which of its random numbers are rows of which. Remove same_draws, or use "
+            "train.combine=alternate."
+        )
+    return view
+
+
+def mixes(view: ShardedLoader) -> bool:
+    """Whether a step has a batch of each of several loaders."""
+    return isinstance(view, CombinedLoader) and view.mixes

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.data.batches import BatchReader
+from dtrain.data.loader_group import train_by_name
 from dtrain.engine.predict import features_of
 from dtrain.engine.train_step import Task
 from dtrain.errors import DataError, nothing_yielded
@@ -17,13 +18,13 @@ _COLUMNS = ("input_size", "output_size", "num_params")
 
 
 def batch_summary(task: Task) -> str:
-    """Returns the summary of a task's net for the first batch of its training data.
+    """Returns the summary of a task's net for the first batch of its (first) training loader.
 
     Raises:
         DataError: the loader yields nothing.
         Exception: whatever the net raises for this batch.
     """
-    batch = next(iter(task.dl_train), None)
+    batch = next(iter(next(iter(train_by_name(task.dl_train).values()))), None)
     if batch is None:
         raise DataError(nothing_yielded("train"))
     return _text(task.module, input_data=[features_of(batch)])

@@ -52,7 +52,7 @@ from dtrain.engine.step_contract import (
     watch_backward,
 )
 from dtrain.engine.step_counter import StepCounter
-from dtrain.engine.valid_loaders import check_valid_takes
+from dtrain.engine.valid_loaders import check_valid_takes, train_steps
 from dtrain.engine.value_counts import ToldForms, ValueCounts
 from dtrain.errors import UsageError
 from dtrain.model.attributes import check_materialized
@@ -160,7 +160,7 @@ class Learner:
         self.kind: Kind | None = None
         self.told_kind: list[Callable[[Kind], None]] = []
         self.finite = FiniteLoss(nan, task.module, world)
-        self._task = task
+        self._task, self._steps = task, train_steps(task.train_step, task.dl_train)
         self._world = world
         self._accumulates = options.accumulation > 1
         self._alone = (
@@ -229,7 +229,7 @@ class Learner:
 
     def _learn(self, rank_batch: RankBatch) -> dict[str, Value]:
         if self._alone and self.kind is not None:  # the same as below, without what is then idle
-            values = self._values_of(call_step(self._task.train_step, self._task.module, rank_batch.batch))
+            values = self._values_of(call_step(self._steps[rank_batch.loader], self._task.module, rank_batch.batch))
             if self.kind == "declarative":
                 self._go_down(values, rank_batch)
             return values
@@ -355,7 +355,7 @@ class Learner:
         """Before the first train step."""
         task = self._task
         self._descend.take_hooks()
-        check_takes(task.train_step, rank_batch.batch, "train")
+        check_takes(self._steps[rank_batch.loader], rank_batch.batch, "train")
         check_valid_takes(task.valid_step, task.dl_train, task.dl_valid, rank_batch.batch)  # not after a whole epoch
         if self._clip:
             self._clipping = Clipping(self._clip, parameters_of(task))
@@ -392,7 +392,7 @@ class Learner:
         if self._synced is not None:
             self._synced.counts = rank_batch.count > 0
         with self._replica.training() as model, self._form.of_step(rank_batch):
-            returned = call_step(self._task.train_step, model, rank_batch.batch)
+            returned = call_step(self._steps[rank_batch.loader], model, rank_batch.batch)
         values = self._values_of(returned)
         if self._replica.sharded:
             check_values(values.values())

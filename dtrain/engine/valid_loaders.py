@@ -10,11 +10,12 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from dtrain.data.loader_group import LoaderGroup, train_by_name
 from dtrain.distributed.consistency import batches_alike, check_takes
 from dtrain.errors import UsageError
 from dtrain.rundir.columns import VALID, mode_of, sure_mode_of
 
-LOADER_NAME = "loader_name"  # the parameter of a valid step that gets the name
+LOADER_NAME = "loader_name"  # the parameter of a step that gets the name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -73,7 +74,7 @@ def first_loss(dl_valid: Any) -> str | None:
 
 
 def named_step(step: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Returns a valid step that gets the loader's name, where it has a parameter for it; else the step itself."""
+    """Returns a step that gets the loader's name, where it has a parameter for it; else the step itself."""
     try:
         signature = inspect.signature(step)
     except (TypeError, ValueError):  # a builtin or the like
@@ -88,6 +89,12 @@ def named_step(step: Callable[..., Any], name: str) -> Callable[..., Any]:
     left = [parameter for key, parameter in signature.parameters.items() if key != LOADER_NAME]
     bound.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
     return bound
+
+
+def train_steps(step: Callable[..., Any], dl_train: Any) -> dict[str, Callable[..., Any]]:
+    """Returns the train step by the name of the loader that a batch is of, where several take turns; "" is no name."""
+    names = train_by_name(dl_train) if isinstance(dl_train, LoaderGroup) and dl_train.combine == "alternate" else ()
+    return {"": step} | {name: named_step(step, name) for name in names}
 
 
 def check_valid_takes(step: Callable[..., Any] | None, dl_train: Any, dl_valid: Any, batch: Any) -> None:

@@ -38,7 +38,7 @@ from dtrain.provenance.loading import loadings, record_loading
 from dtrain.provenance.opened import opened_files
 from dtrain.recipe.import_steps import ImportStep, import_steps
 from dtrain.recipe.monitors import name_monitors
-from dtrain.recipe.others import others_with_state
+from dtrain.recipe.others import combined, others_with_state
 from dtrain.recipe.param_groups import freeze, regroup
 from dtrain.recipe.signature import MONITOR, Builder, check_parameters, mark_secrets, own_keys, with_values
 from dtrain.recipe.supplied import RANK, supplied_names, supplied_values
@@ -190,6 +190,7 @@ def bind(recipe: Recipe, settings: Settings, begin: Callable[[nn.Module], None] 
     _freeze(module, settings)
     recompute(module, settings.config.train.activation_checkpointing, settings.place_of(RECOMPUTED))
     dl_train, dl_valid = _loaders(recipe, settings)
+    dl_train = combined(dl_train, recipe.builders["data"].where if "data" in recipe.builders else recipe.path, settings)
     name_monitors(settings, dl_valid)
     valid_step = None
     if dl_valid is not None:

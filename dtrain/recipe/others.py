@@ -1,4 +1,4 @@
-"""What a recipe has with a state, besides net, optimizer and schedule."""
+"""What a recipe has besides net, optimizer and schedule: what else has a state, several training loaders."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from dtrain.config import Settings
+from dtrain.data.loader_group import grouped
 from dtrain.data.sources import parts_of
 from dtrain.engine.train_step import Task
 from dtrain.engine.valid_loaders import by_name
@@ -34,6 +36,17 @@ def others_with_state(of_file: Mapping[str, Any], task: Task) -> dict[str, Any]:
             known.add(id(thing))
             found[name] = thing
     return found
+
+
+def combined(dl_train: Any, where: object, settings: Settings) -> Any:
+    """Returns a mapping of training loaders as one, combined as the config says; see `dtrain.data.loader_group`.
+
+    Raises:
+        UsageError: the config does not say how, or there is one loader alone.
+    """
+    combine = settings.config.train.combine
+    place = f" ({settings.place_of('train.combine')})" if combine else ""
+    return grouped(dl_train, combine, f"train.combine{place}", str(where))
 
 
 def _has_state(thing: Any) -> bool:

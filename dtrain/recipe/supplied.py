@@ -8,7 +8,8 @@ from typing import Any
 
 from dtrain.config import Settings
 from dtrain.config.schema import TrainConfig
-from dtrain.data.loader import ShardedLoader, is_own
+from dtrain.data.combined import sharded
+from dtrain.data.loader import is_own
 from dtrain.data.partition import ShardSpec
 from dtrain.data.rank_shards import DataSharding, refuse_global
 from dtrain.errors import RecipeError
@@ -116,7 +117,7 @@ def rank_steps(dl_train: Any, ranks: int, train: TrainConfig, *, by_rank: bool) 
             raise refuse_global("train")
         return None  # a length is that of this rank's part, and other ranks may have more
     how = ShardSpec(0, ranks, train.batch, fill=True, limit=train.overfit_batches or train.limit_batches)
-    return ShardedLoader(dl_train, how, train.seed, "train", sharding=sharding).steps()
+    return sharded(dl_train, how, train.seed, "train", sharding=sharding).steps()
 
 
 def optimizer_steps(dl_train: Any, ranks: int, train: TrainConfig, *, by_rank: bool) -> int | None:

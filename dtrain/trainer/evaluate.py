@@ -11,6 +11,7 @@ from dtrain.callbacks.progress import choose_progress
 from dtrain.checkpoint.chosen import Which, choose_checkpoint
 from dtrain.checkpoint.restored import restore_net
 from dtrain.config import Settings
+from dtrain.data.loader_group import train_by_name
 from dtrain.distributed.seeding import seed_everything
 from dtrain.distributed.world import World
 from dtrain.engine.callback import EngineCallback
@@ -98,7 +99,7 @@ def chosen_loader(restored: RestoredRun, split: Split, name: str | None) -> tupl
     Raises:
         UsageError: the recipe has no such loader.
     """
-    loaders = {"": restored.task.dl_train} if split == "train" else by_name(restored.task.dl_valid)
+    loaders = train_by_name(restored.task.dl_train) if split == "train" else by_name(restored.task.dl_valid)
     if not loaders:
         raise UsageError("the recipe has no validation data to predict. Use --data train to predict the training data.")
     if name is not None and name not in loaders:

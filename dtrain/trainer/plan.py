@@ -8,6 +8,7 @@ from typing import Any
 from dtrain.config import BUILDER_SECTIONS, Settings
 from dtrain.config.schema import leaves
 from dtrain.data.device_data import dry_words
+from dtrain.data.loader_group import train_splits
 from dtrain.distributed.fsdp_settings import Sharding
 from dtrain.engine.train_step import Task
 from dtrain.engine.valid_loaders import by_name, split_of
@@ -66,7 +67,7 @@ def make_plan(task: Task, settings: Settings, ranks: int, *, cpu: bool = False) 
         in_all = step_samples(size, ranks, train)
     total = None if steps is None else -(-steps // train.accumulation) * epochs
     bounds = [bound for bound in (total, train.max_steps) if bound is not None]
-    loaders = {"train": task.dl_train} | {split_of(name): one for name, one in by_name(task.dl_valid).items()}
+    loaders = train_splits(task.dl_train) | {split_of(name): one for name, one in by_name(task.dl_valid).items()}
     how: dict[str, Any] = {"fetch_batches": train.fetch_batches, "cpu": cpu}
     placed = dry_words(train.data_on_device, loaders, **how)
     return Plan(ranks, per_rank, in_all, steps, epochs, min(bounds, default=None), placed)

@@ -9,6 +9,7 @@ import torch
 
 from dtrain.config import Settings
 from dtrain.config.schema import TrainConfig
+from dtrain.data.loader_group import batch_size_of
 from dtrain.distributed.fsdp_settings import chosen_sharding
 from dtrain.distributed.seeding import seed_everything
 from dtrain.distributed.world import World
@@ -46,11 +47,7 @@ def load_bound(settings: Settings, initial: InitialWeights | None = None) -> tup
 
 def loader_batch(task: Task) -> int | None:
     """Returns the batch size of the training loader; None where it cannot tell."""
-    loader = task.dl_train
-    size = getattr(loader, "batch_size", None)
-    if size is None:
-        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    return size if isinstance(size, int) else None
+    return batch_size_of(task.dl_train)
 
 
 def step_samples(batch: int, ranks: int, train: TrainConfig) -> int:

@@ -39,3 +39,20 @@ def wandb_rows(file: Path) -> list[dict[str, float]]:
             items = {(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
             rows.append({k: v for k, v in items.items() if not k.startswith(("_", "step/", "gpu/", "history"))})
     return [row for row in rows if row]
+
+
+def wandb_media(file: Path) -> list[tuple[int, str, str]]:
+    """The step, name and type of each image, histogram and HTML in the run's history, and the files saved with it."""
+    from wandb.proto import wandb_internal_pb2
+
+    found = []
+    for data in _records(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "files":
+            found += [(-1, one.path, "file") for one in record.files.files if one.path.endswith("yaml")]
+        for item in record.history.item if kind == "history" else ():
+            if item.nested_key[-1:] == ["_type"] and item.nested_key[0] != "history":
+                found.append((record.history.step.num, item.nested_key[0], json.loads(item.value_json)))
+    return found

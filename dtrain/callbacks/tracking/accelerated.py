@@ -11,11 +11,12 @@ import numpy as np
 
 from dtrain.callbacks.tracking.about import as_parameters
 from dtrain.callbacks.tracking.base import RunEnd, TrackedRun
+from dtrain.callbacks.tracking.media_notes import MediaNotes
 from dtrain.callbacks.tracking.mlflow_tracker import MlflowBackend
 from dtrain.callbacks.tracking.threaded import Backend
 from dtrain.config.schema import TrackConfig, TrackioConfig
 from dtrain.files import make_folder
-from dtrain.rundir.media import Entry
+from dtrain.rundir.media import Entry, read_media
 
 TENSORBOARD = "tensorboard"  # folder of its events, in the run's
 
@@ -49,6 +50,10 @@ class TensorBoardBackend:
         self._writers = {part: TensorBoardTracker(part, folder, purge_step=step) for part, step in purge.items()}
         for writer in self._writers.values():
             writer.start()
+        self._media = MediaNotes(self._what.folder, self.name, upto=self._what.updates)
+        if self._media.are_new:  # what earlier versions sent they did not note
+            known = read_media(self._what.folder) if self._what.ids.get(self.name) else []
+            self._media.add(*(entry for entry in known if entry.step <= self._what.updates))
         texts = {"config": _as_code(self._what.config), "about": _as_code(self._what.about)}
         self._writers["epochs"].log(texts, step=0)
         return TENSORBOARD
@@ -68,6 +73,8 @@ class TensorBoardBackend:
 
     def log_media(self, entry: Entry, folder: Path) -> None:
         """Writes an image, a histogram or a text of a hook's; files have no place there."""
+        if entry in self._media:
+            return
         writer = self._writers["steps"].tracker
         if entry.kind == "image":
             from PIL import Image
@@ -90,6 +97,8 @@ class TensorBoardBackend:
                 counts.tolist(),
                 entry.step,
             )
+        writer.flush()
+        self._media.add(entry)
 
     def finish(self, end: RunEnd) -> None:
         """Writes the history as a table."""
@@ -118,6 +127,7 @@ class TrackioBackend:
         from accelerate.tracking import TrackioTracker
 
         before = self._what.ids.get(self.name)
+        self._media = MediaNotes(self._what.folder, self.name)
         self._name = name = before or self._what.folder.name
         self._tracker = TrackioTracker(
             self._options.project,
@@ -141,6 +151,22 @@ class TrackioBackend:
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Logs values; their step is the epoch, or the number of optimizer steps."""
         self._tracker.log({name: value for name, value in values.items() if value is not None}, step=step)
+
+    def log_media(self, entry: Entry, folder: Path) -> None:
+        """Logs an image, a histogram or a text of a hook's; files of a run have no place there."""
+        import trackio
+
+        if entry in self._media:
+            return
+        if entry.kind == "image":
+            self._tracker.log({entry.name: trackio.Image(str(folder / entry.file))}, step=entry.step)
+        elif entry.kind == "text":
+            text = (folder / entry.file).read_text(encoding="utf-8")
+            self._tracker.log({entry.name: trackio.Markdown(text)}, step=entry.step)
+        elif entry.kind == "histogram":
+            counted = (np.asarray(entry.counts), np.asarray(entry.edges))
+            self._tracker.log({entry.name: trackio.Histogram(np_histogram=counted)}, step=entry.step)
+        self._media.add(entry)
 
     def finish(self, end: RunEnd) -> None:
         """Ends the run; the history is in its metrics."""

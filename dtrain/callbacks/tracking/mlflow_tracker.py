@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -13,10 +14,12 @@ from urllib.parse import urlsplit
 from dtrain.callbacks.tracking.about import as_parameters
 from dtrain.callbacks.tracking.base import RunEnd, TrackedRun
 from dtrain.callbacks.tracking.files import read_json, write_json
+from dtrain.callbacks.tracking.media_notes import MediaNotes
 from dtrain.callbacks.tracking.wandb_worker import alone
 from dtrain.config.schema import MlflowConfig
-from dtrain.layout import HISTORY, TRACKING
+from dtrain.layout import HISTORY, MEDIA, TRACKING
 from dtrain.rundir.columns import EPOCH, OWN
+from dtrain.rundir.media import Entry, folder_of
 
 STATE = "mlflow.json"
 LOCK = "mlflow.lock"
@@ -43,6 +46,7 @@ class MlflowBackend:
         self._id = what.ids.get(self.name, "")
         self._held = contextlib.ExitStack()
         self._is_alone = False
+        self._notes: MediaNotes | None = None
 
     def load(self) -> bool:
         """Loads the library; returns whether a server is asked."""
@@ -103,6 +107,19 @@ class MlflowBackend:
         if EPOCH in numbers:
             numbers[_ROW] = numbers[EPOCH]  # the last one, where a store takes one after the other
         self._client.log_batch(self._id, [Metric(name, float(value), when, step) for name, value in numbers.items()])
+
+    def log_media(self, entry: Entry, folder: Path) -> None:
+        """Adds an image, a text or a file to the artifacts, below media/; a histogram as JSON."""
+        notes = self._notes = self._notes or MediaNotes(self._what.folder, self.name)
+        if entry in notes:
+            return
+        place = f"{MEDIA}/{folder_of(entry.name)}"
+        if entry.kind == "histogram":
+            content = json.dumps({"counts": list(entry.counts), "edges": list(entry.edges)})
+            self._client.log_text(self._id, content, f"{place}/step-{entry.step:08d}.json")
+        elif (folder / entry.file).is_file():  # else somebody has deleted it
+            self._client.log_artifact(self._id, str(folder / entry.file), place)
+        notes.add(entry)
 
     def finish(self, end: RunEnd) -> None:
         """Adds the history and, where they are asked for, weights; tells how the run ended."""

@@ -20,7 +20,8 @@ from dtrain.callbacks.tracking.tracking import Tracking
 from dtrain.callbacks.tracking.wandb_tracker import WandbTracker
 from dtrain.config import Settings
 from dtrain.config.schema import TrackConfig, WandbConfig
-from dtrain.layout import TRACKING
+from dtrain.layout import MEDIA, TRACKING
+from dtrain.rundir.media import read_media
 
 
 def start_tracking(  # noqa: PLR0913 - keyword-only
@@ -77,7 +78,10 @@ def start_tracking(  # noqa: PLR0913 - keyword-only
         for backend in backends(track, what)
     ]
     tracking.trackers += threads
+    before = [entry for entry in read_media(folder) if entry.step <= updates]  # later ones are made again
     for thread in threads:
+        for entry in before:
+            thread.log_media(entry, folder / MEDIA)
         thread.begin()
     return tracking
 

@@ -22,8 +22,9 @@ from dtrain.callbacks.tracking.wandb_worker import LOCK, alone
 from dtrain.callbacks.tracking.wanted import check_installed
 from dtrain.config.schema import MlflowConfig, TrackConfig
 from dtrain.errors import DtrainError, UsageError
-from dtrain.layout import CONFIG, TRACKING
+from dtrain.layout import CONFIG, MEDIA, TRACKING
 from dtrain.masking import redacted
+from dtrain.rundir.media import read_media
 
 _URI = "DTRAIN_TRACK__MLFLOW__URI"
 
@@ -137,6 +138,8 @@ def _send_to_mlflow(run: Path, options: MlflowConfig, entries: list[Entry], valu
             backend.log(entry.values, entry.values["epoch"], entry.at)
         elif not entry.is_row and entry.step > step:
             backend.log(entry.values, entry.step, entry.at)
+    for one in read_media(run):
+        backend.log_media(one, run / MEDIA)
     weights = Path(end["artifact"]) if end.get("artifact") else None  # a run that was resumed since has others
     backend.finish(
         RunEnd(
@@ -175,7 +178,7 @@ def _send(run: Path, entries: list[Entry], values: Values, wait: float) -> str:
     with tempfile.TemporaryDirectory(prefix="dtrain-sync-", ignore_cleanup_errors=True) as folder:
         try:
             sent = WandbRun(run, online=True, patience=wait, keep_in=Path(folder))
-            sent.send(entries)
+            sent.send(entries, read_media(run))
             sent.finish(values, end)
         except NotSentError as error:
             raise SyncError(

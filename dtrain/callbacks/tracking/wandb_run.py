@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import html
 import math
+import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dtrain.callbacks.tracking.files import ABOUT, read_json, write_json
+from dtrain.callbacks.tracking.media_notes import MediaNotes
 from dtrain.callbacks.tracking.probe import PATIENCE, last_step, no_key, what_is_wrong
 from dtrain.callbacks.tracking.values import Entry, Values
-from dtrain.layout import TRACKING
+from dtrain.layout import MEDIA, TRACKING
+from dtrain.rundir.media import Entry as MediaEntry
 
 STATE = "wandb.json"
 _INIT_SECONDS = 20.0
@@ -115,6 +120,9 @@ class WandbRun:
         self._at = time.time()  # and their time
         # What the server has, or what lies in the folder from before, is not sent twice.
         self._first = self._run.starting_step if online else self._state.get("written", -1) + 1
+        self._media = MediaNotes(run, "wandb" if online else "wandb-offline")
+        self._sent = set[MediaEntry]()  # here, and
+        self._at_step: dict[str, int] = {}  # at which step of W&B's, by name
         self._epoch = self._run.summary.get("epoch", 0) if online else self._state.get("epoch", math.inf)
 
     @property
@@ -122,24 +130,68 @@ class WandbRun:
         """Where it is to be seen."""
         return str(self._run.url or "")
 
-    def send(self, entries: Iterable[Entry]) -> None:
-        """Logs values, each at its own time; those that W&B has are left out.
+    def send(self, entries: Iterable[Entry], media: Iterable[MediaEntry] = ()) -> None:
+        """Logs values, each at its own time, and media between them; those that W&B has are left out.
 
         A row may be new at a step that is not: values of that step came before a run was stopped, and its epoch's end
-        after it was resumed. W&B takes nothing at a step that it has, so that such a row gets the next one.
+        after it was resumed. W&B takes nothing at a step that it has, so that such a row gets the next one, as
+        media do.
+
+        Args:
+            entries: the values.
+            media: images, histograms and texts, which are logged; and files, which are kept with W&B's run.
         """
+        waiting = deque(sorted((one for one in media if not self._has(one)), key=lambda one: one.step))
         for entry in entries:
-            if entry.step < self._first and not (entry.is_row and entry.values["epoch"] > self._epoch):
-                continue
-            self._step = max(self._step, entry.step, self._first)
-            values = dict(entry.values)
-            if entry.is_row:
-                for name in values.keys() - self._columns:
-                    self._run.define_metric(name, step_metric="epoch")
-                self._columns |= values.keys()
-            if entry.at:
-                values["_timestamp"] = self._at = entry.at
-            self._run.log(values, step=self._step)
+            while waiting and waiting[0].step < entry.step:
+                self._send_media(waiting.popleft())
+            self._send_values(entry)
+        for one in waiting:
+            self._send_media(one)
+
+    def _send_values(self, entry: Entry) -> None:
+        if entry.step < self._first and not (entry.is_row and entry.values["epoch"] > self._epoch):
+            return
+        self._step = max(self._step, entry.step, self._first)
+        values = dict(entry.values)
+        if entry.is_row:
+            for name in values.keys() - self._columns:
+                self._run.define_metric(name, step_metric="epoch")
+            self._columns |= values.keys()
+        if entry.at:
+            values["_timestamp"] = self._at = entry.at
+        self._run.log(values, step=self._step)
+
+    def _has(self, entry: MediaEntry) -> bool:
+        return entry in self._media and (entry.step < self._first or entry in self._sent)
+
+    def _send_media(self, entry: MediaEntry) -> None:
+        try:
+            self._log_media(entry)
+        except (OSError, ValueError) as error:  # a file that somebody has deleted ends no tracking of numbers
+            print(f"{entry.kind} {entry.name!r} of step {entry.step} is not sent: {error}", file=sys.stderr)  # noqa: T201
+        self._sent.add(entry)
+        self._media.add(entry)
+
+    def _log_media(self, entry: MediaEntry) -> None:
+        import wandb
+
+        file = self.folder / MEDIA / entry.file
+        if entry.kind == "file":
+            self._run.save(str(file), base_path=str(self.folder), policy="now")
+            return
+        # Of one name and step W&B keeps the last one.
+        self._step = max(self._step, entry.step, self._first, self._at_step.get(entry.name, -1) + 1)
+        self._at_step[entry.name] = self._step
+        value: Any
+        if entry.kind == "image":
+            value = wandb.Image(str(file), file_type="png")
+        elif entry.kind == "histogram":
+            value = wandb.Histogram(np_histogram=(list(entry.counts), list(entry.edges)))
+        else:
+            text = html.escape(file.read_text(encoding="utf-8", errors="replace"))
+            value = wandb.Html(f"<pre>{text}</pre>", inject=False)
+        self._run.log({entry.name: value}, step=self._step)
 
     def finish(self, values: Values, end: Mapping[str, Any]) -> None:
         """Ends W&B's run, and notes what it has.

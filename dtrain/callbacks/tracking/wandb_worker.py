@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.callbacks.tracking.files import ABOUT, read_json
+from dtrain.callbacks.tracking.media_notes import MediaIndex
 from dtrain.callbacks.tracking.values import Values
 from dtrain.callbacks.tracking.wandb_run import NotSentError, WandbRun, server
 from dtrain.files import open_below
@@ -114,6 +115,7 @@ class Sender:
         patience = self._options["wait_seconds"]
         self._run = WandbRun(self._folder, online=online, patience=patience, watched=self._watched)
         self.online = online
+        self._media = MediaIndex(self._folder)
         self._values = Values(self._folder)  # from the start: what W&B has it leaves out itself
 
     def _go_online(self, url: str) -> str:
@@ -127,7 +129,8 @@ class Sender:
 
     def send(self) -> None:
         """Sends what has come."""
-        self._run.send(self._values.news())
+        values = self._values.news()
+        self._run.send(values, self._media.news())  # read after them, so that none comes later than its values
         if self._wants_online and not self.online and time.monotonic() - self._asked > _AGAIN_SECONDS:
             self._ask_again()
 
@@ -141,7 +144,8 @@ class Sender:
 
     def finish(self, end: Mapping[str, Any]) -> str:
         """Sends what is left; returns why that could not be done, "" where it could."""
-        self._run.send(self._values.news(everything=bool(end)))
+        values = self._values.news(everything=bool(end))
+        self._run.send(values, self._media.news())
         if not end:  # it was killed; the next one that goes on with it may be waiting
             threading.Timer(_KILLED_SECONDS, os._exit, (1,)).start()
         try:

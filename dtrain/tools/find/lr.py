@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dtrain.config import Settings
 from dtrain.config.schema import leaves
+from dtrain.data.loader_group import has_iterator
 from dtrain.data.partition import RankBatch
 from dtrain.distributed.world import World
 from dtrain.engine.callback import EngineCallback, Order
@@ -101,7 +102,7 @@ def find_lr(settings: Settings, world: World, rates: list[float], tell: Tell | N
     if task.optimizer is not None:
         agree(world, lambda: ratios_of(task.optimizer, own_rate(task.optimizer)))  # type: ignore[arg-type]
     task.dl_valid, task.valid_step, task.scheduler = None, None, None
-    once = isinstance(task.dl_train, Iterator)
+    once = has_iterator(task.dl_train)
     short = shortened(settings, max_steps=len(rates))
     epochs = 1 if once else len(rates)
     how: dict[str, Any] = {"hooks": IN_TRAINING, "nan": "ignore", "epoch_steps": None}

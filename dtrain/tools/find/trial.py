@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dtrain.config import Settings
 from dtrain.data.dataloaders import with_batch_size
+from dtrain.data.loader_group import LoaderGroup
 from dtrain.data.partition import RankBatch
 from dtrain.distributed.dtensor import local_part
 from dtrain.distributed.world import World
@@ -87,6 +88,11 @@ def _task(settings: Settings, batch: int, ranks: int) -> tuple[Task, dict[str, A
         settings.config.data[_KEY] = batch * times
     _, task = load_bound(settings)
     loader = task.dl_train
+    if isinstance(loader, LoaderGroup):
+        raise UsageError(
+            f"{recipe.path}: there are {len(loader.loaders)} training loaders ({', '.join(loader.loaders)}), and a "
+            "search for the batch size needs one. Let build_dataloaders return one of them for it."
+        )
     if batch and not takes:
         task.dl_train = loader = with_batch_size(loader, batch * times)
     size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
