@@ -244,6 +244,8 @@ class Sequence(Struct):
         if self.samples is not None:
             return length if self.samples else super().sizes()
         parts = super().sizes()
+        if parts and not self.of_one_sort():
+            return parts  # features and labels, say: as samples they would be alike
         return None if parts is None else length | parts
 
     def preferred(self) -> frozenset[int] | None:

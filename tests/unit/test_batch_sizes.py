@@ -207,3 +207,10 @@ def test_the_users_functions_are_held_to_what_they_are_for() -> None:
             BatchReader(BatchFunctions(lambda batch: batch.shape[1], wrong), ranks=3).cut(x, 0, 2)
     with pytest.raises(UsageError, match="batch_size = 4: should be a function"):
         BatchFunctions(4)  # type: ignore[arg-type]
+
+
+def test_features_and_labels_of_several_loaders_are_not_taken_for_two_samples() -> None:
+    x, y = torch.zeros(32, 4), torch.zeros(32, dtype=torch.long)
+    with pytest.raises(DataError, match="the number of samples in a batch of the train loader is not known"):
+        BatchReader().size_of({"a": [x, y], "b": [torch.zeros(16, 4), torch.zeros(16, 1)]})
+    assert BatchReader().size_of({"a": [x, y], "b": [torch.zeros(32, 4), torch.zeros(32, 1)]}) == 32
