@@ -14,12 +14,11 @@ import dtrain
 
 def read_lines(samples):
     lines = [line.strip().encode() for name in sorted(topics) for line in topics[name].splitlines()]
-    return [torch.tensor(list(line)) for line in lines if 20 <= len(line) <= 80][:samples]
+    return [torch.tensor(list(line)) for line in [line for line in lines if 20 <= len(line) <= 80][:samples]]
 
 
-def collate(lines):  # 0 is padding
-    tokens = pad_sequence(lines, batch_first=True)
-    return tokens[:, :-1], tokens[:, 1:]
+def collate(lines):  # (lines, longest); 0 is padding
+    return pad_sequence(lines, batch_first=True)
 
 
 class Transformer(nn.Module):
@@ -53,10 +52,10 @@ def build_optimizer(model, lr: float = 3e-3):
     return torch.optim.AdamW(model.parameters(), lr=lr)
 
 
-def train_step(model, tokens, targets):
-    logits, count = model(tokens), (targets != 0).sum()
+def train_step(model, tokens):
+    logits, targets = model(tokens[:, :-1]), tokens[:, 1:]
     loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=0, reduction="sum")
-    correct = (logits.argmax(-1) == targets)[targets != 0].sum()
+    correct, count = (logits.argmax(-1) == targets)[targets != 0].sum(), (targets != 0).sum()
     return {"loss": dtrain.Mean(loss, count), "accuracy": dtrain.Mean(correct, count)}
 
 
@@ -68,5 +67,6 @@ def after_epoch(row):
 
 
 def predict_step(model, tokens):  # how well each line is predicted: nats per character
-    log_p = model(tokens)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-    return -(log_p * (tokens[:, 1:] != 0)).sum(1) / (tokens[:, 1:] != 0).sum(1)
+    targets = tokens[:, 1:]
+    log_p = model(tokens[:, :-1]).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    return -(log_p * (targets != 0)).sum(1) / (targets != 0).sum(1)

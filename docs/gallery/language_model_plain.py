@@ -12,12 +12,11 @@ from torch.utils.data import DataLoader
 
 def read_lines(samples):
     lines = [line.strip().encode() for name in sorted(topics) for line in topics[name].splitlines()]
-    return [torch.tensor(list(line)) for line in lines if 20 <= len(line) <= 80][:samples]
+    return [torch.tensor(list(line)) for line in [line for line in lines if 20 <= len(line) <= 80][:samples]]
 
 
-def collate(lines):  # 0 is padding
-    tokens = pad_sequence(lines, batch_first=True)
-    return tokens[:, :-1], tokens[:, 1:]
+def collate(lines):  # (lines, longest); 0 is padding
+    return pad_sequence(lines, batch_first=True)
 
 
 class Transformer(nn.Module):
@@ -35,8 +34,8 @@ class Transformer(nn.Module):
         return self.logits(self.layers(hidden, mask=mask, is_causal=True))
 
 
-def loss_and_correct(model, tokens, targets):  # sums over tokens
-    logits = model(tokens)
+def sums(model, tokens):  # over the tokens: loss, correct predictions, their number
+    logits, targets = model(tokens[:, :-1]), tokens[:, 1:]
     loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=0, reduction="sum")
     return loss, (logits.argmax(-1) == targets)[targets != 0].sum(), (targets != 0).sum()
 
@@ -56,9 +55,9 @@ def main(epochs=5, samples=2400, batch_size=32, lr=3e-3):
         for name, loader in (("", train), ("val_", valid)):
             model.train(loader is train)
             total = correct = count = 0
-            for tokens, targets in loader:
+            for tokens in loader:
                 with torch.set_grad_enabled(loader is train):
-                    loss, right, number = loss_and_correct(model, tokens, targets)
+                    loss, right, number = sums(model, tokens)
                 if loader is train:
                     optimizer.zero_grad()
                     (loss / number).backward()

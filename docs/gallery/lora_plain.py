@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 def read_lines(samples):
     lines = [line.strip().encode() for name in sorted(topics) for line in topics[name].splitlines()]
-    return [torch.tensor(list(line)) for line in lines if 20 <= len(line) <= 80][:samples]
+    return [torch.tensor(list(line)) for line in [line for line in lines if 20 <= len(line) <= 80][:samples]]
 
 
 def collate(lines):

@@ -38,7 +38,7 @@ class Shards(IterableDataset):
         paths = chance.sample(self.paths, len(self.paths)) if self.shuffle else self.paths
         paths = paths[self.rank :: self.world_size]
         for path in paths[worker.id :: worker.num_workers] if worker else paths:
-            rows = [json.loads(line) for line in path.open()]
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
             for row in chance.sample(rows, len(rows)) if self.shuffle else rows:
                 yield torch.tensor(row["x"]) / 16, row["y"]
 
@@ -51,7 +51,7 @@ def build_dataloaders(folder: Path = Path("data/shards"), samples: int = 1797, b
     write_shards(folder, samples)
     paths = sorted(folder.glob("*.jsonl"))
     train = DataLoader(Shards(paths[:-2], shuffle=True), batch_size, num_workers=workers)
-    return train, DataLoader(Shards(paths[-2:]), 100)
+    return train, DataLoader(list(Shards(paths[-2:])), 100)  # read whole: then predict works on ranks
 
 
 def build_optimizer(model, lr: float = 5e-3):

@@ -31,7 +31,7 @@ class Shards(IterableDataset):
         chance, worker = random.Random(self.epoch), get_worker_info()
         paths = chance.sample(self.paths, len(self.paths)) if self.shuffle else self.paths
         for path in paths[worker.id :: worker.num_workers] if worker else paths:
-            rows = [json.loads(line) for line in path.open()]
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
             for row in chance.sample(rows, len(rows)) if self.shuffle else rows:
                 yield torch.tensor(row["x"]) / 16, row["y"]
 

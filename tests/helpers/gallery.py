@@ -13,11 +13,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from dtrain.config import load_settings
 from dtrain.distributed.seeding import derive
@@ -49,7 +49,7 @@ class Case:
     words: tuple[str, ...] = ()
     epochs: int = 8
     metric: str = "val_loss"
-    small: dict[str, Any] = dataclasses.field(default_factory=lambda: {"samples": 160, "batch_size": 24})
+    small: dict[str, Any] = dataclasses.field(default_factory=lambda: {"samples": 80, "batch_size": 20})
     words_small: tuple[str, ...] | None = None
     sharded: bool = False
     needs: tuple[str, ...] = ()
@@ -77,20 +77,20 @@ CASES = {
     "stream": Case(
         ("train.epoch_steps=100",),
         8,
-        small={"epoch_steps": 6, "batch_size": 24},
-        words_small=("train.epoch_steps=6", "data.batch_size=PART"),
+        small={"epoch_steps": 3, "batch_size": 24},
+        words_small=("train.epoch_steps=3", "data.batch_size=PART"),
         sharded=True,
     ),
-    "shards": Case((), 6, "val_accuracy", {"samples": 500, "workers": 0, "batch_size": 24}, sharded=True),
+    "shards": Case((), 6, "val_accuracy", {"samples": 250, "workers": 0, "batch_size": 24}, sharded=True),
     "distillation": Case(
         (BATCH, "checkpoint.weights=trained", "checkpoint.monitor=val_accuracy"),
         8,
         "val_accuracy",
-        {"samples": 160, "batch_size": 24, "steps": 5},
-        ("data.samples=160", "data.batch_size=24", "model.steps=5"),
+        {"samples": 80, "batch_size": 20, "steps": 5},
+        ("data.samples=80", "data.batch_size=20", "model.steps=5"),
     ),
-    "multitask": Case((BATCH,), 10, "val_digits_accuracy", {"samples": 300}),
-    "detection": Case((BATCH,), 8, "val_ap", {"samples": 48, "batch_size": 10}),
+    "multitask": Case((BATCH,), 10, "val_digits_accuracy", {"samples": 100}),
+    "detection": Case((BATCH,), 8, "val_ap", {"samples": 24, "batch_size": 8}),
     "callbacks": Case((BATCH, "early_stopping.monitor=val_kappa", "early_stopping.target=0.95"), 10, "val_kappa"),
 }
 
@@ -140,6 +140,28 @@ class StepSeeds(DataLoader):  # type: ignore[type-arg]
             start += len(first if isinstance(first, torch.Tensor) else first[0])
 
 
+def merged(ranks: int) -> Any:
+    """A plain loop's DataLoader of shards, whose k-th batch has the k-th batches of so many ranks.
+
+    A rank's part of the shards is what a worker's would be.
+    """
+
+    class Merged(DataLoader):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[Any]:
+            if not self.dataset.shuffle:
+                return super().__iter__()
+            known, parts = type(self.dataset).__iter__.__globals__, []
+            for rank in range(ranks):
+                known["get_worker_info"] = lambda rank=rank: SimpleNamespace(id=rank, num_workers=ranks)
+                parts.append(list(self.dataset))
+            known["get_worker_info"] = lambda: None
+            size = self.batch_size
+            together = ([row for part in parts for row in part[k : k + size]] for k in itertools.count(0, size))
+            return map(default_collate, itertools.takewhile(bool, together))
+
+    return Merged
+
+
 def plain_rows(files: Path, name: str, folder: Path, loader: Any = StepSeeds, **small: Any) -> list[dict[str, Any]]:
     """Runs a plain loop in a folder of its own, and returns its history."""
     with _restored():
@@ -161,7 +183,11 @@ def train_once(world: World, files: Path, name: str, folder: Path, words: list[s
         restored = restore_run(folder / "it", settings, "last", world)
         evaluated, predicted = evaluate_run(restored, world), predict_run(restored, world)
     rows = read_history(folder / "it").drop(columns=list(TIMES)).to_dict("records")
-    return {"rows": rows, "evaluated": dict(evaluated.means), "predicted": json.loads(json.dumps(predicted, default=_listed))}
+    return {
+        "rows": rows,
+        "evaluated": dict(evaluated.means),
+        "predicted": json.loads(json.dumps(predicted, default=_listed)),
+    }
 
 
 def _listed(value: Any) -> Any:

@@ -28,6 +28,7 @@ _HEAVY = [
     "torch._dynamo",  # which each rank's first optimizer imports
     "accelerate",
     "pandas",
+    "sklearn.datasets",
     "dtrain.trainer.train",
     "dtrain.api.function",
     "dtrain.api.keras",
