@@ -1,5 +1,7 @@
 """What callbacks are for: unfreezing, growing images, pictures, a target, an object with state."""
 
+from collections import OrderedDict
+
 import torch
 from sklearn.datasets import load_digits
 from sklearn.metrics import cohen_kappa_score, confusion_matrix
@@ -27,19 +29,10 @@ class Digits(Dataset):
         return interpolate(self.x[index, None], size=size)[0], self.y[index]
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        convolutions = [nn.Conv2d(1, 16, 3, 1, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 1, 1), nn.ReLU()]
-        self.body = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(4), nn.Flatten())
-        self.head = nn.Linear(512, 10)
-
-    def forward(self, x):
-        return self.head(self.body(x))
-
-
 def build_model():
-    return Net()
+    convolutions = [nn.Conv2d(1, 16, 3, 1, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 1, 1), nn.ReLU()]
+    body = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    return nn.Sequential(OrderedDict(body=body, head=nn.Linear(512, 10)))
 
 
 def build_dataloaders(samples: int = 1797, batch_size: int = 32):
@@ -61,11 +54,8 @@ def valid_step(model, x, y):
     return {"loss": cross_entropy(out, y), "kappa": (y, out.argmax(1))}
 
 
-last = {}
-
-
 def kappa(true, predicted):  # called once per epoch, on rank 0
-    last["confusion"] = confusion_matrix(true, predicted)
+    kappa.confusion = confusion_matrix(true, predicted)
     return cohen_kappa_score(true, predicted)
 
 
@@ -80,7 +70,7 @@ def before_epoch(model, epoch):
 def after_epoch(model, run):
     run.histogram("head", model.head.weight)
     if run.is_main:
-        run.image("confusion", last["confusion"] / 10)
+        run.image("confusion", kappa.confusion / 10)
 
 
 class Best(dtrain.Callback):  # its state is in the checkpoints

@@ -1,5 +1,7 @@
 """A plain loop with what callbacks are for: unfreezing, growing images, pictures, a target, the best epoch."""
 
+from collections import OrderedDict
+
 import torch
 from sklearn.datasets import load_digits
 from sklearn.metrics import cohen_kappa_score, confusion_matrix
@@ -23,20 +25,15 @@ class Digits(Dataset):
         return interpolate(self.x[index, None], size=size)[0], self.y[index]
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        convolutions = [nn.Conv2d(1, 16, 3, 1, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 1, 1), nn.ReLU()]
-        self.body = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(4), nn.Flatten())
-        self.head = nn.Linear(512, 10)
-
-    def forward(self, x):
-        return self.head(self.body(x))
+def network():
+    convolutions = [nn.Conv2d(1, 16, 3, 1, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 1, 1), nn.ReLU()]
+    body = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    return nn.Sequential(OrderedDict(body=body, head=nn.Linear(512, 10)))
 
 
 def main(epochs=10, samples=1797, batch_size=32, lr=3e-3, target=0.95, folder="board"):
     torch.manual_seed(42)
-    model = Net()
+    model = network()
     cut = samples * 3 // 4
     data = Digits(0, cut, sizes=(6, 7, 8))
     train = DataLoader(data, batch_size, shuffle=True, generator=torch.Generator().manual_seed(0))

@@ -40,7 +40,7 @@ def build_model(width: int = 64, layers: int = 2):
     return Transformer(width, layers)
 
 
-def build_dataloaders(samples: int = 2400, batch_size: int = 32):
+def build_dataloaders(samples: int = 1600, batch_size: int = 32):
     lines = read_lines(samples)
     cut = len(lines) * 9 // 10
     generator = torch.Generator().manual_seed(0)

@@ -40,7 +40,7 @@ def sums(model, tokens):  # over the tokens: loss, correct predictions, their nu
     return loss, (logits.argmax(-1) == targets)[targets != 0].sum(), (targets != 0).sum()
 
 
-def main(epochs=5, samples=2400, batch_size=32, lr=3e-3):
+def main(epochs=5, samples=1600, batch_size=32, lr=3e-3):
     torch.manual_seed(42)
     model = Transformer(width=64, layers=2)
     lines = read_lines(samples)

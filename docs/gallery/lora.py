@@ -24,7 +24,7 @@ def collate(lines):
 def gpt2():  # without its weights: nothing is downloaded
     sizes = {"vocab_size": 256, "n_positions": 80, "n_embd": 64, "n_layer": 2, "n_head": 4}
     dropout = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **dropout, bos_token_id=0, eos_token_id=0))
+    return GPT2LMHeadModel(GPT2Config(**sizes, **dropout, initializer_range=0.1, bos_token_id=0, eos_token_id=0))
 
 
 def build_model(base: str = "", rank: int = 8):
@@ -33,7 +33,7 @@ def build_model(base: str = "", rank: int = 8):
     return get_peft_model(model, lora) if rank else model
 
 
-def build_dataloaders(samples: int = 2000, batch_size: int = 16):
+def build_dataloaders(samples: int = 1000, batch_size: int = 16):
     lines = read_lines(samples)
     cut = len(lines) * 9 // 10
     generator = torch.Generator().manual_seed(0)

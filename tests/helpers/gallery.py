@@ -61,6 +61,11 @@ class Case:
         words = [*self.words, *(given if self.words_small is None else self.words_small)]
         return [*(word.replace("PART", str(24 // ranks)) for word in words), "epochs=2"]
 
+    def full_words(self, ranks: int, folder: str) -> list[str]:
+        """The words of a run of the recipe as it is; a stream's batches are parts of the plain loop's."""
+        more = [f"data.batch_size={32 // ranks}"] if self.sharded else []
+        return [*self.words, *more, f"epochs={self.epochs}"]
+
     def missing(self) -> list[str]:
         """The packages that are not installed."""
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
@@ -178,6 +183,8 @@ def plain_rows(files: Path, name: str, folder: Path, loader: Any = StepSeeds, **
 def train_once(world: World, files: Path, name: str, folder: Path, words: list[str]) -> dict[str, Any]:
     """Trains a recipe on this rank, or goes on with what is in the folder; evaluates it and predicts with it."""
     with _restored():
+        folder.mkdir(parents=True, exist_ok=True)
+        os.chdir(folder)  # where a recipe writes the data that it makes
         settings = load_settings(str(files / f"{name}.py"), [*words, f"run.dir={folder}", "run.name=it"], {})
         train.train_run(settings, world)
         restored = restore_run(folder / "it", settings, "last", world)
