@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from dtrain.distributed.world import World
 
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for all runs
+PATIENCE = 900.0
 HERE = [name for name, case in CASES.items() if not case.missing()]
 RANKS = some([2], [3])
 # On how many ranks each is killed: as it begins its fourth step, of three or more an epoch.
@@ -60,11 +62,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     copy_double(folder)
     found: dict[Any, Any] = {"folder": folder}
     for ranks, name in KILLED:
-        run_ranks(killed, ranks, ends=-9, folder=str(folder), name=name)
+        run_ranks(killed, ranks, PATIENCE, ends=-9, folder=str(folder), name=name)
         found["left", ranks, name] = checkpoints(folder / f"killed-{ranks}" / name)
     for ranks in (1, *RANKS):
         names = [name for number, name in KILLED if number == ranks]
-        found[ranks] = run_ranks(alone if ranks == 1 else recipes, ranks, folder=str(folder), resumed=names)
+        found[ranks] = run_ranks(alone if ranks == 1 else recipes, ranks, PATIENCE, folder=str(folder), resumed=names)
     return found
 
 
