@@ -46,7 +46,7 @@ def main(words: list[str]) -> None:
         kept = {key: value for key, value in rows["plain"].items() if key != "epoch"}
         found[name] = {run: {key: float(f"{row[key]:.6g}") for key in kept} for run, row in rows.items()}
         RESULTS.write_text(json.dumps({name: found[name] for name in CASES if name in found}, indent=2) + "\n")
-        print(name, {run: row[CASES[name].metric] for run, row in rows.items()}, flush=True)
+        print(name, found[name], flush=True)
 
 
 if __name__ == "__main__":
