@@ -1,10 +1,11 @@
-"""Writes what of the pages is made from the code: the table of keys in configs.md, and api.md.
+"""Writes what of the pages is made from the code: the table of keys in configs.md, api.md, and the gallery.
 
-`python docs/make.py` writes both; tests/unit/test_docs_made.py tells when that is due.
+`python docs/make.py` writes them; tests/unit/test_docs_made.py tells when that is due.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 import sys
@@ -53,7 +54,18 @@ def pages() -> dict[Path, str]:
     configs = DOCS / "configs.md"
     head, _, rest = configs.read_text(encoding="utf-8").partition(_BEGIN)
     tail = rest.partition(_END)[2]
-    return {configs: f"{head}{_BEGIN}\n\n{keys()}\n{_END}{tail}", DOCS / "api.md": api()}
+    made = {configs: f"{head}{_BEGIN}\n\n{keys()}\n{_END}{tail}", DOCS / "api.md": api()}
+    return made | _beside("gallery_pages").pages()
+
+
+def _beside(name: str) -> Any:
+    """Returns a module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # --- the keys of a config

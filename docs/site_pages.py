@@ -21,9 +21,10 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Pages link to each other as on the disk; what is in the repository alone is named without a link."""
-    return re.sub(r"\[([^\]]*)\]\(\.\./((?!docs/)[^)]*)\)", lambda match: _linked(match[1], match[2]), markdown)
+    outside = re.escape("../" * (page.file.src_uri.count("/") + 1))  # from a folder of docs/, ../ is docs/ itself
+    return re.sub(rf"\[([^\]]*)\]\({outside}((?!docs/)[^)]*)\)", lambda match: _linked(match[1], match[2]), markdown)
 
 
 def _of_site(text: str) -> str:

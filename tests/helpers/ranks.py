@@ -28,6 +28,7 @@ _HEAVY = [
     "torch._dynamo",  # which each rank's first optimizer imports
     "accelerate",
     "pandas",
+    "sklearn.datasets",
     "dtrain.trainer.train",
     "dtrain.api.function",
     "dtrain.api.keras",
@@ -48,7 +49,12 @@ _HEAVY = [
 
 
 def run_ranks(
-    function: Callable[..., Any], size: int, timeout: float = 240, env: dict[str, str] | None = None, **arguments: Any
+    function: Callable[..., Any],
+    size: int,
+    timeout: float = 240,
+    env: dict[str, str] | None = None,
+    ends: int = 0,
+    **arguments: Any,
 ) -> list[Any]:
     """Calls `function(world, **arguments)` on `size` CPU ranks.
 
@@ -57,10 +63,11 @@ def run_ranks(
         size: number of ranks.
         timeout: seconds for all of them.
         env: more environment variables.
+        ends: the exit code that each rank must end with; -9 for SIGKILL.
         arguments: JSON values.
 
     Returns:
-        each rank's result, in rank order.
+        each rank's result, in rank order; nothing where they end with another code than 0.
     """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +90,9 @@ def run_ranks(
                 rank.kill()
                 rank.join()
         codes = [rank.exitcode for rank in ranks]
-        assert codes == [0] * size, f"exit codes by rank: {codes}"
+        assert codes == [ends] * size, f"exit codes by rank: {codes}"
+        if ends:
+            return []
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
 
 
