@@ -11,6 +11,7 @@ from dtrain.cli import check, find
 from dtrain.cli.bench import bench, bench_rank
 from dtrain.cli.doctor import doctor, doctor_node, doctor_rank
 from dtrain.cli.evaluate import evaluate, predict, summary
+from dtrain.cli.export import export
 from dtrain.cli.guard import this_is_the_command_line
 from dtrain.cli.history import history
 from dtrain.cli.init import init
@@ -37,11 +38,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _verb in (
-    *(init, train, evaluate, summary, bench, doctor),
+    *(init, train, evaluate, export, summary, bench, doctor),
     *(submit, jobs, logs, cancel, requeue),
     *(history, plot, report, sync),
 ):
-    app.command(cls=TakesValues if _verb in (train, evaluate, summary, bench, submit) else None)(_verb)
+    app.command(cls=TakesValues if _verb in (train, evaluate, export, summary, bench, submit) else None)(_verb)
 app.command(name="bench-rank", hidden=True)(bench_rank)
 app.command(name="doctor-rank", hidden=True)(doctor_rank)
 app.command(name="doctor-node", hidden=True)(doctor_node)

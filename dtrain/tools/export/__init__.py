@@ -1,0 +1,1 @@
+"""A trained net as a file that other programs run: safetensors, torch.export and ONNX, compared before it has its name."""
