@@ -93,6 +93,8 @@ def predict(
 ) -> None:
     """Write a run's predictions to a file, in dataset order, one row per sample.
 
+    Where the recipe has build_classes(), a row is the label and the probabilities.
+
     Examples: dtrain predict runs/digits-1 -o digits.csv; dtrain predict runs/digits-1 -o digits.npy -n 2 --cpu
     """
     with reported():
@@ -104,12 +106,16 @@ def predict(
 
         def work(world: World) -> None:
             from dtrain.trainer.agreed import agree
+            from dtrain.trainer.classes import with_labels
             from dtrain.trainer.evaluate import chosen_loader, predict_run, restore_run
             from dtrain.trainer.export import write_predictions
 
             restored = restore_run(run, settings, checkpoint, world)
             name, _ = agree(world, lambda: chosen_loader(restored, data.value, loader))
             predictions = predict_run(restored, world, data.value, loader)
+            classes = restored.classes
+            if classes is not None:
+                predictions = agree(world, lambda: with_labels(predictions, classes, ending=out.suffix))
             agree(world, lambda: write_predictions(predictions, out) if world.is_main else None)
             if world.is_main:
                 with piped():

@@ -23,6 +23,7 @@ from dtrain.engine.valid_loaders import by_name
 from dtrain.errors import RecipeError, UsageError, nearest
 from dtrain.recipe.loader import bind, load_recipe
 from dtrain.trainer.agreed import agree
+from dtrain.trainer.classes import BUILDER, classes_of
 from dtrain.trainer.initial import base_of_run
 
 Split = Literal["valid", "train"]
@@ -81,7 +82,8 @@ def _restored(folder: Path, settings: Settings, name: str) -> RestoredRun:
     step = getattr(recipe.module, "predict_step", None)
     if step is not None and not callable(step):
         raise RecipeError(f"{recipe.path}: predict_step is {step!r}, not a function predict_step(model, features).")
-    return RestoredRun(task, step, saved, settings)
+    classes = classes_of(getattr(recipe.module, BUILDER, None), recipe.path, task.dl_train)
+    return RestoredRun(task, step, saved, settings, classes)
 
 
 def evaluate_run(restored: RestoredRun, world: World) -> PassResult:
