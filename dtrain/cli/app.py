@@ -9,6 +9,7 @@ import typer
 from dtrain import __version__
 from dtrain.cli import check, find
 from dtrain.cli.bench import bench, bench_rank
+from dtrain.cli.clean import clean
 from dtrain.cli.doctor import doctor, doctor_node, doctor_rank
 from dtrain.cli.evaluate import evaluate, predict, summary
 from dtrain.cli.export import export
@@ -40,7 +41,7 @@ app = typer.Typer(
 for _verb in (
     *(init, train, evaluate, export, summary, bench, doctor),
     *(submit, jobs, logs, cancel, requeue),
-    *(history, plot, report, sync),
+    *(history, plot, report, clean, sync),
 ):
     app.command(cls=TakesValues if _verb in (train, evaluate, export, summary, bench, submit) else None)(_verb)
 app.command(name="bench-rank", hidden=True)(bench_rank)
