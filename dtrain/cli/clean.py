@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from dtrain.tools.clean import Item
 
+
 def clean(
     names: RunNames = None,
     *,

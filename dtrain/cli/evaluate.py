@@ -50,9 +50,7 @@ Ranks = Annotated[int | None, typer.Option("-n", "--ranks", min=1, help="Number 
 Cpu = Annotated[bool, typer.Option("--cpu", help="Use the CPU even if there is a GPU.")]
 
 
-def evaluate(
-    run: Run, words: Words = None, checkpoint: Saved = "best", ranks: Ranks = None, cpu: Cpu = False
-) -> None:
+def evaluate(run: Run, words: Words = None, checkpoint: Saved = "best", ranks: Ranks = None, cpu: Cpu = False) -> None:
     """Evaluate a run's saved weights on its validation data.
 
     Examples: dtrain evaluate runs/digits-1; dtrain evaluate runs/digits-1 valid_samples=100 -n 2 --cpu

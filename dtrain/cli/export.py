@@ -20,7 +20,9 @@ def export(
     *,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", metavar="FILE", help="FILE.safetensors, .pt2 or .onnx; default: by the run's name."),
+        typer.Option(
+            "-o", "--out", metavar="FILE", help="FILE.safetensors, .pt2 or .onnx; default: by the run's name."
+        ),
     ] = None,
     form: Annotated[
         str | None,
@@ -65,9 +67,16 @@ def export(
                 run, settings, checkpoint, world, file=file, kind=kind, force=force, tolerance=tolerance
             )
             with piped():
-                sizes = f"batches of {', '.join(map(str, made.sizes))} samples" if len(made.sizes) > 1 else "a batch"
-                typer.echo(f"max abs difference: {made.difference:.3g}, on {sizes} of validation data")
+                typer.echo(f"max abs difference: {made.difference:.3g}, {_compared(made.sizes)}")
                 typer.echo(f"{restored.where} of {run}: {made.file} ({made.bytes:,} bytes)")
 
         code = on_ranks(None, True, work, to_read=True)
     raise typer.Exit(code)
+
+
+def _compared(sizes: tuple[int, ...]) -> str:
+    """What was compared, in words."""
+    if not sizes:
+        return "of the weights (the recipe does not say how to call the model)"
+    *others, last = map(str, sizes)
+    return f"of the outputs for {', '.join(others)}{' and ' * bool(others)}{last} samples"

@@ -39,7 +39,9 @@ def classes_of(build: Any, path: Path, dl_train: Any) -> list[str] | None:
         raise RecipeError(f"{path}: {BUILDER} is {build!r}, not a function. Write def {BUILDER}(): return [...].")
     needed = [p for p in inspect.signature(build).parameters.values() if p.default is p.empty and p.kind < 2]
     if len(needed) > 1:
-        raise RecipeError(f"{path}: {BUILDER} takes nothing, or the training loader: {BUILDER}() or {BUILDER}(dl_train).")
+        raise RecipeError(
+            f"{path}: {BUILDER} takes nothing, or the training loader: {BUILDER}() or {BUILDER}(dl_train)."
+        )
     built = build(dl_train) if needed else build()
     if isinstance(built, (str, bytes, Mapping)) or not hasattr(built, "__iter__"):
         raise RecipeError(f"{path}: {BUILDER} returned {built!r}. Return a list of names, one per class.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +148,7 @@ def test_checkpoints_beyond_a_rule(tmp_path: Path, words: list[str], kept: set[s
     assert clean(tmp_path / "runs", *words, "--yes")[0] == 0
     assert {path.name for path in (run / "checkpoints").iterdir()} == kept
     (tmp_path / "far").mkdir()
-    os.rename(run / "checkpoints", tmp_path / "far/checkpoints")
+    (run / "checkpoints").rename(tmp_path / "far/checkpoints")
     (run / "checkpoints").symlink_to(tmp_path / "far/checkpoints")
     clean(tmp_path / "runs", "--keep-last", "1", "--yes")
     assert {path.name for path in (tmp_path / "far/checkpoints").iterdir()} == kept
@@ -165,4 +164,6 @@ def test_the_list_of_runs_counts_what_it_folds_away(runs: Path, capsys: pytest.C
     )
     assert {line.split()[0] for line in out.splitlines()[1:-1]} == {"mine", "one-epoch", "waiting", "within"}
     _show(found, whole, listed=True, chosen=None, width=None)  # a pipe, or --all
-    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]} == {path.name for path in runs.iterdir()}
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]} == {
+        path.name for path in runs.iterdir()
+    }

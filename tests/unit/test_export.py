@@ -94,7 +94,10 @@ def test_a_program_of_torch(net: Two, x: Tensor, tmp_path: Path) -> None:
     for size in (1, 2, 40):
         x, mask = torch.randn(size, 3), torch.randn(size)
         returned = program(mask=mask, x=x)
-        assert np.abs(returned["logits"].detach().numpy() - by_hand(net, x.double().numpy(), mask.double().numpy())).max() < 1e-5
+        assert (
+            np.abs(returned["logits"].detach().numpy() - by_hand(net, x.double().numpy(), mask.double().numpy())).max()
+            < 1e-5
+        )
         assert torch.equal(returned["label"], returned["logits"].argmax(1))
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt2"]
 
@@ -123,8 +126,11 @@ def test_one_sample_is_enough_to_trace(net: Two, x: Tensor, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (DataDependent, r"depends on values of the data, as in `if x.sum\(\) > 0` \(.*test_export.py, line \d+.*safetens"),
-        (FixedBatch, r"only takes batches of 5 samples.*--format safetensors"),
+        (
+            DataDependent,
+            r"depends on values of the data, as in `if x.sum\(\) > 0` \(.*test_export.py, line \d+.*to a \.safetensors file",
+        ),
+        (FixedBatch, r"only takes batches of 5 samples.*to a \.safetensors file"),
         (Random, r"was not written: its outputs for 5 samples differ by up to \d"),
     ],
 )
@@ -144,7 +150,7 @@ def test_a_file_whose_outputs_differ_is_not_kept(
     dtrain.export(net, tmp_path / "a.safetensors", x)
     before = (tmp_path / "a.safetensors").read_bytes()
     monkeypatch.setattr(checked, "tensors_of", lambda value, old=checked.tensors_of: [one + 1 for one in old(value)])
-    with pytest.raises(DtrainError, match="differ by up to 1 from the model's, and 0.0001"):
+    with pytest.raises(DtrainError, match=r"differ by up to 1 from the model's, and 0\.0001"):
         dtrain.export(net, tmp_path / "a.safetensors", x, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     assert (tmp_path / "a.safetensors").read_bytes() == before

@@ -1,1 +1,1 @@
-"""A trained net as a file that other programs run: safetensors, torch.export and ONNX, compared before it has its name."""
+"""A trained net as a file for other programs (safetensors, torch.export, ONNX), compared before it gets its name."""

@@ -51,7 +51,7 @@ def export(
     inputs = tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, inputs)
     named = dict(inputs) if isinstance(inputs, dict) else {}
     args = () if isinstance(inputs, dict) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    call = checked_call(args, named)
+    call = checked_call(args, named, batched=kind.is_program)
     net = copy.deepcopy(model).cpu()
     how: dict[str, Any] = {"kind": kind, "force": force, "tolerance": tolerance}
     return export_net(net, call, target, fresh=lambda: copy.deepcopy(net), **how).difference

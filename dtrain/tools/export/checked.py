@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.errors import DtrainError, UsageError
-from dtrain.tools.export.formats import Format, Runner
-from dtrain.tools.export.model_call import ModelCall, tensors_of
+from dtrain.tools.export.formats import Format, Runner, loaded_weights
+from dtrain.tools.export.model_call import WEIGHTS_ALONE, ModelCall, tensors_of
 
 TOLERANCE = 1e-4  # of the largest output, or of 1 where that is less
 _EPSILONS = 8  # as many steps of the outputs' own precision are always let pass
@@ -27,7 +27,7 @@ class Exported:
         file: its path.
         bytes: its size.
         difference: the largest absolute difference of any output from the net's own.
-        sizes: the batches that were compared, in samples.
+        sizes: the batches that were compared, in samples; none where the weights themselves were.
     """
 
     file: Path
@@ -47,12 +47,14 @@ def check_place(file: Path, *, force: bool) -> None:
     if not file.parent.is_dir():
         raise UsageError(f"-o {file}: no such folder: {file.parent}. Create it first.")
     if os.path.lexists(file) and not force:
-        raise UsageError(f"{file} already exists and is not overwritten. Use --force to replace it, or another -o FILE.")
+        raise UsageError(
+            f"{file} already exists and is not overwritten. Use --force to replace it, or another -o FILE."
+        )
 
 
 def export_net(  # noqa: PLR0913 - keyword-only after the net, its call and the file
     net: nn.Module,
-    call: ModelCall,
+    call: ModelCall | None,
     file: Path,
     *,
     kind: Format,
@@ -64,7 +66,8 @@ def export_net(  # noqa: PLR0913 - keyword-only after the net, its call and the 
 
     Args:
         net: the net, on the CPU; it is put in eval mode.
-        call: how it is called, for one batch.
+        call: how it is called, for one batch; None where that is unknown and the file holds weights alone, which are
+            then compared themselves.
         file: where; it appears whole and compared, or not at all.
         kind: of file.
         fresh: builds the net anew, for a file that holds weights alone.
@@ -79,11 +82,14 @@ def export_net(  # noqa: PLR0913 - keyword-only after the net, its call and the 
         DtrainError: the file's outputs differ from the net's; nothing is left of it.
     """
     net.eval()
-    wanted = _references(net, call, every_size=kind.is_program)
+    wanted = _references(net, call, every_size=kind.is_program) if call is not None else []
     with _placed(file, force=force) as part:
         kind.write(net, call, part)
-        run = kind.opened(part, fresh)
-        difference = max(_compared(one, outputs, run, file, tolerance) for one, outputs in wanted)
+        if call is None:
+            difference = _compared_weights(net, loaded_weights(part, fresh), file)
+        else:
+            run = kind.opened(part, fresh)
+            difference = max(_compared(one, outputs, run, file, tolerance) for one, outputs in wanted)
         size = part.stat().st_size
     return Exported(file, size, difference, tuple(one.samples for one, _ in wanted))
 
@@ -111,16 +117,16 @@ def _compared(call: ModelCall, expected: list[Tensor], run: Runner, file: Path, 
         outputs = run(call)
     except UsageError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever the file's runtime raises
         first = str(error).partition("\n")[0]
         raise DtrainError(
             f"{file.name} was not written: what was exported fails for a batch of {call.samples} samples: "
-            f"{type(error).__name__}: {first} Use --format safetensors."
+            f"{type(error).__name__}: {first} {WEIGHTS_ALONE}"
         ) from None
     if [tuple(one.shape) for one in outputs] != [tuple(one.shape) for one in expected]:
         raise DtrainError(
             f"{file.name} was not written: for {call.samples} samples it returns {_shapes(outputs)}, and the model "
-            f"{_shapes(expected)}. Use --format safetensors."
+            f"{_shapes(expected)}. {WEIGHTS_ALONE}"
         )
     worst = 0.0
     for one, other in zip(outputs, expected, strict=True):
@@ -133,6 +139,19 @@ def _compared(call: ModelCall, expected: list[Tensor], run: Runner, file: Path, 
             )
         worst = max(worst, difference)
     return worst
+
+
+def _compared_weights(net: nn.Module, other: nn.Module, file: Path) -> float:
+    """Returns 0, as the difference of equal weights.
+
+    Raises:
+        DtrainError: one differs.
+    """
+    there = other.state_dict()
+    for name, value in net.state_dict().items():
+        if isinstance(value, Tensor) and _difference(there[name], value, 0.0)[0] != 0:
+            raise DtrainError(f"{file.name} was not written: {name} differs from the model's.")
+    return 0.0
 
 
 def _difference(one: Tensor, other: Tensor, tolerance: float) -> tuple[float, float]:
@@ -157,7 +176,7 @@ def _shapes(tensors: list[Tensor]) -> str:
 
 @contextlib.contextmanager
 def _placed(file: Path, *, force: bool) -> Iterator[Path]:
-    """Yields a path beside the file, with its ending, which gets its name at the end; where that fails, nothing is left."""
+    """Yields a path beside the file, with its ending; it gets its name at the end, or nothing is left of it."""
     part = file.with_name(f".{file.stem}.part-{os.getpid()}{file.suffix}")
     try:
         yield part

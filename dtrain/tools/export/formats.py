@@ -31,14 +31,14 @@ class Format:
         name: what `--format` calls it.
         ending: of its files.
         packages: what has to be installed besides dtrain.
-        write: writes a net, called so, to a path.
+        write: writes a net, called so, to a path; how it is called may be None for weights alone.
         opened: returns what runs the file at a path; it gets a net with other weights, too.
     """
 
     name: str
     ending: str
     packages: tuple[str, ...]
-    write: Callable[[nn.Module, ModelCall, Path], None]
+    write: Callable[[nn.Module, Any, Path], None]
     opened: Callable[[Path, Callable[[], nn.Module]], Runner]
 
     @property
@@ -79,18 +79,23 @@ def format_of(name: str | None, file: Path | None) -> Format:
 # --- weights alone
 
 
-def _write_weights(net: nn.Module, _: ModelCall, path: Path) -> None:
+def _write_weights(net: nn.Module, _: ModelCall | None, path: Path) -> None:
     with path.open("wb") as file:
         file.writelines(weights_file(net))
 
 
-def _open_weights(path: Path, fresh: Callable[[], nn.Module]) -> Runner:
-    """The weights in a net that is built anew, so that what the file lacks is noticed."""
+def loaded_weights(path: Path, fresh: Callable[[], nn.Module]) -> nn.Module:
+    """Returns the weights in a net that is built anew, so that what the file lacks is noticed."""
     net = fresh().eval()
     tensors, metadata = read_file(path)
     saved: dict[str, Any] = {**tensors, **extra_of(metadata)}
     check_fit(net, saved, str(path))
     net.load_state_dict(load_extra(net, saved), strict=False)
+    return net
+
+
+def _open_weights(path: Path, fresh: Callable[[], nn.Module]) -> Runner:
+    net = loaded_weights(path, fresh)
     return lambda call: tensors_of(call.outputs(net))
 
 
@@ -153,7 +158,7 @@ def _open_onnx(path: Path, _: Callable[[], nn.Module]) -> Runner:
     options.log_severity_level = 3  # errors alone
     try:
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - its own kinds, by no common base
         raise UsageError(f"onnxruntime cannot load the model: {_cause(error)} Use --format pt2.") from None
     names = [one.name for one in session.get_inputs()]
 

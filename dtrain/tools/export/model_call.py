@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from dtrain.errors import UsageError
 
-Path = tuple[str, int | str]  # "args" and a position, or "kwargs" and a name
+WEIGHTS_ALONE = "Export the weights alone, to a .safetensors file."
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,15 @@ def tensors_of(returned: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
 
 
-def checked_call(args: tuple[Any, ...], kwargs: dict[str, Any], samples: int | None = None) -> ModelCall:
+def checked_call(
+    args: tuple[Any, ...], kwargs: dict[str, Any], samples: int | None = None, *, batched: bool = True
+) -> ModelCall:
     """Returns a call.
 
     Args:
         args, kwargs: the inputs.
         samples: how many the batch has; None for the length of the first tensor.
+        batched: whether some input has to have a row for each sample.
 
     Raises:
         UsageError: no input has a row for each sample.
@@ -71,23 +74,25 @@ def checked_call(args: tuple[Any, ...], kwargs: dict[str, Any], samples: int | N
     if samples is None and tensors:
         samples = len(tensors[0])
     call = ModelCall(args, kwargs, samples or 0)
-    if not samples or not any(map(call.is_batched, tensors)):
+    if batched and not any(map(call.is_batched, tensors)):
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tensors_of((args, kwargs))) or "no tensors"
         raise UsageError(
             f"the model is called with {shapes}, and no first dimension is that of the batch's "
-            f"{'' if samples is None else f'{samples} '}samples. Export the weights alone: --format safetensors."
+            f"{'' if samples is None else f'{samples} '}samples. {WEIGHTS_ALONE}"
         )
     return call
 
 
-def recorded_call(net: nn.Module, step: Callable[[], Any], name: str, samples: int | None) -> ModelCall:
+def recorded_call(
+    net: nn.Module, step: Callable[[], Any], name: str, samples: int | None, *, batched: bool
+) -> ModelCall:
     """Runs a step up to the first call of the net, and returns that call.
 
     Args:
         net: the net.
         step: calls it, or is wrong.
         name: of the step, for the message.
-        samples: as for `checked_call`.
+        samples, batched: as for `checked_call`.
 
     Raises:
         UsageError: the step does not call it.
@@ -109,10 +114,10 @@ def recorded_call(net: nn.Module, step: Callable[[], Any], name: str, samples: i
         handle.remove()
     if not seen:
         raise UsageError(
-            f"{name} does not call model(...) itself, so it is unknown what the model takes. Define predict_step(model, "
-            "features) in the recipe, which returns model(features); or export the weights alone: --format safetensors."
+            f"{name} does not call model(...) itself, so it is unknown what the model takes. Define "
+            f"predict_step(model, features) in the recipe, which returns model(features). {WEIGHTS_ALONE}"
         )
-    return checked_call(*seen[0], samples)
+    return checked_call(*seen[0], samples, batched=batched)
 
 
 class _Seen(BaseException):

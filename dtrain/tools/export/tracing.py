@@ -16,12 +16,12 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from dtrain.errors import UsageError
-from dtrain.tools.export.model_call import ModelCall
+from dtrain.tools.export.model_call import WEIGHTS_ALONE, ModelCall
 
 BATCH = "batch"  # what the dimension is called
 _TORCH = str(Path(torch.__file__).parent)
 _PLACE = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.+)')
-_REMEDY = "Change the model, or export the weights alone: --format safetensors."
+_REMEDY = f"Change the model, or: {WEIGHTS_ALONE}"
 
 
 def traced(net: nn.Module, call: ModelCall) -> torch.export.ExportedProgram:
@@ -44,7 +44,7 @@ def traced(net: nn.Module, call: ModelCall) -> torch.export.ExportedProgram:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
             return torch.export.export(net, many.args, many.kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - its own kinds, by no common base
         raise UsageError(f"torch.export cannot trace the model: {_words(error)} {_REMEDY}") from None
 
 
@@ -69,7 +69,9 @@ def _words(error: BaseException) -> str:
             "Use len(x) or -1 for the batch's dimension."
         )
     if "data-dependent" in text or "Dynamic control flow" in text:
-        return f"what it computes depends on values of the data, as in `if x.sum() > 0`{_place(error)}. Use torch.where."
+        return (
+            f"what it computes depends on values of the data, as in `if x.sum() > 0`{_place(error)}. Use torch.where."
+        )
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     return f"{type(error).__name__}: {first.rstrip('.')}{_place(error)}."
 
