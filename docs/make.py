@@ -27,7 +27,7 @@ GROUPS = {
     "A loop of your own": ["prepare", "Meter", "History", "run", "save_weights"],
     "Ranks": ["rank", "world_size", "is_main", "print_main", "gather"],
     "After the training": [
-        *("load", "load_weights"),
+        *("load", "load_weights", "export"),
         "read_history",
         "dtrain.engine.predict.evaluate_task",
         "dtrain.engine.predict.predict",

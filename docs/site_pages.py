@@ -21,18 +21,23 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Pages link to each other as on the disk; what is in the repository alone is named without a link."""
-    outside = re.escape("../" * (page.file.src_uri.count("/") + 1))  # from a folder of docs/, ../ is docs/ itself
-    return re.sub(rf"\[([^\]]*)\]\({outside}((?!docs/)[^)]*)\)", lambda match: _linked(match[1], match[2]), markdown)
+    up = "../" * (page.file.src_uri.count("/") + 1)  # to the repository
+    inside = up.removeprefix("../")  # to docs/
+
+    def linked(match: re.Match[str]) -> str:
+        return _linked(match[1], match[2], inside)
+
+    return re.sub(rf"\[([^\]]*)\]\({re.escape(up)}((?!docs/|\.\./)[^)]*)\)", linked, markdown)
 
 
 def _of_site(text: str) -> str:
     return re.sub(r"\[([^\]]*)\]\((?!https?:|#)([^)]*)\)", lambda match: _linked(match[1], match[2]), text)
 
 
-def _linked(words: str, target: str) -> str:
+def _linked(words: str, target: str, to_docs: str = "") -> str:
     file, mark, anchor = target.removeprefix("docs/").partition("#")
     if file.startswith(REPOSITORY):
         return words
-    return f"[{words}]({PAGES.get(file, file)}{mark}{anchor})"
+    return f"[{words}]({to_docs}{PAGES.get(file, file)}{mark}{anchor})"

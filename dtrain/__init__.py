@@ -27,6 +27,7 @@ _HOME_OF = {
     "StopRequested": "dtrain.errors",
     "UsageError": "dtrain.errors",
     "WorldError": "dtrain.errors",
+    "export": "dtrain.tools.export.api",
     "gather": "dtrain.model.gather",
     "is_main": "dtrain.api.here",
     "load": "dtrain.trainer.load",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     )
     from dtrain.model.gather import gather
     from dtrain.rundir.history import History, read_history
+    from dtrain.tools.export.api import export
     from dtrain.trainer.load import load, load_weights
 
 __all__ = [
@@ -82,6 +84,7 @@ __all__ = [
     "UsageError",
     "WorldError",
     "__version__",
+    "export",
     "gather",
     "is_main",
     "load",

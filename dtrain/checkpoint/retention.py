@@ -45,12 +45,14 @@ class RetentionPolicy:
             folder: of the checkpoints.
             own: the only ones that are looked at, others stay; None where the whole folder is one run's.
         """
-        saved = [one for one in all_saved(folder) if own is None or one.path in own]
+        for one in self.beyond([one for one in all_saved(folder) if own is None or one.path in own]):
+            remove(one.path)
+
+    def beyond(self, saved: list[Saved]) -> list[Saved]:
+        """Returns those of a run's checkpoints that are not kept."""
         ends = [one for one in saved if one.step is None]
         kept = {one.path for one in (*saved[-self.last :], *ends[-1:], *self.ranked(saved)[: self.best])}
-        for one in saved:
-            if one.path not in kept:
-                remove(one.path)
+        return [one for one in saved if one.path not in kept]
 
     def chosen(self, folder: Path, which: Literal["best", "last"]) -> Saved | None:
         """Returns the best or the last checkpoint of an epoch's end; None where there is none."""

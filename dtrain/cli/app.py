@@ -12,8 +12,10 @@ import typer
 from dtrain import __version__
 from dtrain.cli import check, find
 from dtrain.cli.bench import bench, bench_rank
+from dtrain.cli.clean import clean
 from dtrain.cli.doctor import doctor, doctor_node, doctor_rank
 from dtrain.cli.evaluate import evaluate, predict, summary
+from dtrain.cli.export import export
 from dtrain.cli.guard import this_is_the_command_line
 from dtrain.cli.history import history
 from dtrain.cli.init import init
@@ -40,11 +42,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _verb in (
-    *(init, train, evaluate, summary, bench, doctor),
+    *(init, train, evaluate, export, summary, bench, doctor),
     *(submit, jobs, logs, cancel, requeue),
-    *(history, plot, report, sync),
+    *(history, plot, report, clean, sync),
 ):
-    _kind = TakesValues if _verb in (train, evaluate, summary, bench, submit) else None
+    _kind = TakesValues if _verb in (train, evaluate, export, summary, bench, submit) else None
     app.command(name=_verb.__name__, cls=_kind)(_verb)
 app.command(name="bench-rank", hidden=True)(bench_rank)
 app.command(name="doctor-rank", hidden=True)(doctor_rank)

@@ -16,13 +16,6 @@ if TYPE_CHECKING:
     from dtrain.distributed.world import World
 
 
-class Checkpoint(str, Enum):
-    """Which of a run's saved epochs."""
-
-    best = "best"
-    last = "last"
-
-
 class Data(str, Enum):
     """Which of a recipe's data sets."""
 
@@ -47,14 +40,17 @@ Run = Annotated[
 Words = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Override values of the run's config.")
 ]
-Saved = Annotated[Checkpoint, typer.Option("--checkpoint", help="Weights of the best or of the last epoch.")]
+Saved = Annotated[
+    str,
+    typer.Option(
+        "--checkpoint", metavar="best|last|NAME", help="Weights of the best or last epoch, or of a checkpoint by name."
+    ),
+]
 Ranks = Annotated[int | None, typer.Option("-n", "--ranks", min=1, help="Number of ranks to start on this machine.")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Use the CPU even if there is a GPU.")]
 
 
-def evaluate(
-    run: Run, words: Words = None, checkpoint: Saved = Checkpoint.best, ranks: Ranks = None, cpu: Cpu = False
-) -> None:
+def evaluate(run: Run, words: Words = None, checkpoint: Saved = "best", ranks: Ranks = None, cpu: Cpu = False) -> None:
     """Evaluate a run's saved weights on its validation data.
 
     Examples: dtrain evaluate runs/digits-1; dtrain evaluate runs/digits-1 valid_samples=100 -n 2 --cpu
@@ -67,11 +63,11 @@ def evaluate(
         def work(world: World) -> None:
             from dtrain.trainer.evaluate import evaluate_run, restore_run
 
-            restored = restore_run(run, settings, checkpoint.value, world)
+            restored = restore_run(run, settings, checkpoint, world)
             result = evaluate_run(restored, world)
             if world.is_main:
                 with piped():
-                    typer.echo(f"epoch {restored.row['epoch']} of {run}, {result.samples} samples")
+                    typer.echo(f"{restored.where} of {run}, {result.samples} samples")
                     for name, mean in result.means.items():
                         typer.echo(f"val_{name} = {mean!r}")
 
@@ -84,7 +80,7 @@ def predict(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="FILE.csv, .npy, .parquet or .jsonl")],
     *,
     words: Words = None,
-    checkpoint: Saved = Checkpoint.best,
+    checkpoint: Saved = "best",
     data: Annotated[Data, typer.Option("--data", help="Which of the recipe's datasets to predict.")] = Data.valid,
     loader: Annotated[
         str | None,
@@ -94,6 +90,8 @@ def predict(
     cpu: Cpu = False,
 ) -> None:
     """Write a run's predictions to a file, in dataset order, one row per sample.
+
+    Where the recipe has build_classes(), a row is the label and the probabilities.
 
     Examples: dtrain predict runs/digits-1 -o digits.csv; dtrain predict runs/digits-1 -o digits.npy -n 2 --cpu
     """
@@ -106,17 +104,21 @@ def predict(
 
         def work(world: World) -> None:
             from dtrain.trainer.agreed import agree
+            from dtrain.trainer.classes import with_labels
             from dtrain.trainer.evaluate import chosen_loader, predict_run, restore_run
             from dtrain.trainer.export import write_predictions
 
-            restored = restore_run(run, settings, checkpoint.value, world)
+            restored = restore_run(run, settings, checkpoint, world)
             name, _ = agree(world, lambda: chosen_loader(restored, data.value, loader))
             predictions = predict_run(restored, world, data.value, loader)
+            classes = restored.classes
+            if classes is not None:
+                predictions = agree(world, lambda: with_labels(predictions, classes, ending=out.suffix))
             agree(world, lambda: write_predictions(predictions, out) if world.is_main else None)
             if world.is_main:
                 with piped():
                     whose = f" for the loader {name!r}{' (the first; see --loader)' * (loader is None)}" if name else ""
-                    typer.echo(f"predictions of epoch {restored.row['epoch']} of {run}{whose}: {out}")
+                    typer.echo(f"predictions of {restored.where} of {run}{whose}: {out}")
 
         code = on_ranks(ranks, cpu, work, to_read=True, hang_seconds=settings.config.train.hang_seconds)
     raise typer.Exit(code)

@@ -57,7 +57,8 @@ def history(
     """Show the history of a run, or several runs side by side; without RUN, list all runs.
 
     On a terminal a long history is cut to the first four, the best and the last
-    twelve epochs, and a wide one to the columns that fit, metrics first.
+    twelve epochs, and a wide one to the columns that fit, metrics first; runs that
+    ended before their first epoch are counted. A line says what is left out.
 
     Examples: dtrain history; dtrain history digits-lr; dtrain history a b --metric val_accuracy; dtrain history a --csv
     """
@@ -98,12 +99,15 @@ def _width() -> int | None:
 
 def _show(runs: Sequence[Run], whole: Comparison, *, listed: bool, chosen: str | None, width: int | None) -> None:
     from dtrain.report.finding import changed
-    from dtrain.report.tables import about, comparison_grid, history_grid, listing_grid
+    from dtrain.report.tables import about, comparison_grid, folded_words, history_grid, listing_grid
 
     mode = whole.mode if chosen is not None else None
     if listed:
-        grid = listing_grid(runs, [changed(run.folder) for run in runs], chosen, mode)
+        shown = [run for run in runs if not run.left_nothing] if width is not None else runs
+        grid = listing_grid(shown, [changed(run.folder) for run in shown], chosen, mode)
         _print(grid.fitted(width, ("CHANGED", "EPOCHS", "STATE")))
+        for line in folded_words(len(runs) - len(shown)):
+            typer.echo(line)
     elif len(runs) > 1:
         _print(comparison_grid(whole).fitted(width, ("STARTS", "STATE", "EPOCHS")))
     else:

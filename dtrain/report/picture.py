@@ -6,6 +6,7 @@ import io
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dtrain.report.curves import Line, Panel, axis_title
@@ -23,6 +24,8 @@ FORMATS = ("png", "svg", "pdf")
 COLOURS = ("#0072b2", "#d55e00", "#008a64", "#b8578f", "#a87000", "#3a8fc4", "#4d4d4d")
 _STYLES = ("-", ":", "-.")  # of the first runs, and of those whose colours come again
 _FEW_POINTS = 30
+_COINCIDES = 0.006  # of the values' range: about the width of a line
+_DASH = 5.0  # in widths of the line
 _FEW_RUNS = 6
 _LONGEST_NAME = 42
 _LONGEST_REMARK = 90
@@ -64,8 +67,9 @@ def draw(panels: Sequence[Panel], *, x: str, log: bool) -> Figure:
 
 def _panel(axes: Axes, panel: Panel, *, x: str, log: bool) -> None:
     crowded = len({line.number for line in panel.lines}) > _FEW_RUNS
+    places = coinciding(panel, log=log)
     for line in panel.lines:
-        _line(axes, line, log=log, width=1.2 if crowded else 1.8)
+        _line(axes, line, log=log, width=1.2 if crowded else 1.8, place=places[line])
     axes.set_title(
         _cut(printable(panel.title), _LONGEST_NAME), parse_math=False, loc="left", fontsize="medium", fontweight="bold"
     )
@@ -88,17 +92,77 @@ def _panel(axes: Axes, panel: Panel, *, x: str, log: bool) -> None:
     axes.set_xlabel("\n".join([printable(axis_title(x)), *remarks]), parse_math=False, fontsize="small")
 
 
-def _line(axes: Axes, line: Line, *, log: bool, width: float) -> None:
+def _line(axes: Axes, line: Line, *, log: bool, width: float, place: Place) -> None:
     ys = line.drawable(log=log)
     shown = list(range(len(ys))) if len(ys) <= _FEW_POINTS and not line.train else _lonely(ys)
     look = _look(line.number, train=line.train, width=width)
+    if line.train and place.above:
+        look |= {"color": _lighter(look["color"]), "alpha": 1.0, "zorder": 3}
+    elif not line.train and place.of > 1:  # dashes of all colours in turn
+        look |= {"linestyle": (place.number * _DASH, (_DASH, (place.of - 1) * _DASH)), "dash_capstyle": "butt"}
+        shown = shown[place.number :: place.of] if len(shown) > place.of else shown
     axes.plot(line.xs, ys, marker="o", markersize=3.5, markevery=shown, **look)
     colour = look["color"]
     if line.best is not None and not math.isnan(ys[line.best]):
-        axes.plot(line.xs[line.best], ys[line.best], "o", ms=9, mfc="none", mew=1.6, color=colour)
+        # Rings of coinciding lines lie around one another.
+        axes.plot(line.xs[line.best], ys[line.best], "o", ms=9 + 4 * place.number, mfc="none", mew=1.6, color=colour)
     for rows, marker, height in ((line.odd, "x", 0.985), (line.resumed, "^", 0.015)):
         where = [line.xs[row] for row in rows]
         axes.plot(where, [height] * len(where), marker, color=colour, ms=6, transform=axes.get_xaxis_transform())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a line stands among those of its panel that it coincides with.
+
+    Attributes:
+        number: of the line among those of its kind (training, or validation).
+        of: how many of them there are, itself included.
+        above: whether it coincides with one of the other kind.
+    """
+
+    number: int = 0
+    of: int = 1
+    above: bool = False
+
+
+def coinciding(panel: Panel, *, log: bool) -> dict[Line, Place]:
+    """Returns, for each line of a panel, where it stands among those that hide each other."""
+    drawn = {line: _scaled(line, log=log) for line in panel.lines}
+    finite = [y for ys in drawn.values() for y in ys if not math.isnan(y)]
+    width = (max(finite) - min(finite)) * _COINCIDES if finite else 0.0
+    groups: list[list[Line]] = []
+    for line in panel.lines:
+        group = next((one for one in groups if _alike((one[0].xs, drawn[one[0]]), (line.xs, drawn[line]), width)), None)
+        if group is None:
+            groups.append([line])
+        else:
+            group.append(line)
+    places: dict[Line, Place] = {}
+    for group in groups:
+        for kind in (False, True):
+            same = [line for line in group if line.train is kind]
+            places |= {line: Place(n, len(same), len(same) < len(group)) for n, line in enumerate(same)}
+    return places
+
+
+def _scaled(line: Line, *, log: bool) -> list[float]:
+    return [math.log10(y) if log else y for y in line.drawable(log=log)]
+
+
+def _alike(
+    one: tuple[Sequence[float], Sequence[float]], other: tuple[Sequence[float], Sequence[float]], width: float
+) -> bool:
+    """Whether two lines lie within a line's width of each other, at all points that both have."""
+    left = {x: y for x, y in zip(*one, strict=True) if not math.isnan(y)}
+    right = {x: y for x, y in zip(*other, strict=True) if not math.isnan(y)}
+    both = left.keys() & right.keys()
+    return len(both) >= max(1, min(len(left), len(right)) * 0.9) and all(abs(left[x] - right[x]) <= width for x in both)
+
+
+def _lighter(colour: str) -> str:
+    """A colour most of the way to white, which shows on a line of the colour itself."""
+    return "#" + "".join(f"{(int(colour[at : at + 2], 16) + 3 * 255) // 4:02x}" for at in (1, 3, 5))
 
 
 def _lonely(ys: Sequence[float]) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from dtrain.config.bounded import MOST_BYTES, load_plain
 from dtrain.errors import UsageError
 from dtrain.files import read_below, read_text_below, what_is
-from dtrain.layout import CONFIG, FAILURE, JOB, OWNER, SLURM, STARTS
+from dtrain.layout import CHECKPOINTS, CONFIG, FAILURE, JOB, OWNER, SLURM, STARTS, checkpoints_in
 from dtrain.report.finding import RunLocation
 from dtrain.rundir.cells import Table
 from dtrain.rundir.claims import living_owner
@@ -124,6 +124,14 @@ class Run:
         if self.planned is not None and self.epoch >= self.planned:
             return COMPLETE
         return FAILED if failed else "ended" if self.cells else "no rows"
+
+    @cached_property
+    def left_nothing(self) -> bool:
+        """Whether it ended before its first epoch, and there is no checkpoint within it from which it would resume."""
+        if self.state not in (FAILED, KILLED, STOPPED) or self.cells:
+            return False
+        folder = self.folder / CHECKPOINTS
+        return not folder.is_symlink() and not checkpoints_in(folder)
 
     def monitor(self, metric: str | None = None) -> tuple[str | None, Mode]:
         """Returns the column that says which epoch is best, and which end of it is.

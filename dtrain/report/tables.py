@@ -220,6 +220,14 @@ def listing_grid(runs: Sequence[Run], changed: Sequence[float], metric: str | No
     return Grid(("RUN", "CHANGED", "STATE", "EPOCHS", "BEST"), tuple(rows))
 
 
+def folded_words(count: int) -> list[str]:
+    """Returns a line on the runs that a list has left out, since they ended before their first epoch."""
+    if not count:
+        return []
+    runs, which = ("run that ended before its", "it") if count == 1 else ("runs that ended before their", "them")
+    return [f"not shown: {count} {runs} first epoch (--all shows {which}, dtrain clean deletes {which})"]
+
+
 def _best_words(run: Run, metric: str | None, mode: Mode | None) -> str:
     best = run.best(metric, mode)
     name = run.monitor(metric)[0]

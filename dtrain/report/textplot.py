@@ -26,7 +26,7 @@ class _Canvas:
     width: int
     height: int
     bits: dict[tuple[int, int], int] = field(default_factory=dict)
-    owner: dict[tuple[int, int], int] = field(default_factory=dict)
+    owners: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     letters: dict[tuple[int, int], str] = field(default_factory=dict)
 
     def dot(self, x: float, y: float, number: int) -> tuple[int, int]:
@@ -35,8 +35,27 @@ class _Canvas:
         row = min(int((1 - y) * self.height * 4), self.height * 4 - 1)
         cell = row // 4, column // 2
         self.bits[cell] = self.bits.get(cell, 0) | _BITS[column % 2][row % 4]
-        self.owner[cell] = number
+        self._own(cell, number)
         return cell
+
+    def letter(self, cell: tuple[int, int], number: int) -> None:
+        """Puts a run's letter at a character, or left of it where another run's is there already."""
+        row, column = cell
+        while column > 0 and (row, column) in self.letters:
+            column -= 1
+        self.letters[row, column] = _letter(number)
+        self.owners[row, column] = [number]
+
+    def _own(self, cell: tuple[int, int], number: int) -> None:
+        """Of lines that coincide, each has the colour of some of the characters; the latest drawn is the last."""
+        owners = self.owners.setdefault(cell, [])
+        if number not in owners:
+            owners.append(number)
+
+    def colour(self, cell: tuple[int, int]) -> str | None:
+        """The colour of a character."""
+        owners = self.owners.get(cell, [])
+        return COLOURS[owners[cell[1] % len(owners)] % len(COLOURS)] if owners else None
 
     def row(self, row: int, *, braille: bool) -> list[Piece]:
         """Returns a row in pieces of one colour."""
@@ -46,7 +65,7 @@ class _Canvas:
             bits = self.bits.get(cell, 0)
             plain = chr(_BRAILLE + bits) if braille else "*"
             text = self.letters.get(cell) or (plain if bits else " ")
-            pieces.append((text, COLOURS[self.owner[cell] % len(COLOURS)] if cell in self.owner else None))
+            pieces.append((text, self.colour(cell)))
         return pieces
 
 
@@ -141,8 +160,7 @@ def _trace(canvas: _Canvas, line: Line, points: Sequence[tuple[float, float]]) -
         last = canvas.dot(x, y, line.number)
         before = (x, y)
     if last is not None and not line.train:
-        canvas.letters[last] = _letter(line.number)
-        canvas.owner[last] = line.number
+        canvas.letter(last, line.number)
 
 
 def _stroke(canvas: _Canvas, line: Line, start: tuple[float, float], end: tuple[float, float]) -> None:

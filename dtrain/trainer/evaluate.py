@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.callbacks.progress import choose_progress
-from dtrain.checkpoint.chosen import Which, choose_checkpoint
+from dtrain.checkpoint.chosen import choose_checkpoint
+from dtrain.checkpoint.folder import Saved
 from dtrain.checkpoint.restored import restore_net
 from dtrain.config import Settings
 from dtrain.data.loader_group import train_by_name
@@ -23,6 +24,7 @@ from dtrain.engine.valid_loaders import by_name
 from dtrain.errors import RecipeError, UsageError, nearest
 from dtrain.recipe.loader import bind, load_recipe
 from dtrain.trainer.agreed import agree
+from dtrain.trainer.classes import BUILDER, classes_of
 from dtrain.trainer.initial import base_of_run
 
 Split = Literal["valid", "train"]
@@ -35,23 +37,31 @@ class RestoredRun:
     Attributes:
         task: the recipe's objects.
         predict_step: the recipe's own, or None.
-        row: the history's row of the epoch whose weights these are.
+        saved: the checkpoint whose weights these are.
         settings: the run's config.
+        classes: the names of the classes that the net tells apart, where the recipe says them.
     """
 
     task: Task
     predict_step: PredictStep | None
-    row: dict[str, Any]
+    saved: Saved
     settings: Settings
+    classes: list[str] | None = None
+
+    @property
+    def where(self) -> str:
+        """When the weights were saved, in words."""
+        return f"epoch {self.saved.epoch}" + (f", step {self.saved.step}" if self.saved.step is not None else "")
 
 
-def restore_run(folder: Path, settings: Settings, which: Which, world: World) -> RestoredRun:
+def restore_run(folder: Path, settings: Settings, which: str, world: World) -> RestoredRun:
     """Builds a run's objects and loads its weights, on every rank.
 
     Args:
         folder: the run's folder.
         settings: its config, as `load_run_settings` read it.
-        which: the best epoch, as the run's `checkpoint.monitor` and `checkpoint.mode` say, or the last one.
+        which: "best" epoch, as the run's `checkpoint.monitor` and `checkpoint.mode` say, or the "last" one; or a
+            checkpoint's name.
         world: the ranks.
 
     Raises:
@@ -73,7 +83,8 @@ def _restored(folder: Path, settings: Settings, name: str) -> RestoredRun:
     step = getattr(recipe.module, "predict_step", None)
     if step is not None and not callable(step):
         raise RecipeError(f"{recipe.path}: predict_step is {step!r}, not a function predict_step(model, features).")
-    return RestoredRun(task, step, dict(saved.row or {}), settings)
+    classes = classes_of(getattr(recipe.module, BUILDER, None), recipe.path, task.dl_train)
+    return RestoredRun(task, step, saved, settings, classes)
 
 
 def evaluate_run(restored: RestoredRun, world: World) -> PassResult:
@@ -84,8 +95,7 @@ def evaluate_run(restored: RestoredRun, world: World) -> PassResult:
         StepError, DataError: as in training.
     """
     options = RunOptions.of(dict(restored.settings.config.train))
-    row = restored.row
-    return evaluate_task(restored.task, world, options, epoch=row["epoch"], progress=_bar(restored, world))
+    return evaluate_task(restored.task, world, options, epoch=restored.saved.epoch, progress=_bar(restored, world))
 
 
 def chosen_loader(restored: RestoredRun, split: Split, name: str | None) -> tuple[str, Any]:

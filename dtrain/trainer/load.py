@@ -65,7 +65,7 @@ def load(
     net = model
     if net is None:
         assert settings is not None  # noqa: S101 - for the type checker
-        net = _built(settings, folder)
+        net = built_net(settings, folder)
     restore_net(net, saved.path)
     return net.eval() if target is None else net.to(target).eval()
 
@@ -126,7 +126,7 @@ def _settings(folder: Path, recipe: str | Path | None, *, needed: bool) -> Setti
     return load_run_settings(folder, [] if recipe is None else [f"recipe={recipe}"])
 
 
-def _built(settings: Settings, folder: Path) -> nn.Module:
+def built_net(settings: Settings, folder: Path) -> nn.Module:
     """Builds the net as a run does, seeded, and leaves the process's random streams as they are."""
     cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     device = torch.device("cuda") if cuda else _CPU

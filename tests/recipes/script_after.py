@@ -18,39 +18,48 @@ dl_valid = DataLoader(TensorDataset(features[405:462], targets[405:462]), batch_
 net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 32), nn.ReLU(), nn.Linear(32, 10))
 loss_func = nn.CrossEntropyLoss()
 optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
+metric_name = "accuracy"
 
 
-def accuracy(predictions, labels):
+def metric_func(predictions, labels):
     return (predictions.argmax(dim=1) == labels).float().mean()
 
 
 print = dtrain.print_main
 net, dl_train, dl_valid, optimizer = dtrain.prepare(net, dl_train, dl_valid, optimizer, batch="global")
 epochs, log_step_freq = int(sys.argv[1]), 5
+dfhistory = pd.DataFrame(columns=["epoch", "loss", metric_name, "val_loss", "val_" + metric_name])
 rows = dtrain.History("history.csv")
 for epoch in range(1, epochs + 1):
+    # 1. training
     net.train()
     train = dtrain.Meter()
     for step, (features, labels) in enumerate(dl_train, 1):
         optimizer.zero_grad()
         predictions = net(features)
-        loss, metric = loss_func(predictions, labels), accuracy(predictions, labels)
+        loss = loss_func(predictions, labels)
+        metric = metric_func(predictions, labels)
         loss.backward()
         optimizer.step()
+
         train.add(loss=loss, accuracy=metric)
         if step % log_step_freq == 0:
             print(f"[step = {step}] {train}")
 
+    # 2. validation
     net.eval()
     valid = dtrain.Meter()
     for val_step, (features, labels) in enumerate(dl_valid, 1):
         with torch.no_grad():
             predictions = net(features)
-            loss, metric = loss_func(predictions, labels), accuracy(predictions, labels)
-        valid.add(loss=loss, accuracy=metric)
+            val_loss = loss_func(predictions, labels)
+            val_metric = metric_func(predictions, labels)
+        valid.add(loss=val_loss, accuracy=val_metric)
 
-    row = {"epoch": epoch, **train.means(), **valid.means("val_")}
-    rows.append(row)
-    print(f"EPOCH = {epoch}, " + ", ".join(f"{name} = {row[name]:.3f}" for name in list(row)[1:]))
-
-dfhistory = pd.DataFrame(rows)
+    # 3. the history
+    info = (epoch, *train.means().values(), *valid.means().values())
+    dfhistory.loc[epoch - 1] = info
+    rows.append(dict(zip(dfhistory, info, strict=True)))
+    print(
+        ("EPOCH = %d, loss = %.3f, " + metric_name + " = %.3f, val_loss = %.3f, val_" + metric_name + " = %.3f") % info
+    )

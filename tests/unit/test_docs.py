@@ -9,13 +9,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-from helpers.pages import PAGES, READMES, ROOT, Block, anchors, blocks, files_of, links, prose
+from helpers.pages import CHINESE, PAGES, READMES, ROOT, Block, anchors, blocks, files_of, links, prose
 from helpers.parsing import commands_of, parse
 
 from dtrain.checkpoint.compat import FREE
 from dtrain.config.schema import BUILDER_SECTIONS, RunConfig, leaves, section_of
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 _WORDS_OF_A_KEY = re.compile(
     r"`((?:train|parameters|checkpoint|early_stopping|run|track)\.(?!(?:yaml|py)\b)[a-z_.]+)\b(?![(/])"
 )
@@ -34,9 +34,23 @@ def test_both_readmes_have_the_same_blocks_and_links() -> None:
     ours, theirs = READMES
     assert [_said(block) for block in blocks(ours)] == [_said(block) for block in blocks(theirs)]
     files = [{_file_of(link) for link in links(page)} - {ours.name, theirs.name} for page in READMES]
-    assert files[0] == files[1]
+    own = {str(page.relative_to(ROOT)) for page in CHINESE}
+    assert files[1] >= own, "the Chinese README leads to the Chinese pages"
+    assert files[0] == {name.replace("docs/zh/", "docs/") for name in files[1]}
     inline = [sorted(re.findall(r"`((?:dtrain|pytest|python|pip|DTRAIN_)[^`]*)`", prose(page))) for page in READMES]
     assert inline[0] == inline[1]
+
+
+@pytest.mark.parametrize("page", CHINESE, ids=lambda page: page.name)
+def test_a_chinese_page_says_what_the_english_one_does(page: Path) -> None:
+    english = page.parents[1] / page.name
+    assert [_said(block) for block in blocks(page)] == [_said(block) for block in blocks(english)]
+    told = [re.findall(r"^#+ |^\|(?=[^\n])|^\d\. |^- ", prose(one), re.MULTILINE) for one in (page, english)]
+    assert told[0] == told[1], "the same headings, rows and items"
+    code = [set(re.findall(r"`([^`\n]+)`", re.sub(r"\n *", " ", prose(one)))) for one in (page, english)]
+    assert {word for word in code[1] - code[0] if re.match(r"dtrain |--|[A-Z_]{4,}$|\w+\.\w+", word)} == set()
+    assert english.resolve() in {(page.parent / _file_of(link)).resolve() for link in links(page)}
+    assert page in {(english.parent / _file_of(link)).resolve() for link in links(english)}
 
 
 def _said(block: Block) -> object:
@@ -101,6 +115,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_page_is_reached_from_the_readme() -> None:
     for readme in READMES:
         there = {(readme.parent / _file_of(link)).resolve() for link in links(readme) if not link.startswith("http")}
+        there |= {page.parents[1] / page.name for page in CHINESE if page in there}
         assert {page for page in PAGES if page.parent.name == "docs"} <= there
 
 

@@ -321,3 +321,39 @@ def test_what_cannot_be_is_one_message(two: Dtrain, words: list[str], told: str)
     assert (done.code, done.out) == (2, "")
     assert told in done.err
     assert len(done.err.splitlines()) == 1
+
+
+# --- curves that coincide ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", [3, 40])
+def test_each_of_several_curves_that_coincide_is_seen(epochs: int) -> None:
+    values = [1 / epoch for epoch in range(1, epochs + 1)]
+    runs = [a_run(name, *values) for name in ("a", "b", "c")] + [a_run("other", *(v + 1 for v in values))]
+    (panel,) = make_panels(runs)
+    figure = draw([panel], x="epoch", log=False)
+    curves = [line for line in figure.axes[0].lines if len(line.get_xdata()) == epochs]
+    np.testing.assert_array_equal([line.get_ydata() for line in curves[:3]], [values] * 3)  # nothing is moved
+    image = picture([panel], x="epoch", log=False, kind="png")
+    seen = [pixels(image, colour) for colour in COLOURS[:4]]
+    assert min(seen[:3]) > 0.15 * sum(seen[:3])
+    assert curves[3].get_linestyle() == "-", "one that has nothing to do with them is drawn as ever"
+
+
+def test_a_training_curve_on_its_validation_s_is_seen() -> None:
+    texts = tuple((str(n), repr(1 / n), repr(1 / n)) for n in range(1, 13))
+    (panel,) = make_panels([Run("a", Path("a"), ("epoch", "loss", "val_loss"), texts)])
+    image = picture([panel], x="epoch", log=False, kind="png")
+    assert pixels(image, "#bfdbeb") > 200  # COLOURS[0], three quarters of the way to white
+
+
+def test_letters_of_curves_that_coincide_stand_side_by_side() -> None:
+    (panel,) = make_panels([a_run(name, 3, 2, 1) for name in ("x", "y", "z")])
+    assert any(line.rstrip().endswith("cba") for line in text_of(panel))
+    colours = {
+        colour
+        for line in text_panel(panel, PlotStyle("epoch", False, 60))
+        for text, colour in line
+        if "⠒" in text or "⠤" in text or "⢄" in text
+    }
+    assert len(colours - {None}) == 3
