@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 # What may differ from the run so far: it changes no number of it.
 FREE = (
     "recipe",  # compared by its name and code
+    "defaults",  # which of the values are such; the values are compared
     "train.epochs",
     "train.log_step_freq",
     "train.hang_seconds",
@@ -165,14 +166,25 @@ def _warn_of_curve(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 def config_differences(there: Mapping[str, Any], here: Mapping[str, Any], settings: Settings) -> list[str]:
     """Returns, in words, the values that differ and that the numbers depend on."""
     differing = _differing(there, here, settings)
+    gone = there.get("defaults", ())  # of a parameter that the recipe no longer has; its code is compared
     others = tuple(f"{key.removesuffix('.class')}." for key in differing if key.endswith(".class"))  # of another class
     return [
-        f"{key} was {before!r} and is {now!r} ({settings.place_of(key)})"
+        f"{key} was {before!r} and is {now!r} ({settings.origin(key)})"
         for key, (before, now) in differing.items()
         if not key.startswith(FREE)
         and not _is_moved(key, before, now, settings)
+        and not (key in gone and now == _NOT_GIVEN)
         and not (key.startswith(others) and _NOT_GIVEN in (before, now))
     ]
+
+
+def differences_before_training(there: Settings, here: Settings) -> list[str]:
+    """Returns the same of a run that has no checkpoint yet: for it, the recipe may have changed its defaults."""
+    before, now = there.plain(), here.plain()
+    for key in set(before.get("defaults", ())) & set(now.get("defaults", ())):
+        section, _, name = key.partition(".")
+        before[section][name] = now[section][name]
+    return config_differences(before, now, here)
 
 
 def _differing(
@@ -181,7 +193,7 @@ def _differing(
     """Returns key -> both values, of those that differ."""
     # A builder's default counts as given: the recipe's content, compared besides, says what it was. So does that of a
     # key that was not there yet in the dtrain that saved the checkpoint.
-    defaults = {**flatten(RunConfig().model_dump()), **settings.defaults}
+    defaults = {**flatten(RunConfig().model_dump()), **settings.defaults, **settings.written}
     # Checkpoints of older versions have secrets as they were.
     before, now = (masked("", {**defaults, **renamed(flatten(values))}) for values in (there, here))
     return {

@@ -317,6 +317,7 @@ class RunConfig(_Section):
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     run: RunFolderConfig = RunFolderConfig()
     track: TrackConfig = TrackConfig()
+    defaults: list[str] = Field([], description="written by dtrain: which values above are defaults of the recipe")
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

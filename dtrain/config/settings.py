@@ -38,6 +38,8 @@ class Settings:
         base: folder that a relative recipe path starts from.
         defaults: dotted key -> what a builder takes where the config says nothing; once its signature is known.
         paths: dotted keys that a builder's annotation calls paths: where something is, and not what; once known.
+        written: dotted key -> the same defaults in YAML's own kinds, as far as that can hold them.
+        unwritten: dotted key -> why its default is not among these.
     """
 
     config: RunConfig
@@ -48,6 +50,8 @@ class Settings:
     base: Path = field(default_factory=Path)
     defaults: dict[str, Any] = field(default_factory=dict)
     paths: set[str] = field(default_factory=set)
+    written: dict[str, Any] = field(default_factory=dict)
+    unwritten: dict[str, str] = field(default_factory=dict)
 
     def place_of(self, key: str) -> str:
         """Returns where a key's value came from, "default" where nothing set it."""
@@ -55,6 +59,17 @@ class Settings:
         parents = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
         children = [name for name in self.places if name.startswith(key + ".")]
         return next((self.places[name] for name in (*parents, *children) if name in self.places), "default")
+
+    def origin(self, key: str) -> str:
+        """Returns the same in words: of a builder's default, whose it is."""
+        place = self.place_of(key)
+        builder = BUILDER_SECTIONS.get(key.partition(".")[0])
+        return f"default of {builder}" if place == "default" and builder and key in self.defaults else place
+
+    def recorded_defaults(self) -> list[str]:
+        """Returns the keys whose values a run's config calls defaults of the recipe, and nothing has replaced since."""
+        file = self.place_of("defaults").rpartition(":")[0]
+        return [key for key in self.config.defaults if self.places.get(key, "").rpartition(":")[0] == file]
 
     def place(self, signatures: Mapping[str, Sequence[str]]) -> None:
         """Gives each bare key of the command line to the one builder that has a parameter of that name.
@@ -101,7 +116,9 @@ class Settings:
         A recipe's file is named in full: it may have been given relative to the folder of a config, or to the
         one in which the run was started.
         """
-        return write_yaml(self.plain())
+        left = ", ".join(f"{key} ({why})" for key, why in self.unwritten.items())
+        note = f"# Defaults of the recipe that are not above: {left}\n" if left else ""
+        return f"{write_yaml(self.plain())}{note}"
 
     def plain(self) -> dict[str, Any]:
         """Returns the resolved config in YAML's and JSON's own kinds, as `to_yaml` writes it: secrets are masked."""
@@ -110,16 +127,29 @@ class Settings:
         except RecipeError:  # moved since it was loaded
             path = self.base / self.config.recipe
         recipe = self.config.recipe if path is None else str(path.resolve())
-        plain: dict[str, Any] = masked("", _plain(self.config.model_dump() | {"recipe": recipe}))
+        plain: dict[str, Any] = masked("", plain_value(self.config.model_dump() | {"recipe": recipe}))
+        defaults = self._add_defaults(plain)
+        del plain["defaults"]
+        plain |= {"defaults": defaults} if defaults else {}
         if self.config.train.init_from is not None:
             plain["train"]["init_from"] = str(Path(self.config.train.init_from).expanduser().absolute())
         del plain["checkpoint"]["accept"]  # what one command accepts is not accepted ever after
         return plain
 
+    def _add_defaults(self, plain: dict[str, Any]) -> list[str]:
+        """Adds the builders' defaults to a plain config; returns the keys of it that are such."""
+        found = self.recorded_defaults()
+        for key, value in self.written.items():
+            section, _, name = key.partition(".")
+            if name not in plain[section]:
+                plain[section][name] = value
+                found.append(key)
+        return found
+
     def secrets(self) -> dict[str, Any]:
         """Returns dotted key -> value of the secrets, which `plain` masks; those of bare keys under these."""
         bare = {key: value.text() for key, value in self.unplaced.items()}
-        return {**secrets_of("", bare), **secrets_of("", _plain(self.config.model_dump()))}
+        return {**secrets_of("", bare), **secrets_of("", plain_value(self.config.model_dump()))}
 
 
 _STEP = "step"  # a section, and a name that builders' parameters have: step=plain is model.step=plain
@@ -169,14 +199,14 @@ def call_settings(
     return settings
 
 
-def _plain(value: Any) -> Any:
-    """A value as YAML's own kinds: a parameter may have become a tuple, a path or an enum member."""
+def plain_value(value: Any) -> Any:
+    """Returns a value in YAML's own kinds: a parameter may have become a tuple, a path or an enum member."""
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain_value(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(inner) for inner in value]
+        return [plain_value(inner) for inner in value]
     if isinstance(value, Enum):
-        return _plain(value.value)
+        return plain_value(value.value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
