@@ -19,10 +19,14 @@ from dtrain.masking import masked
 
 logger = logging.getLogger(__name__)
 
+_LONGEST = 2000  # characters of a default that is written
+
 Convert = Callable[[Parameter, Any], Any]
 
 
-def take_up_defaults(section: str, parameters: Mapping[str, Parameter], settings: Settings, convert: Convert) -> None:
+def take_up_defaults(
+    section: str, parameters: Mapping[str, Parameter], settings: Settings, convert: Convert, *, takes_any: bool = False
+) -> None:
     """Takes the values of a run's config that were defaults for what they are now.
 
     One that still is the default is left to the builder. One that is not stays, since the run was trained with it; and
@@ -33,11 +37,12 @@ def take_up_defaults(section: str, parameters: Mapping[str, Parameter], settings
         parameters: of its builder, by name.
         settings: the config; the section is changed in place.
         convert: makes a parameter's value of what YAML holds, or raises.
+        takes_any: whether the builder has **kwargs.
     """
     given: dict[str, Any] = getattr(settings.config, section)
     for key in settings.recorded_defaults():
         name = key.partition(".")[2]
-        if not key.startswith(f"{section}.") or name not in given:
+        if not key.startswith(f"{section}.") or name not in given or (takes_any and name not in parameters):
             continue
         parameter, place = parameters.get(name), settings.place_of(key)
         if parameter is None:
@@ -77,6 +82,8 @@ def write_defaults(
         plain, found = _written(convert, parameter)
         if not is_same(found, default):
             settings.unwritten[key] = f"YAML cannot hold this {type(default).__name__}"
+        elif len(str(plain)) > _LONGEST:
+            settings.unwritten[key] = "long"
         elif not is_same(masked(key, plain), plain):
             settings.unwritten[key] = "a secret"
         else:

@@ -148,7 +148,7 @@ def check_parameters(builders: dict[str, Builder], path: Path, settings: Setting
                 for key, value in given.items()
             ]
             continue
-        take_up_defaults(section, builder.parameters, settings, _from_config)
+        take_up_defaults(section, builder.parameters, settings, _from_config, takes_any=builder.takes_any)
         problems += _check_section(section, builder, given, settings)
         left = builder.unwritten | dict.fromkeys(supplied_names(section, builder.parameters, ()), "")
         write_defaults(section, builder.parameters, left, settings, _from_config)
