@@ -33,6 +33,7 @@ from dtrain.errors import UsageError
 from dtrain.model.compile import Compile
 from dtrain.model.gradients.averaging import Way
 from dtrain.model.precision import Precision
+from dtrain.trainer.messages import say_banner
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -208,6 +209,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     call_hooks(engine)
     check_plateau(engine, "scheduler_monitor", "the argument of train_model")
     check_total_steps(engine)
+    say_banner(engine, verbose=verbose)
     history = engine.fit()
     if engine.average is not None:
         engine.average.settle()

@@ -42,6 +42,7 @@ from dtrain.launch.terminal.guarded import put
 from dtrain.model.compile import Compile
 from dtrain.model.gradients.averaging import Way
 from dtrain.model.precision import Precision
+from dtrain.trainer.messages import say_banner
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -243,6 +244,7 @@ class KerasModel(nn.Module):
         keeping.begun(engine)
         check_plateau(engine, "monitor", "the argument of fit", plan.mode)
         check_total_steps(engine)
+        say_banner(engine, verbose=verbose)
         history = engine.fit()
         if engine.ended is not None and verbose is True and world.is_main:
             put(f"{engine.ended}\n", sys.stdout)

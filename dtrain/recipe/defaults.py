@@ -51,9 +51,7 @@ def take_up_defaults(
             pass
         else:
             new = "gone" if parameter.default is Parameter.empty else f"{parameter.default!r} now"
-            _warn(
-                "%s = %r (%s): a default of then, and kept; the recipe's is %s", key, given[name], place, new
-            )
+            _warn("%s = %r (%s): a default of then, and kept; the recipe's is %s", key, given[name], place, new)
             continue
         del given[name]
         settings.places.pop(key, None)

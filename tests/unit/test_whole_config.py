@@ -30,7 +30,7 @@ class Kind(enum.Enum):
     PLAIN = "plain"
 
 def build_model(hidden: int = 3, widths=(1, 2), kind: Kind = Kind.PLAIN, act=nn.ReLU, where: Path = Path("x"),
-                text="7 s", yes=True, nothing: int | None = None, most=math.inf, api_key="x1", *, big=[0] * 5000):
+                text="7 s", bright=True, nothing: int | None = None, most=math.inf, api_key="x1", *, big=[0] * 5000):
     assert isinstance(widths, tuple) and isinstance(kind, Kind) and isinstance(where, Path) and text == "7 s"
     return nn.Sequential(nn.Linear(2, hidden), act(), nn.Linear(hidden, 1))
 
@@ -52,7 +52,7 @@ def valid_step(model, x, y, noise: float = 0.0):
     return (model(x) - y).square().mean()
 """
 WRITTEN = {
-    "model": {"hidden": 3, "widths": [1, 2], "kind": "plain", "where": "x", "text": "7 s", "yes": True}
+    "model": {"hidden": 3, "widths": [1, 2], "kind": "plain", "where": "x", "text": "7 s", "bright": True}
     | {"nothing": None, "most": float("inf")},
     "data": {"n": 8},
     "optimizer": {"lr": 0.01},
@@ -101,13 +101,13 @@ def test_with_the_same_recipe_nothing_is_given(trained: Path, caplog: pytest.Log
 
 def test_a_changed_default_does_not_change_a_run_and_is_told(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = evaluate_run(restore_run(trained, bound(trained, RECIPE), "best", bring_up(cpu=True)), bring_up(cpu=True))
-    other = RECIPE.replace("hidden: int = 3", "hidden: int = 7").replace(", yes=True", "")
+    other = RECIPE.replace("hidden: int = 3", "hidden: int = 7").replace(", bright=True", "")
     with caplog.at_level(logging.WARNING):
         settings = bound(trained, other)
     assert settings.config.model == {"hidden": 3}
     words = " | ".join(record.getMessage() for record in caplog.records)
     assert f"model.hidden = 3 ({trained}/config.yaml:3): a default of then, and kept; the recipe's is 7 now" in words
-    assert "model.yes = True" in words
+    assert "model.bright = True" in words
     after = evaluate_run(restore_run(trained, settings, "best", bring_up(cpu=True)), bring_up(cpu=True))
     assert after.means == before.means
     assert dtrain.load(trained)[0].out_features == 3

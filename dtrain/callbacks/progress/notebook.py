@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from dtrain.callbacks.progress.clock import Clock, short_number, short_time
 from dtrain.callbacks.progress.curve import curves_svg
 from dtrain.callbacks.progress.paced import Paced
 from dtrain.callbacks.progress.plain import epoch_line, metrics_text
+from dtrain.wording import number
 
 _UPDATE_SECONDS = 0.5
 _MOST_ROWS = 20  # of a long run's table, half of them its first, half its last
@@ -74,7 +74,7 @@ def status_html(clock: Clock, values: Mapping[str, float], now: float) -> str:
     said = [f"epoch {facts.epoch}/{facts.epochs}, {facts.title} {clock.steps}" + (f"/{total}" if total else "")]
     rate, lr, left = clock.samples_per_second, facts.lr(), clock.run_left(now)
     said += [metrics_text(values)] if values else []
-    said += [] if lr is None else [f"lr {lr:g}"]
+    said += [] if lr is None else [f"lr {number(lr)}"]
     said += [] if rate is None else [f"{short_number(rate)} samples/s"]
     said += [] if left is None else [f"{short_time(left)} left"]
     said += facts.run.status
@@ -105,5 +105,5 @@ def _row(row: Mapping[str, Any], names: Sequence[str]) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else str(value)
+        return number(value)
     return "" if value is None else html.escape(str(value))
