@@ -338,16 +338,3 @@ def leaves(section: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, 
         elif prefix or name not in BUILDER_SECTIONS:
             found[prefix + name] = field.annotation
     return found
-
-
-def keys_with_defaults(section: type[BaseModel]) -> str:
-    """Returns "epochs=3, seed=42, ..." for messages that list what is valid."""
-    parts = []
-    for name, field in section.model_fields.items():
-        if section_of(field.annotation) is not None or field.default_factory is not None:
-            parts.append(f"{name}.*" if name not in BUILDER_SECTIONS else f"{name}.* (of the recipe)")
-        elif field.is_required():
-            parts.append(f"{name} (needed)")
-        else:
-            parts.append(f"{name}={field.default}")
-    return ", ".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from dtrain.config import bundled as share
 from dtrain.config import schema
 from dtrain.config.calls import call_values
 from dtrain.config.keeping import bring_back
+from dtrain.config.keys import meant, suggestion
 from dtrain.config.recipe_file import locate
 from dtrain.config.renamed import new_name, with_new_names
 from dtrain.config.schema import BUILDER_SECTIONS, RunConfig
@@ -85,7 +87,7 @@ class Settings:
             if not homes:
                 known = [leaf.rpartition(".")[2] for leaf in schema.leaves()]
                 known += [name for names in signatures.values() for name in names]
-                raise ConfigError(_unknown_bare(key, value, known, signatures))
+                raise ConfigError(_unknown_bare(key, value, known, signatures, self.config.recipe))
             _refuse_ambiguous(key, [f"{home}.{key}" for home in homes])
             self._refuse_twice(f"{homes[0]}.{key}", key, value)
             getattr(self.config, homes[0])[key] = value.value
@@ -152,6 +154,7 @@ class Settings:
         return {**secrets_of("", bare), **secrets_of("", plain_value(self.config.model_dump()))}
 
 
+_MOST_LISTED = 12  # parameters of a recipe that a message names
 _STEP = "step"  # a section, and a name that builders' parameters have: step=plain is model.step=plain
 
 
@@ -250,7 +253,7 @@ def _match(key: str, value: Value) -> str | None:
         return key  # the check of the whole section names what is wrong with it
     raise ConfigError(
         f"{key} = {value.raw} ({value.place}): there is no section {section!r}."
-        f"{nearest(section, RunConfig.model_fields)} {_valid_sections()}"
+        f"{meant(key) or nearest(section, RunConfig.model_fields)} {_valid_sections()}"
     )
 
 
@@ -307,7 +310,7 @@ def _describe(item: Any, values: Mapping[str, Value]) -> str:
         known = [n for n in section.model_fields if n != parts[-1]]
         return (
             f"{key} = {item['input']!r} ({place}): there is no key {parts[-1]!r}."
-            f"{nearest(parts[-1], known)} Valid keys: {schema.keys_with_defaults(section)}."
+            f"{suggestion(parts[-1], known)} `dtrain keys{''.join(f' {one}' for one in parts[:-1][:1])}` lists all."
         )
     if item["type"] == "missing":
         return f"{key} is required but not set. Write {key}=..."
@@ -342,14 +345,24 @@ def _section_at(parts: Sequence[str]) -> type[BaseModel]:
     return section
 
 
-def _unknown_bare(key: str, value: Value, known: list[str], signatures: Mapping[str, Sequence[str]]) -> str:
-    takes = "; ".join(f"{section}: {', '.join(names)}" for section, names in signatures.items() if names)
+def _unknown_bare(
+    key: str, value: Value, known: list[str], signatures: Mapping[str, Sequence[str]], recipe: str
+) -> str:
+    own = [name for names in signatures.values() for name in names]
+    near = _same_parameter(key, own) or suggestion(key, known)
+    takes = f" The recipe takes {', '.join(own)}." if 0 < len(own) <= _MOST_LISTED and not near else ""
     return (
         f"{key} = {value.raw} ({value.place}): neither the config nor the recipe has a key {key!r}."
-        f"{nearest(key, known)} The recipe takes {takes or 'no parameters'}. "
-        f"train takes {schema.keys_with_defaults(schema.TrainConfig)}."
+        f"{near}{takes} `{shlex.join(['dtrain', 'keys', recipe])}` lists all."
     )
 
 
+def _same_parameter(key: str, own: Sequence[str]) -> str:
+    """Names a parameter of the recipe that is called otherwise elsewhere: lr for learning_rate."""
+    words = meant(key)
+    same = [name for name in own if words and name != key and meant(name) == words]
+    return f" Did you mean {same[0]!r}?" if same else ""
+
+
 def _valid_sections() -> str:
-    return f"Valid are {', '.join(RunConfig.model_fields)}."
+    return f"Valid are {', '.join(name for name in RunConfig.model_fields if name != 'defaults')}."
