@@ -15,6 +15,7 @@ from dtrain.distributed.world import bring_up
 from dtrain.errors import DtrainError
 from dtrain.recipe.loader import bind, load_recipe
 from dtrain.report.data import run_data
+from dtrain.report.finding import RunLocation
 from dtrain.report.runs import read_run
 from dtrain.trainer.evaluate import evaluate_run, restore_run
 from dtrain.trainer.train import train_run
@@ -87,7 +88,7 @@ def test_every_default_that_yaml_can_hold_is_written(trained: Path) -> None:
     last = text.splitlines()[-1]
     assert last.startswith("# Defaults of the recipe that are not above: model.act (YAML cannot hold this type), ")
     assert "model.api_key (a secret), model.big (long), step.noise (train_step and valid_step differ in it)" in last
-    assert "lr" in {key.rpartition(".")[2] for key in run_data(read_run(trained, trained.name))["config"]}, (
+    assert "lr" in {key.rpartition(".")[2] for key in run_data(read_run(RunLocation("it", trained, trained / "history.csv")))["config"]}, (
         "the page shows it"
     )
 
