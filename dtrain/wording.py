@@ -31,15 +31,26 @@ def counted(count: int, what: str) -> str:
 
 
 def wrapped(text: str, width: int) -> str:
-    """Returns a text whose lines break at words where they are wider; what is indented, as code is, stays whole.
+    """Returns a text whose lines break at words where they are wider; the lines of a traceback stay whole.
 
     Args:
         text: lines of a message.
         width: in characters.
     """
-    return "\n".join(
-        line
-        if len(line) <= width or line.startswith(" ")
-        else textwrap.fill(line, max(width, 20), break_long_words=False, break_on_hyphens=False, drop_whitespace=True)
-        for line in text.split("\n")
-    )
+    lines, noted = [], False
+    for line in text.split("\n"):
+        noted = noted or line.startswith("dtrain: ")  # what is indented below that are notes in words
+        if len(line) <= width or (line.startswith(" ") and not noted):
+            lines.append(line)
+            continue
+        indent = " " * (len(line) - len(line.lstrip()))
+        more = f"{indent}  " if indent else ""
+        lines += textwrap.wrap(
+            line.strip(),
+            max(width, 20),
+            initial_indent=indent,
+            subsequent_indent=more,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines)

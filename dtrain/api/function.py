@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dtrain.api.clean_errors import clean_in_notebooks
 from dtrain.api.in_run import CallRun, call_run, run_of_call, train_in_run
 from dtrain.api.spawn.call import call_on_ranks, starts_ranks
 from dtrain.callbacks.progress import fed, progress_of
@@ -57,6 +58,7 @@ def tutorial_valid_step(model: Any, features: Any, labels: Any) -> tuple[Any, An
     return model.loss_func(predictions, labels), model.metric_func(predictions, labels)
 
 
+@clean_in_notebooks
 def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-only
     model: nn.Module,
     epochs: int,

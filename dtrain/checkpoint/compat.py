@@ -27,6 +27,7 @@ from dtrain.errors import UsageError
 from dtrain.layout import CONFIG
 from dtrain.masking import masked
 from dtrain.provenance.opened import opened_files
+from dtrain.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -243,14 +244,14 @@ def check_ranks(there: Mapping[str, Any], step: int | None, ranks: int, settings
     if before == ranks or train.batch == "global":
         return
     reason = (
-        f"the run had {before} ranks and now has {ranks}, and with train.batch=per_rank the global batch size would "
-        f"change"
+        f"the run had {counted(before, 'rank')} and now has {ranks}, and with train.batch=per_rank the global batch "
+        "size would change"
     )
     if not settings.config.checkpoint.change_ranks:
         raise UsageError(
-            f"{reason}. Start {before} ranks; or set {way(settings, 'checkpoint.change_ranks', True)} to resume "
-            f"anyway, from the start of an epoch. A run with {way(settings, 'train.batch', 'global')} can resume on "
-            "any number of ranks."
+            f"{reason}. Start {counted(before, 'rank')}; or set {way(settings, 'checkpoint.change_ranks', True)} to "
+            "resume anyway, from the start of an epoch. A run with "
+            f"{way(settings, 'train.batch', 'global')} can resume on any number of ranks."
         )
     if step is not None:
         raise UsageError(

@@ -61,9 +61,8 @@ def _found(words: Sequence[str]) -> tuple[list[Key], bool]:
     every += [one for one in known if one.name not in ("recipe", "defaults")]
     chosen = [one for one in every if not asked or any(_is_asked(one.name, word) for word in asked)]
     if not chosen:
-        raise UsageError(
-            f"{asked[0]}.* are the parameters of the recipe's {BUILDER_SECTIONS[asked[0]]}: name a recipe."
-        )
+        builder = BUILDER_SECTIONS[asked[0]]
+        raise UsageError(f"{asked[0]}.* are parameters of {builder}: `dtrain keys RECIPE.py {asked[0]}`.")
     return chosen, target is not None
 
 

@@ -308,12 +308,15 @@ def _describe(item: Any, values: Mapping[str, Value]) -> str:
     section = _section_at(parts[:-1])
     if item["type"] == "extra_forbidden":
         known = [n for n in section.model_fields if n != parts[-1]]
+        listed = f"`dtrain keys{''.join(f' {one}' for one in parts[:-1][:1])}` lists all."
         return (
             f"{key} = {item['input']!r} ({place}): there is no key {parts[-1]!r}."
-            f"{suggestion(parts[-1], known)} `dtrain keys{''.join(f' {one}' for one in parts[:-1][:1])}` lists all."
+            f"{_in_section(parts) or suggestion(parts[-1], known)} {listed}"
         )
     if item["type"] == "missing":
         return f"{key} is required but not set. Write {key}=..."
+    if item["type"] == "int_type" and isinstance(item["input"], float) and item["input"].is_integer():
+        return f"{key} = {item['input']!r} ({place}): should be a whole number: {key}={int(item['input'])}."
     reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     if item["type"] in ("model_type", "dict_type") and len(parts) < 3:
         return f"{key} = {item['input']!r} ({place}): should be a section: {_example(parts)}."
@@ -321,6 +324,15 @@ def _describe(item: Any, values: Mapping[str, Value]) -> str:
     default = field_.get_default(call_default_factory=True) if field_ is not None else None
     shown = f" (default: {default})" if not isinstance(default, BaseModel) and default is not None else ""
     return f"{key} = {item['input']!r} ({place}): {reason}{shown}."
+
+
+def _in_section(parts: Sequence[str]) -> str:
+    """Names the section of a key that stands at the top of a file, or in the wrong one."""
+    homes = [leaf for leaf in schema.leaves() if leaf.endswith(f".{parts[-1]}")]
+    if len(homes) != 1:
+        return ""
+    section = homes[0].rpartition(".")[0]
+    return f" It belongs to {section}: write {homes[0]}, or put it below `{section}:` in a file."
 
 
 def _example(parts: Sequence[str]) -> str:

@@ -88,9 +88,10 @@ def test_every_default_that_yaml_can_hold_is_written(trained: Path) -> None:
     last = text.splitlines()[-1]
     assert last.startswith("# Defaults of the recipe that are not above: model.act (YAML cannot hold this type), ")
     assert "model.api_key (a secret), model.big (long), step.noise (train_step and valid_step differ in it)" in last
-    assert "lr" in {key.rpartition(".")[2] for key in run_data(read_run(RunLocation("it", trained, trained / "history.csv")))["config"]}, (
-        "the page shows it"
-    )
+    assert "lr" in {
+        key.rpartition(".")[2]
+        for key in run_data(read_run(RunLocation("it", trained, trained / "history.csv")))["config"]
+    }, "the page shows it"
 
 
 def test_with_the_same_recipe_nothing_is_given(trained: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,11 +20,15 @@ _MOST_ROWS = 20  # of a long run's table, half of them its first, half its last
 class NotebookView(Paced):
     """Shows progress under a notebook's cell; the last state stays there, and in the notebook's file.
 
+    Args:
+        curves: whether curves are drawn below the table.
+
     It updates from `on_progress` and after an epoch, at most twice a second, and when all is over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, curves: bool = True) -> None:
         super().__init__()
+        self._draws = curves
         self._rows: list[Mapping[str, Any]] = []
         self._handle: Any = None
         self._curves = ""
@@ -46,7 +50,7 @@ class NotebookView(Paced):
     def _show(self, now: float, *, over: bool = False) -> None:
         from IPython.display import display
 
-        self._curves = self._curves or curves_svg(self._rows)
+        self._curves = self._curves or (curves_svg(self._rows) if self._draws else "")
         status = "" if over and self._rows else status_html(self._clock, self._values, now)
         page = f"{status}{table_html(self._rows)}{self._curves}"
         lines = "\n".join(map(epoch_line, self._rows)) or "no epoch finished yet"
