@@ -121,6 +121,8 @@ def check_syntax(path: Path) -> None:
     """
     try:
         content = path.read_bytes()
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise RecipeError(f"{path}: the file is in UTF-16. Save it as UTF-8, as Python reads it.")
         if b"\0" in content:
             line = content[: content.index(b"\0")].count(b"\n") + 1
             raise RecipeError(f"{path}:{line}: the file contains a NUL byte. Is it damaged?")

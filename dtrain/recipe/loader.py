@@ -262,7 +262,10 @@ def _built(recipe: Recipe, settings: Settings, section: str, *first: Any, dl_tra
     except Exception as error:
         given = {key: value for key, value in parameters.items() if settings.place_of(f"{section}.{key}") != "default"}
         if isinstance(error, FileNotFoundError):
-            given = _missing(error, {**builder.defaults(), **parameters}) or given
+            missing = _missing(error, {**builder.defaults(), **parameters})
+            given = missing or given
+            if missing:
+                add_remark(error, f"if it is elsewhere, set {section}.{next(iter(missing))}=PATH")
         if given:
             add_remark(error, _given_to(builder, section, given, settings))
         raise

@@ -113,7 +113,10 @@ def _explained(error: BaseException) -> Description:
         code = cut(repr(error.code), _LONGEST_TEXT)
         return _described(error, f"dtrain: error: your code called sys.exit({code}){at}", EXIT_FAILED)
     if isinstance(error, ModuleNotFoundError):
-        at += _not_installed(error)
+        who, missing = _not_installed(error)
+        if who == "dtrain":
+            return _described(error, f"dtrain: error: {missing}", EXIT_FAILED)
+        at += f"\n  hint: {missing}" if missing else ""
     told = _traced(error)
     if len(shortages) > 1:
         told.__context__ = None
@@ -127,16 +130,16 @@ def _explained(error: BaseException) -> Description:
     return _described(error, whole, EXIT_FAILED, text)
 
 
-def _not_installed(error: ModuleNotFoundError) -> str:
-    """Returns a line on the package that is missing, and whose it is: the user's code's, or dtrain's own."""
+def _not_installed(error: ModuleNotFoundError) -> tuple[str, str]:
+    """Returns who needs the package that is missing, and that in words; nothing where it is another package's."""
     name = (error.name or "").partition(".")[0]
     frames = traceback.walk_tb(BaseException.__getattribute__(error, "__traceback__"))
     files = [frame.f_code.co_filename for frame, _ in frames]
     importer = next((file for file in reversed(files) if not file.startswith("<frozen")), "")
     if not name or name in sys.stdlib_module_names or (_is_installed(importer) and not _is_ours(importer)):
-        return ""
-    who = "dtrain needs" if _is_ours(importer) else "your code needs"
-    return f"\n  hint: {who} {name}, which this Python does not find: {sys.executable} -m pip install {name}"
+        return "", ""
+    who = "dtrain" if _is_ours(importer) else "your code"
+    return who, f"{who} needs {name}, which is not installed: {sys.executable} -m pip install {name}"
 
 
 def _briefly(error: BaseException, raised: BaseException) -> Description:
