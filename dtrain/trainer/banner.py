@@ -52,9 +52,9 @@ def batch_words(engine: Engine, batch: int, keep: str = "") -> str:
         return ""
     times = f" x accumulation {options.accumulation}" if options.accumulation > 1 else ""
     if options.batch == "global":
-        each = f"{-(-batch // ranks)} per rank on {ranks} ranks" if ranks > 1 else ""
-        words = f"global batch {batch}{times} = {batch * options.accumulation} samples per step"
-        return ", ".join([words, *([each] if each else [])])
+        each = f": {-(-batch // ranks)} per rank on {ranks} ranks" if ranks > 1 else ""
+        every = f" = {batch * options.accumulation} samples per step" if times else ""
+        return f"global batch {batch}{times}{every}{each}"
     many = f"{ranks} ranks x " if ranks > 1 else ""
     words = f"{many}batch {batch}{times} = {batch * ranks * options.accumulation} samples per step"
     kept = (
