@@ -149,7 +149,7 @@ def test_one_output_is_updated_twice_a_second_and_stays(now: Now, pages: list[di
     view.close()
     assert len(cells(pages[-1]["text/html"].split("<svg")[0])) == 11
     assert "<progress" not in pages[-1]["text/html"]
-    assert pages[-1]["text/plain"].splitlines()[-1].startswith("EPOCH = 10, loss = 0.100, ")
+    assert pages[-1]["text/plain"].splitlines()[-1].startswith("EPOCH = 10, loss = 0.1, ")
 
 
 def test_one_that_fails_in_its_first_epoch_shows_how_far_it_came(now: Now, pages: list[dict[str, str]]) -> None:
