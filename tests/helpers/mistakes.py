@@ -185,15 +185,16 @@ def page() -> str:
         "# Common mistakes, and what dtrain says",
         "",
         f"{len(MISTAKES)} mistakes that everybody makes once, each with the message that it ends in on a terminal of "
-        f"{COLUMNS} columns. The message names the value, the file and line or the key, and what to do instead.",
+        f"{COLUMNS} columns.",
+        "The message names the value, the file and line or the key, and what to do instead.",
         "Made by `cd tests && python -m helpers.mistakes`. All of them start from this recipe, which is right:",
         "",
         _fenced("python", RECIPE.rstrip()),
     ]
     for title, text in messages().items():
         (mistake,) = (one for one in MISTAKES if one.title == title)
-        command = "" if mistake.cell else f"`dtrain {mistake.command}`:\n\n"
-        parts += [f"## {title}", "", f"{mistake.shown()}{command}{_fenced('text', text)}"]
+        command = "" if mistake.cell else f"$ dtrain {mistake.command}\n"
+        parts += [f"## {title}", "", f"{mistake.shown()}{_fenced('text', command + text)}"]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(parts)).rstrip() + "\n"
 
 

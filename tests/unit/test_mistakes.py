@@ -27,7 +27,7 @@ def test_each_ends_in_the_message_that_the_page_shows(said: dict[str, str]) -> N
     shown = {}
     for part in page.split("\n## ")[1:]:
         title, _, rest = part.partition("\n")
-        shown[title] = re.findall(r"```text\n(.*?)\n```", rest, re.DOTALL)[-1]
+        shown[title] = re.findall(r"```text\n(?:\$ [^\n]*\n)?(.*?)\n```", rest, re.DOTALL)[-1]
     assert list(shown) == [mistake.title for mistake in MISTAKES]
     for title, text in said.items():
         assert told(text) == told(shown[title]), f"{title}: run `cd tests && python -m helpers.mistakes`"
