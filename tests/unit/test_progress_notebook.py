@@ -145,7 +145,7 @@ def test_one_output_is_updated_twice_a_second_and_stays(now: Now, pages: list[di
     assert 15 <= len(pages) <= 21  # in 10 s
     middle = pages[len(pages) // 2]["text/html"]
     assert re.search(r'<progress max="1000" value="\d+"', middle)
-    assert re.search(r"epoch \d/10, train \d+/1000 · loss: 0.250 · lr 0.001 · \d:\d\d left", middle)
+    assert re.search(r"epoch \d/10, train \d+/1000 · loss: 0.25 · lr 0.001 · \d:\d\d left", middle)
     view.close()
     assert len(cells(pages[-1]["text/html"].split("<svg")[0])) == 11
     assert "<progress" not in pages[-1]["text/html"]
