@@ -10,12 +10,12 @@ import inspect
 import re
 import sys
 import textwrap
-import types
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import dtrain
+from dtrain.config.keys import kind_of, yaml_word
 from dtrain.config.schema import BUILDER_SECTIONS, RunConfig, section_of
 
 DOCS = Path(__file__).parent
@@ -100,46 +100,9 @@ def _row(prefix: str, name: str, field: Any) -> str:
         default = ""
     else:
         value = field.get_default(call_default_factory=True)
-        default = "" if value is None else f"`{_yaml(value)}`"
+        default = "" if value is None else f"`{yaml_word(value)}`"
     words = (field.description or "").replace("|", "\\|")
-    return f"| `{prefix}{name}` | {default} | {_kind(field)} | {words} |"
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _kind(field: Any) -> str:
-    """What a value may be, in words: whole number of at least 1."""
-    union = get_origin(field.annotation) in (Union, types.UnionType)
-    options = get_args(field.annotation) if union else (field.annotation,)
-    said = ", ".join(_kind_of(option) for option in options if option is not type(None))
-    bounds = [f"{_BOUNDS[sign]} {number}" for sign, number in _bounds(field)]
-    return " ".join([said, *([" and ".join(bounds)] if bounds else [])])
-
-
-_BOUNDS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
-_KINDS = {int: "whole number", float: "number", bool: "true, false", str: "text"}
-
-
-def _kind_of(option: Any) -> str:
-    if get_origin(option) is Literal:
-        return ", ".join(f"`{_yaml(one)}`" for one in get_args(option))
-    if hasattr(option, "__metadata__"):
-        option = get_args(option)[0]
-    if get_origin(option) is list:
-        inner = get_args(option)[0]
-        if get_origin(inner) is Literal:
-            return f"list of {_kind_of(inner)}"
-        return "list of texts" if inner is str else "list of mappings"
-    return _KINDS.get(option, "mapping")
-
-
-def _bounds(field: Any) -> list[tuple[str, float]]:
-    found = [(sign, getattr(one, sign, None)) for one in field.metadata for sign in _BOUNDS]
-    return [(sign, number) for sign, number in found if isinstance(number, (int, float))]
+    return f"| `{prefix}{name}` | {default} | {kind_of(field, '`')} | {words} |"
 
 
 def _table(title: str, words: str, rows: list[str]) -> str:

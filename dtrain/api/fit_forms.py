@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtrain.callbacks.progress.choose import can_display
 from dtrain.data.loader_group import Combine, grouped
-from dtrain.engine.arguments import check_whole
+from dtrain.engine.arguments import check_switch, check_whole
 from dtrain.engine.valid_loaders import first_loss
-from dtrain.errors import UsageError
+from dtrain.errors import UsageError, nearest
 from dtrain.rundir.columns import Mode
 
 
@@ -37,7 +40,15 @@ def read_fit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> FitPlan:
         UsageError: a value is wrong.
     """
     classic = "dl_train" in kwargs or (bool(args) and isinstance(args[0], int))
-    plan = _classic_form(*args, **kwargs) if classic else _current_form(*args, **kwargs)
+    form = _classic_form if classic else _current_form
+    _check_names(form, args, kwargs)
+    plan = form(*args, **kwargs)
+    for name, data in (("train_data", plan.train_data), ("val_data", plan.val_data)):
+        if type(data).__module__.partition(".")[0] in ("torch", "numpy", "pandas") and hasattr(data, "shape"):
+            raise UsageError(
+                f"{name} is a {type(data).__name__}: should be a loader of batches. Wrap the features and labels: "
+                "DataLoader(TensorDataset(features, labels), batch_size=32, shuffle=True)."
+            )
     check_whole(epochs=plan.epochs, log_step_freq=plan.log_step_freq)
     if plan.patience is not None:
         check_whole(patience=plan.patience)
@@ -62,6 +73,60 @@ def in_turn(train_data: Any, combine: Combine | None) -> Any:
             "features and labels. Use combine='alternate', or dtrain.train_model with a train_step of your own."
         )
     return found
+
+
+# Arguments of fit elsewhere (torchkeras, Keras, Lightning) -> what does it here.
+_ELSEWHERE = {
+    "wandb": 'pass run="runs/first", config={"track.wandb.project": "NAME"}.',
+    "mixed_precision": 'pass precision="bf16" or "fp16".',
+    "gradient_accumulation_steps": "pass accumulation=N.",
+    "validation_data": "pass val_data=.",
+    "x": "pass train_data=, a DataLoader of features and labels.",
+    "y": "the labels come with the batches: DataLoader(TensorDataset(x, y), batch_size=32).",
+    "shuffle": "it is the DataLoader's: DataLoader(dataset, batch_size=32, shuffle=True).",
+    "validation_split": "split the dataset: torch.utils.data.random_split; pass val_data=.",
+    "lr": "it is the optimizer's: compile(optimizer=torch.optim.Adam(net.parameters(), lr=...)).",
+    "device": "a GPU is used where there is one; cpu=True trains on the CPU.",
+    "steps_per_epoch": "pass epoch_steps=N.",
+    "initial_epoch": 'pass run="runs/first": the same call then resumes.',
+}
+
+
+def _check_names(form: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses an argument that there is not, or one too few or given twice, with what does it here."""
+    takes = inspect.signature(form)
+    for name in kwargs:
+        if name not in takes.parameters:
+            near = nearest(name, [*takes.parameters, "plot", "quiet", "verbose", "callbacks", "run"])
+            remedy = f" Instead, {_ELSEWHERE[name]}" if name in _ELSEWHERE else near
+            raise UsageError(f"KerasModel.fit has no argument {name!r} in this calling form.{remedy}")
+    try:
+        takes.bind(*args, **kwargs)
+    except TypeError as error:
+        raise UsageError(
+            f"KerasModel.fit: {error}. Call fit(train_data, val_data, epochs=10), or fit(epochs, dl_train, dl_val)."
+        ) from None
+
+
+def shown(verbose: Any, plot: bool | None, quiet: bool | None) -> Any:
+    """Returns `verbose` as the arguments `plot` and `quiet`, which others have, would have it.
+
+    Raises:
+        UsageError: one of them is neither True nor False, or both speak of what is to be shown otherwise.
+    """
+    given = {name: value for name, value in (("plot", plot), ("quiet", quiet)) if value is not None}
+    check_switch(**given)
+    if given and verbose is not True:
+        raise UsageError(
+            f"{next(iter(given))} = {next(iter(given.values()))} and verbose = {verbose!r}: pass only one."
+        )
+    if quiet:
+        return False
+    if plot is False and can_display():
+        from dtrain.callbacks.progress.notebook import NotebookView
+
+        return NotebookView(curves=False)
+    return verbose
 
 
 def _classic_form(  # noqa: PLR0913, PLR0917 - the calling form

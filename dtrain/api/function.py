@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dtrain.api.clean_errors import clean_in_notebooks
 from dtrain.api.in_run import CallRun, call_run, run_of_call, train_in_run
 from dtrain.api.spawn.call import call_on_ranks, starts_ranks
 from dtrain.callbacks.progress import fed, progress_of
@@ -35,6 +36,7 @@ from dtrain.errors import UsageError
 from dtrain.model.compile import Compile
 from dtrain.model.gradients.averaging import Way
 from dtrain.model.precision import Precision
+from dtrain.trainer.messages import say_banner
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +60,7 @@ def tutorial_valid_step(model: Any, features: Any, labels: Any) -> tuple[Any, An
     return model.loss_func(predictions, labels), model.metric_func(predictions, labels)
 
 
+@clean_in_notebooks
 def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-only
     model: nn.Module,
     epochs: int,
@@ -222,6 +225,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     call_hooks(engine)
     check_plateau(engine, "scheduler_monitor", "the argument of train_model")
     check_total_steps(engine)
+    say_banner(engine, verbose=verbose)
     history = engine.fit()
     if engine.average is not None:
         engine.average.settle()

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.api.fit_forms import FitPlan, in_turn, read_fit
+from dtrain.api.clean_errors import clean_in_notebooks
+from dtrain.api.fit_forms import FitPlan, in_turn, read_fit, shown
 from dtrain.api.in_run import CallRun, call_run, run_of_call, train_in_run
 from dtrain.api.keeping import Keeping
 from dtrain.api.keras_steps import KerasSteps, checked_metrics, counts_epochs
@@ -44,6 +45,7 @@ from dtrain.launch.terminal.guarded import put
 from dtrain.model.compile import Compile
 from dtrain.model.gradients.averaging import Way
 from dtrain.model.precision import Precision
+from dtrain.trainer.messages import say_banner
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,6 +141,7 @@ class KerasModel(nn.Module):
         text = data_summary(self.net, input_data) if given else shape_summary(self.net, input_shape or (), input_dtype)
         print(text)  # noqa: T201
 
+    @clean_in_notebooks
     def fit(  # noqa: PLR0913 - keyword-only
         self,
         *args: Any,
@@ -164,6 +167,8 @@ class KerasModel(nn.Module):
         seed: int = 42,
         callbacks: Any = None,
         verbose: bool | EngineCallback = True,
+        plot: bool | None = None,
+        quiet: bool | None = None,
         cpu: bool = False,
         world: World | None = None,
         num_processes: int | None = None,
@@ -201,6 +206,7 @@ class KerasModel(nn.Module):
             seed: the order of the samples and each rank's random stream are derived from it.
             callbacks: `dtrain.Callback` objects, in a list; see docs/callbacks.md.
             verbose: whether rank 0 shows progress; or what is to show it, as in `dtrain.train_model`.
+            plot: whether a notebook shows curves, as it does by default; quiet: True is `verbose=False`.
             cpu: compute on the CPU also where there is an accelerator.
             world: ranks that were brought up before, by default brought up here.
             num_processes: start this many ranks on this machine for the call, from a notebook, a prompt or a script
@@ -216,7 +222,9 @@ class KerasModel(nn.Module):
             UsageError: an argument is wrong, or there is no loss.
             StepError, DataError, RankError, StopRequested: as in `dtrain.train_model`.
         """  # fmt: skip
-        given = {name: value for name, value in locals().items() if name not in ("self", "args", "kwargs")}
+        verbose = shown(verbose, None if num_processes else plot, quiet)
+        left = ("self", "args", "kwargs", "plot", "quiet")
+        given = {name: value for name, value in locals().items() if name not in left and name != "left"}
         plan, options = read_fit(args, kwargs), RunOptions.of(given)
         check_whole(epoch_steps=1 if epoch_steps is None else epoch_steps)
         plan = replace(plan, train_data=in_turn(plan.train_data, combine))
@@ -252,6 +260,7 @@ class KerasModel(nn.Module):
         keeping.begun(engine)
         check_plateau(engine, "monitor", "the argument of fit", plan.mode)
         check_total_steps(engine)
+        say_banner(engine, verbose=verbose)
         history = engine.fit()
         if engine.ended is not None and verbose is True and world.is_main:
             put(f"{engine.ended}\n", sys.stdout)
@@ -290,6 +299,7 @@ class KerasModel(nn.Module):
             config=given["config"],
         )
 
+    @clean_in_notebooks
     def evaluate(  # noqa: PLR0913 - keyword-only
         self,
         dl_val: Any,
@@ -318,6 +328,7 @@ class KerasModel(nn.Module):
         result = evaluate_task(self._task(None, dl_val), world, replace(self._options, batch=batch, seed=seed))
         return {f"val_{name}": mean for name, mean in result.means.items()}
 
+    @clean_in_notebooks
     def predict(  # noqa: PLR0913 - keyword-only
         self,
         dl: Any,

@@ -54,6 +54,7 @@ from dtrain.model.attributes import check_materialized
 from dtrain.model.gradients.averaging import Way, check_way
 from dtrain.model.optimizers import place_states
 from dtrain.model.untracked_batchnorm import warn_of_parts
+from dtrain.wording import number
 
 _COMPARED_ROWS = 64
 
@@ -225,7 +226,7 @@ class Meter:
         return self.table.running()
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}: {mean:.3f}" for name, mean in self.running().items())
+        return ", ".join(f"{name}: {number(mean)}" for name, mean in self.running().items())
 
     def means(self, prefix: str = "") -> dict[str, float]:
         """Adds up over the ranks and returns the means, the same on every rank.

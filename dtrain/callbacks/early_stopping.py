@@ -21,6 +21,7 @@ from dtrain.engine.loop import Engine
 from dtrain.errors import UsageError
 from dtrain.files import written_whole
 from dtrain.rundir.columns import Mode, check_monitor, mode_of, watched
+from dtrain.wording import number
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class EarlyStopping:
         if self._is_reached:
             best = self._lowest if self._mode == "min" else -self._lowest
             engine.stop(
-                f"stopped early after epoch {epoch} of {engine.epochs}: {self._monitor} = {best:.4g} has reached "
+                f"stopped early after epoch {epoch} of {engine.epochs}: {self._monitor} = {number(best)} has reached "
                 f"{self._section}target = {self._target}",
                 f"{self._section}target",
             )

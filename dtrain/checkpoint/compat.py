@@ -27,12 +27,14 @@ from dtrain.errors import UsageError
 from dtrain.layout import CONFIG
 from dtrain.masking import masked
 from dtrain.provenance.opened import opened_files
+from dtrain.wording import counted
 
 logger = logging.getLogger(__name__)
 
 # What may differ from the run so far: it changes no number of it.
 FREE = (
     "recipe",  # compared by its name and code
+    "defaults",  # which of the values are such; the values are compared
     "train.epochs",
     "train.log_step_freq",
     "train.hang_seconds",
@@ -167,14 +169,25 @@ def _warn_of_curve(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 def config_differences(there: Mapping[str, Any], here: Mapping[str, Any], settings: Settings) -> list[str]:
     """Returns, in words, the values that differ and that the numbers depend on."""
     differing = _differing(there, here, settings)
+    gone = there.get("defaults", ())  # of a parameter that the recipe no longer has; its code is compared
     others = tuple(f"{key.removesuffix('.class')}." for key in differing if key.endswith(".class"))  # of another class
     return [
-        f"{key} was {before!r} and is {now!r} ({settings.place_of(key)})"
+        f"{key} was {before!r} and is {now!r} ({settings.origin(key)})"
         for key, (before, now) in differing.items()
         if not key.startswith(FREE)
         and not _is_moved(key, before, now, settings)
+        and not (key in gone and now == _NOT_GIVEN)
         and not (key.startswith(others) and _NOT_GIVEN in (before, now))
     ]
+
+
+def differences_before_training(there: Settings, here: Settings) -> list[str]:
+    """Returns the same of a run that has no checkpoint yet: for it, the recipe may have changed its defaults."""
+    before, now = there.plain(), here.plain()
+    for key in set(before.get("defaults", ())) & set(now.get("defaults", ())):
+        section, _, name = key.partition(".")
+        before[section][name] = now[section][name]
+    return config_differences(before, now, here)
 
 
 def _differing(
@@ -183,7 +196,7 @@ def _differing(
     """Returns key -> both values, of those that differ."""
     # A builder's default counts as given: the recipe's content, compared besides, says what it was. So does that of a
     # key that was not there yet in the dtrain that saved the checkpoint.
-    defaults = {**flatten(RunConfig().model_dump()), **settings.defaults}
+    defaults = {**flatten(RunConfig().model_dump()), **settings.defaults, **settings.written}
     # Checkpoints of older versions have secrets as they were.
     before, now = (masked("", {**defaults, **renamed(flatten(values))}) for values in (there, here))
     return {
@@ -233,14 +246,14 @@ def check_ranks(there: Mapping[str, Any], step: int | None, ranks: int, settings
     if before == ranks or train.batch == "global":
         return
     reason = (
-        f"the run had {before} ranks and now has {ranks}, and with train.batch=per_rank the global batch size would "
-        f"change"
+        f"the run had {counted(before, 'rank')} and now has {ranks}, and with train.batch=per_rank the global batch "
+        "size would change"
     )
     if not settings.config.checkpoint.change_ranks:
         raise UsageError(
-            f"{reason}. Start {before} ranks; or set {way(settings, 'checkpoint.change_ranks', True)} to resume "
-            f"anyway, from the start of an epoch. A run with {way(settings, 'train.batch', 'global')} can resume on "
-            "any number of ranks."
+            f"{reason}. Start {counted(before, 'rank')}; or set {way(settings, 'checkpoint.change_ranks', True)} to "
+            "resume anyway, from the start of an epoch. A run with "
+            f"{way(settings, 'train.batch', 'global')} can resume on any number of ranks."
         )
     if step is not None:
         raise UsageError(

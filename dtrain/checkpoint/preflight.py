@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.checkpoint.code import check_code
-from dtrain.checkpoint.compat import check_facts, check_ranks, config_differences, recipe_name
+from dtrain.checkpoint.compat import check_facts, check_ranks, differences_before_training, recipe_name
 from dtrain.checkpoint.folder import MANIFEST
 from dtrain.config import Settings, load_settings
 from dtrain.errors import UsageError
@@ -39,7 +39,7 @@ def check_ahead(folder: Path, settings: Settings, ranks: int, code: Code) -> Non
     config = folder / CONFIG
     if config.is_file():
         before = load_settings(str(config), [], environ={})
-        differences = config_differences(before.plain(), settings.plain(), settings)
+        differences = differences_before_training(before, settings)
         if differences:
             raise UsageError(
                 f"{folder} contains another run without a checkpoint: "

@@ -21,6 +21,7 @@ from dtrain.cli.history import history
 from dtrain.cli.init import init
 from dtrain.cli.joblogs import logs
 from dtrain.cli.jobs import cancel, jobs, requeue
+from dtrain.cli.keys import keys
 from dtrain.cli.launch import launch
 from dtrain.cli.plot import plot
 from dtrain.cli.report import report
@@ -42,7 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _verb in (
-    *(init, train, evaluate, export, summary, bench, doctor),
+    *(init, train, keys, evaluate, export, summary, bench, doctor),
     *(submit, jobs, logs, cancel, requeue),
     *(history, plot, report, clean, sync),
 ):

@@ -12,6 +12,7 @@ import typer
 from dtrain.cli.guard import reported
 from dtrain.cli.ranks import on_ranks
 from dtrain.cli.train import METAVAR, read_target
+from dtrain.wording import counted
 
 if TYPE_CHECKING:
     from dtrain.distributed.world import World
@@ -79,7 +80,7 @@ def _scaling(one: BenchResult, many: BenchResult, ranks: int) -> str:
 
 def _head(measured: BenchResult, ranks: int) -> str:
     return (
-        f"{ranks} rank{'s' * (ranks > 1)} on {measured.device}, {measured.steps} steps: "
+        f"{ranks} rank{'s' * (ranks > 1)} on {measured.device}, {counted(measured.steps, 'step')}: "
         f"{1e3 * measured.step_seconds:.3f} ms a step, {measured.samples_per_second:,.0f} samples/s"
     )
 

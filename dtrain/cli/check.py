@@ -14,6 +14,7 @@ import typer
 from dtrain.cli.guard import reported
 from dtrain.cli.train import METAVAR, read_target
 from dtrain.cli.values import TakesValues
+from dtrain.wording import counted
 
 if TYPE_CHECKING:
     from dtrain.distributed.world import World
@@ -57,7 +58,7 @@ def _parity(words: list[str], ranks: int, steps: int, tolerance: float) -> int:
         for size, out in folders.items():
             out.mkdir()
             merge = ranks if per_rank and size == 1 else 1
-            typer.echo(f"{steps} steps on {size} rank{'s' * (size > 1)} ...")
+            typer.echo(f"{counted(steps, 'step')} on {size} rank{'s' * (size > 1)} ...")
             options = ["check", "trace", "--out", str(out), "--steps", str(steps), "--merge", str(merge)]
             options += ["--like", str(folders[1])] if size > 1 else []
             code = start_local_ranks(dtrain_argv([*options, "-n", str(size), "--", *words]), size)
@@ -75,8 +76,8 @@ def _print(alone: Path, together: Path, ranks: int, tolerance: float) -> int:
     if parting is None:
         steps = len(one.tensors)
         typer.echo(
-            f"equal: {ranks} ranks and 1 took the same samples in {steps} optimizer steps, with equal losses, "
-            f"gradients, weights and history (relative tolerance {tolerance:g})."
+            f"equal: {ranks} ranks and 1 took the same samples in {counted(steps, 'optimizer step')}, with equal "
+            f"losses, gradients, weights and history (relative tolerance {tolerance:g})."
         )
         return 0
     typer.echo(f"different: {ranks} ranks and 1 first differ at {parting.where}")

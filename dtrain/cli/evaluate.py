@@ -11,6 +11,7 @@ import typer
 
 from dtrain.cli.guard import piped, reported
 from dtrain.cli.ranks import on_ranks
+from dtrain.wording import counted
 
 if TYPE_CHECKING:
     from dtrain.distributed.world import World
@@ -67,7 +68,7 @@ def evaluate(run: Run, words: Words = None, checkpoint: Saved = "best", ranks: R
             result = evaluate_run(restored, world)
             if world.is_main:
                 with piped():
-                    typer.echo(f"{restored.where} of {run}, {result.samples} samples")
+                    typer.echo(f"{restored.where} of {run}, {counted(result.samples, 'sample')}")
                     for name, mean in result.means.items():
                         typer.echo(f"val_{name} = {mean!r}")
 

@@ -13,6 +13,7 @@ from dtrain.cli.guard import piped, reported
 from dtrain.cli.ranks import on_ranks
 from dtrain.cli.train import METAVAR, claims_of, read_target
 from dtrain.cli.values import TakesValues
+from dtrain.wording import number
 
 if TYPE_CHECKING:
     from dtrain.config import Settings
@@ -92,7 +93,7 @@ def _print(curve: Curve) -> None:
     done, steps = len(curve.losses), len(curve.rates)
     if done % max(1, steps // _TOLD) == 0 and not curve.ended:
         with piped():
-            typer.echo(f"[step = {done}/{steps}] lr: {curve.rates[done - 1]:.2g}, loss: {curve.smoothed[-1]:.4g}")
+            typer.echo(f"[step = {done}/{steps}] lr: {curve.rates[done - 1]:.2g}, loss: {number(curve.smoothed[-1])}")
 
 
 def _print_rerun(curve: Curve) -> None:
@@ -160,7 +161,7 @@ def _print_next(
     typer.echo(f"lr = {suggestion.steepest:.2g}: where the smoothed loss falls most steeply")
     typer.echo(
         f"lr = {suggestion.tenth:.2g}: a tenth of the lr at which it is lowest ({suggestion.lowest:.2g}, "
-        f"loss {suggestion.loss:.4g})"
+        f"loss {number(suggestion.loss)})"
     )
     if found.several:
         times = ", ".join(f"{ratio:g}" for ratio in found.several)

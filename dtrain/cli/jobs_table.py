@@ -18,6 +18,7 @@ from dtrain.launch.retries import progress
 from dtrain.report.progress import RunProgress, read_progress
 from dtrain.report.words import printable
 from dtrain.slurm.runs import RunJob
+from dtrain.wording import number
 
 COLUMNS = ("JOB", "STATE", "RUN", "EPOCH", "LEFT", "REQUEUED", "LATEST")
 _LEFT_OUT = ("LEFT", "REQUEUED")  # of a terminal's table, where there is nothing in them
@@ -68,7 +69,7 @@ class Row:
 
     def latest(self) -> str:
         """Returns why the job waits or how it ended, and the last metrics."""
-        metrics = " ".join(f"{name} {value:.4g}" for name, value in self.progress.metrics.items())
+        metrics = " ".join(f"{name} {number(value)}" for name, value in self.progress.metrics.items())
         why = f"{'waits: ' if self.one.job is not None and self.one.job.waits and self.one.why else ''}{self.one.why}"
         return printable("; ".join(part for part in (why, metrics) if part)) or "-"
 

@@ -8,10 +8,15 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dtrain.wording import counted
+
 if TYPE_CHECKING:
     from dtrain.cli.console import Console
     from dtrain.distributed.world import World
     from dtrain.launch.env.rank_env import RankFacts
+
+
+_MOST_RANKS, _MOST_PER_CORE = 64, 4  # of one machine
 
 
 def on_ranks(
@@ -48,6 +53,7 @@ def on_ranks(
 
     facts = read_rank_facts()
     if ranks is not None and ranks > 1 and not facts.launched:
+        _refuse_too_many(ranks)
         from dtrain.launch.supervisor import dtrain_argv, run_local_ranks, told
         from dtrain.launch.terminal.guarded import readers_matter
         from dtrain.masking import hidden_variables, hide
@@ -64,6 +70,18 @@ def on_ranks(
         return _as_rank(facts, ranks, cpu, work, claims, hang_seconds, manner)
 
     return rank() if watched is None or (facts.launched and supervised()) else watched(rank, facts)
+
+
+def _refuse_too_many(ranks: int) -> None:
+    """Refuses a number of ranks that would only bring this machine to a standstill, such as that of the samples."""
+    from dtrain.errors import UsageError
+
+    cores = os.cpu_count() or 1
+    if ranks > max(_MOST_RANKS, _MOST_PER_CORE * cores):
+        raise UsageError(
+            f"-n {ranks}: this machine has {counted(cores, 'core')}, and each rank is a process of its own. Start one "
+            f"rank for each GPU, or on the CPU at most one for each core: -n {cores}."
+        )
 
 
 def _as_rank(  # noqa: PLR0917 - called at one place with all of them

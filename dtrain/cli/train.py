@@ -265,7 +265,7 @@ def read_target(words: list[str]) -> Settings:
 
 
 def _with_readable_recipe(settings: Settings) -> Settings:
-    from dtrain.config.recipe_file import check_syntax, locate
+    from dtrain.config.recipe_file import WHERE_NOW, check_syntax, locate
     from dtrain.errors import RecipeError
 
     try:
@@ -273,7 +273,8 @@ def _with_readable_recipe(settings: Settings) -> Settings:
     except RecipeError as error:
         place = settings.place_of("recipe")
         where = "" if place == "command line" else f"{place}: "
-        raise RecipeError(f"{where}{error}{_kept_recipe(settings)}") from None
+        moved = WHERE_NOW if Path(settings.config.recipe).is_absolute() else ""
+        raise RecipeError(f"{where}{error}{moved}{_kept_recipe(settings)}") from None
     if path is not None:
         check_syntax(path)
     return settings

@@ -48,8 +48,19 @@ def _add_remedy(error: Any, option: str, args: Sequence[str]) -> None:
     if _is_key(key, args):
         error.message += f". Write values without dashes: {key}={_value_of(option, args)}"
         error.possibilities = []
+    elif words := _meant(key, option, args):
+        error.message += f".{words}"
+        error.possibilities = []
     elif not error.possibilities:
         error.message += ". Write config and recipe values without dashes: epochs=5"
+
+
+def _meant(key: str, option: str, args: Sequence[str]) -> str:
+    """Says what another library's name for an option or a key is called here; nothing for any other word."""
+    from dtrain.config.keys import alias_of, meant
+
+    same = alias_of(key)
+    return meant(key) if same is None else f" Write values without dashes: {same}={_value_of(option, args)}"
 
 
 def _value_of(option: str, args: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from dtrain.errors import RecipeError, nearest
 from dtrain.layout import CONFIG
 from dtrain.version import RECIPES
 
+_MOST_LISTED = 5  # files that a message names
 UNIMPORTABLE = "dtrain_recipe_"  # begins the module's name where the file's own name cannot be imported
 
 
@@ -37,9 +38,16 @@ def locate(reference: str, base: Path) -> Path | None:
             return path
     folder = (base / reference).parent
     there = sorted(p.name for p in folder.glob("*.py")) if folder.is_dir() else []
-    raise RecipeError(
-        f"recipe {reference}: no such file (looked in {folder.resolve()}).{nearest(Path(reference).name, there)}"
-    )
+    if Path(reference).is_absolute():  # as a run's config has it: another name is no likely mistake
+        name = Path(reference).name
+        moved = next((path for path in (Path(name), *sorted(Path().glob(f"*/{name}"))) if path.is_file()), None)
+        raise RecipeError(f"recipe {reference}: no such file.{'' if moved is None else f' There is {moved}.'}")
+    near = nearest(Path(reference).name, there)
+    listed = f" Python files there: {', '.join(there[:_MOST_LISTED])}." if there and not near else ""
+    raise RecipeError(f"recipe {reference}: no such file (looked in {folder.resolve()}).{near or listed}")
+
+
+WHERE_NOW = " If it was moved, say where it is now: recipe=NEWPATH."
 
 
 def module_name(stem: str) -> str:
@@ -113,6 +121,8 @@ def check_syntax(path: Path) -> None:
     """
     try:
         content = path.read_bytes()
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise RecipeError(f"{path}: the file is in UTF-16. Save it as UTF-8, as Python reads it.")
         if b"\0" in content:
             line = content[: content.index(b"\0")].count(b"\n") + 1
             raise RecipeError(f"{path}:{line}: the file contains a NUL byte. Is it damaged?")

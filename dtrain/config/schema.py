@@ -330,6 +330,7 @@ class RunConfig(_Section):
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     run: RunFolderConfig = RunFolderConfig()
     track: TrackConfig = TrackConfig()
+    defaults: list[str] = Field([], description="written by dtrain: which values above are defaults of the recipe")
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
@@ -351,16 +352,3 @@ def leaves(section: type[BaseModel] = RunConfig, prefix: str = "") -> MappingPro
         elif prefix or name not in BUILDER_SECTIONS:
             found[prefix + name] = field.annotation
     return MappingProxyType(found)
-
-
-def keys_with_defaults(section: type[BaseModel]) -> str:
-    """Returns "epochs=3, seed=42, ..." for messages that list what is valid."""
-    parts = []
-    for name, field in section.model_fields.items():
-        if section_of(field.annotation) is not None or field.default_factory is not None:
-            parts.append(f"{name}.*" if name not in BUILDER_SECTIONS else f"{name}.* (of the recipe)")
-        elif field.is_required():
-            parts.append(f"{name} (needed)")
-        else:
-            parts.append(f"{name}={field.default}")
-    return ", ".join(parts)

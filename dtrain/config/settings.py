@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from dtrain.config import bundled as share
 from dtrain.config import schema
 from dtrain.config.calls import call_values
 from dtrain.config.keeping import bring_back
+from dtrain.config.keys import meant, suggestion
 from dtrain.config.recipe_file import locate
 from dtrain.config.renamed import new_name, with_new_names
 from dtrain.config.schema import BUILDER_SECTIONS, RunConfig
@@ -38,6 +40,8 @@ class Settings:
         base: folder that a relative recipe path starts from.
         defaults: dotted key -> what a builder takes where the config says nothing; once its signature is known.
         paths: dotted keys that a builder's annotation calls paths: where something is, and not what; once known.
+        written: dotted key -> the same defaults in YAML's own kinds, as far as that can hold them.
+        unwritten: dotted key -> why its default is not among these.
     """
 
     config: RunConfig
@@ -48,6 +52,8 @@ class Settings:
     base: Path = field(default_factory=Path)
     defaults: dict[str, Any] = field(default_factory=dict)
     paths: set[str] = field(default_factory=set)
+    written: dict[str, Any] = field(default_factory=dict)
+    unwritten: dict[str, str] = field(default_factory=dict)
 
     def place_of(self, key: str) -> str:
         """Returns where a key's value came from, "default" where nothing set it."""
@@ -55,6 +61,17 @@ class Settings:
         parents = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
         children = [name for name in self.places if name.startswith(key + ".")]
         return next((self.places[name] for name in (*parents, *children) if name in self.places), "default")
+
+    def origin(self, key: str) -> str:
+        """Returns the same in words: of a builder's default, whose it is."""
+        place = self.place_of(key)
+        builder = BUILDER_SECTIONS.get(key.partition(".")[0])
+        return f"default of {builder}" if place == "default" and builder and key in self.defaults else place
+
+    def recorded_defaults(self) -> list[str]:
+        """Returns the keys whose values a run's config calls defaults of the recipe, and nothing has replaced since."""
+        file = self.place_of("defaults").rpartition(":")[0]
+        return [key for key in self.config.defaults if self.places.get(key, "").rpartition(":")[0] == file]
 
     def place(self, signatures: Mapping[str, Sequence[str]]) -> None:
         """Gives each bare key of the command line to the one builder that has a parameter of that name.
@@ -70,7 +87,7 @@ class Settings:
             if not homes:
                 known = [leaf.rpartition(".")[2] for leaf in schema.leaves()]
                 known += [name for names in signatures.values() for name in names]
-                raise ConfigError(_unknown_bare(key, value, known, signatures))
+                raise ConfigError(_unknown_bare(key, value, known, signatures, self.config.recipe))
             _refuse_ambiguous(key, [f"{home}.{key}" for home in homes])
             self._refuse_twice(f"{homes[0]}.{key}", key, value)
             getattr(self.config, homes[0])[key] = value.value
@@ -101,7 +118,9 @@ class Settings:
         A recipe's file is named in full: it may have been given relative to the folder of a config, or to the
         one in which the run was started.
         """
-        return write_yaml(self.plain())
+        left = ", ".join(f"{key} ({why})" for key, why in self.unwritten.items())
+        note = f"# Defaults of the recipe that are not above: {left}\n" if left else ""
+        return f"{write_yaml(self.plain())}{note}"
 
     def plain(self) -> dict[str, Any]:
         """Returns the resolved config in YAML's and JSON's own kinds, as `to_yaml` writes it: secrets are masked."""
@@ -110,18 +129,32 @@ class Settings:
         except RecipeError:  # moved since it was loaded
             path = self.base / self.config.recipe
         recipe = self.config.recipe if path is None else str(path.resolve())
-        plain: dict[str, Any] = masked("", _plain(self.config.model_dump() | {"recipe": recipe}))
+        plain: dict[str, Any] = masked("", plain_value(self.config.model_dump() | {"recipe": recipe}))
+        defaults = self._add_defaults(plain)
+        del plain["defaults"]
+        plain |= {"defaults": defaults} if defaults else {}
         if self.config.train.init_from is not None:
             plain["train"]["init_from"] = str(Path(self.config.train.init_from).expanduser().absolute())
         del plain["checkpoint"]["accept"]  # what one command accepts is not accepted ever after
         return plain
 
+    def _add_defaults(self, plain: dict[str, Any]) -> list[str]:
+        """Adds the builders' defaults to a plain config; returns the keys of it that are such."""
+        found = self.recorded_defaults()
+        for key, value in self.written.items():
+            section, _, name = key.partition(".")
+            if name not in plain[section]:
+                plain[section][name] = value
+                found.append(key)
+        return found
+
     def secrets(self) -> dict[str, Any]:
         """Returns dotted key -> value of the secrets, which `plain` masks; those of bare keys under these."""
         bare = {key: value.text() for key, value in self.unplaced.items()}
-        return {**secrets_of("", bare), **secrets_of("", _plain(self.config.model_dump()))}
+        return {**secrets_of("", bare), **secrets_of("", plain_value(self.config.model_dump()))}
 
 
+_MOST_LISTED = 12  # parameters of a recipe that a message names
 _STEP = "step"  # a section, and a name that builders' parameters have: step=plain is model.step=plain
 
 
@@ -169,14 +202,14 @@ def call_settings(
     return settings
 
 
-def _plain(value: Any) -> Any:
-    """A value as YAML's own kinds: a parameter may have become a tuple, a path or an enum member."""
+def plain_value(value: Any) -> Any:
+    """Returns a value in YAML's own kinds: a parameter may have become a tuple, a path or an enum member."""
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain_value(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(inner) for inner in value]
+        return [plain_value(inner) for inner in value]
     if isinstance(value, Enum):
-        return _plain(value.value)
+        return plain_value(value.value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
@@ -220,7 +253,7 @@ def _match(key: str, value: Value) -> str | None:
         return key  # the check of the whole section names what is wrong with it
     raise ConfigError(
         f"{key} = {value.raw} ({value.place}): there is no section {section!r}."
-        f"{nearest(section, RunConfig.model_fields)} {_valid_sections()}"
+        f"{meant(key) or nearest(section, RunConfig.model_fields)} {_valid_sections()}"
     )
 
 
@@ -275,12 +308,15 @@ def _describe(item: Any, values: Mapping[str, Value]) -> str:
     section = _section_at(parts[:-1])
     if item["type"] == "extra_forbidden":
         known = [n for n in section.model_fields if n != parts[-1]]
+        listed = f"`dtrain keys{''.join(f' {one}' for one in parts[:-1][:1])}` lists all."
         return (
             f"{key} = {item['input']!r} ({place}): there is no key {parts[-1]!r}."
-            f"{nearest(parts[-1], known)} Valid keys: {schema.keys_with_defaults(section)}."
+            f"{_in_section(parts) or suggestion(parts[-1], known)} {listed}"
         )
     if item["type"] == "missing":
         return f"{key} is required but not set. Write {key}=..."
+    if item["type"] == "int_type" and isinstance(item["input"], float) and item["input"].is_integer():
+        return f"{key} = {item['input']!r} ({place}): should be a whole number: {key}={int(item['input'])}."
     reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
     if item["type"] in ("model_type", "dict_type") and len(parts) < 3:
         return f"{key} = {item['input']!r} ({place}): should be a section: {_example(parts)}."
@@ -288,6 +324,15 @@ def _describe(item: Any, values: Mapping[str, Value]) -> str:
     default = field_.get_default(call_default_factory=True) if field_ is not None else None
     shown = f" (default: {default})" if not isinstance(default, BaseModel) and default is not None else ""
     return f"{key} = {item['input']!r} ({place}): {reason}{shown}."
+
+
+def _in_section(parts: Sequence[str]) -> str:
+    """Names the section of a key that stands at the top of a file, or in the wrong one."""
+    homes = [leaf for leaf in schema.leaves() if leaf.endswith(f".{parts[-1]}")]
+    if len(homes) != 1:
+        return ""
+    section = homes[0].rpartition(".")[0]
+    return f" It belongs to {section}: write {homes[0]}, or put it below `{section}:` in a file."
 
 
 def _example(parts: Sequence[str]) -> str:
@@ -312,14 +357,24 @@ def _section_at(parts: Sequence[str]) -> type[BaseModel]:
     return section
 
 
-def _unknown_bare(key: str, value: Value, known: list[str], signatures: Mapping[str, Sequence[str]]) -> str:
-    takes = "; ".join(f"{section}: {', '.join(names)}" for section, names in signatures.items() if names)
+def _unknown_bare(
+    key: str, value: Value, known: list[str], signatures: Mapping[str, Sequence[str]], recipe: str
+) -> str:
+    own = [name for names in signatures.values() for name in names]
+    near = _same_parameter(key, own) or suggestion(key, known)
+    takes = f" The recipe takes {', '.join(own)}." if 0 < len(own) <= _MOST_LISTED and not near else ""
     return (
         f"{key} = {value.raw} ({value.place}): neither the config nor the recipe has a key {key!r}."
-        f"{nearest(key, known)} The recipe takes {takes or 'no parameters'}. "
-        f"train takes {schema.keys_with_defaults(schema.TrainConfig)}."
+        f"{near}{takes} `{shlex.join(['dtrain', 'keys', recipe])}` lists all."
     )
 
 
+def _same_parameter(key: str, own: Sequence[str]) -> str:
+    """Names a parameter of the recipe that is called otherwise elsewhere: lr for learning_rate."""
+    words = meant(key)
+    same = [name for name in own if words and name != key and meant(name) == words]
+    return f" Did you mean {same[0]!r}?" if same else ""
+
+
 def _valid_sections() -> str:
-    return f"Valid are {', '.join(RunConfig.model_fields)}."
+    return f"Valid are {', '.join(name for name in RunConfig.model_fields if name != 'defaults')}."

@@ -67,6 +67,11 @@ def write_yaml(tree: dict[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def read_written(value: Any) -> Any:
+    """Returns what a config has after a plain value was written into it."""
+    return yaml.load(write_yaml({"value": value}), Loader=_Loader)["value"]  # noqa: S506 - a subclass of SafeLoader
+
+
 @dataclass(frozen=True)
 class Value:
     """One value with the place it came from.

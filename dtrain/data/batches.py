@@ -48,7 +48,9 @@ class BatchFunctions:
         """Refuses what cannot be called."""
         for name, function in (("batch_size", self.batch_size), ("split_batch", self.split_batch)):
             if function is not None and not callable(function):
-                raise UsageError(f"{name} = {function!r}: should be a function.")
+                also = " The batch size itself is the loader's: DataLoader(dataset, batch_size=32)."
+                also = also if name == "batch_size" and isinstance(function, int) else ""
+                raise UsageError(f"{name} = {function!r}: should be a function of a batch.{also}")
 
 
 class BatchReader:

@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout, default_pg_timeo
 from dtrain.distributed.forks import make_forks_safe
 from dtrain.distributed.fsdp_settings import Sharding, launched_sharding
 from dtrain.distributed.handshake import rank_info
+from dtrain.distributed.quiet import import_accelerate
 from dtrain.distributed.rendezvous import rendezvous, time_limit
 from dtrain.distributed.store import OpenStore
 from dtrain.errors import WorldError
@@ -34,6 +35,7 @@ from dtrain.launch.env.job import HANG
 from dtrain.launch.env.rank_env import RankFacts, read_rank_facts
 from dtrain.launch.env.socket_paths import shorten_socket_paths
 from dtrain.launch.monitor.hang_watch import outlasting
+from dtrain.wording import counted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -241,8 +243,8 @@ def bring_up(
         mark_rank()
     if asked is not None and asked != facts.size:
         raise WorldError(
-            f"-n {asked} asks for {asked} ranks, but the launcher started {facts.size} (WORLD_SIZE={facts.size}). "
-            f"Pass this number to the launcher, or run `dtrain train -n {asked}` without a launcher."
+            f"-n {asked} asks for {counted(asked, 'rank')}, but the launcher started {facts.size} "
+            f"(WORLD_SIZE={facts.size}). Pass this number to the launcher, or run `dtrain train -n {asked}` without it."
         )
     cpu = computes_on_cpu(cpu)
     if not cpu and not facts.local_unknown:
@@ -307,6 +309,7 @@ def _join(facts: RankFacts, cpu: bool, opened: OpenStore | None) -> World:
         cpu: whether it computes on the CPU.
         opened: the store, where the process group is made here; its first collectives then have the short time limit.
     """
+    import_accelerate()
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 

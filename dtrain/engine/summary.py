@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from dtrain.engine.predict import features_of
 from dtrain.engine.train_step import Task
 from dtrain.errors import DataError, nothing_yielded
 
+# As torchinfo names its units where Python formats an enum's member by its name.
+_UNIT = re.compile(r"Units\.([A-Z]+)")
+_LETTERS = {"TERABYTES": "T", "GIGABYTES": "G", "MEGABYTES": "M", "KILOBYTES": "k"}
 _COLUMNS = ("input_size", "output_size", "num_params")
 
 
@@ -53,6 +57,7 @@ def _text(net: nn.Module, **what: Any) -> str:
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     training = net.training
     try:
-        return str(summary(net, device=device, verbose=0, col_names=_COLUMNS, mode="eval", **what))
+        text = str(summary(net, device=device, verbose=0, col_names=_COLUMNS, mode="eval", **what))
+        return _UNIT.sub(lambda unit: _LETTERS.get(unit[1], unit[1].lower()), text)
     finally:
         net.train(training)

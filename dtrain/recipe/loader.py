@@ -7,10 +7,8 @@ config, or the objects themselves, as in a notebook. The signature of a builder 
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 import inspect
-import sys
+import os
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,20 +21,20 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dtrain.config import BUILDER_SECTIONS, Settings
-from dtrain.config import bundled as share
 from dtrain.config.calls import refuse_call
-from dtrain.config.recipe_file import locate, module_name, syntax_problem
+from dtrain.config.recipe_file import locate
 from dtrain.data.batches import BatchFunctions
 from dtrain.engine.hooks import check_callbacks, hooks_of, states_of
 from dtrain.engine.synced_metrics import check_metrics
 from dtrain.engine.train_step import Interval, Task
-from dtrain.errors import ConfigError, RecipeError, add_remark, nearest
+from dtrain.errors import ConfigError, RecipeError, add_remark
 from dtrain.model.activation_checkpointing import KEY as RECOMPUTED
 from dtrain.model.activation_checkpointing import recompute
 from dtrain.provenance.code import Code, project_root
 from dtrain.provenance.loading import loadings, record_loading
 from dtrain.provenance.opened import opened_files
 from dtrain.recipe.import_steps import ImportStep, import_steps
+from dtrain.recipe.importing import import_file, import_module
 from dtrain.recipe.monitors import name_monitors
 from dtrain.recipe.others import combined, others_with_state
 from dtrain.recipe.param_groups import freeze, regroup
@@ -91,7 +89,7 @@ def load_recipe(reference: str, base: Path) -> Recipe:
     opened_files.watch(project)
     since = loadings()
     with import_steps() as steps:
-        module = _import_module(reference) if path is None else _import_file(path.resolve())
+        module = import_module(reference) if path is None else import_file(path.resolve())
     file = Path(module.__file__ or reference)
     code = Code.of(module, file.name if path is not None else f"{reference.replace('.', '/')}.py", since)
     functions = {
@@ -107,65 +105,6 @@ def load_recipe(reference: str, base: Path) -> Recipe:
     if train_step is not None:
         builders["step"] = Builder.of_steps(train_step, getattr(module, "valid_step", None))
     return Recipe(module, file, builders, code, steps)
-
-
-def _import_module(name: str) -> ModuleType:
-    if not all(part.isidentifier() for part in name.split(".")) or name == "__main__":
-        raise RecipeError(f"recipe {name!r} is neither a .py file nor a module name.")
-    _put_on_path(Path.cwd())
-    try:
-        found = importlib.util.find_spec(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (name + ".").startswith(error.name + "."):
-            raise  # a package above it is there, but needs something that is not
-        found = None
-    if found is None:
-        file = f"{name}.py"
-        hint = f" There is a file {file}: write recipe={file}." if Path(file).is_file() else ""
-        near = nearest(name, [config.stem for config in share.folder("configs").glob("*.yaml")])
-        raise RecipeError(f"recipe {name}: there is no module and no bundled config of this name.{near}{hint}")
-    if found.origin is not None:
-        package, _, inner = name.partition(".")
-        top = Path(found.origin).resolve()
-        # Of an installed recipe its package counts as the user's own; of one of dtrain's, its file alone.
-        record_loading(Path(found.origin), top.parents[inner.count(".")] if inner and package != "dtrain" else top)
-    return _run_import(lambda: importlib.import_module(name), name)
-
-
-def _import_file(path: Path) -> ModuleType:
-    """Imports a file as `python FILE` would find things: its own folder first on the path."""
-    _put_on_path(path.parent)
-    name = module_name(path.stem)
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise RecipeError(f"recipe {path}: cannot be imported as Python.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # DataLoader workers find a dataset's class by this name
-    loader = spec.loader
-    try:
-        _run_import(lambda: loader.exec_module(module), str(path))
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _put_on_path(folder: Path) -> None:
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-
-def _run_import(run: Callable[[], T], name: str) -> T:
-    """Imports; a syntax error or a sys.exit() in the user's file becomes one message."""
-    try:
-        return run()
-    except SyntaxError as error:
-        raise syntax_problem(error) from None
-    except SystemExit as error:
-        raise RecipeError(
-            f"recipe {name} called sys.exit({error.code!r}) while it was imported. "
-            "Put script code under `if __name__ == '__main__':`."
-        ) from None
 
 
 def bind(recipe: Recipe, settings: Settings, begin: Callable[[nn.Module], None] | None = None) -> Task:
@@ -323,16 +262,29 @@ def _built(recipe: Recipe, settings: Settings, section: str, *first: Any, dl_tra
         return builder.function(*first, **parameters)
     except Exception as error:
         given = {key: value for key, value in parameters.items() if settings.place_of(f"{section}.{key}") != "default"}
+        if isinstance(error, FileNotFoundError):
+            missing = _missing(error, {**builder.defaults(), **parameters})
+            given = missing or given
+            if missing:
+                add_remark(error, f"if it is elsewhere, set {section}.{next(iter(missing))}=PATH")
         if given:
             add_remark(error, _given_to(builder, section, given, settings))
         raise
+
+
+def _missing(error: FileNotFoundError, values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the parameters, defaults too, that a missing file is named after; notes where a relative path begins."""
+    name = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else ""
+    if name and not Path(name).is_absolute():
+        add_remark(error, f"the path is relative: it starts from the folder where dtrain was started, {Path.cwd()}")
+    return {k: v for k, v in values.items() if isinstance(v, (str, os.PathLike)) and str(v) and str(v) in str(name)}
 
 
 def _given_to(builder: Builder, section: str, given: dict[str, Any], settings: Settings) -> str:
     """The values of a config that a builder was called with, in words, since it may be one of them that it rejects."""
     shown = {key: textwrap.shorten(repr(value), 80) for key, value in given.items()}
     call = ", ".join(f"{key}={value}" for key, value in shown.items())
-    places = (f"{section}.{key} = {value} ({settings.place_of(f'{section}.{key}')})" for key, value in shown.items())
+    places = (f"{section}.{key} = {value} ({settings.origin(f'{section}.{key}')})" for key, value in shown.items())
     return f"in {builder.name}({call}): {', '.join(places)}"
 
 
@@ -357,7 +309,10 @@ def _model(recipe: Recipe, settings: Settings) -> nn.Module:
                 f"{recipe.path} defines no model: neither build_model(...) nor an object `model` or `net`."
             )
     if not isinstance(model, nn.Module):
-        raise RecipeError(f"{recipe.path}: the model is a {type(model).__name__}, not a torch.nn.Module.")
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        hint = " build_model returns nothing: end it with `return model`." if model is None else ""
+        hint = " Return an instance, with parentheses." if isinstance(model, type) else hint
+        raise RecipeError(f"{recipe.path}: the model is {what}, not a torch.nn.Module.{hint}")
     lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise RecipeError(

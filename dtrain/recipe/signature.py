@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, get_args
 
@@ -18,6 +18,7 @@ from dtrain.config.schema import leaves
 from dtrain.engine.valid_loaders import LOADER_NAME
 from dtrain.errors import ConfigError, RecipeError, nearest
 from dtrain.masking import mark
+from dtrain.recipe.defaults import is_same, take_up_defaults, write_defaults
 from dtrain.recipe.supplied import supplied_names
 
 MONITOR = "monitor"  # of the scheduler's section: dtrain's own key, unless build_scheduler has such a parameter
@@ -34,12 +35,14 @@ class Builder:
         parameters: name -> parameter; without those that dtrain passes itself (the model, the optimizer).
         takes_any: whether it has **kwargs.
         where: "file:line" of its definition.
+        unwritten: parameters whose default is not written into a run's config -> why; see `write_defaults`.
     """
 
     function: Callable[..., Any]
     parameters: dict[str, inspect.Parameter]
     takes_any: bool
     where: str
+    unwritten: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, function: Callable[..., Any], skip: int) -> Builder:
@@ -72,7 +75,7 @@ class Builder:
             for name, p in step.parameters.items()
             if p.default is not inspect.Parameter.empty and name != LOADER_NAME
         }
-        return cls(train_step, named, False, steps[-1].where)
+        return cls(train_step, named, False, steps[-1].where, _unwritten_of_steps(named, steps))
 
     @property
     def name(self) -> str:
@@ -105,6 +108,18 @@ def with_values(step: Callable[..., Any], values: Mapping[str, Any]) -> Callable
     return bound
 
 
+def _unwritten_of_steps(named: Mapping[str, inspect.Parameter], steps: Sequence[Builder]) -> dict[str, str]:
+    """Returns the parameters that a value in a config would not mean the same for: of two steps, or of a batch."""
+    found = {}
+    for name, parameter in named.items():
+        defaults = [step.parameters[name].default for step in steps if name in step.parameters]
+        if not all(is_same(one, parameter.default) for one in defaults):
+            found[name] = "train_step and valid_step differ in it"
+        elif parameter.default is None and parameter.kind is not parameter.KEYWORD_ONLY:
+            found[name] = ""  # most often a part of the batch that may be missing
+    return found
+
+
 def _where(function: Callable[..., Any]) -> str:
     try:
         file = inspect.getsourcefile(inspect.unwrap(function)) or "?"
@@ -126,13 +141,17 @@ def check_parameters(builders: dict[str, Builder], path: Path, settings: Setting
         given: dict[str, Any] = getattr(settings.config, section)
         builder = builders.get(section)
         if builder is None:
+            take_up_defaults(section, {}, settings, _from_config)
             problems += [
                 f"{section}.{key} = {value!r} ({settings.place_of(f'{section}.{key}')}): {path} has no {name}(...) "
                 "that takes it."
                 for key, value in given.items()
             ]
             continue
+        take_up_defaults(section, builder.parameters, settings, _from_config, takes_any=builder.takes_any)
         problems += _check_section(section, builder, given, settings)
+        left = builder.unwritten | dict.fromkeys(supplied_names(section, builder.parameters, ()), "")
+        write_defaults(section, builder.parameters, left, settings, _from_config)
         settings.defaults |= {f"{section}.{key}": value for key, value in builder.defaults().items()}
         settings.paths |= {f"{section}.{key}" for key, one in builder.parameters.items() if _is_path(one)}
     if problems:
@@ -199,6 +218,8 @@ def _converted(parameter: inspect.Parameter, value: Any, text: Any) -> Any:
         annotation = _kind_of_default(parameter.default)
         if value is None:
             return value
+        if isinstance(parameter.default, tuple) and isinstance(value, list):
+            return tuple(value)
     if annotation is str and isinstance(text, str):
         return text
     if isinstance(annotation, str):
@@ -211,6 +232,11 @@ def _converted(parameter: inspect.Parameter, value: Any, text: Any) -> Any:
     except PydanticSchemaGenerationError:
         return value
     return adapter.validate_python(value, strict=strict or None)
+
+
+def _from_config(parameter: inspect.Parameter, value: Any) -> Any:
+    """What a parameter gets of a config's value that was not typed on a command line."""
+    return _converted(parameter, value, value)
 
 
 def _is_path(parameter: inspect.Parameter) -> bool:

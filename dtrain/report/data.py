@@ -57,7 +57,9 @@ def run_data(run: Run, room: int = MOST_OF_PAGE) -> dict[str, Any]:
         "monitor": monitor,
         "modes": modes | ({} if monitor is None else {monitor: mode}),
         "resumed": run.resumed_after(),
-        "config": {name: _shown(masked(name, value)) for name, value in flatten(run.config).items()},
+        "config": {
+            name: _shown(masked(name, value)) for name, value in flatten(run.config).items() if name != "defaults"
+        },
         "starts": [_start(one) for one in run.starts],
         "damage": list(run.damage),
         "media": media_data(run.folder, room),

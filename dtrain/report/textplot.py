@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from dtrain.report.curves import TIME, Line, Panel
 from dtrain.report.words import duration, printable
+from dtrain.wording import number
 
 # Which bit of a Braille character is the dot of a column and a row; see Unicode 15, 21.1.
 _BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
@@ -107,7 +108,7 @@ def text_panel(panel: Panel, look: PlotStyle) -> list[list[Piece]]:
         _trace(canvas, line, [(across(p), up(y)) for p, y in zip(line.xs, scaled[line], strict=True)])
     middle = min(ys) / 2 + max(ys) / 2
     labels = {0: max(ys), look.height // 2: middle, look.height - 1: min(ys)}
-    ticks = {row: f"{10 ** min(y, 308.25) if log else y:.4g}" for row, y in labels.items()}
+    ticks = {row: number(10 ** min(y, 308.25) if log else y) for row, y in labels.items()}
     rows: list[list[Piece]] = [
         [(f"{ticks.get(row, ''):>{_LABEL}} ┤", None), *canvas.row(row, braille=look.braille)]
         for row in range(look.height)
@@ -128,8 +129,8 @@ def legend(lines: Sequence[Line]) -> list[Piece]:
     """Returns which letter is whose."""
     runs = {line.number: line.run.name for line in lines}
     pieces: list[Piece] = []
-    for number, name in runs.items():
-        pieces += [(f"{_letter(number)} {printable(name)}", COLOURS[number % len(COLOURS)]), ("   ", None)]
+    for which, name in runs.items():
+        pieces += [(f"{_letter(which)} {printable(name)}", COLOURS[which % len(COLOURS)]), ("   ", None)]
     return pieces
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from dtrain.rundir.history import value_of
+from dtrain.wording import number
 
 
 def printable(text: str) -> str:
@@ -12,13 +13,13 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
-def rounded(cell: str, digits: int = 5) -> str:
-    """Returns a history's cell for a table: "-" where it is empty, a number of so many digits, or its text."""
+def rounded(cell: str) -> str:
+    """Returns a history's cell for a table: "-" where it is empty, a number of four digits, or its text."""
     value = value_of(cell)
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.{digits}g}"
+        return number(value)
     return printable(str(value))
 
 

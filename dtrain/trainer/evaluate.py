@@ -12,6 +12,7 @@ from dtrain.checkpoint.chosen import choose_checkpoint
 from dtrain.checkpoint.folder import Saved
 from dtrain.checkpoint.restored import restore_net
 from dtrain.config import Settings
+from dtrain.config.recipe_file import WHERE_NOW, locate
 from dtrain.data.loader_group import train_by_name
 from dtrain.distributed.seeding import seed_everything
 from dtrain.distributed.world import World
@@ -22,6 +23,7 @@ from dtrain.engine.predict import PredictStep, evaluate_task, predict
 from dtrain.engine.train_step import Task
 from dtrain.engine.valid_loaders import by_name
 from dtrain.errors import RecipeError, UsageError, nearest
+from dtrain.layout import CONFIG
 from dtrain.recipe.loader import bind, load_recipe
 from dtrain.trainer.agreed import agree
 from dtrain.trainer.classes import BUILDER, classes_of
@@ -77,6 +79,10 @@ def restore_run(folder: Path, settings: Settings, which: str, world: World) -> R
 def _restored(folder: Path, settings: Settings, name: str) -> RestoredRun:
     saved = choose_checkpoint(folder, name)
     seed_everything(settings.config.train.seed)
+    try:
+        locate(settings.config.recipe, settings.base)
+    except RecipeError as error:
+        raise RecipeError(f"{folder / CONFIG}: {error}{WHERE_NOW}") from None
     recipe = load_recipe(settings.config.recipe, settings.base)
     task = bind(recipe, settings, base_of_run(folder, settings))
     restore_net(task.module, saved.path)

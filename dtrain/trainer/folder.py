@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint.compat import config_differences
+from dtrain.checkpoint.compat import differences_before_training
 from dtrain.checkpoint.folder import MANIFEST, Saved, check_place, remove, remove_leftovers, set_aside, verify
 from dtrain.checkpoint.locate import ResumePoint, checkpoint_at, find_good
 from dtrain.config import Settings, load_settings
@@ -146,7 +146,7 @@ def _check_begins_anew(folder: Path, settings: Settings) -> None:
         return
     check_plain(folder / CONFIG)
     before = load_settings(str(folder / CONFIG), [], environ={})
-    differences = config_differences(before.plain(), settings.plain(), settings)
+    differences = differences_before_training(before, settings)
     if differences:
         raise UsageError(f"{refusal}; it contains another run without a checkpoint: {'; '.join(differences)}. {kept}")
 

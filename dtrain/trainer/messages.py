@@ -20,9 +20,11 @@ from dtrain.layout import CHECKPOINTS, CONFIG
 from dtrain.recipe.monitors import PLACE
 from dtrain.rundir.columns import watched
 from dtrain.rundir.history import best_row
+from dtrain.trainer.banner import banner
 from dtrain.trainer.folder import OpenRun
 from dtrain.trainer.initial import InitialWeights
 from dtrain.trainer.setup import loader_batch, step_samples
+from dtrain.wording import counted, number
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +53,7 @@ def log_initial(initial: InitialWeights | None, world: World, voice: ConsoleOpti
 
 
 def log_start(engine: Engine, settings: Settings, folder: Path, came_from: Path | None, voice: ConsoleOptions) -> None:
-    """Tells that training begins, or goes on: by an event, since the first line of progress says the same.
-
-    Ranks that make the batch another one than the loader's are told of in words, too.
-    """
+    """Tells that training begins, or goes on: in a few lines, and by an event."""
     if settings.place_of("checkpoint.monitor") == PLACE:
         named = ", ".join(by_name(engine.task.dl_valid))
         voice.say(
@@ -66,11 +65,7 @@ def log_start(engine: Engine, settings: Settings, folder: Path, came_from: Path 
         voice.say(f"data on the GPU: {', '.join(filter(None, placed))}")
     ranks, train, batch = engine.world.size, settings.config.train, loader_batch(engine.task)
     samples = None if batch is None else step_samples(batch, ranks, train)
-    if batch is not None and samples is not None and ranks > 1 and train.batch == "per_rank":
-        times = f" x accumulation {train.accumulation}" if train.accumulation > 1 else ""
-        told = f"{ranks} ranks x batch {batch}{times} = {samples} samples per step"
-        kept = f"; {way(settings, 'train.batch', 'global')} keeps {samples // ranks}"
-        voice.say(told + ("" if engine.train_loader.own else kept))
+    voice.say(banner(engine, run=folder, keep=way(settings, "train.batch", "global")))
     voice.tell(
         "start",
         run=str(folder),
@@ -90,6 +85,17 @@ def _valid_parts(engine: Engine) -> Sequence[ValidPass]:
     return () if engine.valid is None else engine.valid.parts
 
 
+def say_banner(engine: Engine, *, verbose: object) -> None:
+    """Says the same of a call that keeps no run, once, where it says anything.
+
+    Args:
+        engine: it is about to train.
+        verbose: the call's argument.
+    """
+    if engine.world.is_main and verbose is not False:
+        ConsoleOptions().say(banner(engine, keep='batch="global"'))
+
+
 _TO_GO_ON = {"early_stopping.patience": "Increase", "early_stopping.target": "Change", "patience": "Increase"}
 
 
@@ -104,7 +110,7 @@ def log_complete(engine: Engine, settings: Settings, folder: Path, voice: Consol
         doing, key = _TO_GO_ON.get(engine.ended_by, ""), engine.ended_by
         more = f"It was {engine.ended or 'stopped early'}. "
         more += f"{f'{doing} {key}' if doing else f'Set another {epochs}'}, or {other}."
-    voice.say(f"{folder} is complete: {done} {'epoch' if done == 1 else 'epochs'}. {more}")
+    voice.say(f"{folder} is complete: {counted(done, 'epoch')}. {more}")
     sum_up(engine, settings, folder.absolute(), voice, shown=folder, again=True)
 
 
@@ -135,9 +141,8 @@ def sum_up(  # noqa: PLR0913 - keyword-only
     none = f"{' or '.join(watched(asked.monitor))} is never finite"
 
     def words(row: Mapping[str, Any]) -> str:
-        return (
-            f"{row['epoch']} ({monitor} = {row[monitor]:.4f})" if monitor else f"{row['epoch']} (the last one: {none})"
-        )
+        why = f"{monitor} = {number(row[monitor])}" if monitor else f"the last one: {none}"
+        return f"{row['epoch']} ({why})"
 
     if best is not None:
         voice.say(f"best epoch: {words(best)}")

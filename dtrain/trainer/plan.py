@@ -80,7 +80,7 @@ def value_rows(settings: Settings, recipe: Recipe) -> list[tuple[str, str, str]]
         node: Any = settings.config
         for part in key.split("."):
             node = getattr(node, part, None)
-        if node is not None or key in settings.places:
+        if (node is not None or key in settings.places) and key != "defaults":
             rows.append((key, str(masked(key, node)), settings.place_of(key)))
     for section in BUILDER_SECTIONS:
         given = getattr(settings.config, section)

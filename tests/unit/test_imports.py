@@ -27,7 +27,7 @@ HEAVY = ("torch", "pandas", "wandb", "accelerate", "sklearn", "numpy")
 
 # The parts of dtrain, lowest first: each imports only what stands in a line above its own, or itself.
 LAYERS = [
-    ["errors", "version", "files", "masking", "layout"],
+    ["errors", "version", "files", "masking", "layout", "wording"],
     ["launch", "provenance"],
     ["config"],
     ["rundir"],
@@ -53,6 +53,7 @@ WITHOUT_TORCH = (
     "dtrain.files",
     "dtrain.masking",
     "dtrain.layout",
+    "dtrain.wording",
     "dtrain.provenance",
     "dtrain.report",
     "dtrain.rundir.columns",

@@ -145,11 +145,11 @@ def test_one_output_is_updated_twice_a_second_and_stays(now: Now, pages: list[di
     assert 15 <= len(pages) <= 21  # in 10 s
     middle = pages[len(pages) // 2]["text/html"]
     assert re.search(r'<progress max="1000" value="\d+"', middle)
-    assert re.search(r"epoch \d/10, train \d+/1000 · loss: 0.250 · lr 0.001 · \d:\d\d left", middle)
+    assert re.search(r"epoch \d/10, train \d+/1000 · loss: 0.25 · lr 0.001 · \d:\d\d left", middle)
     view.close()
     assert len(cells(pages[-1]["text/html"].split("<svg")[0])) == 11
     assert "<progress" not in pages[-1]["text/html"]
-    assert pages[-1]["text/plain"].splitlines()[-1].startswith("EPOCH = 10, loss = 0.100, ")
+    assert pages[-1]["text/plain"].splitlines()[-1].startswith("EPOCH = 10, loss = 0.1, ")
 
 
 def test_one_that_fails_in_its_first_epoch_shows_how_far_it_came(now: Now, pages: list[dict[str, str]]) -> None:

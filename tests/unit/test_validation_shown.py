@@ -56,18 +56,18 @@ def test_plain_lines_have_one_for_it_and_go_on() -> None:
     played(PlainLines(1, out))
     assert out.getvalue().splitlines() == [
         "epoch 1/3, 40 steps",
-        "[step = 1] rank 0: loss: 0.500",
-        "[step = 2] rank 0: loss: 0.500",
-        "[validation after 20 optimizer steps] val_loss: 0.750, val_acc: 0.125, time: 2.0s",
-        "[step = 3] rank 0: loss: 0.500",
+        "[step = 1] rank 0: loss: 0.5",
+        "[step = 2] rank 0: loss: 0.5",
+        "[validation after 20 optimizer steps] val_loss: 0.75, val_acc: 0.125, time: 2.0s",
+        "[step = 3] rank 0: loss: 0.5",
     ]
 
 
 def test_values_of_one_rank_are_marked_where_there_are_several_and_their_lines_are_not() -> None:
     for facts, how, told in (
-        (TRAIN, {}, "[step = 1] rank 0: loss: 0.500"),
-        (TRAIN, {"mark": False}, "[step = 1] loss: 0.500"),
-        (PassFacts("train", 1), {}, "[step = 1] loss: 0.500"),
+        (TRAIN, {}, "[step = 1] rank 0: loss: 0.5"),
+        (TRAIN, {"mark": False}, "[step = 1] loss: 0.5"),
+        (PassFacts("train", 1), {}, "[step = 1] loss: 0.5"),
     ):
         out = io.StringIO()
         view = PlainLines(1, out, **how)
@@ -126,7 +126,7 @@ def test_another_process_is_told_as_well(tmp_path: Path) -> None:
     reader = FeedReader(tmp_path / "feed", PlainLines(1, out))
     played(FeedWriter(tmp_path / "feed"))
     reader.poll()
-    assert "[validation after 20 optimizer steps] val_loss: 0.750" in out.getvalue()
+    assert "[validation after 20 optimizer steps] val_loss: 0.75" in out.getvalue()
 
 
 def test_trackers_get_it_as_values_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

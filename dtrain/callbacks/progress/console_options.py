@@ -11,6 +11,7 @@ from dtrain.callbacks.progress.events import Events
 from dtrain.callbacks.progress.jsonl import JsonLines
 from dtrain.callbacks.progress.plain import PlainLines
 from dtrain.engine.callback import EngineCallback
+from dtrain.launch.terminal.guarded import on_screen
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ConsoleOptions:
     def say(self, text: str) -> None:
         """Prints a line of what happens to a run, where that is wanted; rank 0 calls it."""
         if self.words:
-            print(text)  # noqa: T201
+            print(on_screen(text, sys.stdout))  # noqa: T201
 
     def progress(self, rank: int, log_step_freq: int) -> EngineCallback | None:
         """Returns what shows a rank's progress; None for nothing.

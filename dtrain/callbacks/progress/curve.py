@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dtrain.rundir.columns import VALID, paired
+from dtrain.wording import number
 
 _WIDTH, _HEIGHT = 320, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 26, 26
@@ -73,7 +74,7 @@ def _axes(
     x0, x1, y0, y1 = left + _LEFT, left + _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM
     parts = [f'<path d="M{x0} {y0}V{y1}H{x1}" fill="none" stroke="currentColor" stroke-opacity="0.4"/>']
     for value, y in ((values[1], y0 + 8), (values[0], y1 - 1)):
-        parts.append(f'<text x="{x0 - 5}" y="{y:.1f}" text-anchor="end">{value:.3g}</text>')
+        parts.append(f'<text x="{x0 - 5}" y="{y:.1f}" text-anchor="end">{number(value)}</text>')
     ends = {epochs[0]: x0, epochs[1]: x1} if epochs[1] > epochs[0] else {epochs[0]: (x0 + x1) / 2}
     anchors = {x0: "start", x1: "end"}
     for epoch, x in ends.items():

@@ -13,7 +13,6 @@ rate, then the last metrics; of an epoch's line the time, then the training's me
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from rich.cells import cell_len, set_cell_size
 
 from dtrain.callbacks.progress.clock import Clock, short_number, short_time
 from dtrain.rundir.columns import VALID, metrics_of
+from dtrain.wording import number
 
 _LEAST_BAR, _MOST_BAR = 8, 60
 # Room that is kept for what is not known yet, so that a bar does not jump when it comes.
@@ -105,7 +105,7 @@ def validation_parts(row: Mapping[str, Any], width: int, glyphs: Glyphs) -> list
 def _row_parts(what: str, row: Mapping[str, Any], width: int, glyphs: Glyphs) -> list[Part]:
     metrics = [name for name in metrics_of(row) if name != what]
     trained = [name for name in metrics if not name.startswith(VALID)]
-    said = {what: str(row[what]), **{name: short_value(row[name]) for name in metrics}}
+    said = {what: str(row[what]), **{name: number(row[name]) for name in metrics}}
     time = f"{row['seconds']:.1f}s"
     leaves = [*reversed(trained[1:]), *(name for name in reversed(metrics) if name not in trained[1:])]
 
@@ -117,16 +117,6 @@ def _row_parts(what: str, row: Mapping[str, Any], width: int, glyphs: Glyphs) ->
             break
         time, _ = "", said.pop(name, None)
     return [("", _fitted(text(), width, glyphs))]
-
-
-def short_value(value: float) -> str:
-    """Returns a metric in six cells where that can be, so that lines of epochs are alike: 0.3121, 12.345, 1.23e-05."""
-    size = abs(value)
-    if math.isnan(value) or math.isinf(value):
-        return str(value)
-    if value and not 1e-3 <= size < 1e4:
-        return f"{value:.2e}"
-    return f"{value:.{4 - sum(size >= power for power in (10, 100, 1000))}f}"
 
 
 def _of_pass(clock: Clock, now: float) -> _Gauge:
@@ -188,8 +178,8 @@ def _bar(gauge: _Gauge, width: int, glyphs: Glyphs) -> list[Part]:
 
 def _values(values: Mapping[str, float], lr: float | None, width: int, glyphs: Glyphs) -> list[list[Part]]:
     """One line of them, also where there is nothing yet."""
-    said = [f"{name} {short_value(value)}" for name, value in values.items()]
-    rate = [] if lr is None else [f"lr {lr:g}"]
+    said = [f"{name} {number(value)}" for name, value in values.items()]
+    rate = [] if lr is None else [f"lr {number(lr)}"]
     if cell_len(_GAP.join([*said, *rate])) <= width:
         return [[("", _GAP.join([*said, *rate]))]]
     while len(said) > 1 and cell_len(_GAP.join(said)) > width:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from dtrain.callbacks.progress.clock import Clock, short_number, short_time
 from dtrain.callbacks.progress.curve import curves_svg
 from dtrain.callbacks.progress.paced import Paced
 from dtrain.callbacks.progress.plain import epoch_line, metrics_text
+from dtrain.wording import number
 
 _UPDATE_SECONDS = 0.5
 _MOST_ROWS = 20  # of a long run's table, half of them its first, half its last
@@ -20,11 +20,15 @@ _MOST_ROWS = 20  # of a long run's table, half of them its first, half its last
 class NotebookView(Paced):
     """Shows progress under a notebook's cell; the last state stays there, and in the notebook's file.
 
+    Args:
+        curves: whether curves are drawn below the table.
+
     It updates from `on_progress` and after an epoch, at most twice a second, and when all is over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, curves: bool = True) -> None:
         super().__init__()
+        self._draws = curves
         self._rows: list[Mapping[str, Any]] = []
         self._handle: Any = None
         self._curves = ""
@@ -46,7 +50,7 @@ class NotebookView(Paced):
     def _show(self, now: float, *, over: bool = False) -> None:
         from IPython.display import display
 
-        self._curves = self._curves or curves_svg(self._rows)
+        self._curves = self._curves or (curves_svg(self._rows) if self._draws else "")
         status = "" if over and self._rows else status_html(self._clock, self._values, now)
         page = f"{status}{table_html(self._rows)}{self._curves}"
         lines = "\n".join(map(epoch_line, self._rows)) or "no epoch finished yet"
@@ -74,7 +78,7 @@ def status_html(clock: Clock, values: Mapping[str, float], now: float) -> str:
     said = [f"epoch {facts.epoch}/{facts.epochs}, {facts.title} {clock.steps}" + (f"/{total}" if total else "")]
     rate, lr, left = clock.samples_per_second, facts.lr(), clock.run_left(now)
     said += [metrics_text(values)] if values else []
-    said += [] if lr is None else [f"lr {lr:g}"]
+    said += [] if lr is None else [f"lr {number(lr)}"]
     said += [] if rate is None else [f"{short_number(rate)} samples/s"]
     said += [] if left is None else [f"{short_time(left)} left"]
     said += facts.run.status
@@ -105,5 +109,5 @@ def _row(row: Mapping[str, Any], names: Sequence[str]) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else str(value)
+        return number(value)
     return "" if value is None else html.escape(str(value))

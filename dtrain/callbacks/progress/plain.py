@@ -10,6 +10,7 @@ from dtrain.engine.callback import EngineCallback, Order
 from dtrain.engine.facts import PassFacts
 from dtrain.launch.terminal.guarded import put
 from dtrain.rundir.columns import metrics_of, validated
+from dtrain.wording import counted, number
 
 if TYPE_CHECKING:
     from dtrain.engine.metrics import MeanTable
@@ -43,7 +44,7 @@ class PlainLines(EngineCallback):
         self._status = facts.run.status
         self._whose = "rank 0: " if self._mark and facts.run.ranks > 1 else ""
         if self._training:
-            of_steps = "" if facts.steps is None else f", {facts.steps} steps"
+            of_steps = "" if facts.steps is None else f", {counted(facts.steps, 'step')}"
             self._print(f"epoch {facts.epoch}/{facts.epochs}{of_steps}")
 
     def on_progress(self, table: MeanTable) -> None:
@@ -72,16 +73,16 @@ def say(line: str, out: TextIO | None) -> None:
 
 def metrics_text(values: Mapping[str, float], between: str = ", ") -> str:
     """Returns "loss: 0.312, accuracy: 0.901"."""
-    return between.join(f"{name}: {value:.3f}" for name, value in values.items())
+    return between.join(f"{name}: {number(value)}" for name, value in values.items())
 
 
 def validation_line(row: Mapping[str, Any]) -> str:
     """Returns the line of a validation within an epoch: its metrics and how long it took."""
     values = metrics_text({name: row[name] for name in validated(row)})
-    return f"[validation after {row['step']} optimizer steps] {values}, time: {row['seconds']:.1f}s"
+    return f"[validation after {counted(row['step'], 'optimizer step')}] {values}, time: {row['seconds']:.1f}s"
 
 
 def epoch_line(row: Mapping[str, Any]) -> str:
     """Returns the tutorial's line for an epoch: its metrics and how long it took."""
-    parts = [f"{name} = {row[name]:.3f}" for name in metrics_of(row)]
+    parts = [f"{name} = {number(row[name])}" for name in metrics_of(row)]
     return f"EPOCH = {row['epoch']}, {', '.join(parts)}, time = {row['seconds']:.1f}s"

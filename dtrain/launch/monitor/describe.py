@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
+import sys
 import sysconfig
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from dtrain.errors import (
     text_of,
 )
 from dtrain.launch.monitor.exit_report import PEER, ExceptionInfo
+from dtrain.launch.monitor.hints import hint_of
 from dtrain.launch.monitor.remedies import remedy_of
 from dtrain.masking import redacted
 from dtrain.version import PACKAGE, RECIPES
@@ -30,6 +34,7 @@ from dtrain.version import PACKAGE, RECIPES
 _INSTALLED = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")}
 
 
+_SITES = {"site-packages", "dist-packages"}  # also of another environment that this one sees
 _LONGEST_TEXT = 40_000  # characters of what is told of one failure
 _MOST_LINKS = 10  # at each end of a chain of exceptions
 _MOST_LINES = 20
@@ -61,6 +66,19 @@ class Description:
     told: ExceptionInfo
 
 
+@contextlib.contextmanager
+def skip_installed(error: BaseException) -> Iterator[None]:
+    """While inside, an exception's traceback begins with the first frame that is the user's own."""
+    whole = first = error.__traceback__
+    while first is not None and _is_installed(first.tb_frame.f_code.co_filename):
+        first = first.tb_next
+    error.__traceback__ = first or whole
+    try:
+        yield
+    finally:
+        error.__traceback__ = whole
+
+
 def describe(error: BaseException) -> tuple[str, int]:
     """Returns the text that a person shall read of a failure, and its exit code; see `explain`."""
     found = explain(error)
@@ -85,7 +103,7 @@ def _explained(error: BaseException) -> Description:
     shortages = _shortages(error)
     for one in shortages:
         make_room(one)
-    at = _noted(*shortages, first) + remedy_of(text_of(first))
+    at = _noted(*shortages, first) + (remedy_of(text_of(first)) or hint_of(text_of(first)))
     error = next((one for one in reversed(shortages) if users_line(one)), error)
     if isinstance(error, StopRequested):
         return _described(error, f"dtrain: {text_of(error, _LONGEST_TEXT)}", error.exit_code)
@@ -94,6 +112,11 @@ def _explained(error: BaseException) -> Description:
     if isinstance(error, SystemExit):
         code = cut(repr(error.code), _LONGEST_TEXT)
         return _described(error, f"dtrain: error: your code called sys.exit({code}){at}", EXIT_FAILED)
+    if isinstance(error, ModuleNotFoundError):
+        who, missing = _not_installed(error)
+        if who == "dtrain":
+            return _described(error, f"dtrain: error: {missing}", EXIT_FAILED)
+        at += f"\n  hint: {missing}" if missing else ""
     told = _traced(error)
     if len(shortages) > 1:
         told.__context__ = None
@@ -105,6 +128,18 @@ def _explained(error: BaseException) -> Description:
     text = cut(_CPP_FRAMES.sub("", "".join(told.format())).rstrip("\n"), _LONGEST_TEXT)
     whole = f"{text}\ndtrain: error: {name_of_type(error)}, raised {_origin(files)}{at}"
     return _described(error, whole, EXIT_FAILED, text)
+
+
+def _not_installed(error: ModuleNotFoundError) -> tuple[str, str]:
+    """Returns who needs the package that is missing, and that in words; nothing where it is another package's."""
+    name = (error.name or "").partition(".")[0]
+    frames = traceback.walk_tb(BaseException.__getattribute__(error, "__traceback__"))
+    files = [frame.f_code.co_filename for frame, _ in frames]
+    importer = next((file for file in reversed(files) if not file.startswith("<frozen")), "")
+    if not name or name in sys.stdlib_module_names or (_is_installed(importer) and not _is_ours(importer)):
+        return "", ""
+    who = "dtrain" if _is_ours(importer) else "your code"
+    return who, f"{who} needs {name}, which is not installed: {sys.executable} -m pip install {name}"
 
 
 def _briefly(error: BaseException, raised: BaseException) -> Description:
@@ -260,7 +295,7 @@ def _is_installed(filename: str) -> bool:
     path = _resolved(filename)
     if path.is_relative_to(RECIPES):
         return False
-    return any(path.is_relative_to(root) for root in _INSTALLED)
+    return not _SITES.isdisjoint(path.parts) or any(path.is_relative_to(root) for root in _INSTALLED)
 
 
 def _resolved(filename: str) -> Path:

@@ -22,10 +22,13 @@ from typing import Any, TextIO
 from dtrain.files import make_folder, open_below
 from dtrain.launch.signals.exiting import reserve_standard_descriptors
 from dtrain.launch.terminal.screen import write_all
+from dtrain.wording import wrapped
 
 _NAMES = {1: "standard output", 2: "standard error"}
 _FOR_GOOD = (errno.EPIPE, errno.EIO, errno.EBADF)  # nobody will ever read there again
 _REPLACING = "dtrain-replace"  # an error handler of codecs
+
+_COLUMNS = 80  # of a terminal that does not say
 
 _lost: dict[str, str] = {}  # name of an output -> what happened to it
 _logs: list[tuple[Path, str]] = []  # a run's folder, and a log below it
@@ -50,8 +53,17 @@ def guard_output() -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line to the standard error, as `put` does."""
-    put(f"{text}\n", sys.stderr)
+    """Prints a message to the standard error, as `put` does; on a terminal its lines break at words."""
+    put(f"{on_screen(text, sys.stderr)}\n", sys.stderr)
+
+
+def on_screen(text: str, out: TextIO | None) -> str:
+    """Returns a message as a stream shows it: broken at words to a terminal's width, as it is anywhere else."""
+    try:
+        file = None if out is None or not out.isatty() else _file_of(out)
+        return text if file is None else wrapped(text, os.get_terminal_size(file).columns or _COLUMNS)
+    except (OSError, ValueError, AttributeError):
+        return text
 
 
 def put(text: str, out: TextIO | None) -> None:

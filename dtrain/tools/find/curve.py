@@ -12,6 +12,7 @@ import statistics
 from dataclasses import dataclass, field
 
 from dtrain.errors import UsageError
+from dtrain.wording import number
 
 SMOOTHING = 0.9  # what the running mean keeps of itself at each step, in a test of up to 100
 DIVERGED = 4.0  # times the best
@@ -70,7 +71,7 @@ class Curve:
         if not math.isfinite(loss):
             self.ended = "the loss is no longer finite"
         elif math.isfinite(best) and self.smoothed[-1] > best + (DIVERGED - 1) * abs(best):
-            self.ended = f"the smoothed loss is more than {DIVERGED:g} times its best, {best:.4g}"
+            self.ended = f"the smoothed loss is more than {DIVERGED:g} times its best, {number(best)}"
         return not self.ended
 
     def points(self) -> tuple[list[float], list[float], list[float]]:
