@@ -105,6 +105,7 @@ def _count(loader: Any) -> int | None:
     if not has_indices(loader):
         return None
     try:
-        return len(getattr(loader, "sampler", None) or loader.dataset)
+        sampler = getattr(loader, "sampler", None)
+        return len(loader.dataset if sampler is None else sampler)
     except TypeError:  # a sampler of the user's own need not know
         return None

@@ -121,7 +121,12 @@ def test_a_cell_shows_progress_and_history(shown: dict[str, CellOutput]) -> None
     cell = shown["fit"]
     assert cell.error == ("", ""), cell.shown
     assert cell.err == ""
-    assert cell.out.splitlines() == ["threads True"]
+    said = cell.out.splitlines()
+    said.remove("threads True")
+    device, data, batch = said  # once, by rank 0
+    assert device == "device: cpu (1 thread), 2 ranks, fp32; 57 parameters"
+    assert data.startswith("data: 60 train, 21 valid samples; ")
+    assert batch == '2 ranks x batch 5 = 10 samples per step; batch="global" keeps 5'
     table, curves = cell.page.split("</table>")
     cells = re.findall(r"<t[hd]>([^<]*)</t[hd]>", table)
     names, first, second = cells[:8], cells[8:16], cells[16:]
@@ -137,7 +142,9 @@ def test_a_cell_shows_progress_and_history(shown: dict[str, CellOutput]) -> None
 def test_without_ranks_of_its_own_a_cell_shows_the_same(shown: dict[str, CellOutput]) -> None:
     cell = shown["alone"]
     assert cell.error == ("", ""), cell.shown
-    assert cell.out == ""
+    device, data = cell.out.splitlines()  # before the first step
+    assert re.fullmatch(r"device: cpu \(\d+ threads?\), 1 rank, fp32; 57 parameters", device)
+    assert data == "data: 60 train, 21 valid samples; batch 5; 36 optimizer steps in 3 epochs"
     assert len(re.findall("<tr><td>", cell.page)) == 3
     assert "<svg" in cell.page
     assert shown["again"].page == ""  # verbose=False
