@@ -60,6 +60,11 @@ def read_fit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> FitPlan:
     return FitPlan(**{**vars(plan), "monitor": usual})
 
 
+def given_to_fit(names: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of fit that have one name in all styles, out of all its local names."""
+    return {name: value for name, value in names.items() if name not in ("self", "args", "kwargs", "plot", "quiet")}
+
+
 def in_turn(train_data: Any, combine: Combine | None) -> Any:
     """Returns a mapping of training loaders as one, of loaders that take turns.
 

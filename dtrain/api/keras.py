@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.api.clean_errors import clean_in_notebooks
-from dtrain.api.fit_forms import FitPlan, in_turn, read_fit, shown
+from dtrain.api.fit_forms import FitPlan, given_to_fit, in_turn, read_fit, shown
 from dtrain.api.in_run import CallRun, call_run, run_of_call, train_in_run
 from dtrain.api.keeping import Keeping
 from dtrain.api.keras_steps import KerasSteps, checked_metrics, counts_epochs
@@ -194,9 +194,8 @@ class KerasModel(nn.Module):
             batch: "per_rank": the loaders' batch size is each rank's; "global": it is the whole world's.
             combine: as in `dtrain.train_model`; a step takes features and labels, so loaders can only take turns.
             batch_size, split_batch: as in `dtrain.train_model`; `evaluate` and `predict` then use them, too.
-            data_sharding, same_draws, accumulation, average, sync_batchnorm, clip_norm, clip_value: as in
-                `dtrain.train_model`.
-            data_on_device, prefetch_to_device: as in `dtrain.train_model`.
+            data_sharding, same_draws, accumulation, average, sync_batchnorm, clip_norm, clip_value, data_on_device,
+                prefetch_to_device: as in `dtrain.train_model`.
             fetch_batches, precision, compile: as in `dtrain.train_model`; `evaluate` and `predict` then do so, too.
             ema_decay: of an exponential moving average of the weights (above 0, below 1), with which is validated, and
                 which the net has in the end; of the best epoch, where its weights are kept.
@@ -223,8 +222,7 @@ class KerasModel(nn.Module):
             StepError, DataError, RankError, StopRequested: as in `dtrain.train_model`.
         """  # fmt: skip
         verbose = shown(verbose, None if num_processes else plot, quiet)
-        left = ("self", "args", "kwargs", "plot", "quiet")
-        given = {name: value for name, value in locals().items() if name not in left and name != "left"}
+        given = given_to_fit(locals())
         plan, options = read_fit(args, kwargs), RunOptions.of(given)
         check_whole(epoch_steps=1 if epoch_steps is None else epoch_steps)
         plan = replace(plan, train_data=in_turn(plan.train_data, combine))

@@ -123,8 +123,7 @@ class Engine:
         self.table: MeanTable | None = None
         self.watch = PassWatch(self.world)
         self.names: tuple[str, ...] | None = None
-        self.rates = Rates(self.task)
-        self.modes = Modes(self.task.module)
+        self.rates, self.modes = Rates(self.task), Modes(self.task.module)
         self.facts = RunFacts(self.epochs, self.world.size, self.rates.now, lambda: self.place.updates)
         steps = (self.epoch_steps, lambda: self.place.updates)
         store = device_store(self.options.data_on_device, self.world.device)
@@ -132,8 +131,8 @@ class Engine:
         in_step = self.sharding is not None and not self.sharding.validate_whole
         self.valid = valid_pass(self.task, self.world, self.options, self.limits, in_step=in_step, store=store)
         self.task.monitor = self.task.monitor or first_loss(self.task.dl_valid)
-        passes = () if self.valid is None else self.valid.parts
         check_epochs(self)
+        passes = () if self.valid is None else self.valid.parts
         check_loaders(self.task, self.world, self.train_loader, passes)
         ready(self.task.metrics, self.world)
         self.learner = Learner(self.task, self.world, self.options, nan=self.nan, sharding=self.sharding)
@@ -141,8 +140,7 @@ class Engine:
         self.draws, *draws = step_draws(self.world, *drawn, loaders=len(passes))
         if self.world.size > 1 and mixes(self.train_loader):
             self.draws = None  # each rank draws numbers of its own
-        together = (self.val_every_steps, self.epoch_steps)
-        self.counts = AgreedSteps(self.world, self.place, self.max_steps, *together)
+        self.counts = AgreedSteps(self.world, self.place, self.max_steps, self.val_every_steps, self.epoch_steps)
         for one, own in zip(passes, draws, strict=True):
             one.around, one.draws = self.learner.replica.validating, own
         self.average = weight_average(self.task.module, self.task.optimizer, self.options, self.updates_in_all)
