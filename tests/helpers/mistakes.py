@@ -32,24 +32,19 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-
 def build_model(hidden: int = 8):
     return nn.Sequential(nn.Linear(4, hidden), nn.ReLU(), nn.Linear(hidden, 3))
-
 
 def build_dataloaders(n: int = 12, batch_size: int = 4):
     x, y = torch.randn(n, 4), torch.arange(n) % 3
     data = TensorDataset(x, y)
     return DataLoader(data, batch_size, shuffle=True), DataLoader(data, batch_size)
 
-
 def build_optimizer(model, lr: float = 0.01):
     return torch.optim.Adam(model.parameters(), lr=lr)
 
-
 def train_step(model, x, y):
     return nn.functional.cross_entropy(model(x), y)
-
 
 def valid_step(model, x, y):
     return nn.functional.cross_entropy(model(x), y)
