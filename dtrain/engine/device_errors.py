@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dtrain.data.loader_group import LoaderGroup
+from dtrain.data.loader_group import LoaderGroup, batch_size_of
 from dtrain.data.partition import RankBatch
 from dtrain.engine.callback import EngineCallback, Order
 from dtrain.errors import StopRequested, add_remark, ran_out_of_memory, text_of
@@ -136,10 +136,7 @@ def _smaller(engine: Engine) -> str:
 
 
 def _batch_size(loader: Any) -> int | None:
-    if isinstance(loader, LoaderGroup):
-        return None
-    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    return size if isinstance(size, int) else None
+    return None if isinstance(loader, LoaderGroup) else batch_size_of(loader)
 
 
 # --- indices out of range ---------------------------------------------------------------------------------------

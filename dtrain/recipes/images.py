@@ -28,7 +28,6 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         found = ", ".join(f"{path.name}: {len(inside)}" for path, inside in zip(classes, files, strict=True)) or "none"
         if len(classes) < 2 or min(map(len, files)) < 2:
             raise ConfigError(f"data.folder = {folder.resolve()}: needs 2 or more folders of 2 images; has {found}.")
-        self.classes = [path.name for path in classes]
         self.files, self.size = [file for inside in files for file in inside], size
         self.labels = [label for label, inside in enumerate(files) for _ in inside]  # in the alphabet's order
 
@@ -63,12 +62,6 @@ def build_model(classes: int = 3, width: int = 16) -> nn.Module:
         *(nn.Conv2d(2 * width, 4 * width, kernel_size=3), nn.ReLU(), nn.AdaptiveMaxPool2d(1)),
         *(nn.Flatten(), nn.Linear(4 * width, classes)),
     )
-
-
-def build_classes(dl_train: DataLoader[Any]) -> list[str]:
-    """The folders' names, which `dtrain predict` writes as labels."""
-    names: list[str] = dl_train.dataset.dataset.classes  # type: ignore[attr-defined]
-    return names
 
 
 def build_optimizer(model: nn.Module, lr: float = 0.003) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.data.dataloaders import has_indices
+from dtrain.data.loader_group import batch_size_of, train_by_name
 from dtrain.distributed.world import World
 from dtrain.engine.loop import Engine
 from dtrain.model.precision import chosen
@@ -26,9 +27,9 @@ def banner(engine: Engine, *, run: Path | None = None, keep: str = "") -> str:
     world, train = engine.world, engine.train_loader
     precision = chosen(engine.options.precision, world)
     first = f"device: {_device(world)}, {counted(world.size, 'rank')}, {precision}; {_parameters(engine.task.module)}"
-    samples = [f"{_samples(train.loader)} train"]
+    samples = [f"{_all_samples([*train_by_name(train.loader).values()])} train"]
     samples += [f"{_all_samples([part.loader.loader for part in engine.valid.parts])} valid"] if engine.valid else []
-    batch = _batch(train.loader)
+    batch = batch_size_of(train.loader)
     steps = engine.updates_in_all()
     parts = [f"data: {', '.join(samples)} samples"]
     parts += [f"batch {batch}"] if batch is not None and world.size == 1 and engine.options.accumulation == 1 else []
@@ -80,18 +81,6 @@ def _parameters(module: nn.Module) -> str:
     total, trained = sum(size for size, _ in every), sum(size for size, trains in every if trains)
     words = f"{large(total)} {'parameter' if total == 1 else 'parameters'}"
     return words if trained == total else f"{words}, {large(trained)} trained"
-
-
-def _batch(loader: Any) -> int | None:
-    size = getattr(loader, "batch_size", None)
-    if size is None:
-        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    return size if isinstance(size, int) else None
-
-
-def _samples(loader: Any) -> str:
-    count = _count(loader)
-    return "streamed" if count is None else f"{count:,}"
 
 
 def _all_samples(loaders: list[Any]) -> str:

@@ -13,7 +13,7 @@ USAGE = {
     "missing recipe": (["nope.py"], 2, ["nope.py", "no such file"]),
     "missing module": (["no.such.module"], 2, ["no.such.module", "no module"]),
     "unknown key": (["train.epoch=3"], 2, ["train.epoch = 3", "command line", "'epochs'"]),
-    "unknown bare key": (["hiden=3"], 2, ["hiden = 3", "Did you mean 'hidden'?", "`dtrain keys "]),
+    "unknown bare key": (["dropot=3"], 2, ["dropot = 3", "Did you mean 'dropout'?", "`dtrain keys "]),
     "wrong type": (["epochs=many"], 2, ["train.epochs = 'many'", "integer"]),
     "no epochs": (["epochs=0"], 2, ["train.epochs = 0", "greater than or equal to 1"]),
     "wrong builder type": (["model.dropout=high"], 2, ["model.dropout = 'high'", "number", "build_model("]),

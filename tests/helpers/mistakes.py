@@ -10,6 +10,7 @@ import difflib
 import io
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from dtrain.cli.app import app
 from dtrain.cli.guard import _words
 from dtrain.cli.train import settings_to_train
 from dtrain.distributed.world import bring_up
+from dtrain.launch.signals.stop_request import STOP_SIGNALS
 from dtrain.trainer.train import train_run
 from dtrain.wording import wrapped
 
@@ -123,6 +125,7 @@ def message(mistake: Mistake, folder: Path) -> str:
 @contextlib.contextmanager
 def _in(folder: Path, without: str) -> Iterator[None]:
     before, path, loaded = Path.cwd(), list(sys.path), dict(sys.modules)
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}  # a verb ignores them as it ends
     os.chdir(folder)
     if without:
         sys.modules[without] = None  # type: ignore[assignment]
@@ -131,6 +134,8 @@ def _in(folder: Path, without: str) -> Iterator[None]:
     finally:
         os.chdir(before)
         sys.path[:] = path
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if without:
             sys.modules.pop(without)
             sys.modules |= {without: loaded[without]} if without in loaded else {}

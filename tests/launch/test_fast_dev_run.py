@@ -57,7 +57,7 @@ def test_all_of_a_run_on_two_ranks_and_nothing_of_the_users_is_touched(dtrain: D
     done = dtrain(*words, "--fast-dev-run", "-n", 2, "--cpu", TMPDIR=str(dtrain.folder / "temporary"))
     assert done.code == 0, done.text
     assert "epoch 1/1, 2 steps" in done.out
-    assert "[validation after 1 optimizer steps]" in done.out
+    assert "[validation after 1 optimizer step]" in done.out
     assert (
         "fast dev run: 2 optimizer steps on 2 ranks, validation (1 within the epoch), checkpoint saved "
         "and restored, in "
@@ -120,7 +120,7 @@ def test_accumulated_batches_make_two_optimizer_steps_with_validation_in_between
 ) -> None:
     gone_through(recipes / "small.py", "data.batch_size=1", "accumulation=5", "val_every_steps=100")
     told = capsys.readouterr().out.splitlines()
-    assert told[0] == "epoch 1/1, 4 steps"
+    assert "epoch 1/1, 4 steps" in told
     went = "fast dev run: 2 optimizer steps on 1 rank, validation (1 within the epoch), checkpoint saved and restored"
     assert told[-1].startswith(went)
 

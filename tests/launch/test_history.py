@@ -82,7 +82,7 @@ def test_a_table_in_a_pipe_has_all_rows_and_columns(two: Dtrain) -> None:
     assert head.split() == list(COLUMNS)
     known = cells(two.folder / "runs/long")
     assert [line.lstrip("* ").split() for line in lines[:40]] == [
-        [row["epoch"], *(f"{float(row[name]):.5g}" for name in COLUMNS[1:])] for row in known
+        [row["epoch"], *(f"{float(row[name]):.4g}" for name in COLUMNS[1:])] for row in known
     ]
     best = min(known, key=lambda row: float(row["val_loss"]))
     assert [line.lstrip("* ").split()[0] for line in lines[:40] if line.startswith("*")] == [best["epoch"]]
@@ -117,8 +117,8 @@ def test_several_runs(two: Dtrain) -> None:
         "value": float(values["long"][3]["val_loss"]),
         "seconds": long["at_epoch"]["seconds"],
     }
-    assert f"{long['at_epoch']['value']:.5g}" in second
-    assert f"{long['final']['value']:.5g}" in second
+    assert f"{long['at_epoch']['value']:.4g}" in second
+    assert f"{long['final']['value']:.4g}" in second
     assert "0.5" in first.split()
     table = list(csv.DictReader(io.StringIO(two("history", "short", "long", "--csv").out)))
     assert table == [
@@ -143,7 +143,7 @@ def test_which_runs_there_are(two: Dtrain) -> None:
     assert [line.split()[0] for line in lines] == ["empty", "long", "short"]
     assert lines[0].split()[-4:] == ["no", "rows", "0/2", "-"]
     best = min(cells(two.folder / "runs/long"), key=lambda row: float(row["val_loss"]))
-    assert lines[1].endswith(f"val_loss {float(best['val_loss']):.5g} ({best['epoch']})")
+    assert lines[1].endswith(f"val_loss {float(best['val_loss']):.4g} ({best['epoch']})")
     assert [one["run"] for one in json.loads(two("history", "--json").out)] == ["empty", "long", "short"]
     elsewhere = two("history", "--dir", "nowhere")
     assert (elsewhere.code, elsewhere.out) == (2, "")

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.timeout(1800)  # the first test waits for all runs
 PATIENCE = 900.0
 HERE = [name for name, case in CASES.items() if not case.missing()]
 RANKS = some([2], [3])
-# On how many ranks each is killed: as it begins its fourth step, of three or more an epoch.
+# On how many ranks each is killed: as it begins its fifth step, of three or more an epoch; so most within the second.
 KILLED = [(ranks, name) for ranks in (1, *RANKS) for name in HERE if FULL or (ranks == 1) != (name == "gan")]
-KILLED_AFTER = 3
+KILLED_AFTER = 4
 ALSO = ["checkpoint.every_steps=1", "checkpoint.asynchronous=false"]  # what is killed has saved each step
 
 
@@ -135,8 +135,8 @@ def test_a_run_is_evaluated_and_predicted(runs: dict[str, Any], name: str, ranks
 @pytest.mark.parametrize(("ranks", "name"), KILLED)
 def test_a_run_that_was_killed_goes_on_bitwise(runs: dict[str, Any], ranks: int, name: str) -> None:
     left = runs["left", ranks, name]
-    assert left
-    assert "epoch-2" not in left, "it was killed before its end"
+    assert any("-step-" in one for one in left), "it was killed within an epoch"
+    assert "epoch-2" not in left
     found = runs[ranks][0]
     assert found[f"killed {name}"] == found[f"whole {name}"]
     one, other = (

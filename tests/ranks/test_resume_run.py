@@ -253,7 +253,7 @@ def test_other_ranks_of_per_rank_batches_are_refused_with_the_switch_that_allows
     before = contents(run)
     told = run_ranks(other_ranks, 2, folder=str(run.parent), words=["epochs=3"])
     assert told[0] == told[1]
-    assert "the run had 1 ranks and now has 2" in told[0] and "checkpoint.change_ranks=true" in told[0]
+    assert "the run had 1 rank and now has 2" in told[0] and "checkpoint.change_ranks=true" in told[0]
     assert contents(run) == before
     shutil.rmtree(run / "checkpoints" / "epoch-2")  # the last one is now within an epoch
     more = ["epochs=2", "checkpoint.change_ranks=true"]

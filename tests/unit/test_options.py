@@ -43,7 +43,7 @@ def test_both_python_styles_and_the_config_have_the_same_options_and_defaults() 
     assert {name: function[name] for name in OPTIONS} == OPTIONS
     assert {name: keras[name] for name in OPTIONS} == OPTIONS
     assert config == OPTIONS
-    assert set(keras) == OPTIONS.keys() | OF_THE_CALL
+    assert set(keras) == OPTIONS.keys() | OF_THE_CALL | {"plot", "quiet"}  # Keras' words for verbose
     task = {"train_step", "valid_step", "optimizer", "metrics", "valid_together"}
     scheduler = {"scheduler", "scheduler_interval", "scheduler_monitor"}
     assert set(function) == OPTIONS.keys() | OF_THE_CALL | task | scheduler

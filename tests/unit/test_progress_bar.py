@@ -96,11 +96,11 @@ def test_a_whole_epoch(screen: Screen, now: Now, monkeypatch: pytest.MonkeyPatch
     assert first.endswith("━    50 samples/s  0:00 left")
     assert second.startswith("epoch 1/3    ━")
     assert second.endswith(" 0:04 left")
-    assert third == "loss 0.5000  acc 0.2500  lr 0.001"
+    assert third == "loss 0.5  acc 0.25  lr 0.001"
     a_pass(live, now, Table(), 10, 1.0, "valid")
     assert screen.lines[1].startswith("valid 10/10")
     live.on_epoch_end(ROW)
-    assert screen.lines[0] == "epoch 1  loss 0.5000  acc 0.2500  val_loss 0.7500  val_acc 0.1250  2.0s"
+    assert screen.lines[0] == "epoch 1  loss 0.5  acc 0.25  val_loss 0.75  val_acc 0.125  2.0s"
     print("and the user's")
     assert screen.lines[1:3] == ["and the user's", ""]
     live.close()

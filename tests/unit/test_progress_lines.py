@@ -96,7 +96,7 @@ def test_an_epochs_line_keeps_what_matters_most() -> None:
         return epoch_parts(row, width, FINE)[0][1]
 
     assert line(200) == "epoch 3  loss 0.103  accuracy 0.967  val_loss 0.094  val_accuracy 0.983  0.8s"
-    assert line(79) == "epoch 3  loss 0.103  accuracy 0.967  val_loss 0.094  val_accuracy 0.983"
+    assert line(75) == "epoch 3  loss 0.103  accuracy 0.967  val_loss 0.094  val_accuracy 0.983"
     assert line(60) == "epoch 3  loss 0.103  val_loss 0.094  val_accuracy 0.983"
     assert line(40) == "epoch 3  loss 0.103  val_loss 0.094"
     assert line(5) == "epoc…"

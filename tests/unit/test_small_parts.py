@@ -278,7 +278,7 @@ def test_a_pass_ends_at_its_last_step(tmp_path: Path) -> None:
     """What is found at an epoch's end is not told of a step that there never was."""
     iter_batches = [SimpleNamespace(batch=torch.ones(1)) for _ in range(3)]
     loader, world = (
-        SimpleNamespace(iter_batches=lambda epoch: iter(iter_batches), pass_of=lambda epoch: epoch),
+        SimpleNamespace(iter_batches=lambda epoch: iter(iter_batches), pass_of=lambda epoch: epoch, prefetch=True),
         SimpleNamespace(device=torch.device("cpu")),
     )
     place = TrainPosition(0, heartbeat=Heartbeat(tmp_path / "rank-0.beat"))

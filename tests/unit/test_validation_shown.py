@@ -110,7 +110,7 @@ def test_the_bar_shows_it_and_then_the_train_pass_again(monkeypatch: pytest.Monk
     now.seconds += 5
     view.on_progress(Table(21))
     shown = screen.lines
-    assert shown[0].startswith("step 20  val_loss 0.7500  val_acc 0.1250  2.0s")
+    assert shown[0].startswith("step 20  val_loss 0.75  val_acc 0.125  2.0s")
     assert any(line.startswith("train 21/40") for line in shown) and any("epoch 1/3" in line for line in shown)
     assert not any("valid" in line for line in shown)
     view.close()
@@ -118,7 +118,7 @@ def test_the_bar_shows_it_and_then_the_train_pass_again(monkeypatch: pytest.Monk
 
 def test_a_narrow_line_leaves_the_last_values_out() -> None:
     (part,) = validation_parts(ROW, 26, FINE)
-    assert part[1] == "step 20  val_loss 0.7500"
+    assert part[1] == "step 20  val_loss 0.75"
 
 
 def test_another_process_is_told_as_well(tmp_path: Path) -> None:

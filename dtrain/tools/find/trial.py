@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dtrain.config import Settings
 from dtrain.data.dataloaders import with_batch_size
-from dtrain.data.loader_group import LoaderGroup
+from dtrain.data.loader_group import LoaderGroup, batch_size_of
 from dtrain.data.partition import RankBatch
 from dtrain.distributed.dtensor import local_part
 from dtrain.distributed.world import World
@@ -95,8 +95,8 @@ def _task(settings: Settings, batch: int, ranks: int) -> tuple[Task, dict[str, A
         )
     if batch and not takes:
         task.dl_train = loader = with_batch_size(loader, batch * times)
-    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    if not isinstance(size, int):
+    size = batch_size_of(loader)
+    if size is None:
         raise UsageError(
             f"{recipe.path}: the training loader ({type(loader).__name__}) has no batch size that can be "
             f"changed. Give build_dataloaders a parameter {_KEY}, and pass it to the DataLoader."
