@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from helpers.wandb_files import wandb_media
@@ -15,7 +17,9 @@ from dtrain.trainer.train import train_run
 
 FAKE = Path(__file__).parents[1] / "helpers/fake_mlflow"
 RECIPE = """
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -50,13 +54,25 @@ def train(folder: Path, *words: str) -> Path:
     return train_run(load_settings(str(folder / "recipe.py"), how, {}), bring_up(cpu=True))
 
 
+@pytest.fixture
+def mlflow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has the stand-in imported in its place, for this test alone."""
+
+    def forgotten() -> dict[str, ModuleType]:
+        return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] == "mlflow"}
+
+    before = forgotten()
+    monkeypatch.syspath_prepend(str(FAKE))
+    yield
+    forgotten()
+    sys.modules.update(before)
+
+
+@pytest.mark.usefixtures("mlflow")
 def test_wandb_and_mlflow_get_each_once_also_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
         monkeypatch.setenv(name, "1")  # which MLflow's tracker sets
     monkeypatch.setenv("FAKE_MLFLOW", str(tmp_path))
-    monkeypatch.syspath_prepend(str(FAKE))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "mlflow"]:
-        monkeypatch.delitem(sys.modules, name)
     how = ("track.wandb.project=x", "track.wandb.mode=offline", "track.mlflow.experiment=x")
     with pytest.raises(Exception, match="once"):
         train(tmp_path, *how)

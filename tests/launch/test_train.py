@@ -29,7 +29,7 @@ def test_the_first_command_trains_real_data_and_leaves_a_true_history(dtrain: Dt
     assert len(frame) == 3
     assert frame["val_accuracy"].iloc[-1] >= 0.95
     for epoch, row in enumerate(frame.to_dict("records"), start=1):
-        line = f"EPOCH = {epoch}, loss = {row['loss']:.3f}, accuracy = {row['accuracy']:.3f}, val_loss = {row['val_loss']:.3f}"
+        line = f"EPOCH = {epoch}, loss = {row['loss']:.4g}, accuracy = {row['accuracy']:.4g}, val_loss = {row['val_loss']:.4g}"
         assert line in done.out
     assert "[step = 10] loss: " in done.out
     best = frame.loc[frame["val_loss"].idxmin()]

@@ -70,7 +70,7 @@ seen = {
         for one in map(signal.getsignal, (signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE))
     ],
 }
-draws = [] if "train" in sys.argv else [torch.initial_seed(), random.random(), numpy.random.random()]
+draws = [] if "word" not in sys.argv else [torch.initial_seed(), random.random(), numpy.random.random()]
 Path(f"seen-{RANK}.json").write_text(json.dumps([seen, draws, os.getppid(), gc.get_freeze_count() > 0]))
 atexit.register(lambda: Path(f"ended-{RANK}").touch())
 """
