@@ -184,7 +184,7 @@ def train_once(world: World, files: Path, name: str, folder: Path, words: list[s
         train.train_run(settings, world)
         restored = restore_run(folder / "it", settings, "last", world)
         evaluated, predicted = evaluate_run(restored, world), predict_run(restored, world)
-    rows = read_history(folder / "it").drop(columns=list(TIMES)).to_dict("records")
+    rows = read_history(folder / "it").drop(columns=list(TIMES), errors="ignore").to_dict("records")
     return {
         "rows": rows,
         "evaluated": dict(evaluated.means),
