@@ -166,6 +166,10 @@ def test_another_shape_is_refused_by_the_parameters_name(run: Path, tmp_path: Pa
     changed = tmp_path / "resumable.py"
     changed.write_text((RECIPES / "resumable.py").read_text().replace("hidden: int = 6", "hidden: int = 8"))
     before = contents(run)
+    with pytest.raises(AgreedError, match=r"model\.hidden was 6 and is 8 \(default of build_model\)"):
+        start(run.parent, "accept=code", recipe=changed)
+    head = "def __init__(self, hidden, dropout):\n"
+    changed.write_text((RECIPES / "resumable.py").read_text().replace(head, f"{head}        hidden += 2\n"))
     with pytest.raises(AgreedError, match=r"layers\.0\.weight has shape \(6, 4\) in the file, and has shape \(8, 4\)"):
         start(run.parent, "accept=code", recipe=changed)
     changed.write_text((RECIPES / "resumable.py").read_text().replace("AdamW", "SGD"))
