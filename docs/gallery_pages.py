@@ -49,15 +49,16 @@ def _between(page: Path, begin: str, made: str) -> str:
 
 def _table() -> str:
     results = json.loads((GALLERY / RESULTS).read_text(encoding="utf-8"))
-    rows = ["| recipe | what it shows | lines, plain | lines, recipe | value | plain | 1 rank | 2 ranks |"]
-    rows.append("|---|---|---|---|---|---|---|---|")
+    heads = ["recipe", "what it shows", "lines, plain", "lines, recipe"]
+    heads += ["value", "plain", "1 rank", "2 ranks"] if results else []
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, metric in METRICS.items():
         file = GALLERY / f"{name}.py"
         shared = GALLERY / f"{name}_data.py"
         more = f" + {lines_of(shared)}" if shared.exists() else ""
         counted = [f"{lines_of(path)}{more}" for path in (file.with_name(f"{name}_plain.py"), file)]
         reached = [_number(results.get(name, {}).get(run), metric) for run in ("plain", "1", "2")]
-        cells = [f"[{name}]({name}.md)", _words(file), *counted, f"`{metric}`", *reached]
+        cells = [f"[{name}]({name}.md)", _words(file), *counted, *([f"`{metric}`", *reached] if results else [])]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([*rows, ""])
 
