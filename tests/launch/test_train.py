@@ -33,7 +33,7 @@ def test_the_first_command_trains_real_data_and_leaves_a_true_history(dtrain: Dt
         assert line in done.out
     assert "[step = 10] loss: " in done.out
     best = frame.loc[frame["val_loss"].idxmin()]
-    assert f"best epoch: {best['epoch']:.0f} (val_loss = {best['val_loss']:.4f})" in done.out
+    assert f"best epoch: {best['epoch']:.0f} (val_loss = {best['val_loss']:.4g})" in done.out
     assert f"run: runs/{run.name}" in done.out
     assert f"next: dtrain evaluate runs/{run.name}" in done.out
     assert (run / "config.yaml").is_file()

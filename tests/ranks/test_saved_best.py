@@ -42,5 +42,5 @@ def test_it_is_not_called_best(
     second = best_row([row for row in rows if row["epoch"] != best["epoch"]])[0]
     assert second is not None
     told = capsys.readouterr().out
-    assert f"best epoch: {second['epoch']:.0f} ({monitor} = {second[monitor]:.4f})" in told
+    assert f"best epoch: {second['epoch']:.0f} ({monitor} = {second[monitor]:.4g})" in told
     assert f"epoch {best['epoch']:.0f} ({monitor} = {best[monitor]:.4f}) was better, but has no checkpoint" in told
