@@ -221,7 +221,7 @@ class KerasModel(nn.Module):
             UsageError: an argument is wrong, or there is no loss.
             StepError, DataError, RankError, StopRequested: as in `dtrain.train_model`.
         """  # fmt: skip
-        verbose = shown(verbose, None if num_processes else plot, quiet)
+        verbose = shown(verbose, plot, quiet)
         given = given_to_fit(locals())
         plan, options = read_fit(args, kwargs), RunOptions.of(given)
         check_whole(epoch_steps=1 if epoch_steps is None else epoch_steps)

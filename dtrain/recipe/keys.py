@@ -30,9 +30,8 @@ def parameter_keys(recipe: Recipe, settings: Settings) -> list[Key]:
         for key, parameter in builder.parameters.items():
             value = given.get(key, parameter.default)
             required = value is parameter.empty and key not in supplied
-            shown = (
-                "" if value in (None, parameter.empty) else yaml_word(masked(f"{section}.{key}", plain_value(value)))
-            )
+            none = value is None or value is parameter.empty  # an array would compare each of its values
+            shown = "" if none else yaml_word(masked(f"{section}.{key}", plain_value(value)))
             words = f"of {name}" + (", required" if required else ", which dtrain fills in" * (key in supplied))
             found.append(Key(f"{section}.{key}", shown, _kind(parameter), words))
     return found

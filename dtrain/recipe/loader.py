@@ -274,10 +274,16 @@ def _built(recipe: Recipe, settings: Settings, section: str, *first: Any, dl_tra
 
 def _missing(error: FileNotFoundError, values: dict[str, Any]) -> dict[str, Any]:
     """Returns the parameters, defaults too, that a missing file is named after; notes where a relative path begins."""
-    name = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else ""
-    if name and not Path(name).is_absolute():
+    if not isinstance(error.filename, (str, os.PathLike)):
+        return {}
+    file = Path(error.filename)
+    if not file.is_absolute():
         add_remark(error, f"the path is relative: it starts from the folder where dtrain was started, {Path.cwd()}")
-    return {k: v for k, v in values.items() if isinstance(v, (str, os.PathLike)) and str(v) and str(v) in str(name)}
+    whole = Path.cwd() / file
+    given = {key: value for key, value in values.items() if isinstance(value, (str, os.PathLike)) and str(value)}
+    # The file itself, or a folder that it is in: a word that merely occurs in its name is no path.
+    leading = {whole, *whole.parents} - {Path.cwd()}
+    return {key: value for key, value in given.items() if Path.cwd() / Path(value).expanduser() in leading}
 
 
 def _given_to(builder: Builder, section: str, given: dict[str, Any], settings: Settings) -> str:

@@ -15,6 +15,7 @@ from dtrain.cli.keys import _found, table
 from dtrain.config.keys import alias_of, meant, suggestion
 from dtrain.config.schema import leaves
 from dtrain.errors import UsageError
+from dtrain.recipe.loader import _missing
 
 DATA = TensorDataset(torch.ones(10, 2), torch.ones(10, 1))
 HEAD = r"device: cpu \(\d+ threads?\), 1 rank, fp32; "
@@ -80,6 +81,25 @@ def recipe_file(tmp_path: Path) -> Path:
     file = tmp_path / "listed.py"
     file.write_text("def build_model(hidden: int = 8): ...\ndef build_dataloaders(path: str): ...\n")
     return file
+
+
+def test_a_default_that_is_an_array_is_listed(tmp_path: Path) -> None:
+    """It compares each of its values, where it is asked whether it is None."""
+    file = tmp_path / "arrays.py"
+    file.write_text("import numpy as np\ndef build_model(weights=np.ones(3), seen=None): ...\n")
+    found, _ = _found([str(file), "model"])
+    assert [(key.name, key.default) for key in found] == [("model.weights", "[1. 1. 1.]"), ("model.seen", "")]
+
+
+def test_a_missing_file_is_put_down_to_the_path_that_leads_to_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"split": "train", "folder": "data/train", "file": str(tmp_path / "data/train/a.csv"), "here": "."}
+    error = FileNotFoundError(2, "No such file or directory", "data/train/a.csv")
+    assert list(_missing(error, given)) == ["folder", "file"]
+    assert f"started, {tmp_path}" in error.__notes__[0]
+    assert _missing(FileNotFoundError("no file of that kind"), given) == {}
 
 
 def test_what_is_no_section_is_refused_with_the_nearest() -> None:

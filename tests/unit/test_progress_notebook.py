@@ -13,11 +13,13 @@ import IPython.display
 import pytest
 from helpers.clock import Now, stopped
 
+from dtrain.api.fit_forms import shown
 from dtrain.callbacks.progress import PassFacts, PlainLines, RunFacts, choose, choose_progress, notebook, paced
 from dtrain.callbacks.progress.curve import curves_svg
 from dtrain.callbacks.progress.feed import FeedReader, FeedWriter, fed
 from dtrain.callbacks.progress.notebook import NotebookView, table_html
 from dtrain.engine.callback import EngineCallback
+from dtrain.errors import UsageError
 
 
 def row(epoch: int, **more: Any) -> dict[str, Any]:
@@ -210,6 +212,22 @@ def test_ranks_print_their_lines_where_there_is_nothing_better(capsys: Any) -> N
     for verbose in (True, False, Noted()):
         with fed(verbose, log_step_freq=1) as found:
             assert found == (verbose, None)
+
+
+def test_a_view_without_curves_is_this_process_s_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrain.api.fit_forms.can_display", lambda: True)
+    monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)
+    view = shown(True, False, None)
+    with fed(view, log_step_freq=1) as (writer, poll):
+        writer.on_epoch_end(row(1, loss=0.5))  # type: ignore[union-attr]
+        writer.on_epoch_end(row(2, loss=0.25))  # type: ignore[union-attr]
+        assert poll is not None
+    assert isinstance(view, NotebookView)
+    assert len(view._rows) == 2 and view._curves == ""
+    assert shown(True, True, None) is True and shown(True, None, True) is False
+    for given in ((False, True, None), (view, None, True), (True, "yes", None)):
+        with pytest.raises(UsageError, match=r"pass only one|should be True or False"):
+            shown(*given)
 
 
 def test_what_came_before_a_failure_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

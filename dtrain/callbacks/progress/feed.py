@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain.callbacks.progress.choose import choose_progress
+from dtrain.callbacks.progress.notebook import NotebookView
 from dtrain.callbacks.progress.plain import PlainLines
 from dtrain.engine.callback import EngineCallback, Order
 from dtrain.engine.facts import PassFacts, RunFacts
@@ -160,7 +161,8 @@ def fed(
     Yields:
         what the ranks get in place of `verbose`, and what is to be called again and again meanwhile, if anything.
     """
-    shown = choose_progress(is_main=True, log_step_freq=log_step_freq) if verbose is True else None
+    own = verbose if isinstance(verbose, NotebookView) else None  # which no rank could show
+    shown = choose_progress(is_main=True, log_step_freq=log_step_freq) if verbose is True else own
     if shown is None or isinstance(shown, PlainLines):  # which the rank prints itself, and they are passed on
         yield verbose, None
         return
