@@ -25,7 +25,7 @@ from dtrain.data.combined_deal import Deal, DealInTurn, DealTogether
 from dtrain.data.combined_sources import CombinedSources
 from dtrain.data.continued import ContinuedLoader
 from dtrain.data.loader import ShardedLoader, do_nothing
-from dtrain.data.loader_group import LoaderGroup, combined_length
+from dtrain.data.loader_group import LoaderGroup, combined_length, mixes
 from dtrain.data.partition import (
     RankBatch,
     ShardSpec,
@@ -84,11 +84,6 @@ class CombinedLoader(ShardedLoader):
         self.on_device = "; ".join(child.on_device for child in self.children.values() if child.on_device)
         parts = {name: child.sources for name, child in self.children.items()}
         self.sources = CombinedSources(loader, parts, same=self._same_order)
-
-    @property
-    def mixes(self) -> bool:
-        """Whether a step has a batch of each loader."""
-        return self.combine != "alternate"
 
     @property
     def reads_ahead(self) -> bool:
@@ -152,7 +147,7 @@ class CombinedLoader(ShardedLoader):
         cycles = self.combine == "max_cycle"
         deal: Deal = (
             DealTogether(*what, cycles=cycles, idle=self._warn_of_idle)
-            if self.mixes
+            if mixes(self.loader)
             else DealInTurn(*what, varied=self.varied)
         )
         # All are begun, and have drawn what they draw, before random streams are put back and the first one fetches.

@@ -55,6 +55,11 @@ class LoaderGroup:
         return one_of_each[0] if self.combine == "alternate" else sum(one_of_each)
 
 
+def mixes(loader: Any) -> bool:
+    """Whether a step has a batch of each of several training loaders."""
+    return isinstance(loader, LoaderGroup) and loader.combine != "alternate"
+
+
 def combined_length(lengths: list[int | None], combine: Combine) -> int | None:
     """Returns the steps of a pass over loaders of these lengths; None where it is not known."""
     known = [length for length in lengths if length is not None]

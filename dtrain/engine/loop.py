@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from dtrain.data.device_data import device_store
+from dtrain.data.loader_group import mixes
 from dtrain.data.partition import RankBatch
 from dtrain.distributed.consistency import check_order
 from dtrain.distributed.fsdp_settings import Sharding
@@ -44,7 +45,7 @@ from dtrain.engine.metrics import MeanTable, PassResult, Value
 from dtrain.engine.modes import Modes
 from dtrain.engine.nan_guard import WhenNan
 from dtrain.engine.options import RunOptions
-from dtrain.engine.passes import PassWatch, batches_on_device, mixes, train_facts, train_loader
+from dtrain.engine.passes import PassWatch, batches_on_device, train_facts, train_loader
 from dtrain.engine.position import FinishedPass, Limits, StartPosition, TrainPosition
 from dtrain.engine.random_draws import step_draws
 from dtrain.engine.rates import Rates
@@ -137,9 +138,8 @@ class Engine:
         ready(self.task.metrics, self.world)
         self.learner = Learner(self.task, self.world, self.options, nan=self.nan, sharding=self.sharding)
         drawn = (self.options.seed, self.learner.replica, self.options.batch, self.options.same_draws)
-        self.draws, *draws = step_draws(self.world, *drawn, loaders=len(passes))
-        if self.world.size > 1 and mixes(self.train_loader):
-            self.draws = None  # each rank draws numbers of its own
+        first, *draws = step_draws(self.world, *drawn, loaders=len(passes))
+        self.draws = None if self.world.size > 1 and mixes(self.task.dl_train) else first  # else each rank has its own
         self.counts = AgreedSteps(self.world, self.place, self.max_steps, self.val_every_steps, self.epoch_steps)
         for one, own in zip(passes, draws, strict=True):
             one.around, one.draws = self.learner.replica.validating, own

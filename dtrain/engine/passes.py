@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from dtrain.data.batches import takes_fixed_parts
-from dtrain.data.combined import CombinedLoader, sharded
+from dtrain.data.combined import sharded
 from dtrain.data.device_data import DeviceStore
 from dtrain.data.loader import ShardedLoader
+from dtrain.data.loader_group import mixes
 from dtrain.data.partition import RankBatch, ShardSpec
 from dtrain.distributed.consistency import (
     check_first_batch,
@@ -358,15 +359,10 @@ def train_loader(  # noqa: PLR0913, PLR0917 - the engine's own
         read |= {"steps": epoch_steps, "updates": updates, "device": world.device}
     view = sharded(task.dl_train, how, options.seed, "train", **read)
     view.prefetch = options.prefetch_to_device
-    if options.same_draws and world.size > 1 and mixes(view):
+    if options.same_draws and world.size > 1 and mixes(task.dl_train):
         raise UsageError(
             f"same_draws with train.combine={options.combine}: a step has batches of several loaders, and dtrain "
             "cannot tell which of its random numbers are rows of which. Remove same_draws, or use "
             "train.combine=alternate."
         )
     return view
-
-
-def mixes(view: ShardedLoader) -> bool:
-    """Whether a step has a batch of each of several loaders."""
-    return isinstance(view, CombinedLoader) and view.mixes

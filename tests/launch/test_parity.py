@@ -67,6 +67,12 @@ def test_padded_batches_channels_last_and_two_optimizers_are_compared(dtrain: Dt
     assert "equal: 2 ranks and 1 took the same samples in 6 optimizer steps" in done.out
 
 
+def test_batches_of_two_loaders_are_compared(dtrain: Dtrain, recipes: Path) -> None:
+    done = dtrain("check", "parity", recipes / "two_loaders.py", "train.combine=max_cycle", "--steps", 3)
+    assert done.code == 0, done.text
+    assert "equal: 2 ranks and 1 took the same samples in" in done.out
+
+
 @pytest.mark.parametrize(
     ("fault", "where", "cause"),
     [

@@ -140,7 +140,7 @@ def _cause(  # noqa: PLR0913 - keyword-only after the two values
         )
     if record["dropout"]:
         return (
-            "dropout: with train.same_draws=false or train.compile, each rank draws "
+            "dropout: with train.same_draws=false, train.compile, or train.combine=min or max_cycle, each rank draws "
             "its own masks. Remove these settings, "
             "or set dropout to 0 for this check."
         )

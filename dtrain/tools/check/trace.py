@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from dtrain.config import Settings
 from dtrain.data.fingerprints import row_shapes, tensor_bytes
 from dtrain.data.loader import ShardedLoader
+from dtrain.data.loader_group import mixes
 from dtrain.data.partition import RankBatch
 from dtrain.distributed.consistency import weights_checksum
 from dtrain.distributed.dtensor import cut_like, whole_tensor
@@ -177,7 +178,7 @@ def trace_run(  # noqa: PLR0913 - what `check trace` is given
     rank_batch = world.size if train.batch == "per_rank" else 1
     batches = steps * train.accumulation * rank_batch * merge
     # What is compared are the same global batches, whatever their numbers of ranks draw in a run.
-    always = train.same_draws is None and not wanted(train.compile, world)
+    always = train.same_draws is None and not wanted(train.compile, world) and not mixes(task.dl_train)
     options = RunOptions.of(dict(train))
     trace = Trace(folder, world, task.module, like)
     engine = configured_engine(
