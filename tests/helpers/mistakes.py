@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import typer
 
@@ -207,7 +208,7 @@ def messages() -> dict[str, str]:
     """Returns title -> message of all of them."""
     found = {}
     for mistake in MISTAKES:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ):
             found[mistake.title] = message(mistake, Path(folder).resolve())
     return found
 

@@ -74,9 +74,13 @@ class Warm:
 
     def suits(self, environment: Mapping[str, str]) -> bool:
         """Whether a process with this environment would have imported the same."""
-        ours, theirs = self._environment.items(), environment.items()
+        return not self.unsuited(environment)
+
+    def unsuited(self, environment: Mapping[str, str]) -> set[str]:
+        """Returns the variables with which a process might have imported something else."""
+        differ = {name for name, _ in self._environment.items() ^ environment.items() if not _LATE.fullmatch(name)}
         threads = environment.get("OMP_NUM_THREADS", "1")
-        return threads.isdecimal() and all(_LATE.fullmatch(name) for name, _ in ours ^ theirs)
+        return differ if threads.isdecimal() else {*differ, "OMP_NUM_THREADS"}
 
     def start(self, request: dict[str, Any], fds: Sequence[int]) -> int:
         """Returns the id of a new child of this process."""

@@ -73,7 +73,7 @@ def assert_clean(terminal: Terminal, folder: Path, ranks: int, *, supervised: bo
     for line, row in zip(epochs, rows_of(folder), strict=True):
         shown = dict(zip(line.split()[2::2], line.split()[3::2], strict=False))
         for name in ("loss", "val_loss"):
-            assert shown[name] == f"{float(row[name]):.4f}"
+            assert shown[name] == f"{float(row[name]):.4g}"
 
 
 def assert_sensible(terminal: Terminal, columns: int) -> list[list[str]]:
@@ -106,8 +106,8 @@ def test_on_a_terminal(tmp_path: Path, recipes: Path, columns: int) -> None:
     assert all(BAR in line for line in late[:2])
     assert re.search(r"  [\d.]+ samples/s  \d:\d\d left$", late[0])
     assert re.search(r"  \d:\d\d left$", late[1])
-    assert re.match(r"loss \d\S+  accuracy 0.5000  f1_macro_averaged 0.2500", late[2])
-    assert ("lr 0.001" in late[2]) == (columns > 60)
+    assert re.match(r"loss \d\S+  accuracy 0.5  f1_macro_averaged 0.25", late[2])
+    assert "lr 0.001" in late[2]
 
 
 def test_four_ranks_on_one_terminal(tmp_path: Path, recipes: Path) -> None:
@@ -139,8 +139,7 @@ def test_a_stop_by_ctrl_c(tmp_path: Path, recipes: Path) -> None:
         terminal.to_the_end()
         assert process.wait(60) == 75, terminal.text
     said = "dtrain: stopping on request (SIGINT), saving a checkpoint; press Ctrl-C again to stop at once."
-    assert "".join(terminal.screen.display).count(said) == 1, terminal.text
-    assert [line for line in terminal.lines if line.startswith("dtrain: stopping")] == [said[:80]]
+    assert " ".join(terminal.lines).count(said) == 1, terminal.text
     assert BAR not in terminal.text
     assert "resume with: dtrain train " in terminal.text
 

@@ -84,7 +84,8 @@ def folder(tmp_path: Path, recipes: Path) -> Path:
 
 
 def start(kind: type[subprocess.Popen[Any]], folder: Path, *words: object, **how: Any) -> subprocess.Popen[Any]:
-    assert is_warm()
+    assert is_warm() and warm.Popen.warm is not None
+    assert warm.Popen.warm.unsuited(clean_environment()) == set()
     argv = [*([] if words[0] == sys.executable else [str(BIN / "dtrain")]), *map(str, words)]
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return kind(argv, cwd=folder, env=clean_environment(), **streams, **how)
@@ -162,9 +163,9 @@ def test_what_is_no_warm_start_is_an_ordinary_one(folder: Path) -> None:
     environment = clean_environment()
     on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}  # by `dtrain launch --cpu`
     for late in ({"RANK": "0", "OMP_NUM_THREADS": "3", MARK: "1"}, {"TORCHINDUCTOR_CACHE_DIR": "x"}, *SKLEARN, on_cpu):
-        assert warm.Popen.warm.suits(environment | late)
+        assert warm.Popen.warm.unsuited(environment | late) == set()
     for name, value in {"PYTHONPATH": "x", "OMP_NUM_THREADS": "1,2", "LC_ALL": "C", "TORCH_LOGS": "all"}.items():
-        assert not warm.Popen.warm.suits(environment | {name: value})
+        assert warm.Popen.warm.unsuited(environment | {name: value}) == {name}
     code = "import gc, os; print(gc.get_freeze_count(), os.getppid())"
     done = warm.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert done.communicate(timeout=120)[0] == f"0 {psutil.Process().pid}\n"

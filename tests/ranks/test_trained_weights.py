@@ -133,7 +133,7 @@ def test_another_base_is_refused_everywhere_and_never_used(tmp_path: Path, caplo
     told = (
         r"epoch-1/model\.safetensors has the trained weights alone .* base\.0\.weight\. Build the model with the same"
     )
-    text = RECIPE.replace("base: int = 7", "base: int = 8")
+    text = RECIPE.replace("torch.manual_seed(base)", "torch.manual_seed(base + 1)")
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(dtrain.UsageError, match=told):
         dtrain.load(run)

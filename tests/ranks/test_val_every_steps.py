@@ -173,7 +173,7 @@ def test_its_time_is_none_of_the_train_pass(monkeypatch: pytest.MonkeyPatch) -> 
         now[0] += 100.0
         return valid(*batch)
 
-    engine.task.train_step, engine.within._pass.step, engine.valid.step = train_step, valid_step, valid_step
+    engine.learner._steps[""], engine.within._pass.step, engine.valid.step = train_step, valid_step, valid_step
     engine.fit()
     row = engine.history.rows[0]
     assert row["samples_per_second"] == 24 / 6.0

@@ -188,8 +188,11 @@ def test_an_empty_one_is_told_before_the_start_and_two_values_of_one_column_with
     twice = {"a": valid["easy"], "a_b": valid["hard"]}
     with pytest.raises(dtrain.StepError, match="two validation loaders have the column val_a_b_x"):
         dtrain.train_model(net, 1, train, twice, valid_step=lambda m, x, y: {"b_x": 1.0, "x": 2.0}, **steps)
-    for several in ({"a": train}, [train, train]):
-        with pytest.raises(dtrain.UsageError, match=r"the train data is a \w+ of . loaders, and should be one"):
+    for several, told in (
+        ({"a": train}, r"the training data is a mapping of 1 loaders \(a\).* Set combine"),
+        ([train, train], r"the train data is a list of 2 loaders, and should be one"),
+    ):
+        with pytest.raises(dtrain.UsageError, match=told):
             dtrain.train_model(net, 1, several, None, **steps)
 
 
