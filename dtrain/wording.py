@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 
 _WHOLE, _MOST = 1e4, 1e6  # from the first up to the second, a number is shown without decimals
+_LABEL = re.compile(r"(\w:) (?=\S*/)")  # of a path
 _LETTERS = ((1e9, "G"), (1e6, "M"), (1e4, "k"))
 
 
@@ -33,6 +35,8 @@ def counted(count: int, what: str) -> str:
 def wrapped(text: str, width: int) -> str:
     """Returns a text whose lines break at words where they are wider; the lines of a traceback stay whole.
 
+    A path stays beside its label, as in "run: runs/first".
+
     Args:
         text: lines of a message.
         width: in characters.
@@ -46,11 +50,11 @@ def wrapped(text: str, width: int) -> str:
         indent = " " * (len(line) - len(line.lstrip()))
         more = f"{indent}  " if indent else ""
         lines += textwrap.wrap(
-            line.strip(),
+            _LABEL.sub(r"\1\0", line.strip()),
             max(width, 20),
             initial_indent=indent,
             subsequent_indent=more,
             break_long_words=False,
             break_on_hyphens=False,
         )
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\0", " ")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,10 @@ DEFINED = "in the recipe, or give it as an argument: train_model(..., {0}={0}), 
 
 
 _FLAT = (tuple, list, dict)
+_SEVERAL = (
+    " If it is a batch of each of several loaders, return these loaders as a mapping from build_dataloaders instead, "
+    "with train.combine=min: dtrain then counts each loader's samples."
+)
 _MOST_NUMBERS = 1000  # of what may be a constant
 
 
@@ -113,6 +117,7 @@ class BatchReader:
             raise DataError(
                 f"the number of samples in a batch of the {self.name} loader is not known: {error}. Define `def "
                 f"batch_size(batch): return ...`, which returns it{_examples(batch)}, {DEFINED.format('batch_size')}."
+                f"{_SEVERAL if self.name == 'train' and _is_several(batch) else ''}"
             ) from None
 
     def _opened(self, batch: Any) -> tuple[Any, int | None]:
@@ -381,6 +386,10 @@ def _length_of_scalars(node: Node) -> int:
 def _listed(node: Node) -> str:
     shown = [one.shown() for one in node.nodes() if type(one) not in (Node, Struct)] or [node.shown()]
     return ", ".join(shown[:5]) + ", ..." * (len(shown) > 5)
+
+
+def _is_several(batch: Any) -> bool:
+    return isinstance(batch, Mapping) and len(batch) > 1 and all(type(one) in _FLAT for one in batch.values())
 
 
 def _examples(batch: Any) -> str:

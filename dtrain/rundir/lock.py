@@ -99,7 +99,9 @@ class Ownership:
             self._close()
             raise
         if before is not None and before.owner is not None:
-            logger.warning("%s was left by %s, which no longer runs; taken over.", self._shown, before.owner)
+            logger.warning(
+                "%s: the lock of %s is stale, since it was killed or crashed; continuing.", self._shown, before.owner
+            )
         self._beats.start()
         _HELD.add(self)
 

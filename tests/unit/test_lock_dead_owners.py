@@ -99,9 +99,9 @@ def test_what_a_dead_owner_left_is_taken_over(tmp_path: Path, left: str, caplog:
     with owned(tmp_path):
         assert json.loads((tmp_path / OWNER).read_text())["pid"] == os.getpid()
     assert time.monotonic() - began < lock._STALE_SECONDS / 2
-    assert ("no longer runs; taken over" in caplog.text) == (left in ("killed", "reused"))
+    assert ("is stale, since it was killed or crashed" in caplog.text) == (left in ("killed", "reused"))
     if left == "reused":
-        assert f"was left by process {os.getpid()} on {os.uname().nodename} (job 99), since 20" in caplog.text
+        assert f"the lock of process {os.getpid()} on {os.uname().nodename} (job 99), since 20" in caplog.text
 
 
 def test_a_child_of_a_dead_owner_does_not_keep_it(tmp_path: Path) -> None:

@@ -54,3 +54,4 @@ def test_words_break_at_words_and_code_stays_whole() -> None:
         "    than fit here",
     ]
     assert wrapped(text, 200) == text
+    assert wrapped("device: cpu, fp32; run: runs/first", 28) == "device: cpu, fp32;\nrun: runs/first"
