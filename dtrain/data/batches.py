@@ -27,8 +27,8 @@ DEFINED = "in the recipe, or give it as an argument: train_model(..., {0}={0}), 
 
 _FLAT = (tuple, list, dict)
 _SEVERAL = (
-    " If it is a batch of each of several loaders, return these loaders as a mapping from build_dataloaders instead, "
-    "with train.combine=min: dtrain then counts each loader's samples."
+    " If it has a batch of each of several loaders, give dtrain a mapping of these loaders instead, with "
+    'train.combine=min (combine="min"): it then counts the samples of each.'
 )
 _MOST_NUMBERS = 1000  # of what may be a constant
 

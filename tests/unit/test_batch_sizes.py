@@ -211,7 +211,7 @@ def test_the_users_functions_are_held_to_what_they_are_for() -> None:
 
 def test_features_and_labels_of_several_loaders_are_not_taken_for_two_samples() -> None:
     x, y = torch.zeros(32, 4), torch.zeros(32, dtype=torch.long)
-    told = r"of the train loader is not known.* a batch of each of several loaders, .* with train\.combine=min"
+    told = r'of the train loader is not known.* a batch of each of several loaders, .* with train\.combine=min \(combine="min"\)'
     with pytest.raises(DataError, match=told):
         BatchReader().size_of({"a": [x, y], "b": [torch.zeros(16, 4), torch.zeros(16, 1)]})
     assert BatchReader().size_of({"a": [x, y], "b": [torch.zeros(32, 4), torch.zeros(32, 1)]}) == 32
