@@ -227,6 +227,7 @@ def _fit(
         with noted_start(engine, begun), stopping:
             unbegun.pop_all()
             engine.fit()
+        engine.world.gather_json(None)  # what any rank loads next is complete, and not the checkpoint before
     except StopRequested:
         engine.world.gather_json(None)  # rank 0 has written what any of them tells of
         raise StopRequested(words(stopping.why())) from None

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.ranks import run_ranks
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import dtrain
 from dtrain.config import load_settings
 from dtrain.config.saved import load_run_settings
-from dtrain.distributed.world import bring_up
+from dtrain.distributed.world import World, bring_up
 from dtrain.trainer.evaluate import evaluate_run, restore_run
 from dtrain.trainer.train import train_run
 
@@ -176,3 +180,41 @@ def test_a_net_in_a_modules_file_is_copied(tmp_path: Path, monkeypatch: pytest.M
     first, second = dtrain.load(run, "epoch-1"), dtrain.load(run, "epoch-2")
     assert not torch.equal(first.body[0].weight, second.body[0].weight)
     assert valid_loss(first) == pytest.approx(dtrain.read_history(run)["val_loss"][0], rel=1e-6)
+
+
+# --- on several ranks ---------------------------------------------------------------------------------
+
+
+def loaded_at_once(world: World, folder: str, *, script: bool) -> bool:
+    """Whether a rank loads what was trained, where rank 0 takes its time to put a checkpoint in place."""
+    rename = os.rename
+
+    def late(*paths: Any, **how: Any) -> None:
+        time.sleep(0.3)
+        rename(*paths, **how)
+
+    os.rename = late  # type: ignore[assignment]
+    torch.manual_seed(0)
+    x = torch.randn(32, 3)
+    net, loader = nn.Linear(3, 1), DataLoader(TensorDataset(x, x[:, :1]), 8)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    if script:
+        trained, batches, optimizer = dtrain.prepare(net, loader, optimizer, cpu=True)
+        run = dtrain.run(f"{folder}/script", trained, optimizer)
+        for epoch in run.epochs(2):
+            for features, labels in batches:
+                optimizer.zero_grad()
+                (trained(features) - labels).square().mean().backward()
+                optimizer.step()
+            run.history.append({"epoch": epoch})
+    else:
+        step = lambda model, x, y: {"loss": (model(x) - y).square().mean()}  # noqa: E731
+        how: dict[str, Any] = {"optimizer": optimizer, "run": f"{folder}/call", "cpu": True, "verbose": False}
+        dtrain.train_model(net, 2, loader, None, train_step=step, **how)
+    found = dtrain.load(f"{folder}/{'script' if script else 'call'}", "last", model=nn.Linear(3, 1))
+    return bool((found.weight == net.weight).all())
+
+
+@pytest.mark.parametrize("script", [False, True])
+def test_each_rank_loads_the_last_epoch_right_after_it(tmp_path: Path, *, script: bool) -> None:
+    assert run_ranks(loaded_at_once, 2, folder=str(tmp_path), script=script) == [True, True]

@@ -19,7 +19,7 @@ from pathlib import Path
 from faults.sweep.judge import MARK, Verdict, judge_failure, judge_screen, judge_time, wait_for_end
 from faults.sweep.table import DTRAIN, EPOCHS, SRUN, TORCHRUN, Case
 from helpers.cluster import Cluster, Plan, cluster, missing, need
-from helpers.commands import BIN, clean_environment
+from helpers.commands import BIN, clean_environment, popen
 from helpers.hosts import Host, two_hosts
 
 from dtrain.rundir.history import read_history
@@ -76,7 +76,7 @@ class Stage:
             if host is not None:
                 return Screened(host.start(*words, output=output, **env), folder)
             environment = clean_environment(**env)
-            process = subprocess.Popen(
+            process = popen(
                 argv,
                 cwd=folder,
                 env=environment,
