@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +61,6 @@ class _Recorded:
         values: what it returns.
         grads: the gradients of the parameters after it.
         adds_to: those that it adds to; None where it makes new ones.
-        standing: what it keeps as it was; see `CapturedStep._standing`.
         steps: whether the optimizer steps in it.
         moves: whether it moves the average of the weights.
         adds: whether it adds its values to the table's sums.
@@ -72,7 +71,6 @@ class _Recorded:
     values: Values
     grads: list[Tensor | None]
     adds_to: list[Tensor | None] | None
-    standing: Any
     steps: bool
     moves: bool
     adds: bool
@@ -84,7 +82,8 @@ class _Structure:
 
     Attributes:
         ran: whether a step was taken.
-        traces: of the steps that were compared last, at most one more than none.
+        trace: of the step that was noted last.
+        standing: what was to stay as it was after the step that was noted last; see `CapturedStep._standing`.
         alike: how many steps in a row were alike.
         looked: whether one was compared in this pass.
         replays: so far.
@@ -94,6 +93,7 @@ class _Structure:
 
     ran: bool = False
     trace: StepTrace | None = None
+    standing: Mapping[str, Any] = field(default_factory=dict)
     alike: int = 0
     looked: bool = False
     replays: int = 0
@@ -201,8 +201,8 @@ class CapturedStep(EngineCallback):
         recorded, graphs = known.recorded, sum(one.recorded is not None for one in self._structures.values())
         if recorded is None and graphs >= _MOST_GRAPHS:
             return lambda rank_batch: self._first(rank_batch, known)
-        if recorded is not None and recorded.standing != self._standing():
-            self._forget(recorded)
+        if known.trace is not None and known.standing != self._standing():
+            self._forget(known.standing)
         if self._group and known.looked and self._steps != self._last_look:
             if known.recorded is None and known.alike >= _TRACED:
                 return lambda rank_batch: self._capture(rank_batch, known, tensors)
@@ -242,7 +242,7 @@ class CapturedStep(EngineCallback):
                 f"{found[1]}; a graph would do at each step what it did at one",
                 "Have it do the same at each step, with what changes in a tensor that is changed in place, ",
             )
-        known.trace, known.looked = trace, True
+        known.trace, known.standing, known.looked = trace, self._standing(), True
         known.alike += 1
         known.look = known.replays * _LOOKS if known.replays >= known.look else known.look
         return values
@@ -263,10 +263,10 @@ class CapturedStep(EngineCallback):
                 "groups, or set train.cuda_graph=false."
             )
 
-    def _forget(self, recorded: _Recorded) -> None:
+    def _forget(self, before: Mapping[str, Any]) -> None:
         """Something that graphs keep has changed between two steps: all are captured anew."""
         now = self._standing()
-        changed = [name for name in now if now[name] != recorded.standing.get(name, now)]
+        changed = [name for name in now if now[name] != before.get(name, now)]
         self._changes += 1
         if self._changes > _MOST_CHANGES:
             raise StepError(
@@ -309,8 +309,8 @@ class CapturedStep(EngineCallback):
         with reworded(), self._graphs.beside(), self._optimizer.in_place():
             replay, values = self._graphs.capture(step)
         self.captured += 1
-        standing, grads = self._standing(), [p.grad for p in self._parameters()]
-        known.recorded = _Recorded(replay, inputs, values, grads, adds_to, standing, rank_batch.last, moves, adds)
+        grads = [p.grad for p in self._parameters()]
+        known.recorded = _Recorded(replay, inputs, values, grads, adds_to, rank_batch.last, moves, adds)
         known.replays, known.look = 0, _FIRST_LOOK
         return self._replay(rank_batch, known, tensors, captured=True)
 
@@ -368,7 +368,8 @@ def captured_step(engine: Engine) -> CapturedStep | None:
     graphs = graphs_for(engine.options, engine.world, engine.learner, engine.task.module)
     if graphs is None:
         return None
-    captured = CapturedStep(engine.task, engine.learner, graphs, engine.world.device)
+    device = torch.empty(0, device=engine.world.device).device  # with its number, as tensors have it
+    captured = CapturedStep(engine.task, engine.learner, graphs, device)
     captured.callbacks, captured.table = engine.callbacks, lambda: engine.table
     captured.average = engine.average if isinstance(engine.average, WeightAverage) else None
     engine.callbacks.add(captured)

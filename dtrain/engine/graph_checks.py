@@ -39,11 +39,12 @@ def graphs_for(options: RunOptions, world: World, learner: Learner, module: nn.M
     if graphs is None:
         raise UsageError(
             f"train.cuda_graph=true needs a CUDA GPU, and this rank computes on {world.device.type}. Set "
-            "train.cuda_graph=false."
+            "train.cuda_graph=false.",
+            on_all_ranks=True,
         )
     what = _unsupported(world, learner, module)
     if what:
-        raise UsageError(f"train.cuda_graph {what}, {OFF}")
+        raise UsageError(f"train.cuda_graph {what}, {OFF}", on_all_ranks=True)
     return graphs
 
 
@@ -60,6 +61,8 @@ def _unsupported(world: World, learner: Learner, module: nn.Module) -> str:
     if learner.finite.skips:
         return "cannot have train.nan=skip, for which the CPU reads each loss. Use train.nan=stop or ignore"
     for name, part in module.named_modules():
+        if type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None:
+            return f"cannot have {name or 'a model'} compiled by torch.compile. Remove torch.compile"
         if isinstance(part, nn.RNNBase) and part.dropout > 0:
             return (
                 f"cannot have the dropout within {name or 'the model'} ({type(part).__name__}), whose random numbers a "

@@ -21,7 +21,12 @@ from dtrain.errors import UsageError
 _WITH_RATE = (Adam, AdamW)  # which read the learning rate on the device, in each of their implementations
 _CAPTURABLE = (*_WITH_RATE, Adadelta, Adamax, RAdam, RMSprop)
 OFF = "or set train.cuda_graph=false."
-_HOOKED = ("dtrain.engine.step_counter", "dtrain.engine.accumulation", "dtrain.model.")  # which replays heed
+_HOOKED = (
+    "dtrain.engine.step_counter",
+    "dtrain.engine.accumulation",
+    "dtrain.model.",
+    "torch.profiler",
+)  # which replays heed
 
 
 class GraphOptimizer:

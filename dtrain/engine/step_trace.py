@@ -28,6 +28,7 @@ from dtrain.errors import StepError
 _OFF = "set train.cuda_graph=false."
 _TORCH = str(Path(torch.__file__).parent)
 _OWN, _BUNDLED = str(Path(dtrain.__file__).parent), str(Path(dtrain.__file__).parent / "recipes")
+_MOST_NUMBERS = 64  # of a tensor made of Python's, that are compared
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")
 _STATES = ("get_state", "set_state", "manual_seed", "seed", "initial_seed", "set_offset", "get_offset")
 
@@ -79,6 +80,8 @@ class StepTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         place = place_of(sys._getframe(1))
         self._refuse(func, args, kwargs, given, place)
         described = tuple(self._described(part) for part in (*args, *kwargs.items()))
+        if func.name() == "aten::lift_fresh":  # of torch.tensor(...), on the CPU
+            described = (("made of", repr(given[0].tolist()) if given[0].numel() <= _MOST_NUMBERS else ""),)
         returned = func(*args, **kwargs)
         made = list(_tensors((returned,)))
         self._refuse_mixed(func, given, made, place)

@@ -23,6 +23,11 @@ def _tensors(parts: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
+def _writes(func: Any) -> bool:
+    """Whether an operation writes to what it is given; of batch norm the schema does not say so."""
+    return func._schema.is_mutable or "batch_norm" in func.name()
+
+
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
@@ -44,14 +49,14 @@ class _Recorder(TorchDispatchMode):
         given = list(_tensors((*args, *kwargs.values())))
         for tensor in given:
             memory = _memory(tensor)
-            if func._schema.is_mutable and memory not in self._own and memory not in self.before:
+            if _writes(func) and memory not in self._own and memory not in self.before:
                 self.before[memory] = tensor, torch.empty(0).set_(tensor.untyped_storage().clone())
         made = func(*args, **kwargs)
         known = {_memory(tensor) for tensor in given}
         fresh = [tensor for tensor in _tensors((made,)) if _memory(tensor) not in known]
         self._own |= {_memory(tensor) for tensor in fresh}
         # What is done again: not what only looks at memory in another way.
-        if fresh or func._schema.is_mutable:
+        if fresh or _writes(func):
             kept = (func, _detached(args), _detached(kwargs), [tensor.detach() for tensor in fresh])
             self.operations.append(kept)
         self._kept.append((_detached(args), [tensor.detach() for tensor in _tensors((made,))]))
@@ -65,7 +70,7 @@ class _Recorder(TorchDispatchMode):
     def play(self) -> None:
         with torch.no_grad():
             for func, args, kwargs, outputs in self.operations:
-                made = [t for t in _tensors((func(*args, **kwargs),))]
+                made = list(_tensors((func(*args, **kwargs),)))
                 if outputs:
                     for own, new in zip(outputs, made, strict=True):
                         own.copy_(new)
