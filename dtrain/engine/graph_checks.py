@@ -60,6 +60,10 @@ def _unsupported(world: World, learner: Learner, module: nn.Module) -> str:
         return "and train.compile exclude each other. Set train.compile=false"
     if learner.finite.skips:
         return "cannot have train.nan=skip, for which the CPU reads each loss. Use train.nan=stop or ignore"
+    return _unsupported_part(module)
+
+
+def _unsupported_part(module: nn.Module) -> str:
     for name, part in module.named_modules():
         if type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None:
             return f"cannot have {name or 'a model'} compiled by torch.compile. Remove torch.compile"
