@@ -9,10 +9,11 @@ differ, or one that reads from the device, are refused, with the line of the use
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -30,7 +31,10 @@ _TORCH = str(Path(torch.__file__).parent)
 _OWN, _BUNDLED = str(Path(dtrain.__file__).parent), str(Path(dtrain.__file__).parent / "recipes")
 _MOST_NUMBERS = 64  # of a tensor made of Python's, that are compared
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")
-_STATES = ("get_state", "set_state", "manual_seed", "seed", "initial_seed", "set_offset", "get_offset")
+_MOVING = (
+    *("get_rng_state", "set_rng_state", "get_rng_state_all", "set_rng_state_all"),
+    *("manual_seed", "manual_seed_all", "seed", "seed_all"),
+)
 
 
 class Operation(NamedTuple):
@@ -66,10 +70,17 @@ class StepTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.outside: dict[int, Tensor] = {}
         self._device = device
         self._names: dict[int, tuple[Any, ...]] = {}
-        for kind, tensors in (("grad", grads), ("batch", batch)):
-            for number, tensor in enumerate(tensors):
-                if tensor is not None:
-                    self._names.setdefault(_storage(tensor), (kind, number))
+        self._starts: dict[int, int] = {}  # of the batch's tensors in their memory, which is that of a whole data set
+        self._shared: set[int] = set()
+        for number, tensor in enumerate(batch):
+            where = _storage(tensor)
+            if where in self._names:
+                self._shared.add(where)
+            self._names.setdefault(where, ("batch", number))
+            self._starts.setdefault(where, int(tensor.storage_offset()))
+        for number, grad in enumerate(grads):
+            if grad is not None:
+                self._names.setdefault(_storage(grad), ("grad", number))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Notes and runs one operation."""
@@ -90,6 +101,7 @@ class StepTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             where = _storage(tensor)
             if where not in before or func.name() == "aten::lift_fresh":
                 self._names[where] = ("made", len(self.operations), number)
+                self._starts.pop(where, None)
                 self.outside.pop(where, None)
         self.operations.append(Operation(func, described, place))
         return returned
@@ -100,8 +112,8 @@ class StepTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if where not in self._names:
                 self._names[where] = ("outside", where, part.untyped_storage().data_ptr())
                 self.outside[where] = part.detach()
-            form = part.dtype, tuple(part.shape), part.stride(), part.storage_offset()
-            return (*self._names[where], *form)
+            start = part.storage_offset() - self._starts.get(where, 0)
+            return *self._names[where], part.dtype, tuple(part.shape), part.stride(), start
         if isinstance(part, (list, tuple)):
             return tuple(self._described(one) for one in part)
         return type(part), repr(part)  # equal for NaN, too
@@ -118,6 +130,12 @@ class StepTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             what = "indexes with a mask" if masks else "makes a tensor whose size depends on values"
             raise refusal(
                 place, f"{what} ({name}), which the CPU has to wait for", "Use torch.where or a weighted sum, "
+            )
+        if func._schema.is_mutable and any(_storage(tensor) in self._shared for tensor in given):
+            raise refusal(
+                place,
+                f"changes a tensor of the batch in place ({name}) that shares memory with another",
+                "Copy it first, ",
             )
         if kwargs.get("generator") is not None:
             raise refusal(place, "draws from a torch.Generator of its own", "Draw from the default generator, ")
@@ -151,20 +169,12 @@ def watched_draws(device: torch.device) -> Iterator[None]:
     """
     before = _host_states(device)
     moved: list[str] = []
-    previous = sys.getprofile()
-
-    def note(frame: FrameType, event: Any, argument: Any) -> None:
-        owner = getattr(argument, "__self__", None) if event == "c_call" else None
-        if isinstance(owner, torch.Generator) and argument.__name__ in _STATES:
-            moved.append(place_of(frame))
-        if previous is not None:
-            previous(frame, event, argument)
-
-    sys.setprofile(note)
-    try:
+    with ExitStack() as stack:
+        for module in (torch, torch.random, torch.cuda, torch.cuda.random):
+            for name in _MOVING:
+                if hasattr(module, name):
+                    stack.enter_context(_noted(module, name, moved))
         yield
-    finally:
-        sys.setprofile(previous)
     if moved:
         raise refusal(
             moved[0],
@@ -175,6 +185,23 @@ def watched_draws(device: torch.device) -> Iterator[None]:
     for name, state in _host_states(device).items():
         if state != before[name]:
             raise refusal("", f"draws from {name}, on the CPU", "Draw with torch on the device, ")
+
+
+@contextmanager
+def _noted(module: Any, name: str, places: list[str]) -> Iterator[None]:
+    """Notes the lines that call a function of a module."""
+    original = getattr(module, name)
+
+    @functools.wraps(original)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        places.append(place_of(sys._getframe(1)))
+        return original(*args, **kwargs)
+
+    setattr(module, name, noted)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
 
 
 def _host_states(device: torch.device) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def engine_of(
     validates: bool = True,
     interval: Any = "step",
     metrics: Any = None,
-    epochs: int = 3,
+    epochs: int = 2,
     val_every_steps: int | None = None,
     **options: Any,
 ) -> Engine:
@@ -179,7 +179,13 @@ RUNS: dict[str, Any] = {
         "interval": "epoch",
     },
     "RMSprop": {"optimizer": lambda p: torch.optim.RMSprop(p, 1e-3, momentum=0.1)},
-    "accumulation with a rest": {"accumulation": 3, "schedule": by_step, "clip_norm": 0.5, "ema_decay": 0.9},
+    "accumulation with a rest": {
+        "accumulation": 3,
+        "schedule": by_step,
+        "clip_norm": 0.5,
+        "ema_decay": 0.9,
+        "loader": lambda: DataLoader(data(148), 8),
+    },
     "bf16 and BatchNorm": {"net": lambda: Net(norm=True), "precision": "bf16"},
     "equal weights (SWA)": {"swa_from": 0.4},
     "a loss with counts": {"train_step": token_step},
@@ -192,9 +198,12 @@ RUNS: dict[str, Any] = {
 }
 
 
+PLAIN = [*[*RUNS][:2], "accumulation with a rest", "a loss with counts"]
+
+
 def arguments(name: str) -> dict[str, Any]:
     made = {"net": Net, "metrics": dict} | RUNS[name]
-    return made | {key: made[key]() for key in ("net", "metrics")}
+    return made | {key: made[key]() for key in ("net", "metrics", "loader") if key in made}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -202,13 +211,15 @@ def test_a_captured_run_is_the_run_step_by_step(name: str, tapes: Tapes, monkeyp
     engine = engine_of(**arguments(name))
     captured = result(engine)
     # 10 batches an epoch, the last one ragged: the first is compared, and before the first capture two more.
-    few = {"SGD, a schedule by epoch": 3, "accumulation with a rest": 3}
+    few = {"SGD, a schedule by epoch": 2, "accumulation with a rest": 3}
     assert tapes.log.count("capture") == few.get(name, 1)
     assert tapes.log.count("replay") >= 8
-    plain = result(engine_of(**arguments(name), cuda_graph=False))
+    plain = result(engine_of(**arguments(name), cuda_graph=False)) if name in PLAIN else None
     monkeypatch.setattr(captured_step, "_MOST_GRAPHS", 0)  # the same, without any capture
     eager = result(engine_of(**arguments(name)))
     assert equal(captured, eager)
+    if plain is None:
+        return
     # `capturable` has torch compute with float32 where it does so with Python's numbers.
     torch.testing.assert_close(captured[4], plain[4], rtol=2e-4, atol=1e-6)
     for own, other in zip(captured[0], plain[0], strict=True):
@@ -237,7 +248,7 @@ def test_an_epoch_that_goes_on_in_its_midst_is_the_whole_one(tapes: Tapes) -> No
     resumed = engine_of(net=net, epochs=1)
     net.load_state_dict(state["net"])
     net.optimizer.load_state_dict(state["optimizer"])  # type: ignore[union-attr]
-    resumed.start = StartPosition(skip=7, table=state["table"])
+    resumed.start = StartPosition(skip=7, table=state["table"], randomness=lambda: None)
     resumed.place.updates = 7
     assert equal(result(resumed), expected)
 
