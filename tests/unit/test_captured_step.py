@@ -296,6 +296,38 @@ def test_what_a_callback_changes_between_steps_is_captured_anew(tapes: Tapes, mo
     assert tapes.log.count("capture") >= 4
 
 
+def test_a_graph_that_adds_to_another_ones_gradients(tapes: Tapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two micro-batches the first is long or short in turn: the second one's graph knows the gradients of one."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = [length for k in range(12) for length in ((2, 2), (3, 2))[k % 2]]
+    batches = [(torch.randn(4, n, 6, generator=generator), torch.ones(4).long()) for n in lengths]
+
+    def pooled(model: Any, x: Any, y: Any) -> Any:
+        return nn.functional.cross_entropy(model(x).mean(1), y)
+
+    weights = []
+    for most in (8, 0):
+        monkeypatch.setattr(captured_step, "_MOST_GRAPHS", most)
+        engine = engine_of(pooled, loader=batches, validates=False, epochs=1, accumulation=2)
+        engine.fit()
+        weights.append([p.detach().clone() for p in engine.task.module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert tapes.log.count("capture") == 3
+    assert tapes.log.count("replay") > 6
+
+
+def test_two_tensors_of_a_batch_in_one_memory() -> None:
+    x, y = data().tensors
+    batches = [(whole := torch.cat([x[k : k + 8], x[k : k + 8]], 1), whole[:, :6], y[k : k + 8]) for k in range(12)]
+
+    def changes(model: Any, whole: Any, part: Any, y: Any) -> Any:
+        whole.add_(1)  # HERE
+        return loss_of(model, part, y)
+
+    told = failure(train_step=changes, loader=batches, validates=False)
+    assert "changes a tensor of the batch in place (aten::add_) that shares memory with another" in told
+
+
 # --- what is refused ------------------------------------------------------------------------------------------
 
 
