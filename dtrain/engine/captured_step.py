@@ -250,9 +250,10 @@ class CapturedStep(EngineCallback):
     def _check_structures(self) -> None:
         if len(self._structures) > _MOST_STRUCTURES and not any(one.recorded for one in self._structures.values()):
             raise StepError(
-                f"train.cuda_graph: {len(self._structures)} batches had as many structures (shapes, types, Python "
-                "numbers or weights), and a graph is for batches of one. Pad them to one shape (drop_last=True leaves "
-                "a ragged last one out), return what changes as tensors, or set train.cuda_graph=false."
+                f"train.cuda_graph: {len(self._structures)} batches had as many structures (shapes, types, numbers "
+                "and strings of Python, weights), and a graph is for batches of one. Pad them to one shape "
+                "(drop_last=True leaves a ragged last one out), let the loader return what changes as tensors and no "
+                "names, or set train.cuda_graph=false."
             )
 
     def _check_optimizer(self) -> None:

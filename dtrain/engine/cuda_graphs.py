@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -47,8 +47,11 @@ class CudaGraphs:
         try:
             with torch.cuda.stream(self._stream):
                 yield
-        finally:
-            present.wait_stream(self._stream)
+        except BaseException:
+            with suppress(RuntimeError):  # of a device that has failed; the error that comes is its first one
+                present.wait_stream(self._stream)
+            raise
+        present.wait_stream(self._stream)
 
     @contextmanager
     def strict(self) -> Iterator[None]:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adadelta, Adam, Adamax, AdamW, Optimizer, RAdam, RMSprop
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim import optimizer as torch_optimizer
 
 from dtrain.errors import UsageError
 
 _WITH_RATE = (Adam, AdamW)  # which read the learning rate on the device, in each of their implementations
-_CAPTURABLE = (*_WITH_RATE, Adadelta, Adamax, RAdam, RMSprop)
+_CAPTURABLE = (*_WITH_RATE, RMSprop)
 OFF = "or set train.cuda_graph=false."
 _HOOKED = (
     "dtrain.engine.step_counter",

@@ -71,11 +71,8 @@ class StepTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._device = device
         self._names: dict[int, tuple[Any, ...]] = {}
         self._starts: dict[int, int] = {}  # of the batch's tensors in their memory, which is that of a whole data set
-        self._shared: set[int] = set()
         for number, tensor in enumerate(batch):
             where = _storage(tensor)
-            if where in self._names:
-                self._shared.add(where)
             self._names.setdefault(where, ("batch", number))
             self._starts.setdefault(where, int(tensor.storage_offset()))
         for number, grad in enumerate(grads):
@@ -131,11 +128,11 @@ class StepTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise refusal(
                 place, f"{what} ({name}), which the CPU has to wait for", "Use torch.where or a weighted sum, "
             )
-        if func._schema.is_mutable and any(_storage(tensor) in self._shared for tensor in given):
+        if any(self._names.get(_storage(tensor), ("",))[0] == "batch" for tensor in _written(func, args, kwargs)):
             raise refusal(
                 place,
-                f"changes a tensor of the batch in place ({name}) that shares memory with another",
-                "Copy it first, ",
+                f"changes a tensor of the batch in place ({name}), and a graph has a copy of it",
+                "Make a new one, as in x = x + 1, ",
             )
         if kwargs.get("generator") is not None:
             raise refusal(place, "draws from a torch.Generator of its own", "Draw from the default generator, ")
@@ -267,6 +264,14 @@ def _tensors(parts: Iterable[Any]) -> Iterator[Tensor]:
             yield part
         elif isinstance(part, (list, tuple)):
             yield from _tensors(part)
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors that an operation writes to."""
+    if func._schema.is_mutable:
+        for number, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                yield from _tensors((args[number] if number < len(args) else kwargs.get(argument.name),))
 
 
 def place_of(frame: FrameType | None) -> str:

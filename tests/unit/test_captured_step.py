@@ -42,7 +42,7 @@ HERE = Path(__file__).name
 def tapes(monkeypatch: pytest.MonkeyPatch) -> Tapes:
     made = Tapes()
     monkeypatch.setattr(graph_checks, "graphs_of", lambda _: made)
-    for name in ("adam", "rmsprop", "radam", "adadelta", "adamax"):
+    for name in ("adam", "rmsprop"):
         module = importlib.import_module(f"torch.optim.{name}")
         monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda **_: ["cpu"])
     return made
@@ -316,18 +316,6 @@ def test_a_graph_that_adds_to_another_ones_gradients(tapes: Tapes, monkeypatch: 
     assert tapes.log.count("replay") > 6
 
 
-def test_two_tensors_of_a_batch_in_one_memory() -> None:
-    x, y = data().tensors
-    batches = [(whole := torch.cat([x[k : k + 8], x[k : k + 8]], 1), whole[:, :6], y[k : k + 8]) for k in range(12)]
-
-    def changes(model: Any, whole: Any, part: Any, y: Any) -> Any:
-        whole.add_(1)  # HERE
-        return loss_of(model, part, y)
-
-    told = failure(train_step=changes, loader=batches, validates=False)
-    assert "changes a tensor of the batch in place (aten::add_) that shares memory with another" in told
-
-
 # --- what is refused ------------------------------------------------------------------------------------------
 
 
@@ -357,6 +345,11 @@ def reads_in_backward(model: Any, x: Any, y: Any) -> Any:
     out = model(x)
     out.register_hook(lambda grad: grad * float(grad.norm()))  # HERE
     return nn.functional.cross_entropy(out, y)
+
+
+def changes_the_batch(model: Any, x: Any, y: Any) -> Any:
+    x[:, 0].add_(1)  # HERE
+    return loss_of(model, x, y)
 
 
 def masks(model: Any, x: Any, y: Any) -> Any:
@@ -417,6 +410,7 @@ REFUSED: dict[Any, str] = {
     reads_item: "reads a value of the device on the CPU (_local_scalar_dense",
     reads_bool: "reads a value of the device on the CPU",
     reads_in_backward: "reads a value of the device on the CPU",
+    changes_the_batch: "changes a tensor of the batch in place (aten::add_), and a graph has a copy of it",
     masks: "indexes with a mask (aten::index), which the CPU has to wait for",
     counts: "computes mul with the Python number 0.4",
     branches: "in one step and",
@@ -445,7 +439,7 @@ def test_what_no_graph_can_have_is_refused_with_its_line(train_step: Any, tapes:
 
 
 OPTIMIZERS: dict[str, Any] = {
-    "Adagrad is not known to be capturable. Use one of torch.optim's Adadelta, Adam,": torch.optim.Adagrad,
+    "Adagrad is not known to be capturable. Use one of torch.optim's Adam, AdamW, RMSprop, SGD,": torch.optim.Adagrad,
     "LBFGS is not known to be capturable": torch.optim.LBFGS,
     "Own is not known to be capturable": type("Own", (AdamW,), {}),
     "AdamW has lr = 0.1": lambda p: AdamW(p, torch.tensor(0.1)),
@@ -530,8 +524,8 @@ def test_nested_batches_and_one_tensor_twice(tapes: Tapes, monkeypatch: pytest.M
     batches = [({"x": part, "again": [part]}, {"y": y[k : k + 8]}, "text") for k, part in enumerate(x[:64].split(8))]
 
     def nested(model: Any, one: Any, other: Any, text: str) -> Any:
-        one["x"].add_(0.5)  # also seen in the other
         assert text == "text"
+        assert one["again"][0] is one["x"]
         return loss_of(model, one["again"][0], other["y"])
 
     results = []
