@@ -89,6 +89,7 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
     prefetch_to_device: bool = True,
     precision: Precision | None = None,
     compile: Compile | None = None,
+    cuda_graph: bool = False,
     clip_norm: float | None = None,
     clip_value: float | None = None,
     ema_decay: float | None = None,
@@ -146,6 +147,9 @@ def train_model(  # noqa: PLR0913 - the tutorial's five; the rest are keyword-on
         prefetch_to_device: whether other batches are copied to a CUDA GPU on a stream of their own, beside the steps.
         precision: of the net's forward: "fp32", or mixed with "bf16" or "fp16" (for steps that return the loss with
             its graph); by default that of Accelerate's settings. The weights stay as they are.
+        cuda_graph: experimental: whether each train step is captured in a CUDA graph and replayed, on one CUDA GPU, for
+            steps that return the loss; what cannot be captured is an error. See
+            docs/speed.md#one-graph-per-step-traincuda_graph.
         compile: whether the net's forward is compiled by torch.compile, or in which of its modes ("reduce-overhead",
             "max-autotune", "max-autotune-no-cudagraphs"); by default as Accelerate's settings say.
         clip_norm: the largest 2-norm of all gradients of an optimizer together, which are those of the whole batch.

@@ -159,6 +159,7 @@ class KerasModel(nn.Module):
         prefetch_to_device: bool = True,
         precision: Precision | None = None,
         compile: Compile | None = None,
+        cuda_graph: bool = False,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         ema_decay: float | None = None,
@@ -195,13 +196,12 @@ class KerasModel(nn.Module):
             combine: as in `dtrain.train_model`; a step takes features and labels, so loaders can only take turns.
             batch_size, split_batch: as in `dtrain.train_model`; `evaluate` and `predict` then use them, too.
             data_sharding, same_draws, accumulation, average, sync_batchnorm, clip_norm, clip_value, data_on_device,
-                prefetch_to_device: as in `dtrain.train_model`.
+                prefetch_to_device, cuda_graph, epoch_steps: as in `dtrain.train_model`.
             fetch_batches, precision, compile: as in `dtrain.train_model`; `evaluate` and `predict` then do so, too.
             ema_decay: of an exponential moving average of the weights (above 0, below 1), with which is validated, and
                 which the net has in the end; of the best epoch, where its weights are kept.
             swa_from: the share of the optimizer steps (above 0, below 1) after which the weights of all further ones
                 are averaged equally (SWA), in place of `ema_decay`.
-            epoch_steps: as in `dtrain.train_model`.
             seed: the order of the samples and each rank's random stream are derived from it.
             callbacks: `dtrain.Callback` objects, in a list; see docs/callbacks.md.
             verbose: whether rank 0 shows progress; or what is to show it, as in `dtrain.train_model`.

@@ -47,6 +47,7 @@ FREE = (
     "train.prefetch_to_device",
     "train.average",  # the last digits apart
     "train.compile",  # the last digits apart, of which a warning tells
+    "train.cuda_graph",  # the last digits apart
     "train.activation_checkpointing",
     "train.val_every_steps",
     "train.shard",

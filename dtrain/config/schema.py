@@ -100,6 +100,11 @@ class TrainConfig(_Section):
     compile: Literal[False, True, "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = Field(
         None, description="torch.compile, or the mode to use; default: Accelerate's setting"
     )
+    cuda_graph: bool = Field(
+        False,
+        description="experimental: capture each train step in a CUDA graph and replay it, on one CUDA GPU "
+        "(docs/speed.md#one-graph-per-step-traincuda_graph)",
+    )
     activation_checkpointing: list[str] = Field(
         [], description="name patterns of modules to recompute in the backward pass, to save memory"
     )

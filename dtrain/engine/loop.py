@@ -36,6 +36,7 @@ from dtrain.distributed.world import World
 from dtrain.engine.agreed_steps import AgreedSteps, check_counts
 from dtrain.engine.averaged import follow, weight_average
 from dtrain.engine.callback import Callbacks, each
+from dtrain.engine.captured_step import captured_step
 from dtrain.engine.device_errors import explain_errors
 from dtrain.engine.device_memory import peak_memory
 from dtrain.engine.facts import RunFacts
@@ -148,16 +149,9 @@ class Engine:
             self.callbacks.add(follow(self.average))
         self.callbacks.add(explain_errors(self), peak_memory(self.world))
         self.learner.told_kind.append(self._on_step_kind)
-        self.within = within_epochs(
-            self.val_every_steps,
-            self.valid,
-            self.world,
-            self.place,
-            self.generators,
-            self.averaged,
-            lambda: self.validations,
-            self.watch,
-        )
+        self.captured = captured_step(self)
+        known = (self.generators, self.averaged, lambda: self.validations, self.watch)
+        self.within = within_epochs(self.val_every_steps, self.valid, self.world, self.place, *known)
         if self.learner.scaler is not None:
             self.task.others = {**self.task.others, "the scaler of float16": self.learner.scaler}
 
@@ -311,12 +305,13 @@ class Engine:
         compare = self.world.size > 1 and self.options.accumulation == 1
         ready, done = self._bounds(start)
         calls, unknown = self.callbacks, self.names is None
+        add = table.add if self.captured is None else self.captured.add
         how = (start.skip, ready, done, self.draws, calls)
         for share in batches_on_device(self.train_loader, self.world, self.place, *how):
             if self.within is not None and self.within.is_due and self._is_last(self.place.step - 1):  # it was not
                 self.within.run(calls, self.facts)
             values = self._learn(share, clock)
-            table.add(values, share.count, share.start)
+            add(values, share.count, share.start)
             self.place.taken = learner.steps.taken
             if compare and learner.kind == "imperative":
                 self.counts.after()
@@ -348,7 +343,7 @@ class Engine:
     def _learn(self, share: RankBatch, clock: CompileClock | None) -> dict[str, Value]:
         for start in self.callbacks.on_batch_start:
             start(share)
-        learn = self.learner.learn
+        learn = self.learner.learn if self.captured is None else self.captured.learn
         values = learn(share) if clock is None else self.watch.timed(learn, share, clock)
         if self.draws is not None:
             self.draws.leave()

@@ -143,6 +143,19 @@ class MeanTable:
                 known.total = _plus(known.total, value, count)
                 known.count += count
 
+    @property
+    def sums(self) -> Mapping[str, _Sum]:
+        """The running total and count of each value, which a captured step adds to by itself."""
+        return self._sums
+
+    def count(self, values: Mapping[str, Value], count: int) -> None:
+        """Counts a step whose values were added to the sums already; the arguments are those of `add`."""
+        self.steps += 1
+        self.samples += count
+        for name, value in values.items():
+            if not isinstance(value, Mean):
+                self._sums[name].count += count
+
     def _check_names(self, values: Mapping[str, Value]) -> None:
         if self.names is not None and set(values) != set(self.names):
             raise StepError(

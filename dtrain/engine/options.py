@@ -36,6 +36,7 @@ class RunOptions:
             `dtrain.data.device_data`.
         prefetch_to_device: whether batches are copied to a GPU beside the steps; see `dtrain.engine.device_copy`.
         precision: in which the net's forward computes; None for that of Accelerate's settings.
+        cuda_graph: whether train steps are captured in CUDA graphs; see `dtrain.engine.captured_step`.
         compile: whether, or in which mode of torch.compile, the net is compiled; None for what Accelerate's say.
         clip_norm: the largest 2-norm of all gradients of an optimizer together; None for any.
         clip_value: the largest magnitude of each number of a gradient; None for any.
@@ -60,6 +61,7 @@ class RunOptions:
     prefetch_to_device: bool = True
     precision: Precision | None = None
     compile: Compile | None = None
+    cuda_graph: bool = False
     clip_norm: float | None = None
     clip_value: float | None = None
     ema_decay: float | None = None
@@ -76,7 +78,7 @@ class RunOptions:
         if self.same_draws not in (True, False, None):
             raise UsageError(f"same_draws = {self.same_draws!r}: should be True, False or None.")
         check_switch(sync_batchnorm=self.sync_batchnorm, fetch_batches=self.fetch_batches)
-        check_switch(prefetch_to_device=self.prefetch_to_device)
+        check_switch(prefetch_to_device=self.prefetch_to_device, cuda_graph=self.cuda_graph)
         check_data_on_device(self.data_on_device)
         check_whole(accumulation=self.accumulation)
         check_way(self.average)

@@ -31,6 +31,7 @@ from dtrain.rundir.columns import NO_METRICS, VALID
 Step = Callable[..., Any]
 Kind = Literal["imperative", "declarative"]
 
+_LOST_STEPS = 100  # a scale of float16's own that is far too large costs some tens
 _BY_HAND = "A step that moves the weights itself does so through an optimizer, such as torch.optim.SGD."
 HOW_TO_LEARN = (
     "Either call model.optimizer.zero_grad(), loss.backward() and model.optimizer.step() in the step, "
@@ -295,6 +296,16 @@ class LostGradients:
         self._count = self._count + 1 if cleared or now is None or now is not self._last else 0
         self._last = now
         return self._count
+
+    def expect_step(self) -> None:
+        """Ends, long before a long epoch does, what only computes gradients.
+
+        Raises:
+            StepError: no optimizer has stepped in so many train steps, and the gradients of each were cleared.
+        """
+        lost = self()
+        if lost >= _LOST_STEPS:
+            raise never_steps(f"{lost} train steps")
 
 
 def has_graph(loss: Value | Observed | None) -> bool:

@@ -96,6 +96,10 @@ class StepCounter:
             self._others.clear()
         self.waiting.end(self.stepped)
 
+    def replayed(self) -> None:
+        """The optimizer whose steps count has stepped, as part of a graph: its step() was not called."""
+        self.stepped = self._owed = True
+
     def close(self) -> None:
         """Looks away; closing twice does no harm."""
         for handle in self._handles:

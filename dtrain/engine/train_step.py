@@ -68,8 +68,8 @@ from dtrain.provenance.code import Code
 logger = logging.getLogger(__name__)
 
 Interval = Literal["epoch", "step"]
+Taking = Callable[[RankBatch], dict[str, Value]]
 
-_LOST_STEPS = 100  # a scale of float16's own that is far too large costs some tens
 _IDLE_STEPS = 5  # train steps that may leave their batch out before there was one that did not
 
 _NOTHING = contextlib.nullcontext()
@@ -163,9 +163,7 @@ class Learner:
         self._task, self._steps = task, train_steps(task.train_step, task.dl_train)
         self._world = world
         self._accumulates = options.accumulation > 1
-        self._alone = (
-            world.size == 1 and not self._accumulates
-        )  # each share has the weight 1 and its own optimizer step
+        self._alone = world.size == 1 and not self._accumulates  # each share has the weight 1 and its own step
         in_use = chosen(options.precision, world)
         self._replica: Replica | ShardedReplica
         if sharding is not None and world.size > 1:
@@ -207,8 +205,12 @@ class Learner:
             gradients=gradients,
         )
 
-    def learn(self, rank_batch: RankBatch) -> dict[str, Value]:
+    def learn(self, rank_batch: RankBatch, way: Taking | None = None) -> dict[str, Value]:
         """Takes one train step and returns its values by name; the first one shows which kind it is.
+
+        Args:
+            rank_batch: this rank's part of the batch.
+            way: takes it in place of `take`: with `compute`, or by a graph of it.
 
         Raises:
             StepError: the step breaks the step contract.
@@ -217,7 +219,7 @@ class Learner:
         if self.finite.skips:
             self.finite.begin(rank_batch)
         self.steps.begin()
-        values = self._learn(rank_batch)
+        values = self.take(rank_batch) if way is None else way(rank_batch)
         if self.kind == "imperative":  # the other kind is looked at before backward
             self._followed(values, rank_batch)
         self.steps.end()
@@ -227,7 +229,16 @@ class Learner:
             kinds.check_planned(self.planned, self.steps.taken, came=self.steps.waiting.came_last)
         return values
 
-    def _learn(self, rank_batch: RankBatch) -> dict[str, Value]:
+    def compute(self, rank_batch: RankBatch) -> dict[str, Value]:
+        """What the device does in a declarative step of one rank, without what is looked at in first steps only."""
+        values = self._values_of(call_step(self._steps[rank_batch.loader], self._task.module, rank_batch.batch))
+        if "loss" not in values:
+            raise missing_loss(values)
+        self._descend(values["loss"], rank_batch)
+        return values
+
+    def take(self, rank_batch: RankBatch) -> dict[str, Value]:
+        """Takes the step itself, without what follows its optimizer's steps."""
         if self._alone and self.kind is not None:  # the same as below, without what is then idle
             values = self._values_of(call_step(self._steps[rank_batch.loader], self._task.module, rank_batch.batch))
             if self.kind == "declarative":
@@ -260,7 +271,7 @@ class Learner:
         elif not self.steps.counted:
             kinds.refuse_unused_loss(values.get("loss"))
             if not self.steps.found:
-                self._expect_step()
+                self._lost.expect_step()
         follow(self._task, self._world.size)
 
     def check_learnt(self) -> None:
@@ -282,16 +293,6 @@ class Learner:
         check_optimizers(stepped, self._task.module, self._world.size)
         if self._task.optimizer is None and stepped:
             self._task.optimizer = stepped[0]
-
-    def _expect_step(self) -> None:
-        """Ends, long before a long epoch does, what only computes gradients.
-
-        Raises:
-            StepError: no optimizer has stepped in so many train steps, and the gradients of each were cleared.
-        """
-        lost = self._lost()
-        if lost >= _LOST_STEPS:
-            raise never_steps(f"{lost} train steps")
 
     def _check_optimizers(self) -> None:
         """An optimizer has stepped for the first time, in whatever epoch."""

@@ -37,10 +37,13 @@ class WeightAverage:
     Attributes:
         updates: optimizer steps so far.
         taken: those of them that were taken in.
+        moved: whether the weights of the step that `update` will be told of were taken in already, by `move`.
     """
 
     def __init__(self, module: nn.Module, decay: float | None, after: int = 0) -> None:
         self.updates = self.taken = 0
+        self.moved = False
+        self._same = decay is not None  # whether each step is taken in alike
         self._after = after
         self._trained: dict[str, nn.Parameter] = {}
         self._average: dict[str, Tensor] = {}
@@ -66,11 +69,22 @@ class WeightAverage:
         if self.taken == 0:
             for name, parameter in self._trained.items():
                 local_part(self._average[name]).copy_(local_part(parameter))
-        elif self._trained:
-            averages = [local_part(average) for average in self._average.values()]
-            weights = [local_part(parameter) for parameter in self._trained.values()]
-            self._move(averages, [_like(w, a) for w, a in zip(weights, averages, strict=True)], self.taken)
+        elif self._trained and not self.moved:
+            self.move()
+        self.moved = False
         self.taken += 1
+
+    @property
+    def movable(self) -> bool:
+        """Whether `move` does the same at each step from now on, so that a captured step can do it."""
+        return self._same and self.taken > 0 and bool(self._trained) and not self._frozen
+
+    def move(self) -> None:
+        """Takes the weights in, before `update` is told of their step, which then only counts it."""
+        averages = [local_part(average) for average in self._average.values()]
+        weights = [local_part(parameter) for parameter in self._trained.values()]
+        self._move(averages, [_like(w, a) for w, a in zip(weights, averages, strict=True)], self.taken)
+        self.moved = True
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

@@ -26,7 +26,10 @@ def banner(engine: Engine, *, run: Path | None = None, keep: str = "") -> str:
     """
     world, train = engine.world, engine.train_loader
     precision = chosen(engine.options.precision, world)
-    first = f"device: {_device(world)}, {counted(world.size, 'rank')}, {precision}; {_parameters(engine.task.module)}"
+    first = f"device: {_device(world)}, {counted(world.size, 'rank')}, {precision}"
+    first += (
+        f"{', CUDA graph of the step (experimental)' if engine.captured else ''}; {_parameters(engine.task.module)}"
+    )
     samples = [f"{_all_samples([*train_by_name(train.loader).values()])} train"]
     samples += [f"{_all_samples([part.loader.loader for part in engine.valid.parts])} valid"] if engine.valid else []
     batch = batch_size_of(train.loader)

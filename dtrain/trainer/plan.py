@@ -31,6 +31,7 @@ class Plan:
         epochs: at most so many.
         optimizer_steps: of the whole run.
         data_on_device: in words, which data are kept on the GPU, or why not.
+        cuda_graph: in words, whether steps are captured; "" where that is not asked for.
     """
 
     ranks: int
@@ -40,6 +41,7 @@ class Plan:
     epochs: int
     optimizer_steps: int | None
     data_on_device: str = ""
+    cuda_graph: str = ""
 
 
 def make_plan(task: Task, settings: Settings, ranks: int, *, cpu: bool = False) -> Plan:
@@ -70,7 +72,24 @@ def make_plan(task: Task, settings: Settings, ranks: int, *, cpu: bool = False) 
     loaders = train_splits(task.dl_train) | {split_of(name): one for name, one in by_name(task.dl_valid).items()}
     how: dict[str, Any] = {"fetch_batches": train.fetch_batches, "cpu": cpu}
     placed = dry_words(train.data_on_device, loaders, **how)
-    return Plan(ranks, per_rank, in_all, steps, epochs, min(bounds, default=None), placed)
+    return Plan(
+        ranks,
+        per_rank,
+        in_all,
+        steps,
+        epochs,
+        min(bounds, default=None),
+        placed,
+        _graph_words(settings, ranks, cpu=cpu),
+    )
+
+
+def _graph_words(settings: Settings, ranks: int, *, cpu: bool) -> str:
+    if not settings.config.train.cuda_graph:
+        return ""
+    if cpu or ranks > 1:
+        return f"refused: {'ranks compute on the CPU' if cpu else f'it is for one rank, and there are {ranks}'}"
+    return "yes (experimental)"
 
 
 def value_rows(settings: Settings, recipe: Recipe) -> list[tuple[str, str, str]]:
@@ -109,4 +128,5 @@ def plan_text(plan: Plan, rows: list[tuple[str, str, str]]) -> str:
     ]
     lines += ["", *(f"{name:<24}  {'unknown: the loader has no length' if n is None else n}" for name, n in sizes)]
     lines.append(f"{'data on the GPU':<24}  {plan.data_on_device}")
+    lines += [f"{'CUDA graph of the step':<24}  {plan.cuda_graph}"] if plan.cuda_graph else []
     return "\n".join([*lines, "", "Nothing was started (--dry-run)."])

@@ -6,7 +6,7 @@ import contextlib
 import io
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -20,6 +20,7 @@ from dtrain.engine.callback import Callbacks, EngineCallback, Order
 from dtrain.engine.hooks import IN_TRAINING
 from dtrain.engine.loop import Engine
 from dtrain.engine.metrics import Value
+from dtrain.engine.options import RunOptions
 from dtrain.engine.position import Limits
 from dtrain.tools.bench.advice import BenchResult
 from dtrain.tools.bench.stopwatch import ItemCounter, Stopwatch
@@ -93,6 +94,8 @@ def _engine(settings: Settings, world: World, steps: int) -> Engine:
         task,
         world,
         settings,
+        # A graph has no parts that could be timed.
+        options=replace(RunOptions.of(dict(train)), cuda_graph=False),
         hooks=IN_TRAINING,
         epochs=1,
         epoch_steps=None,

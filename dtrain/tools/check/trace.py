@@ -179,7 +179,9 @@ def trace_run(  # noqa: PLR0913 - what `check trace` is given
     batches = steps * train.accumulation * rank_batch * merge
     # What is compared are the same global batches, whatever their numbers of ranks draw in a run.
     always = train.same_draws is None and not wanted(train.compile, world) and not mixes(task.dl_train)
-    options = RunOptions.of(dict(train))
+    options = replace(
+        RunOptions.of(dict(train)), cuda_graph=False
+    )  # which is for one rank, and hides the steps' values
     trace = Trace(folder, world, task.module, like)
     engine = configured_engine(
         task,

@@ -120,7 +120,7 @@ def find_lr(settings: Settings, world: World, rates: list[float], tell: Tell | N
 
 def shortened(settings: Settings, **train: Any) -> Settings:
     """Returns settings for a few steps: without what belongs to a whole run, and with other values of `train`."""
-    left_out = {"schedule": None, "ema_decay": None, "swa_from": None, "val_every_steps": None}
+    left_out = {"schedule": None, "ema_decay": None, "swa_from": None, "val_every_steps": None, "cuda_graph": False}
     config = settings.config
     changed = config.train.model_copy(update=left_out | train)
     return replace(settings, config=config.model_copy(update={"train": changed}))
