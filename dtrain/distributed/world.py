@@ -331,7 +331,7 @@ def _join(facts: RankFacts, cpu: bool, opened: OpenStore | None) -> World:
         size=accelerator.num_processes,
         local_rank=facts.local_rank,
         local_size=facts.local_size,
-        device=accelerator.device,
+        device=at if (at := accelerator.device).type == "cpu" else torch.empty(0, device=at).device,  # cuda:0
         accelerator=accelerator,
         sharding=sharding,
     )

@@ -369,8 +369,7 @@ def captured_step(engine: Engine) -> CapturedStep | None:
     graphs = graphs_for(engine.options, engine.world, engine.learner, engine.task.module)
     if graphs is None:
         return None
-    device = torch.empty(0, device=engine.world.device).device  # with its number, as tensors have it
-    captured = CapturedStep(engine.task, engine.learner, graphs, device)
+    captured = CapturedStep(engine.task, engine.learner, graphs, engine.world.device)
     captured.callbacks, captured.table = engine.callbacks, lambda: engine.table
     captured.average = engine.average if isinstance(engine.average, WeightAverage) else None
     engine.callbacks.add(captured)

@@ -264,3 +264,9 @@ def test_what_an_epoch_takes_of_a_hand_written_loops_time(
 def train_only(net: nn.Module, loader: Any, device: torch.device, epochs: int, **how: Any) -> Any:
     task = Task(net, step, loader)
     return Engine(task, bring_up(cpu=device.type == "cpu"), epochs=epochs, options=RunOptions(**how)).fit().rows
+
+
+def test_a_rank_s_device_is_that_of_its_tensors(gpu: torch.device) -> None:
+    """Accelerate's own has no number, so that no tensor's device would equal it."""
+    world = bring_up()
+    assert world.device == torch.ones(1).to(world.accelerator.device).device == torch.device("cuda", gpu.index)
