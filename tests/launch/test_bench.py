@@ -116,10 +116,10 @@ def train_step(model, x, y):
 
 def test_ranks_are_compared_with_one_and_one_that_fails_in_a_trial_alone_costs_that_trial(dtrain: Dtrain) -> None:
     (dtrain.folder / "fails.py").write_text(FAILS)
-    done = dtrain("bench", "fails.py", "-n", "2", "--cpu", "--steps", "20", "--json", "out.json")
+    done = dtrain("bench", "fails.py", "-n", "2", "--cpu", "--steps", "8", "--json", "out.json")
     assert done.code == 0, done.text
-    assert "1 rank on cpu, 20 steps:" in done.out
-    assert "2 ranks on cpu, 20 steps:" in done.out
+    assert "1 rank on cpu, 8 steps:" in done.out
+    assert "2 ranks on cpu, 8 steps:" in done.out
     assert "% of 2 times" in done.out
     assert "skipped: fused=True: ValueError: rank 1 alone does not like that" in done.out
     assert "rank 1 alone" not in done.err, "it is no failure of the bench"

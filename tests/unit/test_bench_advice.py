@@ -28,7 +28,7 @@ def trial(name: str = "x", base: list[float] = [], tried: list[float] = [], **mo
         ([1.0, 1.4, 1.1, 0.8, 1.0], [0.9, 1.3, 0.8, 0.7, 0.9], "noise"),
         ([2.0, 2.1], [1.0, 1.1], "faster"),
         ([2.0, 2.1], [1.8, 1.9], "noise"),
-        ([2.0], [1.0], "noise"),  # one turn shows nothing
+        ([2.0], [1.0], "skipped"),  # one turn shows nothing
         ([1.0], [2.0], "slower"),
         ([1.0, 1.0, 1.0], [1.2, 1.3, 1.2], "slower"),
         ([], [], "skipped"),

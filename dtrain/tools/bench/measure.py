@@ -105,8 +105,10 @@ class _Bench:
             kept = self._looked_at(found)[2]
         else:
             found, listed, kept = self._looked_at(self._timed())
-            found = self._with_peak(found)
-            self.notes.add(result=asdict(found), candidates=[asdict(one) for one in listed], trials=[], trying=None)
+            own = {"result": asdict(self._with_peak(found)), "candidates": [asdict(one) for one in listed]}
+            agreed = self.world.gather_json(own)[0]  # what follows from times must be the same on all ranks
+            found = BenchResult(**agreed["result"])
+            self.notes.add(**agreed, trials=[], trying=None)
             if self.world.is_main:
                 self.tell.measured(found)
         if not self.asked.trials:
@@ -199,7 +201,7 @@ class _Bench:
             if self.world.is_main and listed:
                 self.tell.trying([one.name for one in listed], seconds)
         done = [TrialResult(**one) for one in notes.content["trials"]]
-        trials = Trials(self.task, self.settings, self.world, kept, found.step_seconds)
+        trials = Trials(self.task, self.settings, self.world, kept, found.step_seconds, self.asked.steps)
         for candidate in listed[len(done) :]:
             notes.add(trying=candidate.name)
             try:

@@ -22,7 +22,7 @@ from dtrain.distributed.world import World
 from dtrain.engine.train_step import Task
 from dtrain.errors import AgreedError, DtrainError
 from dtrain.launch.signals.stop_request import is_ctrl_c
-from dtrain.tools.bench.advice import TrialResult
+from dtrain.tools.bench.advice import HOPELESS, TrialResult
 from dtrain.tools.bench.candidates import Candidate
 from dtrain.tools.bench.clock import WARM_UP, time_steps, waiter
 from dtrain.tools.bench.engines import bench_engine, match_layout
@@ -30,10 +30,10 @@ from dtrain.tools.bench.state import KeptState
 
 _TURNS = 5  # of each side, at most
 _SECONDS = 0.15  # of the steps of a turn
-_FEWEST, _MOST = 5, 200  # steps of a turn
+_FEWEST = 5  # steps of a turn
+_MOST = 4  # times the steps that the bench was to time
 _WARM_UP_CUDA = 12  # a step that is captured has some for itself
-_HOPELESS = {1: 0.9}  # turns -> gain below which no more are taken
-_NO_GAIN = 1.03  # the same for more turns
+_NO_GAIN = 1.03  # gain of more turns than the first, below which no more are taken
 _LONGEST = 110  # characters of a reason
 
 
@@ -45,12 +45,15 @@ class Trials:
         settings: the config.
         world: the ranks.
         kept: the task's state.
-        step_seconds: of a step, about.
+        step_seconds: of a step, about; the same on all ranks.
+        steps: that the bench was to time.
     """
 
-    def __init__(self, task: Task, settings: Settings, world: World, kept: KeptState, step_seconds: float) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917 - called at one place with all of them
+        self, task: Task, settings: Settings, world: World, kept: KeptState, step_seconds: float, steps: int
+    ) -> None:
         self._task, self._settings, self._world, self._kept = task, settings, world, kept
-        self._steps = min(_MOST, max(_FEWEST, math.ceil(_SECONDS / step_seconds)))
+        self._steps = max(_FEWEST, min(_MOST * steps, math.ceil(_SECONDS / step_seconds)))
 
     def try_out(self, candidate: Candidate, deadline: float) -> TrialResult:
         """Tries a candidate.
@@ -110,7 +113,7 @@ class Trials:
 
 
 def _is_hopeless(base: Sequence[float], tried: Sequence[float]) -> bool:
-    return bool(tried) and median(base) / median(tried) < _HOPELESS.get(len(tried), _NO_GAIN)
+    return bool(tried) and median(base) / median(tried) < (HOPELESS if len(tried) == 1 else _NO_GAIN)
 
 
 def reason(error: BaseException) -> str:
