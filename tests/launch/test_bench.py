@@ -89,6 +89,7 @@ def test_a_delay_is_found_where_it_is(dtrain: Dtrain, key: str) -> None:
 
 FAILS = """
 import os
+import time
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -107,6 +108,7 @@ def build_optimizer(model):
 
 
 def train_step(model, x, y):
+    time.sleep(0.004)
     fused = model.optimizer.param_groups[0]["fused"]
     if fused and os.environ.get("RANK") == "1":
         raise ValueError("rank 1 alone does not like that")
@@ -116,10 +118,10 @@ def train_step(model, x, y):
 
 def test_ranks_are_compared_with_one_and_one_that_fails_in_a_trial_alone_costs_that_trial(dtrain: Dtrain) -> None:
     (dtrain.folder / "fails.py").write_text(FAILS)
-    done = dtrain("bench", "fails.py", "-n", "2", "--cpu", "--steps", "8", "--json", "out.json")
+    done = dtrain("bench", "fails.py", "-n", "2", "--cpu", "--steps", "12", "--json", "out.json")
     assert done.code == 0, done.text
-    assert "1 rank on cpu, 8 steps:" in done.out
-    assert "2 ranks on cpu, 8 steps:" in done.out
+    assert "1 rank on cpu, 12 steps:" in done.out
+    assert "2 ranks on cpu, 12 steps:" in done.out
     assert "% of 2 times" in done.out
     assert "skipped: fused=True: ValueError: rank 1 alone does not like that" in done.out
     assert "rank 1 alone" not in done.err, "it is no failure of the bench"
