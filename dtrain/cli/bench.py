@@ -68,15 +68,13 @@ def _bench(words: list[str], ranks: int, options: list[str], out: Path | None, *
 
 def _measure(file: Path, size: int, options: list[str], words: list[str]) -> int:
     """Has ranks measure; where they end in a trial, others go on with the next one. Returns the exit code."""
-    from dtrain.errors import EXIT_FAILED
     from dtrain.launch.supervisor import dtrain_argv, run_local_ranks, told
-    from dtrain.tools.bench.notes import read_notes, skip_trial
+    from dtrain.tools.bench.notes import skip_trial
 
     for start in range(1, _STARTS + 1):
         ending = run_local_ranks(dtrain_argv([*options, "-n", str(size), "--", *words]), size)
-        if ending.exit_code != EXIT_FAILED or not read_notes(file).get("trying"):
+        if ending.exit_code == 0 or not skip_trial(file, ending.exit_code, last=start == _STARTS):
             return told(ending)
-        skip_trial(file, last=start == _STARTS)
     return 0
 
 

@@ -29,7 +29,9 @@ def trial(name: str = "x", base: list[float] = [], tried: list[float] = [], **mo
         ([2.0, 2.1], [1.0, 1.1], "faster"),
         ([2.0, 2.1], [1.8, 1.9], "noise"),
         ([2.0], [1.0], "skipped"),  # one turn shows nothing
-        ([1.0], [2.0], "slower"),
+        ([1.0], [2.0], "skipped"),
+        ([1.0, 1.0], [2.0, 2.0], "slower"),
+        ([1.0, 1.0], [2.0, 0.9], "noise"),
         ([1.0, 1.0, 1.0], [1.2, 1.3, 1.2], "slower"),
         ([], [], "skipped"),
     ],
@@ -102,7 +104,7 @@ def test_the_table_has_the_best_first_and_says_what_was_not_faster() -> None:
         trial("fused=True", [1.1, 1.1, 1.1, 1.1, 1.1], [1.0, 1.0, 1.0, 1.0, 1.0]),
         trial("batch_size=8", [3.0, 3.0], [1.0, 1.0], note=BATCH_NOTE),
         trial("channels_last=true", [1.0, 1.0], [1.0, 1.0]),
-        trial("num_workers=2", [1.0], [4.0]),
+        trial("num_workers=2", [1.0, 1.0], [4.0, 4.0]),
         trial("precision=bf16", why="RuntimeError: no"),
         trial("pin_memory=True"),
     )

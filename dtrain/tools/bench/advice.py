@@ -13,8 +13,6 @@ _LITTLE = 0.02  # of a step: launches below it are no matter
 # Turns on each side -> the least gain that counts, and how many of the pairs of a turn with the change and one without
 # may be the wrong way round. Chance alone comes so far in 1 of 6, 20, 70 and 126 trials (Mann and Whitney, 1947).
 _LEAST = {2: (1.25, 0), 3: (1.10, 0), 4: (1.10, 0), 5: (1.05, 1)}
-_SLOWER = 0.8
-HOPELESS = 0.9  # gain of the first turn, below which no more are taken
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 Verdict = Literal["faster", "slower", "noise", "skipped"]
@@ -49,16 +47,14 @@ class TrialResult:
     def verdict(self) -> Verdict:
         """Whether it is faster beyond what the turns scatter by."""
         turns = min(len(self.base), len(self.tried))
-        if self.why or not turns:
+        if self.why or turns < min(_LEAST):  # one turn shows nothing
             return "skipped"
-        if turns == 1 and self.gain >= HOPELESS:
-            return "skipped"  # there was no time for more, and one turn shows nothing
-        least, most = _LEAST.get(min(turns, max(_LEAST)), (math.inf, 0))
+        least, most = _LEAST[min(turns, max(_LEAST))]
         wrong = sum(tried >= base for tried in self.tried for base in self.base)
         if self.gain >= least and wrong <= most:
             return "faster"
         surely = self.gain <= 1 / least and len(self.base) * len(self.tried) - wrong <= most
-        return "slower" if surely or self.gain < _SLOWER else "noise"
+        return "slower" if surely else "noise"
 
 
 @dataclass(frozen=True)

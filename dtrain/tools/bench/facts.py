@@ -56,7 +56,7 @@ def facts_of(recipe: Recipe, settings: Settings, engine: Engine, found: BenchRes
         precision=chosen(train.precision, world),
         batch=batch,
         on_device=str(getattr(engine.train_loader, "on_device", "")).startswith("train ("),
-        optimizer=takes_fused(task.optimizer),
+        optimizer=takes_fused(task.optimizer) if getattr(task.module, "optimizer", None) is task.optimizer else "",
         images=found.images and any(parameter.ndim == 4 for parameter in task.module.parameters()),
         compile=compile,
         **more,

@@ -14,6 +14,7 @@ from dtrain.config import Settings
 from dtrain.data.fetch import RowsOf, fetched_by_batch
 from dtrain.distributed.seeding import deterministic
 from dtrain.distributed.world import World
+from dtrain.engine.loop import Engine
 from dtrain.engine.train_step import Task
 from dtrain.model.precision import chosen
 from dtrain.recipe.loader import Recipe
@@ -31,7 +32,6 @@ from dtrain.tools.bench.work import CountFlops, MeasureLaunches, matrix_rate, qu
 from dtrain.trainer.agreed import agree
 from dtrain.trainer.setup import load_bound
 
-_LOOKS = 12  # steps whose reads, operations and launches are looked at
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SHOWN = 8  # reads a step in other places are not listed
 
@@ -100,33 +100,44 @@ class _Bench:
 
     def run(self) -> BenchResult:
         known = self.notes.content
-        if "result" in known:
-            found = BenchResult(**known["result"])
-            kept = self._looked_at(found)[2]
-        else:
-            found, listed, kept = self._looked_at(self._timed())
-            own = {"result": asdict(self._with_peak(found)), "candidates": [asdict(one) for one in listed]}
-            agreed = self.world.gather_json(own)[0]  # what follows from times must be the same on all ranks
-            found = BenchResult(**agreed["result"])
-            self.notes.add(**agreed, trials=[], trying=None)
-            if self.world.is_main:
-                self.tell.measured(found)
+        found, kept = self._warmed(BenchResult(**known["result"])) if "result" in known else self._measured()
         if not self.asked.trials:
             return found
         if isinstance(kept, str):
             return self._ended(found, untried=f"nothing was tried: {kept}")
         return self._tried(found, [Candidate(**one) for one in self.notes.content["candidates"]], kept)
 
-    def _timed(self) -> BenchResult:
+    def _warmed(self, found: BenchResult) -> tuple[BenchResult, KeptState | str]:
+        """Takes the first steps of these ranks; returns what others have found, and the task's state."""
+        with bench_engine(self.task, self.settings, self.world, WARM_UP) as engine:
+            engine.train_pass(1)
+            optimizers = engine.learner.optimizers()
+        return found, self._kept(optimizers)
+
+    def _measured(self) -> tuple[BenchResult, KeptState | str]:
+        """Measures, and notes what could be tried; returns the result, and the task's state."""
+        with bench_engine(self.task, self.settings, self.world, self.asked.steps + WARM_UP) as engine:
+            found = self._looked_at(engine, self._timed(engine))
+            facts = facts_of(self.recipe, self.settings, engine, found, compile=self.asked.compile)
+            optimizers = engine.learner.optimizers()
+        kept = self._kept(optimizers)
+        own = {"result": asdict(self._with_peak(found)), "candidates": [asdict(one) for one in candidates(facts)]}
+        agreed = self.world.gather_json(own)[0]  # what follows from times must be the same on all ranks
+        found = BenchResult(**agreed["result"])
+        self.notes.add(**agreed, trials=[], trying=None)
+        if self.world.is_main:
+            self.tell.measured(found)
+        return found, kept
+
+    def _timed(self, engine: Engine) -> BenchResult:
         """Measures the steps as they are, and part by part."""
-        asked, task, world = self.asked, self.task, self.world
-        with bench_engine(task, self.settings, world, asked.steps + WARM_UP) as engine:
-            engine.train_pass(1)  # the first steps of a process are slow
-            clock = time_steps(engine, asked.steps, first=2)
-            length = engine.train_loader.steps()
-            stopwatch = Stopwatch(world, WARM_UP if length is None else min(WARM_UP, max(0, length - 2)))
-            with engine.callbacks.having(stopwatch), stopwatch.inside_steps(task.module):
-                engine.train_pass(3 + 2 * asked.steps)
+        steps, task = self.asked.steps, self.task
+        engine.train_pass(1)  # the first steps of a process are slow
+        clock = time_steps(engine, steps, first=2)
+        length = engine.train_loader.steps()
+        stopwatch = Stopwatch(self.world, WARM_UP if length is None else min(WARM_UP, max(0, length - 2)))
+        with engine.callbacks.having(stopwatch), stopwatch.inside_steps(task.module):
+            engine.train_pass(2 + 2 * steps)
         loader = task.dl_train
         plain = isinstance(loader, DataLoader)
         fetches = self.settings.config.train.fetch_batches
@@ -135,37 +146,28 @@ class _Bench:
             samples_per_second=clock.samples / clock.seconds,
             parts={name: total / max(1, stopwatch.steps) for name, total in stopwatch.seconds.items()},
             asked=0.0,
-            device=world.device.type,
+            device=self.world.device.type,
             workers=loader.num_workers if plain else None,
             by_batch=plain and fetches and isinstance(fetched_by_batch(loader)[0], RowsOf),
             steps=clock.steps,
         )
 
-    def _looked_at(self, found: BenchResult) -> tuple[BenchResult, list[Candidate], KeptState | str]:
-        """Looks at what a few steps do.
-
-        Returns:
-            the result with that, what could be tried, and the task's state; or why it cannot be kept.
-        """
-        task, world, settings = self.task, self.world, self.settings
-        with bench_engine(task, settings, world, _LOOKS) as engine:
-            reads, flops = CountReads(world.device), CountFlops()
-            with engine.callbacks.having(reads), engine.callbacks.having(flops):
-                try:
-                    engine.train_pass(1)
-                finally:
-                    flops.close()
-                    reads.close()
-            queue = queue_of(world.device)
-            launches = None if queue is None else MeasureLaunches(queue)
-            if launches is not None:
-                with engine.callbacks.having(launches):
-                    engine.train_pass(2)
-            task.optimizer = engine.task.optimizer  # an imperative step's own may have come to be known
-            found = _with_looks(found, reads, flops, launches)
-            facts = facts_of(self.recipe, settings, engine, found, compile=self.asked.compile)
-            optimizers = engine.learner.optimizers()
-        return found, candidates(facts), self._kept(optimizers)
+    def _looked_at(self, engine: Engine, found: BenchResult) -> BenchResult:
+        """Looks at what a step reads, computes and sends to a GPU; returns the result with that."""
+        reads, flops = CountReads(self.world.device), CountFlops()
+        number = 3 + 2 * self.asked.steps
+        with engine.callbacks.having(reads), engine.callbacks.having(flops):
+            try:
+                engine.train_pass(number)
+            finally:
+                flops.close()
+                reads.close()
+        queue = queue_of(self.world.device)
+        launches = None if queue is None else MeasureLaunches(queue)
+        if launches is not None:
+            with engine.callbacks.having(launches):
+                engine.train_pass(number + 1)
+        return _with_looks(found, reads, flops, launches)
 
     def _kept(self, optimizers: list[torch.optim.Optimizer]) -> KeptState | str:
         """Returns the task's state; or, on all ranks alike, why it cannot be kept."""

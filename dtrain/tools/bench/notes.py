@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dtrain.errors import EXIT_FAILED
 from dtrain.launch.monitor.exit_report import write_whole
 from dtrain.tools.bench.advice import TrialResult
 
@@ -47,16 +48,22 @@ def read_notes(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def skip_trial(path: Path, *, last: bool) -> None:
-    """After ranks have ended in a trial: notes why it failed.
+def skip_trial(path: Path, code: int, *, last: bool) -> bool:
+    """After ranks have ended badly: where it was in a trial, notes why that failed.
 
     Args:
         path: the file.
+        code: with which they have ended.
         last: whether nothing more is tried after that.
+
+    Returns:
+        whether it was a failure in a trial, and no request to stop.
     """
     notes = read_notes(path)
     words = [*path.parent.glob(_word_of(path, 0).name.replace("rank-0", "rank-*"))]
     words.sort(key=lambda word: word.stat().st_mtime_ns)  # the others' say that the first one has gone
+    if not notes.get("trying") or not (words or code == EXIT_FAILED):
+        return False
     why = words[0].read_text(encoding="utf-8") if words else _ENDED
     for word in words:
         word.unlink()
@@ -68,6 +75,7 @@ def skip_trial(path: Path, *, last: bool) -> None:
         done.append(asdict(failed))
     notes |= {"trying": None, "result": notes["result"] | {"trials": done}}
     write_whole(path, json.dumps(notes))
+    return True
 
 
 def _word_of(path: Path, rank: int) -> Path:

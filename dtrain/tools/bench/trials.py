@@ -22,7 +22,7 @@ from dtrain.distributed.world import World
 from dtrain.engine.train_step import Task
 from dtrain.errors import AgreedError, DtrainError
 from dtrain.launch.signals.stop_request import is_ctrl_c
-from dtrain.tools.bench.advice import HOPELESS, TrialResult
+from dtrain.tools.bench.advice import TrialResult
 from dtrain.tools.bench.candidates import Candidate
 from dtrain.tools.bench.clock import WARM_UP, time_steps, waiter
 from dtrain.tools.bench.engines import bench_engine, match_layout
@@ -33,7 +33,7 @@ _SECONDS = 0.15  # of the steps of a turn
 _FEWEST = 5  # steps of a turn
 _MOST = 4  # times the steps that the bench was to time
 _WARM_UP_CUDA = 12  # a step that is captured has some for itself
-_NO_GAIN = 1.03  # gain of more turns than the first, below which no more are taken
+_NO_GAIN = 1.03  # gain of two turns or more, below which no more are taken
 _LONGEST = 110  # characters of a reason
 
 
@@ -113,7 +113,7 @@ class Trials:
 
 
 def _is_hopeless(base: Sequence[float], tried: Sequence[float]) -> bool:
-    return bool(tried) and median(base) / median(tried) < (HOPELESS if len(tried) == 1 else _NO_GAIN)
+    return len(tried) > 1 and median(base) / median(tried) < _NO_GAIN
 
 
 def reason(error: BaseException) -> str:
