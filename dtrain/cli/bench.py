@@ -107,6 +107,8 @@ def _print_measured(measured: BenchResult, ranks: int) -> None:
 
 
 def _print_trying(names: list[str], seconds: float) -> None:
+    if "compile=true" in names:
+        names = [*names[:-1], "then, for as long as it takes, compile=true"]
     with piped():
         typer.echo(f"trying for at most {seconds:.0f} s, each by itself: {', '.join(names)}")
 

@@ -130,7 +130,8 @@ def with_fused(optimizer: Optimizer) -> Optimizer:
     known = inspect.signature(kind).parameters
     how = {"fused": True, "foreach": None}
     options = {name: value for name, value in optimizer.defaults.items() if name in known} | how
-    return kind([group | how for group in optimizer.param_groups], **options)
+    groups = [{k: v for k, v in group.items() if k != "param_names"} | how for group in optimizer.param_groups]
+    return kind(groups, **options)
 
 
 def match_layout(optimizer: Optimizer | None) -> None:

@@ -35,7 +35,7 @@ _SHOWN = ("__repr__", "__format__", "__contains__", "is_nonzero", "equal")
 _SHAPED = ("nonzero", "masked_select")  # whose result's shape is read
 _READS = {getattr(torch.Tensor, name): name for name in (*_NUMBERS, *_SHOWN, *_SHAPED) if hasattr(torch.Tensor, name)}
 _READS |= {getattr(torch, name): name for name in ("is_nonzero", "equal", "nonzero", "masked_select")}
-_COPIES = {torch.Tensor.cpu: "cpu", torch.Tensor.to: "to", torch.Tensor.numpy: "numpy"}
+_COPIES = {torch.Tensor.cpu: "cpu", torch.Tensor.to: "to"}
 
 
 class HostReads(TorchFunctionMode):
@@ -57,8 +57,8 @@ class HostReads(TorchFunctionMode):
         """Counts, and leaves every function as it is."""
         result = func(*args, **(kwargs or {}))
         name = _READS.get(func)
-        if name is None and func in _COPIES and isinstance(result, Tensor) and result.is_cpu:
-            name = _COPIES[func] if self._kind != "cpu" else None
+        if name is None and func in _COPIES and self._kind != "cpu" and isinstance(result, Tensor) and result.is_cpu:
+            name = None if (kwargs or {}).get("non_blocking") else _COPIES[func]
         if name is not None and args and isinstance(args[0], Tensor) and args[0].device.type == self._kind:
             where = _users_line(sys._getframe(1))
             if where is not None:

@@ -25,7 +25,10 @@ _HELD = 4.0  # times as long as the host takes for a step, the GPU is kept busy 
 class CountFlops(EngineCallback):
     """Counts the floating-point operations of forward and backward of one train step, by torch's counter.
 
-    It is that of the last step that is not the first one of all.
+    It is that of the second step, or of a sole one.
+
+    Args:
+        counts: whether to count; a compiled net's operations are not seen.
 
     Attributes:
         flops: matrix products, convolutions and attention; None where none was counted.
@@ -34,9 +37,10 @@ class CountFlops(EngineCallback):
 
     order = Order.LAST  # what other callbacks do at a step's beginning is not counted
 
-    def __init__(self) -> None:
+    def __init__(self, *, counts: bool = True) -> None:
         self.flops: float | None = None
         self.images = False
+        self._counts = counts
         self._seen = 0
         self._step = contextlib.ExitStack()
 
@@ -45,15 +49,15 @@ class CountFlops(EngineCallback):
         from torch.utils.flop_counter import FlopCounterMode
 
         self._seen += 1
-        if self._seen > 2:
+        self.images = self.images or (self._seen == 1 and _has_images(batch.batch))
+        if self._seen > 2 or not self._counts:
             return
-        self.images = self.images or _has_images(batch.batch)
         self._counter = FlopCounterMode(display=False)
         self._step.enter_context(self._counter)
 
     def on_batch_end(self, batch: RankBatch, values: Mapping[str, Value]) -> None:
         """A step is done."""
-        if self._seen <= 2:
+        if self._seen <= 2 and self._counts:
             self._step.close()
             self.flops = float(self._counter.get_total_flops()) or None
 
