@@ -67,8 +67,33 @@ def with_batch_size(loader: Any, size: int) -> Any:
     )
 
 
-def rebuilt(loader: DataLoader[Any], batch_sampler: Any, *, fetch_batches: bool = False) -> DataLoader[Any]:
-    """The same DataLoader with another batch sampler."""
+def with_options(
+    loader: Any, *, num_workers: int | None = None, pin_memory: bool | None = None, batch_size: int | None = None
+) -> Any:
+    """Returns a DataLoader over the same samples with some of its options changed; None leaves one as it is.
+
+    Raises:
+        UsageError: it makes its batches in a way of its own.
+    """
+    if batch_size is not None:
+        loader = with_batch_size(loader, batch_size)
+    if not has_indices(loader):
+        raise UsageError(f"the training loader ({type(loader).__name__}) cannot be changed from outside.")
+    workers = loader.num_workers if num_workers is None else num_workers
+    pinned = loader.pin_memory if pin_memory is None else pin_memory
+    return rebuilt(loader, index_batches(loader), num_workers=workers, pin_memory=pinned)
+
+
+def rebuilt(
+    loader: DataLoader[Any],
+    batch_sampler: Any,
+    *,
+    fetch_batches: bool = False,
+    num_workers: int | None = None,
+    pin_memory: bool | None = None,
+) -> DataLoader[Any]:
+    """The same DataLoader with another batch sampler, and other options where they are given."""
+    num_workers = loader.num_workers if num_workers is None else num_workers
     fetch_batches = fetch_batches and loader.batch_sampler is not None
     dataset, collate_fn = fetched_by_batch(loader) if fetch_batches else (loader.dataset, loader.collate_fn)
     drawn: dict[str, Any] = {"batch_sampler": batch_sampler}
@@ -76,11 +101,11 @@ def rebuilt(loader: DataLoader[Any], batch_sampler: Any, *, fetch_batches: bool 
         drawn = {"batch_size": None, "sampler": batch_sampler}
     workers: dict[str, Any] = {}
     generator = loader.generator
-    if loader.persistent_workers:
+    if loader.persistent_workers and num_workers > 0:
         # It draws its workers' seed when it first begins an epoch, which is another one where a run goes on. That must
         # not come from a random state that anything else depends on.
         generator = OwnGenerator()
-    if loader.num_workers > 0:
+    if num_workers > 0:
         workers = {
             "prefetch_factor": loader.prefetch_factor,
             "persistent_workers": loader.persistent_workers,
@@ -90,9 +115,9 @@ def rebuilt(loader: DataLoader[Any], batch_sampler: Any, *, fetch_batches: bool 
     return DataLoader(
         dataset,
         **drawn,
-        num_workers=loader.num_workers,
+        num_workers=num_workers,
         collate_fn=collate_fn,
-        pin_memory=loader.pin_memory,
+        pin_memory=loader.pin_memory if pin_memory is None else pin_memory,
         worker_init_fn=shielded(loader.worker_init_fn),
         generator=generator,
         **workers,

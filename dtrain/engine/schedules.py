@@ -129,7 +129,7 @@ def check_total_steps(engine: Engine) -> None:
             raises it.
     """
     task = engine.task
-    if not any(True for _ in _limited(task.scheduler, 0)):
+    if not has_end(task.scheduler):
         return
     needed = engine.epochs if task.interval == "epoch" else engine.updates_in_all()
     for scheduler, steps in () if needed is None else _limited(task.scheduler, needed):
@@ -143,6 +143,11 @@ def check_total_steps(engine: Engine) -> None:
         elif engine.world.is_main:
             logger.warning("%s", text)
         return
+
+
+def has_end(scheduler: Any) -> bool:
+    """Whether a schedule has a number of steps, after which there are no more of it."""
+    return any(True for _ in _limited(scheduler, 0))
 
 
 def _limited(scheduler: Any, needed: int) -> Iterator[tuple[Any, int]]:

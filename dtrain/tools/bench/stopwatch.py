@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.overrides import TorchFunctionMode
 
 from dtrain.data.partition import RankBatch
 from dtrain.distributed.world import World
@@ -131,24 +130,3 @@ class Stopwatch(EngineCallback):
                 self.steps += 1
                 self.samples += self._count
         self._step_began, self._nested = now, 0.0
-
-
-class ItemCounter(TorchFunctionMode):
-    """Counts how often a step asks a tensor for its number, which on a GPU waits for all that was sent there.
-
-    Attributes:
-        count: calls of item(), tolist(), float(), int() and bool() of tensors.
-    """
-
-    _ASKING = frozenset(
-        {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__int__, torch.Tensor.__bool__}
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Counts, and leaves every function as it is."""
-        self.count += func in self._ASKING
-        return func(*args, **(kwargs or {}))
