@@ -49,8 +49,10 @@ SCRIPTS_MODULES = ("torch._dynamo",)
 # What may differ from the warm process's environment: it is read when it is needed, and by no import.
 _LATE = re.compile(
     r"(DTRAIN|SLURM|WANDB|ACCELERATE)_\w+|CUDA_VISIBLE_DEVICES|((LOCAL|NODE|GROUP)_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|GLOO_SOCKET_IFNAME|"
-    r"OMP_NUM_THREADS|OPENBLAS_NUM_THREADS|PATH|TMPDIR|COLUMNS|LINES|PYTEST_\w+|TORCHINDUCTOR_CACHE_DIR|SLOW|SECRET|NOTED|SWEEP_CASE|"
-    r"KMP_(DUPLICATE_LIB_OK|INIT_AT_FORK)"  # scikit-learn sets them as it is imported
+    r"OMP_NUM_THREADS|OPENBLAS_NUM_THREADS|PATH|TMPDIR|COLUMNS|LINES|PYTEST_\w+|TORCHINDUCTOR_CACHE_DIR|"
+    r"KMP_(DUPLICATE_LIB_OK|INIT_AT_FORK)|"  # scikit-learn sets them as it is imported
+    # Those of the tests' own programs and recipes.
+    r"SLOW|SECRET|NOTED|SWEEP_CASE|DIE|DIE_AT|TERM_IN|RANKS|NORM|NAME|POLICY|FICKLE|SCALE|HIDDEN|DROP|DATA|ORDERED|LR|GAMMA|SEED|BATCH|OPTIMIZER"
 )
 _ONLY = {"stdin", "stdout", "stderr", "text", "cwd", "env", "start_new_session"}
 _MAY_START_RANKS = ("-n", "--ranks", "launch", "check", "bench", "find", "doctor")
