@@ -118,7 +118,7 @@ def begin_script(settings: Settings, world: World, objects: Objects, code: Code,
     samples = data_marks(loaders) if world.is_main and settings.config.checkpoint.check_data else {}
 
     def own(folder: Path) -> None:
-        ownerships.append(owner.enter_context(owned(folder, lambda: request.by)))
+        ownerships.append(owner.enter_context(owned(folder, request.asked)))
         if (folder / STOP).exists():
             raise UsageError(f"{folder / STOP} exists: this run was stopped for good. Remove the file to continue.")
 

@@ -297,7 +297,7 @@ def _watched(
 @contextlib.contextmanager
 def _taken(folder: Path, request: StopRequest) -> Iterator[Ownership]:
     """Has the run's folder for the time being; not one where training is to stop."""
-    with owned(folder, lambda: request.by) as ownership:
+    with owned(folder, request.asked) as ownership:
         if (folder / STOP).exists():
             raise UsageError(f"{folder / STOP} exists: this run was stopped for good. Remove the file to continue.")
         yield ownership

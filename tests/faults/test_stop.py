@@ -247,3 +247,23 @@ def test_stopped_again_and_again_it_ends_as_if_it_had_not_been(dtrain: Dtrain, r
             assert codes[-1] in (0, 75), run.text
     assert codes == [75] * stops + [0]
     assert weights_and_rows(dtrain.folder / "runs/it") == weights_and_rows(dtrain.folder / "runs/whole")
+
+
+def test_a_wait_for_another_owner_is_ended_by_a_signal_to_the_supervisor(dtrain: Dtrain, recipes: Path) -> None:
+    """It alone hears of the signal, and the trainer does not train yet."""
+    words = ["train", recipes / "small.py", "--cpu", "run.name=it"]
+    assert dtrain(*words, "epochs=1").code == 0
+    lock = dtrain.folder / "runs/it/owner.lock"
+    lock.write_text(
+        '{"host": "node7", "pid": 1, "started": 0, "machine": "other", "job": null, "since": 1.0, "token": "t"}'
+    )
+    before = lock.read_text()
+    with running(dtrain.folder, *words, "epochs=2") as run:
+        wait_for(lambda: "s for a heartbeat of process 1 on node7" in run.text, "the wait")
+        run.send(signal.SIGTERM)
+        assert run.end() == 75, run.text
+        assert (
+            "stopped on request (SIGTERM), while waiting for the owner of runs/it; nothing was changed there"
+            in run.text
+        )
+    assert lock.read_text() == before

@@ -151,6 +151,11 @@ class StopRequest:
             if by:
                 self.ask(by)
 
+    def asked(self) -> str | None:
+        """Returns what asked to stop, or None; also what came to a supervisor alone, before training looks for that."""
+        self.look()
+        return self.by
+
 
 def prepare_stop_request(reports: Path) -> None:
     """Makes the file by which requests are passed on, so that a disk that is full later takes them, too."""
