@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,10 +24,12 @@ from dtrain.engine.position import StartPosition
 from dtrain.engine.train_step import Task
 from dtrain.errors import DtrainError
 
+pytestmark = pytest.mark.usefixtures("deterministic")
+
 
 @pytest.fixture(autouse=True)
-def as_on_a_gpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels that give the same each time; and on the CPU, where this is tried, a tape in place of the graph."""
+def as_on_a_gpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, where this is tried, a tape in place of the graph."""
     if device.type == "cpu":
         monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
         from helpers.tape import Tapes
@@ -35,13 +37,6 @@ def as_on_a_gpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterat
         monkeypatch.setattr(graph_checks, "graphs_of", lambda _: Tapes())
         adam = importlib.import_module("torch.optim.adam")
         monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda **_: ["cpu"])
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.benchmark = before
 
 
 def net() -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -25,15 +25,7 @@ from dtrain.recipes.digits import DigitsNet
 ROWS, BATCH = 4096, 128
 
 
-@pytest.fixture(autouse=True)
-def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.benchmark = before
+pytestmark = pytest.mark.usefixtures("deterministic")
 
 
 @pytest.fixture(autouse=True)

@@ -74,10 +74,6 @@ class Warm:
         self._environment = environment
         self._lock = threading.Lock()
 
-    def suits(self, environment: Mapping[str, str]) -> bool:
-        """Whether a process with this environment would have imported the same."""
-        return not self.unsuited(environment)
-
     def unsuited(self, environment: Mapping[str, str]) -> set[str]:
         """Returns the variables with which a process might have imported something else."""
         differ = {name for name, _ in self._environment.items() ^ environment.items() if not _LATE.fullmatch(name)}
@@ -115,7 +111,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         folder = os.fspath(how.get("cwd") or Path.cwd())
         argv = _argv(args, folder, environment.get("PATH", ""))
         known = argv is not None and set(how) <= _ONLY and Path(folder).is_dir()
-        if self.warm is None or not known or not self.warm.suits(environment):
+        if self.warm is None or not known or self.warm.unsuited(environment):
             super()._execute_child(args, *rest)  # type: ignore[misc]
             return
         request = {
@@ -139,7 +135,7 @@ class ScriptPopen(Popen):
 
 def suits(environment: Mapping[str, str] | None) -> bool:
     """Whether a program is started warm with this environment, None for this process's."""
-    return Popen.warm is not None and Popen.warm.suits(os.environ if environment is None else environment)
+    return Popen.warm is not None and not Popen.warm.unsuited(os.environ if environment is None else environment)
 
 
 def _ignored(number: int) -> bool:
